@@ -1,0 +1,27 @@
+"""Fira for DeepSpeed: full-rank training with low-rank optimizer states, sharded by ZeRO.
+
+Importing this package registers `FiraAdam` with DeepSpeed, so that `"optimizer": {"type": "FiraAdam"}` works in a
+DeepSpeed config.
+"""
+
+from ds_fira.groups import param_groups
+from ds_fira.memory import state_bytes
+from ds_fira.optimizer import FiraAdam
+from ds_fira.report import memory_report, metrics
+from ds_fira.runtime import init_distributed, shutdown
+from ds_fira.version import __version__
+from ds_fira.zero import register
+
+register()
+
+__all__ = [
+    "FiraAdam",
+    "__version__",
+    "init_distributed",
+    "memory_report",
+    "metrics",
+    "param_groups",
+    "register",
+    "shutdown",
+    "state_bytes",
+]

@@ -1,0 +1,176 @@
+"""Every collective of the package, through `deepspeed.comm`. No other file communicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from ds_fira.layout import GroupLayout
+from ds_fira.shard import MatrixShard
+
+
+class Channel:
+    """The ranks that ZeRO partitions over, and what this rank has sent them.
+
+    Attributes:
+        group: the process group, None for all ranks.
+        dp_rank: this process's index in it.
+        dp_size: its number of processes.
+        bytes_sent: payload bytes this rank has handed to collectives for gradients, weights and bases since the start;
+            what the tests and the benchmarks count.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.dp_rank: int = dist.get_rank(group=group)
+        self.dp_size: int = dist.get_world_size(group=group)
+        self.bytes_sent = 0
+
+    def _wire_device(self) -> torch.device:
+        # NCCL carries no CPU tensors; under optimizer offload the flat buffers are on the CPU.
+        over_cpu = torch.distributed.get_backend(self.group) == "gloo"
+        return torch.device("cpu" if over_cpu else get_accelerator().current_device_name())
+
+    def all_to_all(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Tensor:
+        """Exchange pieces of a 1-D tensor with all ranks, one piece each way, in order of rank.
+
+        Args:
+            sent: the pieces for rank 0, 1, ... one after the other.
+            sent_counts: elements for each rank.
+            received_counts: elements from each rank.
+
+        Returns:
+            The pieces from rank 0, 1, ... on `sent`'s device.
+        """
+        device = self._wire_device()
+        received = torch.empty(sum(received_counts), dtype=sent.dtype, device=device)
+        dist.all_to_all_single(received, sent.to(device), received_counts, sent_counts, group=self.group)
+        self.bytes_sent += sent.numel() * sent.element_size()
+        return received.to(sent.device)
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """`tensor` as the rank `source` of this channel has it, on the tensor's own device."""
+        carried = tensor.to(self._wire_device())
+        dist.broadcast(carried, self._global_rank(source), group=self.group)
+        if source == self.dp_rank:
+            self.bytes_sent += tensor.numel() * tensor.element_size()
+        return carried.to(tensor.device)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """`item` of every rank, in order of rank; for plans and reports, never in a step."""
+        items: list[Any] = [None] * self.dp_size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
+    def require_same(self, digest: str) -> None:
+        """Stop on every rank unless all of them hold the same plan.
+
+        Raises:
+            RuntimeError: the digests differ; names the ranks that differ from rank 0.
+        """
+        digests = self.gather_objects(digest)
+        differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if differing:
+            raise RuntimeError(
+                f"FiraAdam: ranks {differing} planned another layout than rank 0; build the same model with the same "
+                "DeepSpeed config on every rank."
+            )
+
+    def _global_rank(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+class CutExchange:
+    """Carries the fragments of one param group's cut matrices to their owners and the new weights back.
+
+    The base way, exact to the bit: the owner assembles gradient and weight, makes the whole-matrix step, and every
+    sharer gets its part of the result. Two collectives a step for the group, on all ranks of the channel.
+    """
+
+    def __init__(self, layout: GroupLayout, channel: Channel) -> None:
+        self.layout = layout
+        self.channel = channel
+        rank = channel.dp_rank
+        self._sent, self._received = layout.exchange_counts(rank)
+        # (owner, fragment) of what this rank lends out, in the order in which all_to_all carries it.
+        self._lent: list[tuple[int, MatrixShard]] = sorted(
+            (
+                (matrix.owner, fragment)
+                for matrix in layout.cuts
+                for holder, fragment in matrix.fragments
+                if holder == rank != matrix.owner
+            ),
+            key=lambda item: item[0],
+        )
+        self.owned = layout.owned_cuts(rank)  # in the layout's order
+
+    def to_owners(self, *flats: Tensor) -> list[list[Tensor]]:
+        """Assemble the cut matrices this rank owns.
+
+        Args:
+            *flats: flat buffers of one dtype and layout, such as gradients and weights.
+
+        Returns:
+            For every owned cut matrix, in the layout's order, an (m, n) tensor from each buffer.
+        """
+        width = len(flats)
+        pieces = [[fragment.fragment(flat) for flat in flats] for _, fragment in self._lent]
+        sent = torch.cat([piece for pair in pieces for piece in pair]) if pieces else flats[0].new_empty(0)
+        received = self.channel.all_to_all(
+            sent, [width * count for count in self._sent], [width * count for count in self._received]
+        )
+        whole = [[flat.new_empty(matrix.shape) for flat in flats] for matrix in self.owned]
+        views = list(self._borrowed_views(whole))
+        for view, piece in zip(views, _split(received, [view.numel() for view in views]), strict=True):
+            view.copy_(piece)
+        for tensors, fragment in self._own_fragments(whole):
+            for tensor, flat in zip(tensors, flats, strict=True):
+                _part(tensor, fragment).copy_(fragment.fragment(flat))
+        return whole
+
+    def to_holders(self, flat: Tensor, matrices: Sequence[Tensor]) -> None:
+        """Write the new value of every cut matrix into the fragments of `flat`, on all ranks that share it.
+
+        Args:
+            flat: the flat weights.
+            matrices: for every owned cut matrix, in the layout's order, its new (m, n) value.
+        """
+        whole = [[matrix] for matrix in matrices]
+        pieces = list(self._borrowed_views(whole))
+        sent = torch.cat(pieces) if pieces else flat.new_empty(0)
+        received = self.channel.all_to_all(sent, self._received, self._sent)
+        for (_, fragment), piece in zip(
+            self._lent, _split(received, [fragment.numel for _, fragment in self._lent]), strict=True
+        ):
+            fragment.fragment(flat).copy_(piece)
+        for (tensor,), fragment in self._own_fragments(whole):
+            fragment.fragment(flat).copy_(_part(tensor, fragment))
+
+    def _borrowed_views(self, whole: list[list[Tensor]]) -> Iterator[Tensor]:
+        """Views of the parts that other ranks hold, in the order in which all_to_all delivers them."""
+        for holder in range(self.channel.dp_size):
+            for tensors, matrix in zip(whole, self.owned, strict=True):
+                for other, fragment in matrix.fragments:
+                    if other == holder != self.channel.dp_rank:
+                        yield from (_part(tensor, fragment) for tensor in tensors)
+
+    def _own_fragments(self, whole: list[list[Tensor]]) -> Iterator[tuple[list[Tensor], MatrixShard]]:
+        """The assembled tensors of every owned matrix that this rank holds a part of, with that part."""
+        for tensors, matrix in zip(whole, self.owned, strict=True):
+            for holder, fragment in matrix.fragments:
+                if holder == self.channel.dp_rank:
+                    yield tensors, fragment
+
+
+def _part(matrix: Tensor, fragment: MatrixShard) -> Tensor:
+    """The elements of an assembled matrix that a fragment stands for."""
+    return matrix.view(-1)[fragment.start : fragment.stop]
+
+
+def _split(tensor: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return tensor.split(sizes) if sizes else ()

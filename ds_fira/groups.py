@@ -1,0 +1,171 @@
+"""Param groups for `FiraAdam`: from a model, from a flat list of parameters, or for a DeepSpeed engine."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ds_fira.layout import split_evenly
+from ds_fira.selection import projected_weights, undecayed_weights
+from ds_fira.settings import GROUP_SETTINGS, check_params
+
+
+def param_groups(
+    model: nn.Module,
+    rank: int,
+    target_modules: Sequence[str] | str | None = None,
+    *,
+    groups: Iterable[dict[str, Any]] | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Param groups for `FiraAdam`: projected weights apart from the rest, norms and biases without weight decay.
+
+    Args:
+        model: the model whose trainable parameters are grouped.
+        rank: subspace rank of the projected weights.
+        target_modules: substrings of the names of the modules to project; None for every linear layer but the head.
+        groups: the user's own groups of this model's parameters. Each is split into its projected part and the rest;
+            its lr, weight_decay, name and every other key go to both. A group that sets weight_decay keeps it for its
+            norms and biases too.
+        **settings: settings of the projected groups, such as `alpha` or `update_proj_gap`. lr, betas, eps and
+            weight_decay go to every group.
+
+    Returns:
+        Groups in the order: per user group its projected weights, its other weights, its norms and biases. Empty ones
+        are left out.
+
+    Raises:
+        ValueError: a setting is unknown or out of range, or nothing is to be projected.
+    """
+    checked = check_params({**settings, "rank": rank, "target_modules": target_modules}, "ds_fira.param_groups")
+    given = {key: checked[key] for key in settings}
+    shared = {key: value for key, value in given.items() if key in ("lr", "betas", "eps", "weight_decay")}
+    projected_settings = {"rank": checked["rank"], **given}
+    projected = projected_weights(model, checked["target_modules"])
+    undecayed = undecayed_weights(model)
+    if groups is None:
+        groups = [{"params": list(model.parameters())}]
+    result = []
+    for group in groups:
+        own = {key: value for key, value in group.items() if key != "params"}
+        parts: dict[str, list[Parameter]] = {"projected": [], "rest": [], "undecayed": []}
+        for param in _parameters(group["params"]):
+            if not param.requires_grad:
+                continue
+            kind = "projected" if id(param) in projected else "undecayed" if id(param) in undecayed else "rest"
+            parts[kind].append(param)
+        keeps_decay = "weight_decay" in own
+        result += [
+            {"params": parts["projected"], **projected_settings, **own},
+            {"params": parts["rest"], **shared, **own},
+            {"params": parts["undecayed"], **shared, **({} if keeps_decay else {"weight_decay": 0.0}), **own},
+        ]
+    return [group for group in result if group["params"]]
+
+
+def _parameters(params: Any) -> list[Parameter]:
+    """The parameters of a group, whether given bare, as one, or as (name, parameter) pairs."""
+    if isinstance(params, Tensor):
+        return [params]
+    return [item[1] if isinstance(item, tuple) else item for item in params]
+
+
+def split_flat_list(
+    params: Sequence[Any], rank: int, target_modules: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Groups for a flat list of parameters: the weights that `param_groups` would project, with the rank, and the rest.
+
+    The list does not say which module a parameter belongs to, so the live module that owns all of them is looked up.
+    Where there is none (parameters made by hand), every 2-D parameter is projected.
+
+    Raises:
+        ValueError: nothing in the list is to be projected.
+    """
+    bare = _parameters(params)
+    model = _owner(bare)
+    if model is not None:
+        projected = set(projected_weights(model, target_modules))
+    elif target_modules is not None:
+        raise ValueError(
+            f"FiraAdam: target_modules = {list(target_modules)!r} need the model that owns the parameters, and none is "
+            "alive; pass ds_fira.param_groups(model, rank, target_modules) instead."
+        )
+    else:
+        projected = {id(param) for param in bare if param.ndim == 2}
+    items = list(zip(params, bare, strict=True))
+    with_rank = [item for item, param in items if id(param) in projected]
+    rest = [item for item, param in items if id(param) not in projected]
+    if not with_rank:
+        raise ValueError(
+            f"FiraAdam: rank = {rank!r}, but none of the {len(bare)} parameters is a weight to project; remove the "
+            "rank or add 2-D weights."
+        )
+    groups = [{"params": with_rank, "rank": rank}]
+    return [*groups, {"params": rest}] if rest else groups
+
+
+def _owner(params: Sequence[Parameter]) -> nn.Module | None:
+    """The smallest live module that owns all of the parameters, None if there is none."""
+    wanted = {id(param) for param in params}
+    best: tuple[int, nn.Module] | None = None
+    # issubclass of the type, not isinstance: lazy proxies answer isinstance by importing what they stand for.
+    for module in [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]:
+        try:
+            owned = {id(param) for param in module.parameters()}
+        except AttributeError:  # a module whose __init__ has not run yet
+            continue
+        if wanted <= owned and (best is None or len(owned) < best[0]):
+            best = (len(owned), module)
+    return best[1] if best is not None else None
+
+
+def group_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a param group without its own values takes; `rank` is never among them."""
+    return {name: settings[name] for name in GROUP_SETTINGS if name != "rank"}
+
+
+def build_groups(
+    module: nn.Module, model_parameters: Iterable[Any], settings: dict[str, Any], zero_stage: int, dp_size: int
+) -> list[dict[str, Any]]:
+    """Param groups for a FiraAdam that DeepSpeed builds from its JSON config.
+
+    A user's groups are kept apart, with their keys. If any of them has a rank, those say what is projected; otherwise
+    the JSON rank applies to the weights that `projected_weights` names. Under ZeRO each is then split by shape, so
+    that partition boundaries fall between matrices where the number of ranks allows it.
+
+    Args:
+        module: the engine's module.
+        model_parameters: parameters, (name, parameter) pairs or param groups.
+        settings: checked JSON `params`.
+        zero_stage: 0 keeps one projected group for each user group.
+        dp_size: ranks that ZeRO partitions over.
+
+    Raises:
+        ValueError: the rank finds nothing to project.
+    """
+    given = list(model_parameters)
+    user_groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    by_rank_key = any("rank" in group for group in user_groups)
+    rank = settings["rank"]
+    projected = projected_weights(module, settings["target_modules"]) if rank is not None and not by_rank_key else {}
+    groups = []
+    for user_group in user_groups:
+        own = {key: value for key, value in user_group.items() if key != "params"}
+        params = [p for p in _parameters(user_group["params"]) if p.requires_grad and p.numel() > 0]
+        chosen = [param for param in params if "rank" in own or id(param) in projected]
+        chosen_ids = {id(param) for param in chosen}
+        rest = [param for param in params if id(param) not in chosen_ids]
+        parts = split_evenly([(tuple(p.shape), p) for p in chosen], dp_size) if zero_stage > 0 else [chosen]
+        groups += [{**({"rank": rank} if not by_rank_key else {}), **own, "params": part} for part in parts if part]
+        if rest:
+            groups.append({**own, "params": rest})
+    if rank is not None and not by_rank_key and not any("rank" in group for group in groups):
+        raise ValueError(
+            f"FiraAdam: rank = {rank!r}, but none of the trainable parameters given to DeepSpeed is a weight to "
+            "project; remove the rank or train some linear weights."
+        )
+    return groups

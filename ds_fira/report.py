@@ -1,0 +1,59 @@
+"""What a training script reports of a run: Fira at work, and the bytes of optimizer state on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_fira.memory import adamw_bytes, formula_bytes, state_bytes
+from ds_fira.zero import fira_of
+
+
+def metrics(engine: Any) -> dict[str, float | int]:
+    """Fira at work since the start of the run, over all ranks. A collective call: every rank makes it.
+
+    Args:
+        engine: a DeepSpeed engine (or its optimizer) that trains with FiraAdam.
+
+    Returns:
+        `captured_energy`, the mean over matrix steps of |P'G|^2 / |G|^2; `limiter_activations`, matrix steps in which
+        the limiter shrank the residual; `refreshes`, bases computed; `matrix_steps`; `projected_matrices`.
+
+    Raises:
+        ValueError: the engine does not train with FiraAdam.
+    """
+    optimizer = fira_of(engine)
+    parts = [optimizer.metrics]
+    if optimizer.channel is not None:
+        parts = optimizer.channel.gather_objects(optimizer.metrics)
+    if optimizer.replicated:
+        parts = parts[:1]  # every rank counted the same steps
+    matrix_steps = sum(part.matrix_steps for part in parts)
+    return {
+        "captured_energy": sum(part.captured_energy_sum for part in parts) / max(matrix_steps, 1),
+        "limiter_activations": sum(part.limiter_activations for part in parts),
+        "refreshes": sum(part.refreshes for part in parts),
+        "matrix_steps": matrix_steps,
+        "projected_matrices": sum(record.matrices for record in optimizer.inventory),
+    }
+
+
+def memory_report(engine: Any) -> dict[str, Any]:
+    """Bytes of optimizer state. A collective call: every rank makes it.
+
+    Args:
+        engine: a DeepSpeed engine (or its optimizer) that trains with FiraAdam.
+
+    Returns:
+        `optimizer_state_bytes`, measured, one figure for each rank; `paper_formula_bytes`, mr + 2nr + 1 per projected
+        matrix and AdamW for the rest at four bytes, over all ranks; `adamw_bytes`, what AdamW would hold.
+
+    Raises:
+        ValueError: the engine does not train with FiraAdam.
+    """
+    optimizer = fira_of(engine)
+    held = state_bytes(optimizer)
+    return {
+        "optimizer_state_bytes": [held] if optimizer.channel is None else optimizer.channel.gather_objects(held),
+        "paper_formula_bytes": formula_bytes(optimizer.inventory),
+        "adamw_bytes": adamw_bytes(optimizer.inventory),
+    }

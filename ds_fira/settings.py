@@ -1,0 +1,120 @@
+"""The settings of FiraAdam: their types, ranges and defaults, checked in one place.
+
+A JSON config, a param group and the constructor all go through `Settings`, so a wrong value stops with the same
+sentence wherever it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+REMEDIES = {
+    "lr": "give a learning rate of at least 0, such as 0.01",
+    "betas": "give two numbers from 0 up to but not including 1, such as [0.9, 0.999]",
+    "eps": "give a number of at least 0, such as 1e-6",
+    "weight_decay": "give a number of at least 0",
+    "rank": "give a whole number of at least 1, such as 128, or leave it out for plain AdamW",
+    "update_proj_gap": "give a whole number of steps of at least 1, such as 200",
+    "alpha": "give a number above 0, such as 0.25 or 1.0",
+    "proj_type": "choose 'std', 'reverse_std', 'left' or 'right'",
+    "gamma": "give a number above 1, such as 1.01",
+    "residual_scale": "give a number of at least 0, such as 1.0",
+    "scaling": "choose 'column', 'matrix' or 'none'",
+    "limiter": "choose 'growth' or 'none'",
+    "formulation": "choose 'released' or 'paper'",
+    "subspace": "choose 'svd'",
+    "target_modules": "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer",
+}
+
+
+class Settings(BaseModel):
+    """Every hyper-parameter of `FiraAdam`, with its default and its legal range.
+
+    `lr`, `betas`, `eps` and `weight_decay` are AdamW's. The rest belongs to projected groups: `rank` (None: nothing is
+    projected), `update_proj_gap` in steps, `alpha` (GaLore's scale of the back-projection), `proj_type` (which side is
+    projected), `gamma` (the limiter's largest growth of the residual norm from one step to the next),
+    `residual_scale` (multiplies the scaled residual in the update; the paper has 1), `scaling`, `limiter`,
+    `formulation`, `subspace` and `target_modules` (substrings of the names of the modules to project).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    lr: float = Field(1e-3, ge=0.0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(1e-6, ge=0.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    rank: int | None = Field(None, ge=1)
+    update_proj_gap: int = Field(200, ge=1)
+    alpha: float = Field(1.0, gt=0.0)
+    proj_type: Literal["std", "reverse_std", "left", "right"] = "std"
+    gamma: float = Field(1.01, gt=1.0)
+    residual_scale: float = Field(1.0, ge=0.0)
+    scaling: Literal["column", "matrix", "none"] = "column"
+    limiter: Literal["growth", "none"] = "growth"
+    formulation: Literal["released", "paper"] = "released"
+    subspace: Literal["svd"] = "svd"
+    target_modules: tuple[str, ...] | None = None
+
+    @field_validator("rank", "update_proj_gap", "lr", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any) -> Any:
+        # JSON's true would otherwise pass as the number 1.
+        if isinstance(value, bool):
+            raise ValueError("a truth value is not a number")
+        return value
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and (not value or not all(value)):
+            raise ValueError("an empty name matches nothing or everything")
+        return value
+
+
+LEGAL = tuple(Settings.model_fields)
+# What a param group may set for itself; target_modules acts before there are groups.
+GROUP_SETTINGS = tuple(name for name in LEGAL if name != "target_modules")
+
+
+def check_params(params: dict[str, Any], where: str = "FiraAdam") -> dict[str, Any]:
+    """Check a `params` block (of a JSON config, or keyword arguments) and fill in the defaults.
+
+    Args:
+        params: setting names and values as the user wrote them.
+        where: what the message names as the place of the fault.
+
+    Returns:
+        All of `LEGAL` with values of the right types.
+
+    Raises:
+        ValueError: a name is unknown or a value is out of range; one sentence with the name, the value, the remedy.
+    """
+    unknown = [key for key in params if key not in LEGAL]
+    if unknown:
+        key = unknown[0]
+        nearest = difflib.get_close_matches(key, LEGAL, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"{where}: unknown setting {key!r} = {params[key]!r}; did you mean {nearest!r}? "
+            f"Legal settings are {', '.join(LEGAL)}."
+        )
+    try:
+        settings = Settings(**params)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        raise ValueError(f"{where}: {key} = {params[key]!r} is not legal; {REMEDIES[key]}.") from None
+    if settings.target_modules is not None and settings.rank is None:
+        raise ValueError(
+            f"{where}: target_modules = {list(settings.target_modules)!r} needs a rank; "
+            "add a rank, such as 128, or remove target_modules."
+        )
+    return settings.model_dump()

@@ -1,0 +1,112 @@
+"""Frozen geometry: which elements of which matrix lie where in a flat buffer.
+
+ZeRO flattens the parameters of one group into a buffer and cuts it into equal partitions, one for each data-parallel
+rank. A partition boundary falls between two matrices, or anywhere inside one:
+
+    buffer      | A A A A A A | B B B B B B | C C C C C C | pad
+    partitions  [0 . . . . . . . . . )[1 . . . . . . . . . . . )
+                 A whole     B left   B right    C whole
+
+`MatrixShard` is one matrix's overlap with one partition. It holds no tensor, no process group and no state.
+Bounds are half-open and count elements in row-major order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixShard:
+    """One matrix's overlap with one flat buffer.
+
+    Attributes:
+        name: the parameter's name in the module; an expert of a 3-D tensor has its index appended in brackets.
+        shape: (m, n) of the whole matrix.
+        offset: the index in the flat buffer at which the fragment begins.
+        start: the matrix's first element in the fragment.
+        stop: one past the matrix's last element in the fragment.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    offset: int
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        m, n = self.shape
+        assert min(m, n) > 0, self
+        assert 0 <= self.start < self.stop <= m * n, self
+        assert self.offset >= 0, self
+
+    @property
+    def numel(self) -> int:
+        """Number of elements in the fragment."""
+        return self.stop - self.start
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the fragment is the whole matrix."""
+        return self.numel == self.shape[0] * self.shape[1]
+
+    def fragment(self, flat: Tensor) -> Tensor:
+        """The fragment as a 1-D view that shares `flat`'s storage.
+
+        Args:
+            flat: the buffer, of any shape whose row-major order is the buffer's order; contiguous.
+        """
+        return flat.view(-1).narrow(0, self.offset, self.numel)
+
+    def matrix(self, flat: Tensor) -> Tensor:
+        """The whole matrix as an (m, n) view that shares `flat`'s storage; only for a whole fragment."""
+        assert self.is_whole, self
+        return self.fragment(flat).view(self.shape)
+
+
+def matrices_of(name: str, shape: tuple[int, ...], begin: int = 0) -> list[MatrixShard]:
+    """The matrices of one parameter, whole, as they lie in a buffer from `begin` on.
+
+    A 2-D parameter is one matrix, a 3-D one (experts, m, n) is `experts` of them.
+
+    Raises:
+        ValueError: the parameter has another number of dimensions, so it cannot be projected.
+    """
+    if len(shape) == 2:
+        m, n = shape
+        return [MatrixShard(name, (m, n), begin, 0, m * n)]
+    if len(shape) == 3:
+        experts, m, n = shape
+        return [MatrixShard(f"{name}[{e}]", (m, n), begin + e * m * n, 0, m * n) for e in range(experts)]
+    raise ValueError(
+        f"FiraAdam: {name or 'a parameter'} of shape {tuple(shape)} is in a group with a rank, which takes 2-D and 3-D "
+        "weights; move it to a group without 'rank'."
+    )
+
+
+def cut(matrix: MatrixShard, partition_size: int, partitions: int) -> dict[int, MatrixShard]:
+    """Cut a whole matrix of a buffer at the partition boundaries.
+
+    Args:
+        matrix: whole, with `offset` counted from the start of the buffer.
+        partition_size: elements in each partition.
+        partitions: how many partitions the buffer has.
+
+    Returns:
+        The fragments by partition index in ascending order, `offset` counted from the start of the partition. They
+        tile the matrix.
+    """
+    assert matrix.is_whole, matrix
+    begin, end = matrix.offset, matrix.offset + math.prod(matrix.shape)
+    assert end <= partition_size * partitions, (matrix, partition_size, partitions)
+    fragments = {}
+    for index in range(begin // partition_size, (end - 1) // partition_size + 1):
+        left = max(begin, index * partition_size)
+        right = min(end, (index + 1) * partition_size)
+        fragments[index] = MatrixShard(
+            matrix.name, matrix.shape, left - index * partition_size, left - begin, right - begin
+        )
+    return fragments

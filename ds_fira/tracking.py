@@ -1,0 +1,31 @@
+"""What a run tells of Fira at work: captured energy, limiter activations, refreshes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class StepMetrics:
+    """Sums over the matrix steps of one process since it started.
+
+    Attributes:
+        matrix_steps: matrices stepped with a gradient that is not zero, summed over steps.
+        captured_energy_sum: sum of |P'G|^2 / |G|^2 over those.
+        limiter_activations: matrix steps in which the limiter shrank the residual.
+        refreshes: bases computed or received.
+    """
+
+    matrix_steps: int = 0
+    captured_energy_sum: float = 0.0
+    limiter_activations: int = 0
+    refreshes: int = 0
+
+    def record_energy(self, low_rank: Tensor, grad_square: float) -> None:
+        """Count one matrix step with R and |G|^2."""
+        if grad_square > 0.0:
+            self.matrix_steps += 1
+            self.captured_energy_sum += float(low_rank.square().sum(dtype=torch.float64)) / grad_square
