@@ -71,72 +71,151 @@ def batches(steps: int, rank: int, seed: int = 1) -> list[Tensor]:
 
 
 def train(
-    ds_config: dict[str, Any], shapes: list[tuple[int, int]], steps: int, same_data: bool = False
+    ds_config: dict[str, Any],
+    shapes: list[tuple[int, int]],
+    steps: int,
+    faults: dict[int, tuple[str, float]] | None = None,
+    **kwargs: Any,
 ) -> dict[str, Any]:
-    """Train, recording the flat gradients FiraAdam sees.
+    """Train, recording the gradients FiraAdam sees.
+
+    Args:
+        ds_config: DeepSpeed config.
+        shapes: of the linear layers.
+        steps: optimizer steps.
+        faults: by step, a parameter's name and the value its whole gradient takes on every rank.
+        **kwargs: for `build`.
 
     Returns:
-        `gradients`: per step, by group, this rank's flat gradient; `start` and `weights`: this rank's flat master
-        weights by group before and after; `state`: FiraAdam's state by group; `groups`: by group the settings and the
-        (name, shape, offset) of its parameters in the whole buffer; `losses`; `bytes_sent`; `metrics`; `memory`.
+        `gradients`: per step, by param group, the gradients of its parameters (under ZeRO one flat partition); `start`
+        and `weights`: by group the parameters before and after; `state`: by group their states; `groups`: see
+        `describe_groups`; `module`: the module's parameters; `losses`, `bytes_sent`, `layouts`, `metrics`, `memory`.
     """
-    engine = build(ds_config, shapes)
+    engine = build(ds_config, shapes, **kwargs)
     optimizer = fira_of(engine)
-    params = [group["params"][0] for group in optimizer.param_groups]
-    gradients: list[dict[int, Tensor]] = []
-    optimizer.register_step_pre_hook(
-        lambda opt, args, kwargs: gradients[-1].update(
-            {i: p.grad.clone() for i, p in enumerate(params) if any(p is q for g in opt.param_groups for q in g["params"])}
-        )
-    )
-    start = [param.detach().clone() for param in params]
+    params = [list(group["params"]) for group in optimizer.param_groups]
+    record: list[dict[int, list[Tensor | None]]] = []
+
+    def see(stepped: Any, args: Any, kwargs: Any) -> None:
+        if stepped.suspended:
+            return
+        for group in stepped.param_groups:
+            i = next(i for i, members in enumerate(params) if members[0] is group["params"][0])
+            record[-1][i] = [None if p.grad is None else p.grad.clone() for p in group["params"]]
+
+    optimizer.register_step_pre_hook(see)
+    start = [[param.detach().clone() for param in group] for group in params]
+    named = dict(engine.module.named_parameters())
     accumulation = ds_config.get("gradient_accumulation_steps", 1)
     losses = []
-    for tokens in batches(steps * accumulation, 0 if same_data else torch.distributed.get_rank()):
-        if engine.is_gradient_accumulation_boundary() or not gradients:
-            gradients.append({})
+    for index, tokens in enumerate(batches(steps * accumulation, torch.distributed.get_rank())):
+        step = index // accumulation
+        if index % accumulation == 0:
+            record.append({})
+        name, value = (faults or {}).get(step, (None, 0.0))
+        fault = named[name].register_hook(lambda grad, v=value: torch.full_like(grad, v)) if name else None
         loss = engine(tokens)
         engine.backward(loss)
         engine.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
+        if fault is not None:
+            fault.remove()
     result = {
-        "gradients": gradients,
+        "wrapper": type(engine.optimizer).__name__,
+        "gradients": record,
         "start": start,
-        "weights": [param.detach().clone() for param in params],
-        "state": [{key: value.clone() for key, value in optimizer.state[param].items()} for param in params],
+        "weights": [[param.detach().clone() for param in group] for group in params],
+        "state": [[{k: v.clone() for k, v in optimizer.state[p].items()} for p in group] for group in params],
         "groups": describe_groups(engine),
-        "module": {name: param.detach().float().clone() for name, param in engine.module.named_parameters()},
+        "module": {name: param.detach().clone() for name, param in engine.module.named_parameters()},
         "losses": losses,
+        "lr": [group["lr"] for group in optimizer.param_groups],
         "bytes_sent": optimizer.channel.bytes_sent,
         "layouts": optimizer.layouts,
         "metrics": ds_fira.metrics(engine),
         "memory": ds_fira.memory_report(engine),
     }
-    del optimizer, params
+    del optimizer
     engine.destroy()
     return result
 
 
+def train_with_object(settings: dict[str, Any], shapes: list[tuple[int, int]], **kwargs: Any) -> dict[str, Any]:
+    """`train` with an optimizer object over `ds_fira.param_groups`."""
+    torch.manual_seed(0)
+    model = Net(shapes)
+    optimizer = ds_fira.FiraAdam(ds_fira.param_groups(model, **settings))
+    return train(shapes=shapes, model=model, optimizer=optimizer, **kwargs)
+
+
+class ExpertNet(nn.Module):
+    """Five experts in one 3-D tensor, of which a token uses one."""
+
+    class Experts(nn.Module):
+        """Holds the experts."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 6, 7) * 0.1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 7)
+        self.experts = self.Experts()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        weight = self.experts.weight[tokens % 5]
+        return (weight @ hidden.unsqueeze(-1)).tanh().square().mean() + hidden.square().mean()
+
+
+def train_experts(**kwargs: Any) -> dict[str, Any]:
+    """`train` with `ExpertNet`."""
+    torch.manual_seed(0)
+    return train(shapes=[], model=ExpertNet(), **kwargs)
+
+
 def describe_groups(engine: Any) -> list[dict[str, Any]]:
-    """By param group: its settings and what lies where in the whole buffer, read from DeepSpeed independently of us."""
+    """By param group: its settings, and (name, shape, offset) of its parameters in ZeRO's buffer, by their addresses.
+
+    Read from where the module's parameters really are, not from ZeRO's books, which ds_fira reads.
+    """
     names = {id(param): name for name, param in engine.module.named_parameters()}
     wrapper = engine.optimizer
+    flats = getattr(wrapper, "bit16_groups_flat", None) or getattr(wrapper, "bf16_groups_flat", None)
+    lp_groups = getattr(wrapper, "bit16_groups", None) or getattr(wrapper, "bf16_groups", None)
     result = []
     for i, group in enumerate(fira_of(engine).param_groups):
         settings = {key: value for key, value in group.items() if key != "params"}
         members = []
-        if hasattr(wrapper, "bit16_groups_flat"):
-            base = wrapper.bit16_groups_flat[i].data_ptr()
-            size = wrapper.bit16_groups_flat[i].element_size()
-            # Where ZeRO really put a parameter: by address.
-            members = [
-                (names[id(param)], tuple(param.shape), (param.data_ptr() - base) // size)
-                for param in wrapper.bit16_groups[i]
-            ]
-        elif hasattr(wrapper, "bf16_groups_flat"):
-            base = wrapper.bf16_groups_flat[i].data_ptr()
-            members = [
-                (names[id(param)], tuple(param.shape), (param.data_ptr() - base) // 2) for param in wrapper.bf16_groups[i]
-            ]
+        if flats is not None:
+            base, size = flats[i].data_ptr(), flats[i].element_size()
+            members = [(names[id(p)], tuple(p.shape), (p.data_ptr() - base) // size) for p in lp_groups[i]]
         result.append({"settings": settings, "members": members})
     return result
+
+
+def try_to_build(
+    cases: list[tuple[dict[str, Any], str | None]], shapes: list[tuple[int, int]]
+) -> list[tuple[str, str]]:
+    """Build an engine for every case; returns the type and the text of what each raised.
+
+    Args:
+        cases: a DeepSpeed config, and what to do to the model first: "sparse", "complex", "pipeline" or None.
+        shapes: of the linear layers.
+    """
+    raised = []
+    for ds_config, change in cases:
+        model = Net(shapes)
+        if change == "sparse":
+            model.embedding.sparse = True
+        if change == "complex":
+            model.rotation = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+        if change == "pipeline":
+            model = deepspeed.pipe.PipelineModule(layers=[nn.Linear(4, 4), nn.Linear(4, 4)], num_stages=1)
+        try:
+            build(ds_config, shapes, model=model)
+            raised.append(("", ""))
+        except Exception as error:
+            raised.append((type(error).__name__, str(error)))
+    return raised

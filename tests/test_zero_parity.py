@@ -1,0 +1,172 @@
+"""Through DeepSpeed, FiraAdam makes to the bit the steps that one process makes with the same gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+
+import ds_fira
+from tests.distributed import Pools
+from tests.zero_jobs import config
+
+# 2 x (8, 6) divide by 2; 3 x (6, 9) leave a remainder; (5, 7) has an odd number of elements; (9, 4) is tall.
+SHAPES = [(8, 6), (6, 9), (8, 6), (5, 7), (6, 9), (9, 4), (6, 9)]
+PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1}
+MATRIX_KEYS = ("step", "refresh_step", "basis", "exp_avg", "exp_avg_sq", "residual_norm")
+
+
+def replay(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Make the steps of all ranks of a ZeRO run in one process, from the gradients they saw.
+
+    Returns:
+        By parameter name: `weight` and `state` of the single process, and `sharded`, the weight the ranks ended with.
+    """
+    groups, sharded = [], {}
+    params: list[list[torch.nn.Parameter]] = []
+    for i, group in enumerate(results[0]["groups"]):
+        start = torch.cat([result["start"][i][0] for result in results])
+        end = torch.cat([result["weights"][i][0] for result in results])
+        members = []
+        for name, shape, offset in group["members"]:
+            numel = torch.Size(shape).numel()
+            members.append(torch.nn.Parameter(start[offset : offset + numel].view(shape).clone()))
+            sharded[name] = end[offset : offset + numel].view(shape)
+        params.append(members)
+        groups.append({**group["settings"], "params": members})
+    optimizer = ds_fira.FiraAdam(groups)
+    for step in range(len(results[0]["gradients"])):
+        seen = [result["gradients"][step] for result in results]
+        for i, group in enumerate(results[0]["groups"]):
+            if i not in seen[0]:  # the engine skipped the step (fp16 overflow)
+                continue
+            flat = torch.cat([rank[i][0] for rank in seen])
+            for param, (_, shape, offset) in zip(params[i], group["members"], strict=True):
+                param.grad = flat[offset : offset + torch.Size(shape).numel()].view(shape).clone()
+        if seen[0]:
+            optimizer.step()
+    return {
+        name: {"weight": param.detach(), "state": optimizer.state[param], "sharded": sharded[name]}
+        for i, group in enumerate(results[0]["groups"])
+        for param, (name, _, _) in zip(params[i], group["members"], strict=True)
+    }
+
+
+def owned_states(results: list[dict[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
+    """The state of every projected matrix, from the rank that owns it; fails where two ranks hold one."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    projected = [i for i, group in enumerate(results[0]["groups"]) if "rank" in group["settings"]]
+    for i, layout in zip(projected, results[0]["layouts"], strict=True):
+        for rank, result in enumerate(results):
+            state = result["state"][i][0]
+            rows: dict[str, int] = defaultdict(int)
+            for matrix in (*layout.whole[rank], *layout.owned_cuts(rank)):
+                mark = "" if "step" in state else f".{matrix.shape[0]}x{matrix.shape[1]}"
+                assert matrix.name not in found, f"{matrix.name} has state on two ranks"
+                found[matrix.name] = {key: state[key + mark][rows[mark]] for key in MATRIX_KEYS}
+                rows[mark] += 1
+    return found
+
+
+def check(results: list[dict[str, Any]]) -> None:
+    """Weights and low-rank states equal to a single process's, bit for bit; the module's weights follow them."""
+    states = owned_states(results)
+    alone = replay(results)
+    for name, parts in alone.items():
+        assert torch.equal(parts["weight"], parts["sharded"]), name
+        for result in results:
+            assert torch.equal(result["module"][name], parts["sharded"].to(result["module"][name].dtype)), name
+        if name in states:
+            for key in MATRIX_KEYS:
+                assert torch.equal(states[name][key], parts["state"][key]), (name, key)
+    assert states.keys() == {name for name in alone if name.startswith("layers.")}
+    assert all(int(state["step"]) > 0 for state in states.values())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_any_number_of_ranks(ranks: Pools, world_size: int, stage: int, dtype: str) -> None:
+    """Seven matrices on 1 to 4 ranks: whole, cut across two and more, and partitions without any of them."""
+    results = ranks.run(world_size, "train", ds_config=config(stage, dtype, PARAMS), shapes=SHAPES, steps=7)
+    check(results)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zero_round_robin_gradients": True},
+        {"zero_reduce_scatter": False},
+        {"zero_round_robin_gradients": True, "zero_reduce_scatter": False, "zero_contiguous_gradients": False},
+        {"zero_overlap_comm": True},
+        {"zero_parameter_alignment": True},
+        {"gradient_accumulation_steps": 3},
+        {"gradient_clipping": 0.05},
+        {"zero_offload_optimizer": {"device": "cpu"}},
+    ],
+    ids=lambda options: "+".join(key.removeprefix("zero_") for key in options),
+)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_options(ranks: Pools, stage: int, options: dict[str, Any]) -> None:
+    """Every option that moves gradients or parameters about, at 3 ranks with cut matrices."""
+    results = ranks.run(3, "train", ds_config=config(stage, "bf16", PARAMS, **options), shapes=SHAPES, steps=5)
+    assert any(layout.cuts for layout in results[0]["layouts"])
+    check(results)
+
+
+def test_bf16_wrapper_of_stage_1(ranks: Pools) -> None:
+    """Stage 1 in bf16 with fp32 accumulation has a wrapper of its own, which steps all groups at once."""
+    ds_config = config(1, "bf16", PARAMS, data_types={"grad_accum_dtype": "fp32"})
+    results = ranks.run(3, "train", ds_config=ds_config, shapes=SHAPES, steps=5)
+    assert results[0]["wrapper"] == "BF16_Optimizer"
+    check(results)
+
+
+def test_bf16_master_weights(ranks: Pools) -> None:
+    """Master weights and gradients in bf16: computed in float32, rounded once, cut or not."""
+    bf16 = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    results = ranks.run(3, "train", ds_config=config(2, "bf16", PARAMS, bf16=bf16), shapes=SHAPES, steps=5)
+    assert results[0]["start"][0][0].dtype == torch.bfloat16
+    check(results)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_groups_of_the_user_s_optimizer(ranks: Pools, world_size: int) -> None:
+    """An optimizer object keeps its groups, whose matrices of different shapes are cut anywhere."""
+    ds_config = config(2, "fp32", PARAMS)
+    del ds_config["optimizer"]
+    results = ranks.run(world_size, "train_with_object", ds_config=ds_config, shapes=SHAPES, steps=5, settings=PARAMS)
+    assert [group["settings"].get("rank") for group in results[0]["groups"]] == [3, None, None]
+    check(results)
+
+
+@pytest.mark.parametrize("formulation", ["released", "paper"])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
+def test_sides(ranks: Pools, proj_type: str, formulation: str) -> None:
+    """Both sides of cut matrices, at a rank above some smaller sides."""
+    params = {**PARAMS, "rank": 6, "proj_type": proj_type, "formulation": formulation}
+    check(ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=SHAPES, steps=5))
+
+
+def test_fewer_matrices_than_ranks(ranks: Pools) -> None:
+    """One small matrix on four ranks: some partitions hold nothing of it but padding."""
+    shapes = [(1, 5)]
+    results = ranks.run(4, "train", ds_config=config(2, "fp32", {**PARAMS, "rank": 1}), shapes=shapes, steps=4)
+    held = [len(layout.whole[rank]) for layout in results[0]["layouts"] for rank in range(4)]
+    sharers = {rank for layout in results[0]["layouts"] for matrix in layout.cuts for rank, _ in matrix.fragments}
+    assert sum(held) == 0
+    assert sharers == {0, 1, 2}
+    check(results)
+
+
+def test_experts_cut_between_ranks(ranks: Pools) -> None:
+    """A 3-D tensor of experts is one matrix each, wherever the boundaries fall."""
+    results = ranks.run(3, "train_experts", ds_config=config(2, "fp32", PARAMS), steps=5)
+    layout = results[0]["layouts"][0]
+    names = {matrix.name for held in layout.whole for matrix in held} | {matrix.name for matrix in layout.cuts}
+    assert names == {f"experts.weight[{e}]" for e in range(5)}
+    assert layout.cuts
+    alone = replay(results)
+    assert torch.equal(alone["experts.weight"]["weight"], alone["experts.weight"]["sharded"])
