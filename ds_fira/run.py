@@ -1,6 +1,7 @@
 """Run a training script that knows nothing of ds_fira: `deepspeed --module ds_fira.run train.py --args`.
 
-Registers FiraAdam, then runs the script as `__main__` with its own arguments.
+Registers FiraAdam, then runs the script as `__main__` with its own arguments. Without a GPU it also keeps DeepSpeed
+from compiling its shared-memory collectives, which needs a C++ compiler and up to a minute.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import torch
+
 import ds_fira  # noqa: F401  (the import registers)
+from ds_fira.zero import skip_shared_memory_op
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     script = Path(argv.pop(0))
     if not script.is_file():
         sys.exit(f"ds_fira.run: {script} is not a file; give the path of a training script.")
+    if not torch.cuda.is_available():
+        skip_shared_memory_op()
     sys.argv = [str(script), *passed_on, *argv]
     # As python does for a script, so that it can import what lies beside it.
     sys.path.insert(0, str(script.resolve().parent))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -104,6 +105,7 @@ def train(
             record[-1][i] = [None if p.grad is None else p.grad.clone() for p in group["params"]]
 
     optimizer.register_step_pre_hook(see)
+    decompositions = count_decompositions()
     start = [[param.detach().clone() for param in group] for group in params]
     named = dict(engine.module.named_parameters())
     accumulation = ds_config.get("gradient_accumulation_steps", 1)
@@ -130,6 +132,7 @@ def train(
         "module": {name: param.detach().clone() for name, param in engine.module.named_parameters()},
         "losses": losses,
         "lr": [group["lr"] for group in optimizer.param_groups],
+        "decompositions": decompositions(),
         "bytes_sent": optimizer.channel.bytes_sent,
         "layouts": optimizer.layouts,
         "metrics": ds_fira.metrics(engine),
@@ -140,12 +143,38 @@ def train(
     return result
 
 
+def count_decompositions() -> Callable[[], int]:
+    """Count this rank's calls of torch.linalg.svd from here on; the function returned ends it and gives the count."""
+    calls, original = [], torch.linalg.svd
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    def end() -> int:
+        torch.linalg.svd = original
+        return len(calls)
+
+    torch.linalg.svd = counted
+    return end
+
+
 def train_with_object(settings: dict[str, Any], shapes: list[tuple[int, int]], **kwargs: Any) -> dict[str, Any]:
     """`train` with an optimizer object over `ds_fira.param_groups`."""
     torch.manual_seed(0)
     model = Net(shapes)
     optimizer = ds_fira.FiraAdam(ds_fira.param_groups(model, **settings))
     return train(shapes=shapes, model=model, optimizer=optimizer, **kwargs)
+
+
+def train_with_groups(shapes: list[tuple[int, int]], **kwargs: Any) -> dict[str, Any]:
+    """`train` with param groups of the user's, none of which says what is projected."""
+    torch.manual_seed(0)
+    model = Net(shapes)
+    first = [model.layers[0].weight, model.layers[1].weight, model.norm.weight]
+    others = [param for param in model.parameters() if all(param is not member for member in first)]
+    groups = [{"params": first, "lr": 0.02, "weight_decay": 0.3, "name": "first"}, {"params": others}]
+    return train(shapes=shapes, model=model, model_parameters=groups, **kwargs)
 
 
 class ExpertNet(nn.Module):

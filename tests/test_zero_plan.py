@@ -1,0 +1,130 @@
+"""The layout of real models: no cuts where ranks divide the layers, balanced state, and the bytes that cuts cost."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ds_fira.groups import build_groups, group_defaults
+from ds_fira.layout import GroupLayout, plan_groups, state_numel
+from ds_fira.memory import ParamRecord
+from ds_fira.settings import check_params
+from ds_fira.shard import matrices_of
+from tests.distributed import Pools
+from tests.zero_jobs import config
+
+# (hidden, intermediate, heads, layers, rank): the paper's Tables 2 and 5, and its 7B at rank 1024.
+LLAMAS = {
+    "60m": (512, 1376, 8, 8, 128),
+    "130m": (768, 2048, 12, 12, 256),
+    "350m": (1024, 2736, 16, 24, 256),
+    "1b": (2048, 5461, 32, 24, 512),
+    "7b": (4096, 11008, 32, 32, 1024),
+}
+
+
+def plan_of_llama(size: str, ranks: int) -> tuple[list[GroupLayout], list[int], int]:
+    """The layout of a LLaMA under ZeRO: the projected groups' layouts, state elements by rank, and their formula."""
+    hidden, intermediate, heads, layers, rank = LLAMAS[size]
+    llama = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama)
+    settings = check_params({"rank": rank})
+    groups = build_groups(model, model.parameters(), settings, zero_stage=2, dp_size=ranks)
+    buffers, state = [], [0] * ranks
+    formula = 0
+    for group in groups:
+        matrices, begin = [], 0
+        for param in group["params"]:
+            formula += ParamRecord.of("", tuple(param.shape), {**group_defaults(settings), **group}).state_elements
+            if "rank" in group:
+                matrices += matrices_of("", tuple(param.shape), begin)
+            begin += param.numel()
+        partition = math.ceil(begin / (2 * ranks)) * 2
+        if "rank" in group:
+            buffers.append((matrices, partition))
+        else:
+            state = [held + 2 * partition for held in state]
+    layouts = plan_groups(buffers, ranks, [lambda shape: state_numel(shape, rank)] * len(buffers))
+    for layout in layouts:
+        for index in range(ranks):
+            owned = (*layout.whole[index], *layout.owned_cuts(index))
+            state[index] += sum(state_numel(matrix.shape, rank) for matrix in owned)
+    return layouts, state, formula
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("size", LLAMAS)
+def test_llama_state_is_balanced(size: str, ranks: int) -> None:
+    """The largest rank's state is at most 1.1 x (total / ranks); all ranks together hold what one process would."""
+    layouts, state, formula = plan_of_llama(size, ranks)
+    padding = 2 * 2 * ranks  # of the AdamW group's buffer
+    assert formula <= sum(state) <= formula + padding
+    assert max(state) <= 1.1 * formula / ranks
+    if LLAMAS[size][3] % ranks == 0:
+        assert not any(layout.cuts for layout in layouts)
+
+
+def test_paper_saving_for_1b() -> None:
+    """The formula gives the paper's 61.1% smaller states for LLaMA 1B at rank 512."""
+    hidden, intermediate, _, layers, rank = LLAMAS["1b"]
+    attention, mlp = (hidden, hidden), (hidden, intermediate)
+    projected = layers * (4 * state_numel(attention, rank) + 3 * state_numel(mlp, rank))
+    full = layers * (4 * 2 * math.prod(attention) + 3 * 2 * math.prod(mlp))
+    others = 2 * (2 * 32000 * hidden)
+    assert 1 - (projected + others) / (full + others) == pytest.approx(0.611, abs=0.0005)
+
+
+def test_counted_bytes_of_cut_matrices(ranks: Pools) -> None:
+    """Three ranks, by hand: what crosses ranks in a step is the borrowed fragments, gradient and weight, and back.
+
+    (6, 9): 54 elements in partitions of 18, three fragments. (4, 4): 16 elements in partitions of 6, fragments of 6, 6
+    and 4. The first has the larger state and goes to rank 0; the second to the least loaded of the others, rank 1.
+    """
+    params = {"lr": 0.01, "rank": 2, "update_proj_gap": 2}
+    results = ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=[(6, 9), (4, 4)], steps=5)
+    layouts: list[GroupLayout] = results[0]["layouts"]
+    fragments = [[(rank, f.numel) for rank, f in matrix.fragments] for layout in layouts for matrix in layout.cuts]
+    assert fragments == [[(0, 18), (1, 18), (2, 18)], [(0, 6), (1, 6), (2, 4)]]
+    assert [matrix.owner for layout in layouts for matrix in layout.cuts] == [0, 1]
+    element = 4
+    lent = [6, 18, 18 + 4]  # to the owners: rank 0 of the second matrix, rank 1 of the first, rank 2 of both
+    borrowed = [18 + 18, 6 + 4, 0]  # returned by the owners
+    expected = [5 * element * (2 * out + back) for out, back in zip(lent, borrowed, strict=True)]
+    assert [result["bytes_sent"] for result in results] == expected
+
+
+def test_no_bytes_where_nothing_is_cut(ranks: Pools) -> None:
+    """Matrices that divide by the ranks: no collective of ours in any step, refresh steps included."""
+    params = {"lr": 0.01, "rank": 2, "update_proj_gap": 2}
+    shapes = [(6, 8)] * 4 + [(8, 4)] * 2
+    results = ranks.run(2, "train", ds_config=config(2, "bf16", params), shapes=shapes, steps=5)
+    assert [result["bytes_sent"] for result in results] == [0, 0]
+    assert results[0]["metrics"]["refreshes"] == 3 * 6
+
+
+def test_measured_bytes_agree_with_the_plan(ranks: Pools) -> None:
+    """A live engine's states on three ranks add up to the formula, but for counters and padding."""
+    params = {"lr": 0.01, "rank": 3, "update_proj_gap": 2}
+    shapes = [(8, 6), (6, 9), (5, 7), (6, 9)]
+    results = ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=shapes, steps=3)
+    memory: dict[str, Any] = results[0]["memory"]
+    assert all(result["memory"] == memory for result in results)
+    counters = 2 * 8 * len(shapes) + 3 * 8  # step and refresh_step by matrix; AdamW's step by rank
+    padding = 2 * 4 * 2 * 3
+    held = sum(memory["optimizer_state_bytes"])
+    assert memory["paper_formula_bytes"] + counters <= held <= memory["paper_formula_bytes"] + counters + padding
+    projected = sum(state_numel(shape, 3) for shape in shapes)
+    others = 2 * (11 * 6 + 6 + 6 + 11 * 6)
+    assert memory["paper_formula_bytes"] == 4 * (projected + others)
+    assert memory["adamw_bytes"] == 4 * (2 * sum(math.prod(shape) for shape in shapes) + others)
