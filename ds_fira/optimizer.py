@@ -135,7 +135,9 @@ class FiraAdam(Optimizer):
         self._replicas: Channel | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._reset_runtime()
+        # Also called by load_state_dict, on an optimizer that knows its place already.
+        if "_bindings" not in self.__dict__:
+            self._reset_runtime()
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

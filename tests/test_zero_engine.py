@@ -247,3 +247,13 @@ def test_unmodified_script_under_the_launcher(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert json.loads(out.read_text()) == ["FiraAdam", 2, True]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("save_at", [3, 4])
+def test_resume_is_exact(ranks: Pools, tmp_path: Path, stage: int, save_at: int) -> None:
+    """Saved at a refresh or between two, loaded into a new engine on as many ranks: the same run to the bit."""
+    ds_config = config(stage, "bf16", PARAMS)
+    assert ranks.run(
+        3, "resume", ds_config=ds_config, shapes=SHAPES, steps=7, save_at=save_at, folder=str(tmp_path)
+    ) == [True] * 3

@@ -83,6 +83,8 @@ def check(results: list[dict[str, Any]]) -> None:
                 assert torch.equal(states[name][key], parts["state"][key]), (name, key)
     assert states.keys() == {name for name in alone if name.startswith("layers.")}
     assert all(int(state["step"]) > 0 for state in states.values())
+    # Every basis was computed on one rank, and on no other.
+    assert sum(result["decompositions"] for result in results) == results[0]["metrics"]["refreshes"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -92,6 +94,8 @@ def test_any_number_of_ranks(ranks: Pools, world_size: int, stage: int, dtype: s
     """Seven matrices on 1 to 4 ranks: whole, cut across two and more, and partitions without any of them."""
     results = ranks.run(world_size, "train", ds_config=config(stage, dtype, PARAMS), shapes=SHAPES, steps=7)
     check(results)
+    # Steps with and without the limiter, or the comparison says little about it.
+    assert 0 < results[0]["metrics"]["limiter_activations"] < results[0]["metrics"]["matrix_steps"]
 
 
 @pytest.mark.parametrize(

@@ -6,73 +6,23 @@ import math
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from ds_fira.groups import build_groups, group_defaults
-from ds_fira.layout import GroupLayout, plan_groups, state_numel
-from ds_fira.memory import ParamRecord
-from ds_fira.settings import check_params
-from ds_fira.shard import matrices_of
+from benchmarks.layout import BYTES, LLAMAS, plan_llama
+from ds_fira.layout import GroupLayout, state_numel
 from tests.distributed import Pools
 from tests.zero_jobs import config
 
-# (hidden, intermediate, heads, layers, rank): the paper's Tables 2 and 5, and its 7B at rank 1024.
-LLAMAS = {
-    "60m": (512, 1376, 8, 8, 128),
-    "130m": (768, 2048, 12, 12, 256),
-    "350m": (1024, 2736, 16, 24, 256),
-    "1b": (2048, 5461, 32, 24, 512),
-    "7b": (4096, 11008, 32, 32, 1024),
-}
-
-
-def plan_of_llama(size: str, ranks: int) -> tuple[list[GroupLayout], list[int], int]:
-    """The layout of a LLaMA under ZeRO: the projected groups' layouts, state elements by rank, and their formula."""
-    hidden, intermediate, heads, layers, rank = LLAMAS[size]
-    llama = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_hidden_layers=layers,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(llama)
-    settings = check_params({"rank": rank})
-    groups = build_groups(model, model.parameters(), settings, zero_stage=2, dp_size=ranks)
-    buffers, state = [], [0] * ranks
-    formula = 0
-    for group in groups:
-        matrices, begin = [], 0
-        for param in group["params"]:
-            formula += ParamRecord.of("", tuple(param.shape), {**group_defaults(settings), **group}).state_elements
-            if "rank" in group:
-                matrices += matrices_of("", tuple(param.shape), begin)
-            begin += param.numel()
-        partition = math.ceil(begin / (2 * ranks)) * 2
-        if "rank" in group:
-            buffers.append((matrices, partition))
-        else:
-            state = [held + 2 * partition for held in state]
-    layouts = plan_groups(buffers, ranks, [lambda shape: state_numel(shape, rank)] * len(buffers))
-    for layout in layouts:
-        for index in range(ranks):
-            owned = (*layout.whole[index], *layout.owned_cuts(index))
-            state[index] += sum(state_numel(matrix.shape, rank) for matrix in owned)
-    return layouts, state, formula
-
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("size", LLAMAS)
-def test_llama_state_is_balanced(size: str, ranks: int) -> None:
+@pytest.mark.parametrize("model", LLAMAS)
+def test_llama_state_is_balanced(model: str, ranks: int) -> None:
     """The largest rank's state is at most 1.1 x (total / ranks); all ranks together hold what one process would."""
-    layouts, state, formula = plan_of_llama(size, ranks)
-    padding = 2 * 2 * ranks  # of the AdamW group's buffer
-    assert formula <= sum(state) <= formula + padding
-    assert max(state) <= 1.1 * formula / ranks
-    if LLAMAS[size][3] % ranks == 0:
-        assert not any(layout.cuts for layout in layouts)
+    plan = plan_llama(model, ranks)
+    padding = BYTES * 2 * 2 * ranks  # of the AdamW group's buffer
+    assert plan.formula <= sum(plan.by_rank) <= plan.formula + padding
+    assert plan.imbalance <= 1.1
+    if LLAMAS[model][3] % ranks == 0:
+        assert plan.cut_matrices == 0
 
 
 def test_paper_saving_for_1b() -> None:

@@ -248,3 +248,33 @@ def try_to_build(
         except Exception as error:
             raised.append((type(error).__name__, str(error)))
     return raised
+
+
+def resume(ds_config: dict[str, Any], shapes: list[tuple[int, int]], steps: int, save_at: int, folder: str) -> bool:
+    """Whether a run saved at a step and loaded into a new engine ends with the weights and states of the whole run."""
+    tokens = batches(steps, torch.distributed.get_rank())
+
+    def advance(engine: Any, first: int, last: int) -> None:
+        for batch in tokens[first:last]:
+            engine.backward(engine(batch))
+            engine.step()
+
+    def snapshot(engine: Any) -> list[Tensor]:
+        optimizer = fira_of(engine)
+        states = [optimizer.state[param] for group in optimizer.param_groups for param in group["params"]]
+        weights = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
+        return weights + [value.clone() for state in states for value in state.values()]
+
+    whole = build(ds_config, shapes)
+    advance(whole, 0, save_at)
+    whole.save_checkpoint(folder)
+    advance(whole, save_at, steps)
+    expected = snapshot(whole)
+    whole.destroy()
+    resumed = build(ds_config, shapes, seed=7)
+    resumed.load_checkpoint(folder)
+    advance(resumed, save_at, steps)
+    found = snapshot(resumed)
+    resumed.destroy()
+    assert len(found) == len(expected)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))

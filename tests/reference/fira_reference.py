@@ -1,0 +1,175 @@
+"""Fira with Adam for one matrix, from Algorithm 1 of arXiv 2410.01623 and from PyPI fira 1.0.2, in plain torch.
+
+Written to be read, not to be fast: the residual S is formed in full, each column has its scale written out, and
+nothing is taken from ds_fira. The arithmetic runs in ``dtype`` (float64 unless told). The basis alone comes from an
+SVD in float32 (float64 for a float64 gradient), called as fira calls it: the signs of singular vectors are arbitrary,
+and the moments survive a refresh, so two programs agree only if they take the same signs.
+
+    formulation="released"   residual G - alpha P R; alpha P N in the update; bias correction on the step size
+    formulation="paper"      residual G - P R; bias correction inside N; alpha multiplies the whole update
+"""
+
+import math
+
+import torch
+
+NORM_EPS = 1e-8  # beside |R_j| in the scale and beside |S_prev| in the limiter
+
+
+def side_of(shape, *, proj_type, formulation):
+    """"left" (P is m x r, R = P'G) or "right" (R = G P) for a matrix of shape (m, n)."""
+    m, n = shape
+    if proj_type in ("left", "right"):
+        return proj_type
+    if proj_type == "reverse_std":
+        return "left" if m >= n else "right"
+    if formulation == "released":
+        return "right" if m >= n else "left"
+    return "left" if m <= n else "right"
+
+
+class FiraReference:
+    """One (m, n) matrix. ``step(gradient)`` changes ``weight``; ``limited`` tells, step by step, what the limiter did.
+
+    ``history_floor``: a residual norm below this share of |phi * G| counts as none (see DESIGN: known faults).
+    """
+
+    def __init__(self, weight, *, rank, update_proj_gap=200, alpha=1.0, proj_type="std", formulation="released",
+                 scaling="column", limiter="growth", gamma=1.01, residual_scale=1.0, lr=1e-3, betas=(0.9, 0.999),
+                 eps=1e-6, weight_decay=0.0, dtype=torch.float64, history_floor=1e-5):
+        assert formulation in ("released", "paper")
+        assert scaling in ("column", "matrix", "none")
+        assert limiter in ("growth", "none")
+        assert weight.dim() == 2
+        self.dtype, self.weight = dtype, weight.detach().to(dtype).clone()
+        m, n = weight.shape
+        self.rank = min(rank, m, n)
+        self.side = side_of((m, n), proj_type=proj_type, formulation=formulation)
+        self.update_proj_gap, self.alpha, self.formulation = update_proj_gap, alpha, formulation
+        self.scaling, self.limiter, self.gamma, self.residual_scale = scaling, limiter, gamma, residual_scale
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.history_floor = history_floor
+        self.steps, self.refresh_step, self.residual_norm = 0, -1, 0.0
+        self.basis = self.exp_avg = self.exp_avg_sq = None
+        self.limited, self.residual_share, self.refreshes = [], [], []
+
+    def refresh(self, gradient):
+        matrix = gradient if gradient.dtype == torch.float64 else gradient.float()
+        left_vectors, _, right_vectors_t = torch.linalg.svd(matrix, full_matrices=False)
+        basis = left_vectors[:, : self.rank] if self.side == "left" else right_vectors_t[: self.rank, :].T
+        self.basis = basis.to(self.dtype)
+        self.refresh_step = self.steps
+        self.refreshes.append(self.steps)
+
+    def refresh_is_due(self):
+        if self.basis is None:
+            return True
+        latest_multiple = (self.steps // self.update_proj_gap) * self.update_proj_gap
+        return self.refresh_step < latest_multiple
+
+    def project(self, full):
+        return self.basis.T @ full if self.side == "left" else full @ self.basis
+
+    def project_back(self, low):
+        return self.basis @ low if self.side == "left" else low @ self.basis.T
+
+    def scale(self, normalised, low_rank_gradient):
+        """phi, shaped to multiply an (m, n) matrix: one per column (left), one per row (right), or one for all."""
+        if self.scaling == "none":
+            return torch.ones(1, 1, dtype=self.dtype)
+        if self.scaling == "matrix":
+            return (normalised.norm() / (low_rank_gradient.norm() + NORM_EPS)).reshape(1, 1)
+        along = 0 if self.side == "left" else 1
+        return normalised.norm(dim=along, keepdim=True) / (low_rank_gradient.norm(dim=along, keepdim=True) + NORM_EPS)
+
+    def limit(self, residual, beside):
+        """The norm-growth limiter. ``beside`` is |phi * G|, which tells a real residual from rounding."""
+        norm = residual.norm().item()
+        shrink = 1.0
+        if self.limiter == "growth" and self.residual_norm > 0.0:
+            shrink = max(norm / (self.residual_norm + NORM_EPS), self.gamma) / self.gamma
+        self.limited.append(shrink > 1.0)
+        self.residual_share.append(norm / beside if beside > 0.0 else 0.0)
+        self.residual_norm = norm / shrink if norm > self.history_floor * beside else 0.0
+        return residual / shrink
+
+    def step(self, gradient):
+        as_given, gradient = gradient.detach(), gradient.detach().to(self.dtype)
+        if not torch.isfinite(gradient).all():
+            return
+        usable = bool((gradient != 0).any())
+        if self.basis is None and not usable:
+            self.decay()
+            return
+        if usable and self.refresh_is_due():
+            self.refresh(as_given)
+
+        low = self.project(gradient)  # R
+        if self.exp_avg is None:
+            self.exp_avg, self.exp_avg_sq = torch.zeros_like(low), torch.zeros_like(low)
+        beta1, beta2 = self.betas
+        self.steps += 1
+        self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * low
+        self.exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * low * low
+        correction = math.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
+        normalised = self.exp_avg / (self.exp_avg_sq.sqrt() + self.eps)  # N
+
+        if self.formulation == "paper":
+            normalised = correction * normalised
+            residual = gradient - self.project_back(low)
+        else:
+            residual = gradient - self.alpha * self.project_back(low)
+        phi = self.scale(normalised, low)
+        residual = self.limit(phi * residual, beside=(phi * gradient).norm().item())
+
+        if self.formulation == "paper":
+            update = self.alpha * (self.project_back(normalised) + self.residual_scale * residual)
+            self.weight -= self.lr * update
+        else:
+            update = self.alpha * self.project_back(normalised) + self.residual_scale * residual
+            self.weight -= self.lr * correction * update
+        self.decay()
+
+    def decay(self):
+        self.weight -= self.lr * self.weight_decay * self.weight
+
+
+class FiraStackReference:
+    """A (E, m, n) tensor as E independent matrices, with the attributes of FiraReference stacked where asked."""
+
+    def __init__(self, weight, **settings):
+        self.experts = [FiraReference(expert, **settings) for expert in weight]
+
+    @property
+    def weight(self):
+        return torch.stack([expert.weight for expert in self.experts])
+
+    def step(self, gradient):
+        for expert, expert_gradient in zip(self.experts, gradient, strict=True):
+            expert.step(expert_gradient)
+
+
+class AdamWReference:
+    """fira 1.0.2 on a parameter without a rank: eps outside the square root, decay after the update.
+
+    An element whose gradient is not finite keeps its weight and its moments.
+    """
+
+    def __init__(self, weight, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, dtype=torch.float64):
+        self.dtype, self.weight = dtype, weight.detach().to(dtype).clone()
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.steps = 0
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+
+    def step(self, gradient):
+        gradient = gradient.detach().to(self.dtype)
+        finite = torch.isfinite(gradient)
+        safe = torch.where(finite, gradient, torch.zeros_like(gradient))
+        beta1, beta2 = self.betas
+        self.steps += 1
+        self.exp_avg = torch.where(finite, beta1 * self.exp_avg + (1 - beta1) * safe, self.exp_avg)
+        self.exp_avg_sq = torch.where(finite, beta2 * self.exp_avg_sq + (1 - beta2) * safe * safe, self.exp_avg_sq)
+        step_size = self.lr * math.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
+        moved = self.weight - step_size * self.exp_avg / (self.exp_avg_sq.sqrt() + self.eps)
+        moved = moved - self.lr * self.weight_decay * moved
+        self.weight = torch.where(finite, moved, self.weight)
