@@ -151,8 +151,9 @@ def apply_update_(
     step_size: float,
     alpha: float,
     residual_scale: float,
+    decay: float,
 ) -> None:
-    """W <- W - step_size * (a P N + residual_scale * phi * (G - a P R)), phi after the limiter.
+    """W <- (1 - decay) * (W - step_size * (a P N + residual_scale * phi * (G - a P R))), phi after the limiter.
 
     One product, accumulated into W. In float32 nothing as large as W is allocated; a weight of another dtype is
     updated in blocks of rows in the gradient's dtype and rounded once.
@@ -168,6 +169,7 @@ def apply_update_(
         step_size: multiplies the whole update.
         alpha: a inside the update, 1 in the paper's formulation.
         residual_scale: multiplies the scaled residual.
+        decay: lr * weight_decay.
     """
     phi = phi * residual_scale
     by_row = side == "right" and phi.numel() > 1
@@ -179,11 +181,14 @@ def apply_update_(
     if weight.dtype == grad.dtype:
         weight.addcmul_(grad, phi.expand_as(grad), value=-step_size)
         weight.addmm_(left, right, alpha=-step_size * alpha)
+        decay_(weight, decay)
         return
     for first in range(0, weight.shape[0], ROW_BLOCK):
         rows = slice(first, first + ROW_BLOCK)
         update = (grad[rows] * (phi[rows] if by_row else phi)).addmm_(left[rows], right, alpha=alpha)
-        weight[rows] = weight[rows].to(grad.dtype).sub_(update, alpha=step_size).to(weight.dtype)
+        value = weight[rows].to(grad.dtype).sub_(update, alpha=step_size)
+        decay_(value, decay)
+        weight[rows] = value.to(weight.dtype)
 
 
 def adamw_(
@@ -226,12 +231,12 @@ def adamw_(
     value = param if param.dtype == exp_avg.dtype else param.to(exp_avg.dtype)
     direction = adam_direction_(grad, exp_avg, exp_avg_sq, betas=betas, eps=eps)
     value.add_(direction, alpha=-lr * bias_correction(step, betas))
-    decay_(value, lr=lr, weight_decay=weight_decay)
+    decay_(value, lr * weight_decay)
     if value is not param:
         param.copy_(value)
 
 
-def decay_(weight: Tensor, *, lr: float, weight_decay: float) -> None:
-    """Decoupled weight decay, W <- W - lr * weight_decay * W."""
-    if weight_decay != 0.0:
-        weight.mul_(1.0 - lr * weight_decay)
+def decay_(weight: Tensor, decay: float) -> None:
+    """Decoupled weight decay, W <- (1 - decay) * W for decay = lr * weight_decay."""
+    if decay != 0.0:
+        weight.mul_(1.0 - decay)

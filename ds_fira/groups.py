@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ds_fira.layout import split_evenly
-from ds_fira.selection import projected_weights, undecayed_weights
+from ds_fira.selection import find_projected_weights, projected_weights, undecayed_weights
 from ds_fira.settings import GROUP_SETTINGS, check_params
 
 
@@ -79,23 +79,25 @@ def split_flat_list(
 ) -> list[dict[str, Any]]:
     """Groups for a flat list of parameters: the weights that `param_groups` would project, with the rank, and the rest.
 
-    The list does not say which module a parameter belongs to, so the live module that owns all of them is looked up.
-    Where there is none (parameters made by hand), every 2-D parameter is projected.
+    The list does not say which module a parameter belongs to, so the live modules that own them are looked up. Of those
+    that no module owns (made by hand), every 2-D parameter is projected.
 
     Raises:
         ValueError: nothing in the list is to be projected.
     """
     bare = _parameters(params)
-    model = _owner(bare)
-    if model is not None:
-        projected = set(projected_weights(model, target_modules))
-    elif target_modules is not None:
+    owners = _owners(bare)
+    owned = {id(param) for owner in owners for param in owner.parameters()}
+    projected = {id(param) for param in bare if param.ndim == 2 and id(param) not in owned}
+    if target_modules is not None and not owners:
         raise ValueError(
             f"FiraAdam: target_modules = {list(target_modules)!r} need the model that owns the parameters, and none is "
             "alive; pass ds_fira.param_groups(model, rank, target_modules) instead."
         )
-    else:
-        projected = {id(param) for param in bare if param.ndim == 2}
+    for owner in owners:
+        projected |= find_projected_weights(owner, target_modules).keys()
+    if len(owners) == 1 and not projected:
+        projected_weights(owners[0], target_modules)  # says what is wrong
     items = list(zip(params, bare, strict=True))
     with_rank = [item for item, param in items if id(param) in projected]
     rest = [item for item, param in items if id(param) not in projected]
@@ -108,19 +110,25 @@ def split_flat_list(
     return [*groups, {"params": rest}] if rest else groups
 
 
-def _owner(params: Sequence[Parameter]) -> nn.Module | None:
-    """The smallest live module that owns all of the parameters, None if there is none."""
-    wanted = {id(param) for param in params}
-    best: tuple[int, nn.Module] | None = None
+def _owners(params: Sequence[Parameter]) -> list[nn.Module]:
+    """The live modules that own the parameters: as few as will do, the smallest of those that own as many."""
+    missing = {id(param) for param in params}
+    candidates = []
     # issubclass of the type, not isinstance: lazy proxies answer isinstance by importing what they stand for.
     for module in [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]:
         try:
             owned = {id(param) for param in module.parameters()}
         except AttributeError:  # a module whose __init__ has not run yet
             continue
-        if wanted <= owned and (best is None or len(owned) < best[0]):
-            best = (len(owned), module)
-    return best[1] if best is not None else None
+        if owned & missing:
+            candidates.append((len(owned & missing), -len(owned), owned, module))
+    candidates.sort(key=lambda candidate: candidate[:2], reverse=True)
+    owners = []
+    for _, _, owned, module in candidates:
+        if owned & missing:
+            owners.append(module)
+            missing -= owned
+    return owners
 
 
 def group_defaults(settings: dict[str, Any]) -> dict[str, Any]:

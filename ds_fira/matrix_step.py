@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds_fira import functional as F
@@ -40,8 +41,8 @@ class MatrixTask:
 
     @property
     def finite(self) -> bool:
-        """Whether the gradient and its squares are finite."""
-        return self.grad_square < float("inf")
+        """Whether the gradient is finite, and its squares and their sums are too in the states' dtype."""
+        return self.grad_square < torch.finfo(self.state.basis.dtype).max
 
     @property
     def refresh_due(self) -> bool:
@@ -73,10 +74,11 @@ def update_matrix(task: MatrixTask, metrics: StepMetrics) -> None:
     group, state = task.group, task.state
     if not task.finite:
         return
-    if state.refresh_step >= 0:
-        state.step += 1
-        _apply(task, metrics)
-    F.decay_(task.weight, lr=group["lr"], weight_decay=group["weight_decay"])
+    if state.refresh_step < 0:
+        F.decay_(task.weight, group["lr"] * group["weight_decay"])
+        return
+    state.step += 1
+    _apply(task, metrics)
 
 
 def _apply(task: MatrixTask, metrics: StepMetrics) -> None:
@@ -105,6 +107,7 @@ def _apply(task: MatrixTask, metrics: StepMetrics) -> None:
         step_size=group["lr"] * (group["alpha"] if paper else correction),
         alpha=alpha,
         residual_scale=group["residual_scale"],
+        decay=group["lr"] * group["weight_decay"],
     )
     metrics.record_energy(low_rank, task.grad_square)
 

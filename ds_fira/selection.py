@@ -40,8 +40,8 @@ def _head_and_embeddings(model: nn.Module) -> set[int]:
     return excluded
 
 
-def projected_weights(model: nn.Module, target_modules: Sequence[str] | None = None) -> dict[int, str]:
-    """The weights of a model that a rank applies to.
+def find_projected_weights(model: nn.Module, target_modules: Sequence[str] | None = None) -> dict[int, str]:
+    """The weights of a model that a rank applies to, none if there are none.
 
     Without `target_modules`: the weights of `nn.Linear`, of transformers' `Conv1D`, and 3-D expert tensors; not the
     output head, a head tied to the embedding, embeddings, norms or biases. With it: the weights of those kinds (the
@@ -49,9 +49,6 @@ def projected_weights(model: nn.Module, target_modules: Sequence[str] | None = N
 
     Returns:
         Parameter names by `id` of the parameter.
-
-    Raises:
-        ValueError: a model has nothing to project, or `target_modules` match nothing.
     """
     excluded = set() if target_modules is not None else _head_and_embeddings(model)
     found = {}
@@ -63,6 +60,16 @@ def projected_weights(model: nn.Module, target_modules: Sequence[str] | None = N
             weight = getattr(module, key)
             if id(weight) not in excluded:
                 found[id(weight)] = f"{name}.{key}" if name else key
+    return found
+
+
+def projected_weights(model: nn.Module, target_modules: Sequence[str] | None = None) -> dict[int, str]:
+    """As `find_projected_weights`, for a model that must have some.
+
+    Raises:
+        ValueError: the model has nothing to project, or `target_modules` match nothing.
+    """
+    found = find_projected_weights(model, target_modules)
     if not found and target_modules is not None:
         names = [name for name, module in model.named_modules() if _is_linear(module)]
         raise ValueError(

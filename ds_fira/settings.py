@@ -82,6 +82,8 @@ class Settings(BaseModel):
 
 
 LEGAL = tuple(Settings.model_fields)
+# What other libraries call a setting, where the spelling alone would suggest another.
+OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "wd": "weight_decay"}
 # What a param group may set for itself; target_modules acts before there are groups.
 GROUP_SETTINGS = tuple(name for name in LEGAL if name != "target_modules")
 
@@ -102,7 +104,7 @@ def check_params(params: dict[str, Any], where: str = "FiraAdam") -> dict[str, A
     unknown = [key for key in params if key not in LEGAL]
     if unknown:
         key = unknown[0]
-        nearest = difflib.get_close_matches(key, LEGAL, n=1, cutoff=0.0)[0]
+        nearest = OTHER_NAMES.get(key) or difflib.get_close_matches(key, LEGAL, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"{where}: unknown setting {key!r} = {params[key]!r}; did you mean {nearest!r}? "
             f"Legal settings are {', '.join(LEGAL)}."

@@ -13,13 +13,34 @@ from ds_fira.settings import check_params
 from tests.reference.gradients import make_weight
 
 WRONG_VALUES = [
-    ("rank", 0), ("rank", -3), ("rank", 2.5), ("rank", "many"),
-    ("update_proj_gap", 0), ("update_proj_gap", -1), ("update_proj_gap", 1.5),
-    ("gamma", 1.0), ("gamma", 0.5), ("gamma", math.nan),
-    ("lr", -1e-3), ("lr", math.nan), ("lr", math.inf), ("eps", -1e-8), ("weight_decay", -0.1),
-    ("betas", (1.0, 0.999)), ("betas", (0.9, 1.0)), ("betas", (-0.1, 0.9)), ("betas", (0.9,)), ("betas", 0.9),
-    ("proj_type", "full"), ("proj_type", "diagonal"), ("scaling", "row"), ("limiter", "clip"),
-    ("formulation", "published"), ("subspace", "magic"), ("alpha", math.nan), ("residual_scale", math.nan),
+    ("rank", 0),
+    ("rank", -3),
+    ("rank", 2.5),
+    ("rank", "many"),
+    ("update_proj_gap", 0),
+    ("update_proj_gap", -1),
+    ("update_proj_gap", 1.5),
+    ("gamma", 1.0),
+    ("gamma", 0.5),
+    ("gamma", math.nan),
+    ("lr", -1e-3),
+    ("lr", math.nan),
+    ("lr", math.inf),
+    ("eps", -1e-8),
+    ("weight_decay", -0.1),
+    ("betas", (1.0, 0.999)),
+    ("betas", (0.9, 1.0)),
+    ("betas", (-0.1, 0.9)),
+    ("betas", (0.9,)),
+    ("betas", 0.9),
+    ("proj_type", "full"),
+    ("proj_type", "diagonal"),
+    ("scaling", "row"),
+    ("limiter", "clip"),
+    ("formulation", "published"),
+    ("subspace", "magic"),
+    ("alpha", math.nan),
+    ("residual_scale", math.nan),
 ]
 ids = [f"{key}={value}" for key, value in WRONG_VALUES]
 
@@ -66,10 +87,19 @@ def test_param_groups_helper(key, value):
     assert_names(error, key, value)
 
 
-@pytest.mark.parametrize(("typo", "meant"), [("rnak", "rank"), ("update_gap", "update_proj_gap"), ("proj", "proj_type"),
-                                         ("weight_deacy", "weight_decay"), ("target_module", "target_modules"),
-                                         ("learning_rate", "lr"), ("Alpha", "alpha"), ("residual_scaling",
-                                                                                        "residual_scale")])
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("rnak", "rank"),
+        ("update_gap", "update_proj_gap"),
+        ("proj", "proj_type"),
+        ("weight_deacy", "weight_decay"),
+        ("target_module", "target_modules"),
+        ("learning_rate", "lr"),
+        ("Alpha", "alpha"),
+        ("residual_scaling", "residual_scale"),
+    ],
+)
 def test_an_unknown_setting_names_the_nearest_legal_one(typo, meant):
     with pytest.raises(ValueError, match="unknown") as error:
         check_params({"rank": 4, typo: 3})

@@ -77,7 +77,8 @@ def test_a_zero_first_gradient_starts_nothing(formulation):
     gradients = make_gradients(SHAPE, 9)
     drive(optimizer, parameter, gradients)
     assert weight_change_error(start, parameter.detach(), run_reference(reference, gradients)) <= (
-        tolerances.FLOAT32_VS_REFERENCE)
+        tolerances.FLOAT32_VS_REFERENCE
+    )
     assert state["step"].item() == 9
 
 
@@ -94,7 +95,8 @@ def test_fira_pins_the_residual_after_such_a_first_gradient_and_we_do_not(kind):
     assert ours["residual_norm"].item() > 0.1 * free.residual_norm
     reference = FiraReference(weight, lr=LR, **GROUP)
     assert weight_change_error(weight, ours_weight, run_reference(reference, sequence)) <= (
-        tolerances.FLOAT32_VS_REFERENCE)
+        tolerances.FLOAT32_VS_REFERENCE
+    )
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
@@ -131,7 +133,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, when):
         assert optimizer.state[parameter].get("step", torch.tensor(0)).item() == 0
     drive(optimizer, parameter, gradients[when:])  # and the run goes on as if the step had not been
     assert weight_change_error(start, parameter.detach(), run_reference(reference, gradients)) <= (
-        tolerances.FLOAT32_VS_REFERENCE)
+        tolerances.FLOAT32_VS_REFERENCE
+    )
 
 
 def test_fira_is_poisoned_for_good_by_one_nan():
@@ -182,12 +185,18 @@ def test_a_due_refresh_waits_for_a_usable_gradient():
     assert weight_change_error(start, parameter.detach(), reference.weight) <= tolerances.FLOAT32_VS_REFERENCE
 
 
-@given(kinds=st.lists(st.sampled_from(KINDS), min_size=3, max_size=10), formulation=st.sampled_from(FORMULATIONS),
-       alpha=st.sampled_from([1.0, 0.25]), gap=st.integers(1, 4), proj_type=st.sampled_from(["left", "right"]))
+@given(
+    kinds=st.lists(st.sampled_from(KINDS), min_size=3, max_size=10),
+    formulation=st.sampled_from(FORMULATIONS),
+    alpha=st.sampled_from([1.0, 0.25]),
+    gap=st.integers(1, 4),
+    proj_type=st.sampled_from(["left", "right"]),
+)
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
 def test_any_sequence_of_faults_follows_the_reference(kinds, formulation, alpha, gap, proj_type):
-    optimizer, parameter, reference = ours_and_reference(formulation=formulation, alpha=alpha, update_proj_gap=gap,
-                                                         weight_decay=0.1, proj_type=proj_type)
+    optimizer, parameter, reference = ours_and_reference(
+        formulation=formulation, alpha=alpha, update_proj_gap=gap, weight_decay=0.1, proj_type=proj_type
+    )
     start = parameter.detach().clone()
     for kind, gradient in zip(kinds, make_gradients(SHAPE, len(kinds)), strict=True):
         spoiled = spoil(gradient, kind)

@@ -209,9 +209,12 @@ def test_a_group_added_later():
 
 
 def test_every_setting_may_differ_between_groups():
-    settings = [{"rank": 2, "alpha": 0.25, "lr": 3e-3}, {"rank": 5, "formulation": "paper", "gamma": 1.1},
-                {"rank": 3, "proj_type": "left", "scaling": "matrix", "update_proj_gap": 2, "betas": (0.8, 0.9)},
-                {"rank": 3, "limiter": "none", "residual_scale": 2.0, "eps": 1e-4, "weight_decay": 0.2}]
+    settings = [
+        {"rank": 2, "alpha": 0.25, "lr": 3e-3},
+        {"rank": 5, "formulation": "paper", "gamma": 1.1},
+        {"rank": 3, "proj_type": "left", "scaling": "matrix", "update_proj_gap": 2, "betas": (0.8, 0.9)},
+        {"rank": 3, "limiter": "none", "residual_scale": 2.0, "eps": 1e-4, "weight_decay": 0.2},
+    ]
     parameters = [nn.Parameter(make_weight((10, 14), seed=i)) for i in range(len(settings))]
     starts = [p.detach().clone() for p in parameters]
     optimizer = FiraAdam([{"params": [p], **s} for p, s in zip(parameters, settings, strict=True)], lr=LR)

@@ -39,8 +39,16 @@ class Zoo(nn.Module):
 
 
 def llama(tied=False):
-    return LlamaForCausalLM(LlamaConfig(vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-                                        num_attention_heads=2, tie_word_embeddings=tied))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=30,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 def gpt2():
@@ -48,8 +56,17 @@ def gpt2():
 
 
 def mixtral():
-    return MixtralForCausalLM(MixtralConfig(vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
-                                            num_attention_heads=2, num_key_value_heads=2, num_local_experts=2))
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=30,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+        )
+    )
 
 
 def names_of(model):
@@ -66,12 +83,23 @@ def decay_of(model, groups):
     return {names[id(p)]: group.get("weight_decay") for group in groups for p in group["params"]}
 
 
-LLAMA_LINEAR = {f"model.layers.{i}.{name}.weight" for i in range(2)
-                for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+LLAMA_LINEAR = {
+    f"model.layers.{i}.{name}.weight"
+    for i in range(2)
+    for name in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+}
 GPT2_LINEAR = {f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
 MIXTRAL_LINEAR = {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"} | {
-    f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
+}
 EXPECTED = {
     "zoo": (Zoo, {"q_proj.weight", "experts.up_proj", "experts.down_proj"}),
     "llama": (llama, LLAMA_LINEAR),
@@ -119,7 +147,8 @@ def test_part_of_a_model_in_a_flat_list():
         parameter.requires_grad_(False)
     optimizer = FiraAdam([p for p in model.parameters() if p.requires_grad], rank=RANK)
     assert projected_names(model, [g for g in optimizer.param_groups if g.get("rank")]) == {
-        name for name in LLAMA_LINEAR if ".layers.1." in name}
+        name for name in LLAMA_LINEAR if ".layers.1." in name
+    }
 
 
 def test_a_bare_matrix_is_projected():
@@ -145,13 +174,19 @@ def test_the_constructors_rank_does_not_leak_into_groups_without_one():
     assert optimizer.state[projected]["exp_avg"].shape == (2, 12)
 
 
-@pytest.mark.parametrize(("targets", "expected"), [
-    (["q_proj"], {n for n in LLAMA_LINEAR if "q_proj" in n}),
-    (["mlp", "layers.0.self_attn.o"], {n for n in LLAMA_LINEAR if "mlp" in n} | {
-        "model.layers.0.self_attn.o_proj.weight"}),
-    (["lm_head"], {"lm_head.weight"}),
-    ("v_proj", {n for n in LLAMA_LINEAR if "v_proj" in n}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["q_proj"], {n for n in LLAMA_LINEAR if "q_proj" in n}),
+        (
+            ["mlp", "layers.0.self_attn.o"],
+            {n for n in LLAMA_LINEAR if "mlp" in n} | {"model.layers.0.self_attn.o_proj.weight"},
+        ),
+        (["lm_head"], {"lm_head.weight"}),
+        ("v_proj", {n for n in LLAMA_LINEAR if "v_proj" in n}),
+    ],
+    ids=str,
+)
 def test_target_modules(targets, expected):
     model = llama()
     assert projected_names(model, ds_fira.param_groups(model, RANK, targets)) == expected
@@ -162,10 +197,13 @@ def test_target_modules(targets, expected):
 def test_target_modules_pick_conv1d_and_experts_but_nothing_else():
     model = gpt2()
     assert projected_names(model, ds_fira.param_groups(model, RANK, ["attn", "wte", "ln_"])) == {
-        n for n in GPT2_LINEAR if "attn" in n}
+        n for n in GPT2_LINEAR if "attn" in n
+    }
     zoo = Zoo()
     assert projected_names(zoo, ds_fira.param_groups(zoo, RANK, ["experts", "norm", "embed"])) == {
-        "experts.up_proj", "experts.down_proj"}
+        "experts.up_proj",
+        "experts.down_proj",
+    }
 
 
 @pytest.mark.parametrize("which", EXPECTED)
@@ -202,10 +240,15 @@ def test_the_users_groups_survive_the_split():
     model = llama()
     first = [p for n, p in model.named_parameters() if "layers.0" in n]
     others = [p for n, p in model.named_parameters() if "layers.0" not in n]
-    groups = ds_fira.param_groups(model, RANK, groups=[
-        {"params": first, "lr": 0.5, "weight_decay": 0.3, "name": "bottom"},
-        {"params": others, "lr": 0.25, "name": "top", "betas": (0.8, 0.9)},
-    ], alpha=0.5)
+    groups = ds_fira.param_groups(
+        model,
+        RANK,
+        groups=[
+            {"params": first, "lr": 0.5, "weight_decay": 0.3, "name": "bottom"},
+            {"params": others, "lr": 0.25, "name": "top", "betas": (0.8, 0.9)},
+        ],
+        alpha=0.5,
+    )
     names = names_of(model)
     assert projected_names(model, groups) == LLAMA_LINEAR
     seen = []

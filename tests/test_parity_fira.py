@@ -15,7 +15,7 @@ from torch import nn
 
 from ds_fira import FiraAdam
 from tests.reference import tolerances
-from tests.reference.fira_reference import FiraReference
+from tests.reference.fira_reference import FiraReference, side_of
 from tests.reference.gradients import make_gradients, make_weight
 from tests.reference.harness import run_optimizer, run_reference, weight_change_error
 
@@ -45,8 +45,14 @@ def make_fira(groups, **settings):
 
 def assert_parity(shape, gradients, *, rank, proj_type="std", alpha=1.0, weight_decay=0.0, gap=GAP, seed=0, **rest):
     weight = make_weight(shape, seed=seed)
-    group = {"rank": rank, "update_proj_gap": gap, "alpha": alpha, "proj_type": proj_type,
-             "weight_decay": weight_decay, **rest}
+    group = {
+        "rank": rank,
+        "update_proj_gap": gap,
+        "alpha": alpha,
+        "proj_type": proj_type,
+        "weight_decay": weight_decay,
+        **rest,
+    }
     theirs, their_state = run_optimizer(make_fira, weight, gradients, **group)
     ours, our_state = run_optimizer(make_ours, weight, gradients, **group)
     error = weight_change_error(weight, ours, theirs)
@@ -71,8 +77,9 @@ def test_other_sides_match_fira_where_it_runs(shape, rank, proj_type, weight_dec
         with pytest.raises(AssertionError, match=r"fira 1\.0\.2"):
             assert_fira_follows_its_rule(shape, rank, proj_type)  # keeps fira_runs honest: nothing is skipped for free
         return
-    assert_parity(shape, make_gradients(shape, STEPS), rank=rank, proj_type=proj_type, alpha=0.25,
-                  weight_decay=weight_decay)
+    assert_parity(
+        shape, make_gradients(shape, STEPS), rank=rank, proj_type=proj_type, alpha=0.25, weight_decay=weight_decay
+    )
 
 
 def assert_fira_follows_its_rule(shape, rank, proj_type):
@@ -90,8 +97,9 @@ def assert_fira_follows_its_rule(shape, rank, proj_type):
 @pytest.mark.parametrize(("betas", "eps"), [((0.9, 0.999), 1e-6), ((0.8, 0.95), 1e-3), ((0.0, 0.9), 1e-8)])
 def test_adam_settings_match_fira(betas, eps, weight_decay):
     shape = (20, 12)
-    assert_parity(shape, make_gradients(shape, STEPS), rank=4, alpha=0.25, weight_decay=weight_decay, betas=betas,
-                  eps=eps)
+    assert_parity(
+        shape, make_gradients(shape, STEPS), rank=4, alpha=0.25, weight_decay=weight_decay, betas=betas, eps=eps
+    )
 
 
 @pytest.mark.parametrize("gap", [1, 2, 5, 200])
@@ -110,8 +118,9 @@ def test_these_gradients_work_the_limiter_and_match_its_state(shape, alpha):
     assert len(reference.refreshes) >= 3
 
     ours, theirs = assert_parity(shape, gradients, rank=4, alpha=alpha)
-    torch.testing.assert_close(ours["residual_norm"].double(), theirs["scaling_grad"].double(), atol=0.0,
-                               rtol=tolerances.FLOAT32_STATE)
+    torch.testing.assert_close(
+        ours["residual_norm"].double(), theirs["scaling_grad"].double(), atol=0.0, rtol=tolerances.FLOAT32_STATE
+    )
     fira_basis = theirs["projector"].ortho_matrix
     fira_basis = fira_basis.T if reference.side == "right" else fira_basis
     torch.testing.assert_close(ours["basis"], fira_basis, atol=tolerances.FLOAT32_STATE, rtol=0.0)
@@ -131,15 +140,37 @@ def test_a_group_without_rank_is_firas_adamw(shape, weight_decay):
     assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
 
 
-@given(m=st.integers(1, 24), n=st.integers(1, 24), rank=st.integers(1, 30), gap=st.integers(1, 7),
-       alpha=st.sampled_from([1.0, 0.5, 0.25]), proj_type=st.sampled_from(["std", "right", "left", "reverse_std"]),
-       weight_decay=st.sampled_from([0.0, 0.1]), seed=st.integers(0, 10_000))
-@settings(max_examples=60, derandomize=True, deadline=None, database=None,
-          suppress_health_check=[HealthCheck.filter_too_much])
+@given(
+    m=st.integers(1, 24),
+    n=st.integers(1, 24),
+    rank=st.integers(1, 30),
+    gap=st.integers(1, 7),
+    alpha=st.sampled_from([1.0, 0.5, 0.25]),
+    proj_type=st.sampled_from(["std", "right", "left", "reverse_std"]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 10_000),
+)
+@settings(
+    max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.filter_too_much]
+)
 def test_random_shapes_match_fira(m, n, rank, gap, alpha, proj_type, weight_decay, seed):
-    proj_type = proj_type if fira_runs((m, n), rank, proj_type) else "std"
-    assert_parity((m, n), make_gradients((m, n), 9, seed=seed), rank=rank, proj_type=proj_type, alpha=alpha, gap=gap,
-                  weight_decay=weight_decay, seed=seed)
+    # At full rank on the larger side a gradient lies wholly in its own basis, and the stale basis of the next step
+    # leaves a residual: the released limiter then pins it (tests/test_faults.py), which is not to be matched.
+    larger_side = m != n and side_of((m, n), proj_type=proj_type, formulation="released") == (
+        "right" if m < n else "left"
+    )
+    pins = larger_side and rank >= min(m, n) and alpha == 1.0
+    proj_type = proj_type if fira_runs((m, n), rank, proj_type) and not pins else "std"
+    assert_parity(
+        (m, n),
+        make_gradients((m, n), 9, seed=seed),
+        rank=rank,
+        proj_type=proj_type,
+        alpha=alpha,
+        gap=gap,
+        weight_decay=weight_decay,
+        seed=seed,
+    )
 
 
 class SmallModel(nn.Module):
@@ -165,9 +196,10 @@ def test_a_model_through_divide_params_matches_fira(alpha, capsys):
         for parameter in their_model.parameters():
             parameter.mul_(0.1)
     our_model = copy.deepcopy(their_model)
-    optimizers = [make(divide_params(model, ["attn", "mlp"], rank=4, update_proj_gap=GAP, alpha=alpha),
-                       weight_decay=0.01)
-                  for make, model in ((make_fira, their_model), (make_ours, our_model))]
+    optimizers = [
+        make(divide_params(model, ["attn", "mlp"], rank=4, update_proj_gap=GAP, alpha=alpha), weight_decay=0.01)
+        for make, model in ((make_fira, their_model), (make_ours, our_model))
+    ]
     capsys.readouterr()
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1.0 / (1.0 + 0.2 * step)) for o in optimizers]
     start = [p.detach().clone() for p in their_model.parameters()]

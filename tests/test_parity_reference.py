@@ -76,8 +76,15 @@ def test_the_side_and_the_state_shapes(shape, proj_type, formulation):
 @pytest.mark.parametrize("shape", [(130, 40), (40, 130), (65, 64)], ids=str)
 def test_matrices_larger_than_a_block_of_rows(shape, proj_type, formulation, alpha):
     """Work done in blocks of rows has its own mistakes to make, at the last, shorter block above all."""
-    assert_parity(shape, make_gradients(shape, 6, ratio=0.9), proj_type=proj_type, formulation=formulation, alpha=alpha,
-                  rank=8, update_proj_gap=3)
+    assert_parity(
+        shape,
+        make_gradients(shape, 6, ratio=0.9),
+        proj_type=proj_type,
+        formulation=formulation,
+        alpha=alpha,
+        rank=8,
+        update_proj_gap=3,
+    )
 
 
 @pytest.mark.parametrize("residual_scale", [0.0, 1.0, 4.0])
@@ -86,8 +93,9 @@ def test_matrices_larger_than_a_block_of_rows(shape, proj_type, formulation, alp
 @pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)], ids=str)
 def test_scaling_limiter_and_residual_scale(shape, formulation, scaling, limiter, residual_scale):
-    assert_parity(shape, formulation=formulation, scaling=scaling, limiter=limiter, residual_scale=residual_scale,
-                  alpha=0.5)
+    assert_parity(
+        shape, formulation=formulation, scaling=scaling, limiter=limiter, residual_scale=residual_scale, alpha=0.5
+    )
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
@@ -97,8 +105,18 @@ def test_gamma(gamma, formulation):
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("changed", [{"weight_decay": 0.1}, {"betas": (0.8, 0.95)}, {"eps": 1e-3}, {"betas": (0, 0.5)},
-                                     {"update_proj_gap": 1}, {"update_proj_gap": 200}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weight_decay": 0.1},
+        {"betas": (0.8, 0.95)},
+        {"eps": 1e-3},
+        {"betas": (0, 0.5)},
+        {"update_proj_gap": 1},
+        {"update_proj_gap": 200},
+    ],
+    ids=str,
+)
 def test_adam_settings_and_gap(changed, formulation):
     assert_parity((20, 12), formulation=formulation, alpha=0.25, **changed)
 
@@ -112,8 +130,9 @@ def test_experts_are_independent_matrices(shape, formulation, proj_type):
     assert state["step"].tolist() == [STEPS] * shape[0]
     assert state["refresh_step"].tolist() == [12] * shape[0]
     assert state["step"].dtype == state["refresh_step"].dtype == torch.int64
-    assert state["residual_norm"].tolist() == pytest.approx([e.residual_norm for e in experts],
-                                                            rel=tolerances.FLOAT32_STATE)
+    assert state["residual_norm"].tolist() == pytest.approx(
+        [e.residual_norm for e in experts], rel=tolerances.FLOAT32_STATE
+    )
     for key in ("basis", "exp_avg", "exp_avg_sq"):
         stacked = torch.stack([getattr(e, key) for e in experts])
         assert relative_error(state[key], stacked) <= tolerances.FLOAT32_STATE, key
@@ -191,11 +210,20 @@ def test_float64_weights_are_computed_in_float64(formulation):
     assert state["exp_avg"].dtype == state["basis"].dtype == torch.float64
 
 
-@given(m=st.integers(1, 20), n=st.integers(1, 20), experts=st.integers(0, 2), rank=st.integers(1, 24),
-       update_proj_gap=st.integers(1, 6), formulation=st.sampled_from(FORMULATIONS),
-       proj_type=st.sampled_from(PROJ_TYPES), scaling=st.sampled_from(["column", "matrix", "none"]),
-       limiter=st.sampled_from(["growth", "none"]), alpha=st.sampled_from([1.0, 0.5, 0.25]),
-       residual_scale=st.sampled_from([0.0, 1.0, 3.0]), seed=st.integers(0, 10_000))
+@given(
+    m=st.integers(1, 20),
+    n=st.integers(1, 20),
+    experts=st.integers(0, 2),
+    rank=st.integers(1, 24),
+    update_proj_gap=st.integers(1, 6),
+    formulation=st.sampled_from(FORMULATIONS),
+    proj_type=st.sampled_from(PROJ_TYPES),
+    scaling=st.sampled_from(["column", "matrix", "none"]),
+    limiter=st.sampled_from(["growth", "none"]),
+    alpha=st.sampled_from([1.0, 0.5, 0.25]),
+    residual_scale=st.sampled_from([0.0, 1.0, 3.0]),
+    seed=st.integers(0, 10_000),
+)
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
 def test_random_settings(m, n, experts, seed, **group):
     shape = (experts, m, n) if experts else (m, n)
@@ -203,10 +231,24 @@ def test_random_settings(m, n, experts, seed, **group):
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("wrong", [{"alpha": 0.26}, {"gamma": 1.02}, {"residual_scale": 1.01}, {"rank": 5},
-                                   {"update_proj_gap": 5}, {"betas": (0.9, 0.998)}, {"eps": 1e-5},
-                                   {"weight_decay": 0.01}, {"scaling": "matrix"}, {"limiter": "none"},
-                                   {"proj_type": "right"}, {"formulation": "other"}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"alpha": 0.26},
+        {"gamma": 1.02},
+        {"residual_scale": 1.01},
+        {"rank": 5},
+        {"update_proj_gap": 5},
+        {"betas": (0.9, 0.998)},
+        {"eps": 1e-5},
+        {"weight_decay": 0.01},
+        {"scaling": "matrix"},
+        {"limiter": "none"},
+        {"proj_type": "right"},
+        {"formulation": "other"},
+    ],
+    ids=str,
+)
 def test_these_comparisons_can_fail(wrong, formulation):
     """One setting of the reference is put wrong: the error must stand far above the tolerance."""
     right = {**BASE, "alpha": 0.25, "formulation": formulation}

@@ -254,6 +254,7 @@ def test_unmodified_script_under_the_launcher(tmp_path: Path) -> None:
 def test_resume_is_exact(ranks: Pools, tmp_path: Path, stage: int, save_at: int) -> None:
     """Saved at a refresh or between two, loaded into a new engine on as many ranks: the same run to the bit."""
     ds_config = config(stage, "bf16", PARAMS)
-    assert ranks.run(
-        3, "resume", ds_config=ds_config, shapes=SHAPES, steps=7, save_at=save_at, folder=str(tmp_path)
-    ) == [True] * 3
+    assert (
+        ranks.run(3, "resume", ds_config=ds_config, shapes=SHAPES, steps=7, save_at=save_at, folder=str(tmp_path))
+        == [True] * 3
+    )

@@ -17,15 +17,14 @@ NORM_EPS = 1e-8  # beside |R_j| in the scale and beside |S_prev| in the limiter
 
 
 def side_of(shape, *, proj_type, formulation):
-    """"left" (P is m x r, R = P'G) or "right" (R = G P) for a matrix of shape (m, n)."""
+    """ "left" (P is m x r, R = P'G) or "right" (R = G P) for a matrix of shape (m, n)."""
     m, n = shape
     if proj_type in ("left", "right"):
         return proj_type
+    std = "right" if (m >= n if formulation == "released" else m > n) else "left"
     if proj_type == "reverse_std":
-        return "left" if m >= n else "right"
-    if formulation == "released":
-        return "right" if m >= n else "left"
-    return "left" if m <= n else "right"
+        return "left" if std == "right" else "right"
+    return std
 
 
 class FiraReference:
@@ -34,9 +33,26 @@ class FiraReference:
     ``history_floor``: a residual norm below this share of |phi * G| counts as none (see DESIGN: known faults).
     """
 
-    def __init__(self, weight, *, rank, update_proj_gap=200, alpha=1.0, proj_type="std", formulation="released",
-                 scaling="column", limiter="growth", gamma=1.01, residual_scale=1.0, lr=1e-3, betas=(0.9, 0.999),
-                 eps=1e-6, weight_decay=0.0, dtype=torch.float64, history_floor=1e-5):
+    def __init__(
+        self,
+        weight,
+        *,
+        rank,
+        update_proj_gap=200,
+        alpha=1.0,
+        proj_type="std",
+        formulation="released",
+        scaling="column",
+        limiter="growth",
+        gamma=1.01,
+        residual_scale=1.0,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-6,
+        weight_decay=0.0,
+        dtype=torch.float64,
+        history_floor=1e-5,
+    ):
         assert formulation in ("released", "paper")
         assert scaling in ("column", "matrix", "none")
         assert limiter in ("growth", "none")

@@ -13,8 +13,18 @@ MAGNITUDES = (1.0, 1.1, 2.5, 0.4, 0.5, 3.0, 0.9, 1.0, 0.2, 1.5, 1.6, 0.7, 2.0, 1
 def make_gradients(shape, steps, *, seed=0, ratio=0.75, drift=0.15, scale=0.05, dtype=torch.float32):
     """``steps`` gradients of ``shape`` (m, n), or (E, m, n) with E independent sequences, as a list."""
     if len(shape) == 3:
-        experts = [make_gradients(shape[1:], steps, seed=seed + 1000 * (e + 1), ratio=ratio, drift=drift,
-                                  scale=scale * (1 + e), dtype=dtype) for e in range(shape[0])]
+        experts = [
+            make_gradients(
+                shape[1:],
+                steps,
+                seed=seed + 1000 * (e + 1),
+                ratio=ratio,
+                drift=drift,
+                scale=scale * (1 + e),
+                dtype=dtype,
+            )
+            for e in range(shape[0])
+        ]
         return [torch.stack(of_one_step) for of_one_step in zip(*experts, strict=True)]
     generator = torch.Generator().manual_seed(seed)
     m, n = shape
