@@ -111,8 +111,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the plans to this file")
     args = parser.parse_args()
     plans = [plan_llama(model, ranks) for model in LLAMAS for ranks in args.ranks]
-    titles = ("rank", "ranks", "cut", "largest rank", "even share", "ratio", "of AdamW")
-    print("model " + "".join(f"{title:>{width}}" for title, width in zip(titles, (6, 7, 5, 14, 12, 8, 10), strict=True)))
+    print("model   rank  ranks  cut  largest rank  even share   ratio  of AdamW")
     for plan in plans:
         print(
             f"{plan.model:6}{LLAMAS[plan.model][4]:>6}{plan.ranks:>7}{plan.cut_matrices:>5}"

@@ -21,14 +21,15 @@ class Channel:
         group: the process group, None for all ranks.
         dp_rank: this process's index in it.
         dp_size: its number of processes.
-        bytes_sent: payload bytes this rank has handed to collectives for gradients, weights and bases since the start;
-            what the tests and the benchmarks count.
+        collectives: collectives it has taken part in since the start for gradients, weights and bases.
+        bytes_sent: payload bytes it has handed to them.
     """
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
         self.dp_rank: int = dist.get_rank(group=group)
         self.dp_size: int = dist.get_world_size(group=group)
+        self.collectives = 0
         self.bytes_sent = 0
 
     def _wire_device(self) -> torch.device:
@@ -50,6 +51,7 @@ class Channel:
         device = self._wire_device()
         received = torch.empty(sum(received_counts), dtype=sent.dtype, device=device)
         dist.all_to_all_single(received, sent.to(device), received_counts, sent_counts, group=self.group)
+        self.collectives += 1
         self.bytes_sent += sent.numel() * sent.element_size()
         return received.to(sent.device)
 
@@ -57,6 +59,7 @@ class Channel:
         """`tensor` as the rank `source` of this channel has it, on the tensor's own device."""
         carried = tensor.to(self._wire_device())
         dist.broadcast(carried, self._global_rank(source), group=self.group)
+        self.collectives += 1
         if source == self.dp_rank:
             self.bytes_sent += tensor.numel() * tensor.element_size()
         return carried.to(tensor.device)

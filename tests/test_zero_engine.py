@@ -81,6 +81,22 @@ def test_user_groups_survive(ranks: Pools) -> None:
     assert ranked == {f"layers.{i}.weight" for i in range(4)}
 
 
+def test_param_groups_as_model_parameters(ranks: Pools) -> None:
+    """Groups that say themselves what is projected are split by shape, their rank and weight decay kept."""
+    ds_config = config(2, "fp32", {"lr": 0.01, "update_proj_gap": 3})
+    results = ranks.run(2, "train_with_param_groups", ds_config=ds_config, shapes=[(8, 6), (6, 9), (8, 6)], steps=2)
+    found = [
+        (group["settings"].get("rank"), group["settings"]["weight_decay"], [name for name, _, _ in group["members"]])
+        for group in results[0]["groups"]
+    ]
+    assert found == [
+        (2, 0.1, ["layers.0.weight", "layers.2.weight"]),
+        (2, 0.1, ["layers.1.weight"]),
+        (None, 0.1, ["embedding.weight", "lm_head.weight"]),
+        (None, 0.0, ["norm.weight", "norm.bias"]),
+    ]
+
+
 def test_target_modules_in_json(ranks: Pools) -> None:
     """Only the modules named are projected; the rest is AdamW."""
     params = {**PARAMS, "target_modules": ["layers.1", "layers.3"]}

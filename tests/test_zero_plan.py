@@ -52,6 +52,7 @@ def test_counted_bytes_of_cut_matrices(ranks: Pools) -> None:
     borrowed = [18 + 18, 6 + 4, 0]  # returned by the owners
     expected = [5 * element * (2 * out + back) for out, back in zip(lent, borrowed, strict=True)]
     assert [result["bytes_sent"] for result in results] == expected
+    assert [result["collectives"] for result in results] == [5 * 2 * 2] * 3  # there and back, for both groups
 
 
 def test_no_bytes_where_nothing_is_cut(ranks: Pools) -> None:
@@ -59,7 +60,7 @@ def test_no_bytes_where_nothing_is_cut(ranks: Pools) -> None:
     params = {"lr": 0.01, "rank": 2, "update_proj_gap": 2}
     shapes = [(6, 8)] * 4 + [(8, 4)] * 2
     results = ranks.run(2, "train", ds_config=config(2, "bf16", params), shapes=shapes, steps=5)
-    assert [result["bytes_sent"] for result in results] == [0, 0]
+    assert [(result["collectives"], result["bytes_sent"]) for result in results] == [(0, 0), (0, 0)]
     assert results[0]["metrics"]["refreshes"] == 3 * 6
 
 

@@ -133,6 +133,7 @@ def train(
         "losses": losses,
         "lr": [group["lr"] for group in optimizer.param_groups],
         "decompositions": decompositions(),
+        "collectives": optimizer.channel.collectives,
         "bytes_sent": optimizer.channel.bytes_sent,
         "layouts": optimizer.layouts,
         "metrics": ds_fira.metrics(engine),
@@ -174,6 +175,14 @@ def train_with_groups(shapes: list[tuple[int, int]], **kwargs: Any) -> dict[str,
     first = [model.layers[0].weight, model.layers[1].weight, model.norm.weight]
     others = [param for param in model.parameters() if all(param is not member for member in first)]
     groups = [{"params": first, "lr": 0.02, "weight_decay": 0.3, "name": "first"}, {"params": others}]
+    return train(shapes=shapes, model=model, model_parameters=groups, **kwargs)
+
+
+def train_with_param_groups(shapes: list[tuple[int, int]], **kwargs: Any) -> dict[str, Any]:
+    """`train` with `ds_fira.param_groups` as model parameters."""
+    torch.manual_seed(0)
+    model = Net(shapes)
+    groups = ds_fira.param_groups(model, rank=2, weight_decay=0.1)
     return train(shapes=shapes, model=model, model_parameters=groups, **kwargs)
 
 

@@ -17,7 +17,7 @@ NORM_EPS = 1e-8  # beside |R_j| in the scale and beside |S_prev| in the limiter
 
 
 def side_of(shape, *, proj_type, formulation):
-    """ "left" (P is m x r, R = P'G) or "right" (R = G P) for a matrix of shape (m, n)."""
+    """The side of a matrix of shape (m, n): "left" (P is m x r, R = P'G) or "right" (R = G P)."""
     m, n = shape
     if proj_type in ("left", "right"):
         return proj_type
