@@ -106,6 +106,7 @@ class FiraAdam(Optimizer):
         subspace: str = "svd",
         target_modules: Sequence[str] | str | None = None,
     ) -> None:
+        # Every argument by its own name, as a JSON config gives them.
         given = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         settings = check_params(given)
         params = [params] if isinstance(params, Tensor) else list(params)
@@ -247,14 +248,18 @@ class FiraAdam(Optimizer):
                 self._adopt(task, self._new_basis(task))
             return
         channel = self._replicas
-        mine = {i: self._new_basis(task) for i, task in enumerate(due) if i % channel.dp_size == channel.dp_rank}
-        for i, task in enumerate(due):
-            basis = mine.get(i)
-            # One element in front says whether there is a basis at all.
-            found = torch.ones(1) if basis is not None else torch.zeros(1)
-            packed = torch.cat([found.to(task.state.basis), (task.state.basis if basis is None else basis).reshape(-1)])
-            packed = channel.broadcast(packed, i % channel.dp_size)
-            self._adopt(task, packed[1:].view_as(task.state.basis) if packed[0] else None)
+        # In rounds of one matrix a rank: all ranks compute at once, and none holds more than one new basis.
+        for first in range(0, len(due), channel.dp_size):
+            turn = due[first : first + channel.dp_size]
+            mine = self._new_basis(turn[channel.dp_rank]) if channel.dp_rank < len(turn) else None
+            for rank, task in enumerate(turn):
+                # One element in front says whether there is a basis at all.
+                packed = task.state.basis.new_zeros(1 + task.state.basis.numel())
+                if rank == channel.dp_rank and mine is not None:
+                    packed[0] = 1.0
+                    packed[1:] = mine.reshape(-1)
+                packed = channel.broadcast(packed, rank)
+                self._adopt(task, packed[1:].view_as(task.state.basis) if packed[0] else None)
 
     def _new_basis(self, task: MatrixTask) -> Tensor | None:
         """The basis of a task's gradient, None where there is none to be had; a failure is reported once."""
