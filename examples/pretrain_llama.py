@@ -1,0 +1,164 @@
+"""Pre-train a small LLaMA on real text with FiraAdam, configured by a DeepSpeed JSON.
+
+All of these run it, on CPU or GPU::
+
+    deepspeed --num_gpus 2 examples/pretrain_llama.py
+    torchrun --standalone --nproc_per_node 2 examples/pretrain_llama.py
+    python examples/pretrain_llama.py
+
+It leaves a checkpoint that `transformers` opens, a loss plot and `summary.json` in `--output-dir`.
+"""
+
+import argparse
+import functools
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import deepspeed
+import deepspeed.comm as dist
+import options as command_line
+import report
+import torch
+import transformers
+from text_data import TextData, TextRecipe, prepare
+from training import cosine_schedule, evaluate, train
+
+import ds_fira
+
+
+def main() -> None:
+    """Prepare the text, train, validate, save, and report."""
+    options, model_config, deepspeed_config = command_line.parse()
+    quiet_libraries()
+    ds_fira.init_distributed()
+    transformers.set_seed(options.seed)
+    data = shared_text(options)
+
+    # Generation stops at these; LlamaConfig's own defaults belong to another tokenizer.
+    model_config.bos_token_id, model_config.eos_token_id = data.tokenizer.bos_token_id, data.tokenizer.eos_token_id
+    # On a CPU in bf16 the plain attention takes two thirds of the time of the fused kernel, whose backward is slow.
+    attention = "sdpa" if torch.cuda.is_available() else "eager"
+    model = transformers.AutoModelForCausalLM.from_config(model_config, attn_implementation=attention)
+    if not options.no_activation_checkpointing:
+        # Early releases of transformers 5 know it by the second name only.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    parameters = model.num_parameters()  # before ZeRO-3 could take the model apart
+    engine = start_engine(model, options, deepspeed_config)
+    if options.resume:
+        engine.load_checkpoint(str(options.output_dir / "state"))
+    check_start(engine, data, options)
+    history = report.History()
+    summary = train(engine, data, options, history)
+    summary |= final_figures(engine, data, options, history)
+    summary |= {"parameters": parameters, "model": model_config.to_diff_dict(), "deepspeed_config": deepspeed_config}
+    save_model(engine, data, options.output_dir / "model")
+
+    is_first = dist.get_rank() == 0
+    ds_fira.shutdown(engine)
+    if is_first:
+        report.write(options.output_dir, history=history, summary=summary, prompt=options.prompt, seed=options.seed)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the progress bar; warnings and errors that concern the user still show."""
+    # Every process would print that DeepSpeed calls collectives by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def shared_text(options: argparse.Namespace) -> TextData:
+    """The prepared text, made by the first process while the others wait.
+
+    Where it cannot be used, every process ends with the same sentence.
+    """
+    recipe = TextRecipe(
+        text=options.text, vocab_size=options.vocab_size, seq_length=options.seq_length, seed=options.seed
+    )
+    outcome: list[Any] = [None, None]  # folder, error
+    if dist.get_rank() == 0:
+        print("Preparing the text (about half a minute the first time, then cached) ...", flush=True)
+        try:
+            outcome[0] = prepare(recipe, options.cache_dir)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    folder, error = outcome
+    if error is not None:
+        stop(error)
+    data = TextData.load(folder)
+    if len(data.validation) < dist.get_world_size():
+        stop(f"{len(data.validation)} validation sequences do not reach {dist.get_world_size()} processes")
+    return data
+
+
+def start_engine(
+    model: torch.nn.Module, options: argparse.Namespace, deepspeed_config: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """The engine alone: a reference to the optimizer kept beside it would outlive `ds_fira.shutdown`."""
+    scheduler = None if "scheduler" in deepspeed_config else functools.partial(cosine_schedule, options=options)
+    try:
+        return deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=deepspeed_config, lr_scheduler=scheduler
+        )[0]
+    except ValueError as error:
+        stop(str(error))
+
+
+def check_start(engine: deepspeed.DeepSpeedEngine, data: TextData, options: argparse.Namespace) -> None:
+    """Stop where the text is too short for one batch, or a resumed run has nothing left to do."""
+    needed = engine.train_micro_batch_size_per_gpu() * dist.get_world_size()
+    if len(data.train) < needed:
+        stop(f"{len(data.train)} training sequences do not fill one batch of {needed}", engine)
+    if engine.global_steps >= options.steps:
+        stop(f"the training state is at step {engine.global_steps} already: raise --steps {options.steps}", engine)
+
+
+def stop(sentence: str, engine: deepspeed.DeepSpeedEngine | None = None) -> NoReturn:
+    """End every process in good order with one sentence; for errors that all of them know of."""
+    ds_fira.shutdown(engine)
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence}")
+
+
+def final_figures(
+    engine: deepspeed.DeepSpeedEngine, data: TextData, options: argparse.Namespace, history: report.History
+) -> dict[str, Any]:
+    """The figures of the summary that need the engine; a collective call."""
+    val_loss = evaluate(engine, data)
+    history.validation.append((options.steps, val_loss))
+    figures = {
+        "optimizer": options.optimizer,
+        "zero_stage": engine.zero_optimization_stage(),
+        "val_loss": val_loss,
+        "val_perplexity": report.perplexity(val_loss),
+        "unigram_entropy": data.facts["unigram_entropy"],
+        "text": data.facts,
+    }
+    if options.optimizer == "FiraAdam":
+        memory = ds_fira.memory_report(engine)
+        figures |= ds_fira.metrics(engine)
+        figures |= {
+            "optimizer_state_bytes": memory["optimizer_state_bytes"],
+            "optimizer_state_bytes_paper_formula": memory["paper_formula_bytes"],
+            "optimizer_state_bytes_adamw": memory["adamw_bytes"],
+        }
+    return figures
+
+
+def save_model(engine: deepspeed.DeepSpeedEngine, data: TextData, folder: Path) -> None:
+    """Write model and tokenizer in the Hugging Face form; the first process writes, all take part."""
+    model = engine.module
+    # Under ZeRO-3 every process holds a part of each parameter, and none the whole.
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=engine.zero_optimization_stage() == 3):
+        if dist.get_rank() == 0:
+            model.config.use_cache = True
+            model.save_pretrained(folder)
+            data.tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The training loop of the pre-training example: schedule, steps, validation, progress bar."""
+
+import argparse
+import math
+import sys
+import time
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from report import History, perplexity
+from text_data import TextData, shard_indices, training_batches
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+LOG_EVERY = 10
+# Steps from the first log on, before a machine's speed is trusted; those before it are slow and would mislead.
+PROBE_STEPS = 20
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, options: argparse.Namespace) -> LambdaLR:
+    """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak; one function serves any number of groups.
+
+    It reads `options.steps` at every step, because a time budget may shorten the run.
+    """
+
+    def factor(step: int) -> float:
+        if step < options.warmup_steps:
+            return (step + 1) / options.warmup_steps
+        progress = min(1.0, (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps))
+        return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+def train(
+    engine: deepspeed.DeepSpeedEngine, data: TextData, options: argparse.Namespace, history: History
+) -> dict[str, Any]:
+    """Run the training steps, fill `history`, and return the size and the speed of the run."""
+    start, world_size = engine.global_steps, dist.get_world_size()
+    micro_steps, batch_size = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
+    batches = training_batches(
+        data.train,
+        batch_size=batch_size,
+        seed=options.seed,
+        dp_rank=dist.get_rank(),
+        world_size=world_size,
+        start=start * micro_steps,
+    )
+    tokens_per_step = batch_size * micro_steps * world_size * options.seq_length
+    running = torch.zeros((), device=engine.device)
+    began = time.perf_counter()
+    history.validation.append((start, evaluate(engine, data, options.eval_batches)))
+    evaluating = time.perf_counter() - began
+
+    step, logged, requested = start, start, options.steps
+    probe_step, probe_time = None, 0.0
+    with progress_bar(options.steps, start) as bar:
+        while step < options.steps:
+            for _ in range(micro_steps):
+                ids = next(batches).to(engine.device)
+                loss = engine(input_ids=ids, labels=ids).loss
+                engine.backward(loss)
+                engine.step()
+                running += loss.detach()
+            step += 1
+            bar.update()
+            stepping = time.perf_counter() - began - evaluating
+            if step % LOG_EVERY == 0 or step == options.steps:
+                dist.all_reduce(running)
+                mean = running.item() / (world_size * micro_steps * (step - logged))
+                history.train.append((step, mean))
+                running.zero_()
+                logged = step
+                bar.set_postfix_str(
+                    f"loss {mean:.3f}, perplexity {perplexity(mean):.0f}, lr {engine.get_lr()[0]:.1e}, "
+                    f"{(step - start) * tokens_per_step / stepping:,.0f} tokens/s",
+                    refresh=False,
+                )
+                if probe_step is None:
+                    probe_step, probe_time = step, stepping
+                elif options.time_budget is not None and step - probe_step >= PROBE_STEPS:
+                    seconds_per_step = (stepping - probe_time) / (step - probe_step)
+                    affordable = step + int((options.time_budget - stepping) / seconds_per_step)
+                    if shorten(options, max(affordable, step)):
+                        if bar.total == requested:
+                            write_above(bar, f"slow here: fewer steps keep to {options.time_budget:.0f} s of training")
+                        bar.total = options.steps
+            if step % options.eval_every == 0 and step < options.steps:
+                pause = time.perf_counter()
+                history.validation.append((step, evaluate(engine, data, options.eval_batches)))
+                write_above(bar, f"step {step}: validation loss {history.validation[-1][1]:.3f}")
+                evaluating += time.perf_counter() - pause
+            if options.save_every is not None and step % options.save_every == 0:
+                engine.save_checkpoint(str(options.output_dir / "state"))
+
+    tokens = (step - start) * tokens_per_step
+    return {
+        "steps": step,
+        "steps_requested": requested,
+        "tokens": tokens,
+        "tokens_per_second": tokens / stepping,
+        "seconds": time.perf_counter() - began,
+        "world_size": world_size,
+    }
+
+
+def shorten(options: argparse.Namespace, steps: int) -> bool:
+    """Lower `options.steps` to `steps` if that is less, and tell whether it was; the first process decides for all."""
+    decision = [steps]
+    dist.broadcast_object_list(decision, src=0)
+    if decision[0] >= options.steps:
+        return False
+    options.steps = decision[0]
+    options.warmup_steps = min(options.warmup_steps, options.steps // 2)
+    return True
+
+
+def write_above(bar: tqdm, line: str) -> None:
+    """Print a line above the bar; on the first process, since tqdm's own `write` prints on all."""
+    if not bar.disable:
+        bar.write(line, file=sys.stderr)
+
+
+def progress_bar(steps: int, start: int) -> tqdm:
+    """A bar on the first process; in a log file, where it cannot redraw itself, one update in ten seconds."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=steps,
+        initial=start,
+        disable=dist.get_rank() != 0,
+        mininterval=0.2 if terminal else 10.0,
+        dynamic_ncols=terminal,
+        bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
+    )
+
+
+@torch.no_grad()
+def evaluate(engine: deepspeed.DeepSpeedEngine, data: TextData, batches: int | None = None) -> float:
+    """Mean validation loss in nats per token over all processes, on `batches` of each or on everything."""
+    rows = shard_indices(len(data.validation), dp_rank=dist.get_rank(), world_size=dist.get_world_size())
+    batch_size = engine.train_micro_batch_size_per_gpu()
+    if batches is not None:
+        rows = rows[: batches * batch_size]
+    total = torch.zeros(2, device=engine.device)  # sum of losses, sequences
+    engine.eval()
+    for first in range(0, len(rows), batch_size):
+        ids = data.validation[rows[first : first + batch_size]]["input_ids"].long().to(engine.device)
+        loss = engine(input_ids=ids, labels=ids).loss
+        total += torch.stack([loss * len(ids), torch.full_like(loss, len(ids))])
+    engine.train()
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
