@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -159,7 +160,14 @@ def build_groups(
     user_groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     by_rank_key = any("rank" in group for group in user_groups)
     rank = settings["rank"]
-    projected = projected_weights(module, settings["target_modules"]) if rank is not None and not by_rank_key else {}
+    if by_rank_key and rank is not None:
+        warnings.warn(
+            f"FiraAdam: rank = {rank!r} in the DeepSpeed config is not used, because the param groups say themselves "
+            "what is projected; remove rank and target_modules from the config, or 'rank' from the groups.",
+            stacklevel=2,
+        )
+        rank = None
+    projected = {} if rank is None else projected_weights(module, settings["target_modules"])
     groups = []
     for user_group in user_groups:
         own = {key: value for key, value in user_group.items() if key != "params"}
@@ -168,10 +176,10 @@ def build_groups(
         chosen_ids = {id(param) for param in chosen}
         rest = [param for param in params if id(param) not in chosen_ids]
         parts = split_evenly([(tuple(p.shape), p) for p in chosen], dp_size) if zero_stage > 0 else [chosen]
-        groups += [{**({"rank": rank} if not by_rank_key else {}), **own, "params": part} for part in parts if part]
+        groups += [{"rank": rank, **own, "params": part} for part in parts if part]
         if rest:
             groups.append({**own, "params": rest})
-    if rank is not None and not by_rank_key and not any("rank" in group for group in groups):
+    if rank is not None and not any("rank" in group for group in groups):
         raise ValueError(
             f"FiraAdam: rank = {rank!r}, but none of the trainable parameters given to DeepSpeed is a weight to "
             "project; remove the rank or train some linear weights."

@@ -7,6 +7,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import ds_fira
 from ds_fira import FiraAdam
+from ds_fira.groups import build_groups
+from ds_fira.settings import check_params
 from tests.reference.fira_reference import FiraReference
 from tests.reference.gradients import make_gradients, make_weight
 from tests.reference.harness import drive, run_reference, weight_change_error
@@ -272,3 +274,12 @@ def test_a_user_group_may_hold_part_of_the_model():
     chosen = list(model.model.layers[1].parameters())
     groups = ds_fira.param_groups(model, RANK, groups=[{"params": chosen, "lr": 0.1}])
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in chosen}
+
+
+def test_a_rank_in_the_config_does_not_leak_into_groups_that_say_it_themselves():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 5))
+    groups = [{"params": [model[0].weight], "rank": 2}, {"params": [model[1].weight, *model[2].parameters()]}]
+    with pytest.warns(UserWarning, match=r"rank = 3 in the DeepSpeed config is not used.*remove rank"):
+        built = build_groups(model, groups, check_params({"rank": 3}), zero_stage=2, dp_size=2)
+    assert [group.get("rank") for group in built] == [2, None]
+    assert [group.get("rank") for group in build_groups(model, groups, check_params({}), 2, 2)] == [2, None]
