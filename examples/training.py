@@ -22,13 +22,15 @@ PROBE_STEPS = 20
 def cosine_schedule(optimizer: torch.optim.Optimizer, options: argparse.Namespace) -> LambdaLR:
     """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak; one function serves any number of groups.
 
-    It reads `options.steps` at every step, because a time budget may shorten the run.
+    It reads `options.steps` at every step, because a time budget may change it; the warm-up keeps its share.
     """
+    warmup_share = options.warmup_steps / options.steps
 
     def factor(step: int) -> float:
-        if step < options.warmup_steps:
-            return (step + 1) / options.warmup_steps
-        progress = min(1.0, (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps))
+        warmup = round(warmup_share * options.steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, options.steps - warmup))
         return options.min_lr_ratio + (1 - options.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
@@ -83,10 +85,7 @@ def train(
                 elif options.time_budget is not None and step - probe_step >= PROBE_STEPS:
                     seconds_per_step = (stepping - probe_time) / (step - probe_step)
                     affordable = step + int((options.time_budget - stepping) / seconds_per_step)
-                    if shorten(options, max(affordable, step)):
-                        if bar.total == requested:
-                            write_above(bar, f"slow here: fewer steps keep to {options.time_budget:.0f} s of training")
-                        bar.total = options.steps
+                    fit_to_budget(options, bar, affordable=max(affordable, step), requested=requested)
             if step % options.eval_every == 0 and step < options.steps:
                 pause = time.perf_counter()
                 history.validation.append((step, evaluate(engine, data, options.eval_batches)))
@@ -106,15 +105,18 @@ def train(
     }
 
 
-def shorten(options: argparse.Namespace, steps: int) -> bool:
-    """Lower `options.steps` to `steps` if that is less, and tell whether it was; the first process decides for all."""
-    decision = [steps]
+def fit_to_budget(options: argparse.Namespace, bar: tqdm, *, affordable: int, requested: int) -> None:
+    """Set `options.steps` to the affordable ones, never more than requested; the first process decides for all.
+
+    A machine may be slow for a while only, so a later call can raise the number again.
+    """
+    decision = [min(requested, affordable)]
     dist.broadcast_object_list(decision, src=0)
-    if decision[0] >= options.steps:
-        return False
-    options.steps = decision[0]
-    options.warmup_steps = min(options.warmup_steps, options.steps // 2)
-    return True
+    if decision[0] < options.steps == requested:
+        write_above(
+            bar, f"slow here: at this speed {decision[0]} steps fit into {options.time_budget:.0f} s of training"
+        )
+    options.steps = bar.total = decision[0]
 
 
 def write_above(bar: tqdm, line: str) -> None:
