@@ -61,7 +61,7 @@ def build_parser() -> OneSentenceParser:
     text.add_argument("--cache-dir", type=Path, default=REPOSITORY / "runs" / "cache", help="keeps prepared text")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=positive, default=550, help="optimizer steps")
+    training.add_argument("--steps", type=positive, default=450, help="optimizer steps")
     training.add_argument("--batch-size", type=positive, help="sequences per process (default: the JSON's)")
     training.add_argument("--warmup-steps", type=int, help="default a tenth of the steps")
     training.add_argument("--min-lr-ratio", type=float, help=f"where the cosine ends (default {MIN_LR_RATIO})")
