@@ -9,7 +9,7 @@ from ds_fira.zero import fira_of
 
 
 def metrics(engine: Any) -> dict[str, float | int]:
-    """Fira at work since the start of the run, over all ranks. A collective call: every rank makes it.
+    """Fira at work since the engine was built, over all ranks. A collective call: every rank makes it.
 
     Args:
         engine: a DeepSpeed engine (or its optimizer) that trains with FiraAdam.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class StepMetrics:
-    """Sums over the matrix steps of one process since it started.
+    """Sums over the matrix steps of one process since its optimizer was built; not part of a checkpoint.
 
     Attributes:
         matrix_steps: matrices stepped with a gradient that is not zero, summed over steps.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,7 @@ def train(
     ds_config: dict[str, Any],
     shapes: list[tuple[int, int]],
     steps: int,
-    faults: dict[int, tuple[str, float]] | None = None,
+    faults: dict[int, tuple[str, float | str]] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Train, recording the gradients FiraAdam sees.
@@ -84,7 +85,7 @@ def train(
         ds_config: DeepSpeed config.
         shapes: of the linear layers.
         steps: optimizer steps.
-        faults: by step, a parameter's name and the value its whole gradient takes on every rank.
+        faults: by step, a parameter's name and the value its whole gradient takes on every rank, or "rank 1".
         **kwargs: for `build`.
 
     Returns:
@@ -115,7 +116,7 @@ def train(
         if index % accumulation == 0:
             record.append({})
         name, value = (faults or {}).get(step, (None, 0.0))
-        fault = named[name].register_hook(lambda grad, v=value: torch.full_like(grad, v)) if name else None
+        fault = named[name].register_hook(functools.partial(faulty, value=value)) if name else None
         loss = engine(tokens)
         engine.backward(loss)
         engine.step()
@@ -142,6 +143,11 @@ def train(
     del optimizer
     engine.destroy()
     return result
+
+
+def faulty(grad: Tensor, value: float | str) -> Tensor:
+    """A gradient of one value everywhere, or of rank 1."""
+    return grad[:, :1] @ grad[:1] if value == "rank 1" else torch.full_like(grad, value)
 
 
 def count_decompositions() -> Callable[[], int]:
