@@ -283,3 +283,18 @@ def test_a_rank_in_the_config_does_not_leak_into_groups_that_say_it_themselves()
         built = build_groups(model, groups, check_params({"rank": 3}), zero_stage=2, dp_size=2)
     assert [group.get("rank") for group in built] == [2, None]
     assert [group.get("rank") for group in build_groups(model, groups, check_params({}), 2, 2)] == [2, None]
+
+
+def test_a_head_of_any_name_is_known_by_its_place_and_shape():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(30, 8)
+            self.positions = nn.Embedding(8, 8)  # of the shape of the square layer, which is no head
+            self.square = nn.Linear(8, 8, bias=False)
+            self.to_vocabulary = nn.Linear(8, 30, bias=False)
+
+    model = Model()
+    projected = ds_fira.param_groups(model, rank=2)[0]["params"]
+    assert len(projected) == 1
+    assert projected[0] is model.square.weight

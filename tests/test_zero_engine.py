@@ -46,10 +46,24 @@ def test_stage_0(ranks: Pools, world_size: int, dtype: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(expected, weights, strict=True))
 
 
-def test_weights_do_not_move_before_training(ranks: Pools) -> None:
+@pytest.mark.parametrize("way", ["json", "object", "callable"])
+def test_weights_do_not_move_before_training(ranks: Pools, way: str) -> None:
     """The wrapper of stage 0 steps with zero gradients as it is built: neither decay nor a step count comes of it."""
-    ds_config = config(0, "bf16", {**PARAMS, "lr": 1.0, "weight_decay": 0.5})
-    result = ranks.run(1, "train", ds_config=ds_config, shapes=SHAPES, steps=1)[0]
+    settings = {**PARAMS, "lr": 1.0, "weight_decay": 0.5}
+    ds_config = config(0, "bf16", settings)
+    if way == "json":
+        result = ranks.run(1, "train", ds_config=ds_config, shapes=SHAPES, steps=1)[0]
+    else:
+        del ds_config["optimizer"]
+        result = ranks.run(
+            1,
+            "train_with_object",
+            ds_config=ds_config,
+            shapes=SHAPES,
+            steps=1,
+            settings=settings,
+            as_callable=way == "callable",
+        )[0]
     torch.manual_seed(0)
     from tests.zero_jobs import Net
 

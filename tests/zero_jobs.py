@@ -166,10 +166,20 @@ def count_decompositions() -> Callable[[], int]:
     return end
 
 
-def train_with_object(settings: dict[str, Any], shapes: list[tuple[int, int]], **kwargs: Any) -> dict[str, Any]:
-    """`train` with an optimizer object over `ds_fira.param_groups`."""
+def train_with_object(
+    settings: dict[str, Any], shapes: list[tuple[int, int]], as_callable: bool = False, **kwargs: Any
+) -> dict[str, Any]:
+    """`train` with an optimizer object over `ds_fira.param_groups`, or a function that makes one."""
     torch.manual_seed(0)
     model = Net(shapes)
+    if as_callable:
+        return train(
+            shapes=shapes,
+            model=model,
+            optimizer=lambda params: ds_fira.FiraAdam(params, **settings),
+            model_parameters=list(model.parameters()),
+            **kwargs,
+        )
     optimizer = ds_fira.FiraAdam(ds_fira.param_groups(model, **settings))
     return train(shapes=shapes, model=model, optimizer=optimizer, **kwargs)
 
