@@ -306,3 +306,19 @@ def test_adamw_leaves_elements_without_a_finite_gradient_alone():
     assert state["exp_avg"].isfinite().all()
     assert state["exp_avg_sq"].isfinite().all()
     assert weight_change_error(start, parameter.detach(), reference.weight) <= tolerances.FLOAT32_VS_REFERENCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rounding_of_low_precision_gradients_is_no_history(dtype):
+    generator = torch.Generator().manual_seed(0)
+    low_rank = torch.randn(64, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
+    parameter = nn.Parameter(torch.zeros(64, 96, dtype=dtype))
+    optimizer = FiraAdam([{"params": [parameter], "rank": 3}], lr=0.01)
+    parameter.grad = low_rank.to(dtype)
+    outside = parameter.grad.float() - low_rank
+    assert outside.norm() > 1e-4 * low_rank.norm(), "rounded as a float32 gradient would be: the test says nothing"
+    optimizer.step()
+    assert optimizer.state[parameter]["residual_norm"] == 0.0
+    parameter.grad = torch.randn(64, 96, generator=generator).to(dtype)
+    optimizer.step()
+    assert optimizer.state[parameter]["residual_norm"] > 0.0
