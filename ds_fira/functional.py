@@ -31,9 +31,17 @@ NORM_EPS = 1e-8
 EXACT_RESIDUAL_SHARE = 0.01
 # A residual norm under this share of |phi * G| is rounding, not residual, when the gradient is exact in float32.
 NEGLIGIBLE_RESIDUAL = 1e-4
-# Rows handled at once where a result has to be formed in pieces: the pieces stay in cache, and no temporary is as
-# large as a matrix.
-ROW_BLOCK = 64
+# Where a result has to be formed in blocks of rows, a block is this share of the matrix, and no smaller than so many
+# rows: no temporary comes near the size of a large matrix, and a block stays in cache.
+BLOCK_SHARE = 1 / 32
+MIN_BLOCK_ROWS = 16
+# Elements up to which a matrix is summed up in float64, at no cost worth saving.
+SMALL_MATRIX = 2**16
+
+
+def block_rows(rows: int) -> int:
+    """Rows handled at once of a matrix with `rows` rows."""
+    return max(MIN_BLOCK_ROWS, int(rows * BLOCK_SHARE))
 
 
 def negligible_share(dtype: torch.dtype) -> float:
@@ -52,16 +60,19 @@ def project_back(low_rank: Tensor, basis: Tensor, side: Side) -> Tensor:
 
 
 def squared_norms(matrix: Tensor, side: Side) -> Tensor:
-    """|G_j|^2 of every column (left, n values) or of every row (right, m values), in float64.
+    """|G_j|^2 of every column (left, n values) or of every row (right, m values), in float64; R's likewise.
 
-    Squares are summed in the matrix's dtype inside a block of rows or inside a row, and in float64 across blocks. A
-    sum that is not finite says that the matrix holds NaN, infinity or elements whose squares overflow.
+    In a large matrix squares are summed in its own dtype inside a block of rows (left) or a row (right), and in float64
+    from there on; the errors average out over the blocks or rows. A small matrix has few of them, and is summed in
+    float64 throughout. A sum that is not finite says that the matrix holds NaN, infinity or elements whose squares
+    overflow.
     """
-    blocks = matrix.split(ROW_BLOCK)
+    if matrix.numel() <= SMALL_MATRIX:
+        return matrix.double().square().sum(0 if side == "left" else 1)
     if side == "right":
-        return torch.cat([block.square().sum(1) for block in blocks]).double()
+        return torch.linalg.vector_norm(matrix, dim=1).double().square()
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for block in blocks:
+    for block in matrix.split(block_rows(matrix.shape[0])):
         total += block.square().sum(0)
     return total
 
@@ -79,15 +90,21 @@ def bias_correction(step: int, betas: tuple[float, float]) -> float:
     return math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step)
 
 
-def scaling_factors(direction: Tensor, low_rank: Tensor, *, side: Side, scaling: str) -> Tensor:
-    """phi: one factor per column (left, (n,)) or row (right, (m,)) for "column", (1,) for "matrix" and "none"."""
+def scaling_factors(direction: Tensor, low_rank_sq: Tensor, *, side: Side, scaling: str) -> Tensor:
+    """phi: one factor per column (left, (n,)) or row (right, (m,)) for "column", (1,) for "matrix" and "none".
+
+    Args:
+        direction: N.
+        low_rank_sq: `squared_norms` of R.
+        side: the projected side.
+        scaling: "column", "matrix" or "none".
+    """
     if scaling == "none":
         return torch.ones(1, dtype=direction.dtype, device=direction.device)
+    direction_sq = squared_norms(direction, side)
     if scaling == "matrix":
-        return (torch.linalg.vector_norm(direction) / (torch.linalg.vector_norm(low_rank) + NORM_EPS)).view(1)
-    dim = 0 if side == "left" else 1
-    norms = torch.linalg.vector_norm(direction, dim=dim)
-    return norms / (torch.linalg.vector_norm(low_rank, dim=dim) + NORM_EPS)
+        direction_sq, low_rank_sq = direction_sq.sum().view(1), low_rank_sq.sum().view(1)
+    return (direction_sq.sqrt() / (low_rank_sq.sqrt() + NORM_EPS)).to(direction.dtype)
 
 
 def exact_residual_square(grad: Tensor, basis: Tensor, low_rank: Tensor, phi: Tensor, *, side: Side, alpha: float):
@@ -96,8 +113,9 @@ def exact_residual_square(grad: Tensor, basis: Tensor, low_rank: Tensor, phi: Te
     columns = low_rank if side == "left" else basis.t()
     scale = phi if side == "left" or phi.numel() == 1 else phi.unsqueeze(1)
     total = 0.0
-    for first in range(0, grad.shape[0], ROW_BLOCK):
-        rows = slice(first, first + ROW_BLOCK)
+    height = block_rows(grad.shape[0])
+    for first in range(0, grad.shape[0], height):
+        rows = slice(first, first + height)
         residual = torch.addmm(grad[rows], rows_of[rows], columns, alpha=-alpha)
         residual.mul_(scale if scale.dim() == 1 else scale[rows])
         total += float(residual.square().sum(dtype=torch.float64))
@@ -105,7 +123,15 @@ def exact_residual_square(grad: Tensor, basis: Tensor, low_rank: Tensor, phi: Te
 
 
 def scaled_residual_norm(
-    grad: Tensor, grad_sq: Tensor, basis: Tensor, low_rank: Tensor, phi: Tensor, *, side: Side, alpha: float
+    grad: Tensor,
+    grad_sq: Tensor,
+    basis: Tensor,
+    low_rank: Tensor,
+    low_rank_sq: Tensor,
+    phi: Tensor,
+    *,
+    side: Side,
+    alpha: float,
 ) -> tuple[float, float]:
     """|S| and |phi * G| for S = phi * (G - a P R), without forming S where its share is large enough.
 
@@ -114,22 +140,18 @@ def scaled_residual_norm(
         grad_sq: `squared_norms` of G.
         basis: P.
         low_rank: R.
+        low_rank_sq: `squared_norms` of R.
         phi: scaling factors, one per entry of `grad_sq` or one for all.
         side: the projected side.
         alpha: a, 1 in the paper's formulation.
     """
     weights = phi.double().square()
     whole = float((weights * grad_sq).sum())
-    inside = float((weights * squared_norms_of_low_rank(low_rank, side)).sum())
+    inside = float((weights * low_rank_sq).sum())
     square = whole - (2.0 * alpha - alpha * alpha) * inside
     if square < EXACT_RESIDUAL_SHARE * whole:
         square = exact_residual_square(grad, basis, low_rank, phi, side=side, alpha=alpha)
     return math.sqrt(square), math.sqrt(whole)
-
-
-def squared_norms_of_low_rank(low_rank: Tensor, side: Side) -> Tensor:
-    """|R_j|^2 along the rank, in float64: n values on the left, m on the right."""
-    return low_rank.square().sum(0 if side == "left" else 1, dtype=torch.float64)
 
 
 def limit_growth(norm: float, previous: float, *, gamma: float) -> float:
@@ -183,8 +205,9 @@ def apply_update_(
         weight.addmm_(left, right, alpha=-step_size * alpha)
         decay_(weight, decay)
         return
-    for first in range(0, weight.shape[0], ROW_BLOCK):
-        rows = slice(first, first + ROW_BLOCK)
+    height = block_rows(weight.shape[0])
+    for first in range(0, weight.shape[0], height):
+        rows = slice(first, first + height)
         update = (grad[rows] * (phi[rows] if by_row else phi)).addmm_(left[rows], right, alpha=alpha)
         value = weight[rows].to(grad.dtype).sub_(update, alpha=step_size)
         decay_(value, decay)

@@ -41,7 +41,7 @@ class MatrixTask:
 
     @property
     def finite(self) -> bool:
-        """Whether the gradient is finite, and its squares and their sums are too in the states' dtype."""
+        """Whether the gradient is finite, and its squares and their sum are too in the states' dtype."""
         return self.grad_square < torch.finfo(self.state.basis.dtype).max
 
     @property
@@ -93,9 +93,13 @@ def _apply(task: MatrixTask, metrics: StepMetrics) -> None:
     direction = F.adam_direction_(low_rank, state.exp_avg, state.exp_avg_sq, betas=betas, eps=group["eps"])
     if paper:
         direction.mul_(correction)
-    phi = F.scaling_factors(direction, low_rank, side=state.side, scaling=group["scaling"])
+    low_rank_sq = F.squared_norms(low_rank, state.side)
+    phi = F.scaling_factors(direction, low_rank_sq, side=state.side, scaling=group["scaling"])
     if group["limiter"] == "growth":
-        phi = _limit(task, grad, low_rank, phi, alpha, metrics)
+        norm, whole = F.scaled_residual_norm(
+            grad, task.grad_sq, state.basis, low_rank, low_rank_sq, phi, side=state.side, alpha=alpha
+        )
+        phi = phi / _limiter(task, norm, whole, metrics)
     F.apply_update_(
         task.weight,
         grad,
@@ -109,18 +113,17 @@ def _apply(task: MatrixTask, metrics: StepMetrics) -> None:
         residual_scale=group["residual_scale"],
         decay=group["lr"] * group["weight_decay"],
     )
-    metrics.record_energy(low_rank, task.grad_square)
+    metrics.record_energy(float(low_rank_sq.sum()), task.grad_square)
 
 
-def _limit(task: MatrixTask, grad: Tensor, low_rank: Tensor, phi: Tensor, alpha: float, metrics: StepMetrics) -> Tensor:
-    """Scaling factors after the norm-growth limiter, the residual's norm recorded for the next step."""
+def _limiter(task: MatrixTask, norm: float, whole: float, metrics: StepMetrics) -> float:
+    """The norm-growth limiter's divisor for |S| = norm beside |phi * G| = whole; records |S| for the next step."""
     state = task.state
-    norm, whole = F.scaled_residual_norm(grad, task.grad_sq, state.basis, low_rank, phi, side=state.side, alpha=alpha)
     if norm <= task.resolution * whole:
         # Rounding, not a residual: recorded as history it would pin the next real one for a thousand steps.
         state.residual_norm.zero_()
-        return phi
+        return 1.0
     divisor = F.limit_growth(norm, float(state.residual_norm), gamma=task.group["gamma"])
     state.residual_norm.fill_(norm / divisor)
     metrics.limiter_activations += divisor > 1.0
-    return phi / divisor
+    return divisor

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 
 @dataclass
 class StepMetrics:
@@ -24,8 +21,8 @@ class StepMetrics:
     limiter_activations: int = 0
     refreshes: int = 0
 
-    def record_energy(self, low_rank: Tensor, grad_square: float) -> None:
-        """Count one matrix step with R and |G|^2."""
+    def record_energy(self, low_rank_square: float, grad_square: float) -> None:
+        """Count one matrix step with |R|^2 and |G|^2."""
         if grad_square > 0.0:
             self.matrix_steps += 1
-            self.captured_energy_sum += float(low_rank.square().sum(dtype=torch.float64)) / grad_square
+            self.captured_energy_sum += low_rank_square / grad_square

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ds_fira
+from ds_fira.functional import SMALL_MATRIX
 from tests.distributed import Pools
 from tests.zero_jobs import config
 
@@ -96,6 +97,16 @@ def test_any_number_of_ranks(ranks: Pools, world_size: int, stage: int, dtype: s
     check(results)
     # Steps with and without the limiter, or the comparison says little about it.
     assert 0 < results[0]["metrics"]["limiter_activations"] < results[0]["metrics"]["matrix_steps"]
+
+
+def test_matrices_larger_than_a_block(ranks: Pools) -> None:
+    """Sizes at which norms are summed in blocks, at offsets that no allocator would choose."""
+    shapes = [(300, 260), (5, 7), (260, 300), (300, 260), (300, 260)]
+    assert SMALL_MATRIX < 300 * 260
+    results = ranks.run(
+        2, "train", ds_config=config(2, "fp32", {**PARAMS, "rank": 16, "lr": 0.001}), shapes=shapes, steps=5
+    )
+    check(results)
 
 
 @pytest.mark.parametrize(
