@@ -96,7 +96,6 @@ class CutExchange:
     """
 
     def __init__(self, layout: GroupLayout, channel: Channel) -> None:
-        self.layout = layout
         self.channel = channel
         rank = channel.dp_rank
         self._sent, self._received = layout.exchange_counts(rank)

@@ -54,11 +54,6 @@ def project(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
     return basis.t() @ grad if side == "left" else grad @ basis
 
 
-def project_back(low_rank: Tensor, basis: Tensor, side: Side) -> Tensor:
-    """P N, (m, n), on the left; N P', (m, n), on the right."""
-    return basis @ low_rank if side == "left" else low_rank @ basis.t()
-
-
 def squared_norms(matrix: Tensor, side: Side) -> Tensor:
     """|G_j|^2 of every column (left, n values) or of every row (right, m values), in float64; R's likewise.
 

@@ -99,6 +99,19 @@ def test_any_number_of_ranks(ranks: Pools, world_size: int, stage: int, dtype: s
     assert 0 < results[0]["metrics"]["limiter_activations"] < results[0]["metrics"]["matrix_steps"]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_steps_skipped_by_the_loss_scaler(ranks: Pools, stage: int) -> None:
+    """Overflows at the first steps in fp16: DeepSpeed skips them, nothing of ours moves, and training goes on."""
+    fp16 = {"initial_scale_power": 24, "hysteresis": 1}
+    results = ranks.run(3, "train", ds_config=config(stage, "fp16", PARAMS, fp16=fp16), shapes=SHAPES, steps=14)
+    made = [len(gradients) > 0 for gradients in results[0]["gradients"]]
+    assert not made[0]
+    assert 3 <= sum(made) < len(made)
+    check(results)
+    steps = {int(state["step"]) for state in owned_states(results).values()}
+    assert steps == {sum(made)}
+
+
 def test_matrices_larger_than_a_block(ranks: Pools) -> None:
     """Sizes at which norms are summed in blocks, at offsets that no allocator would choose."""
     shapes = [(300, 260), (5, 7), (260, 300), (300, 260), (300, 260)]
