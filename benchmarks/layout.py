@@ -1,6 +1,6 @@
 """How FiraAdam's states spread over ZeRO's ranks for the paper's LLaMA models: planned, no processes needed.
 
-    python benchmarks/layout.py [--ranks 2 4 8] [--json FILE]
+    python -m benchmarks.layout [--ranks 2 4 8] [--json FILE]
 
 Prints, for every model and number of ranks: matrices cut by partition boundaries, bytes of state on the largest rank
 and all ranks together, the ratio of the largest rank to an even share, and the share of AdamW's states. Builds the
@@ -10,27 +10,15 @@ transformers model on the meta device and plans with the code that the engine ru
 from __future__ import annotations
 
 import argparse
-import json
-import math
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from ds_fira.groups import build_groups, group_defaults
-from ds_fira.layout import plan_groups, state_numel
-from ds_fira.memory import ParamRecord, adamw_bytes
-from ds_fira.settings import check_params
-from ds_fira.shard import matrices_of
+from benchmarks.common import save
+from benchmarks.partition import LLAMAS, plan_run
+from ds_fira.layout import state_numel
+from ds_fira.memory import adamw_bytes, formula_bytes
 
-# (hidden, intermediate, heads, layers, rank): the paper's Tables 2 and 5, and its 7B at the higher of its two ranks.
-LLAMAS = {
-    "60m": (512, 1376, 8, 8, 128),
-    "130m": (768, 2048, 12, 12, 256),
-    "350m": (1024, 2736, 16, 24, 256),
-    "1b": (2048, 5461, 32, 24, 512),
-    "7b": (4096, 11008, 32, 32, 1024),
-}
 BYTES = 4  # states are float32
 
 
@@ -62,45 +50,23 @@ class Plan:
 
 def plan_llama(model: str, ranks: int) -> Plan:
     """Plan a LLaMA under ZeRO-2 as the engine would."""
-    hidden, intermediate, heads, layers, rank = LLAMAS[model]
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_hidden_layers=layers,
-    )
-    with torch.device("meta"):
-        module = LlamaForCausalLM(config)
-    settings = check_params({"rank": rank})
-    groups = build_groups(module, module.parameters(), settings, zero_stage=2, dp_size=ranks)
-    buffers, records = [], []
+    rank = LLAMAS[model][4]
+    run = plan_run(model, ranks, rank=rank)
     state = [0] * ranks
-    for group in groups:
-        matrices, begin = [], 0
-        for param in group["params"]:
-            records.append(ParamRecord.of("", tuple(param.shape), {**group_defaults(settings), **group}))
-            if "rank" in group:
-                matrices += matrices_of("", tuple(param.shape), begin)
-            begin += param.numel()
-        # ZeRO pads a buffer to a multiple of twice the ranks.
-        partition_size = math.ceil(begin / (2 * ranks)) * 2
-        if "rank" in group:
-            buffers.append((matrices, partition_size))
-        else:
-            state = [held + 2 * partition_size for held in state]
-    layouts = plan_groups(buffers, ranks, [lambda shape: state_numel(shape, rank)] * len(buffers))
-    for layout in layouts:
+    for group in run.groups:
         for index in range(ranks):
-            owned = (*layout.whole[index], *layout.owned_cuts(index))
-            state[index] += sum(state_numel(matrix.shape, rank) for matrix in owned)
+            if group.layout is None:
+                state[index] += 2 * group.partition_size
+            else:
+                owned = (*group.layout.whole[index], *group.layout.owned_cuts(index))
+                state[index] += sum(state_numel(matrix.shape, rank) for matrix in owned)
     return Plan(
         model=model,
         ranks=ranks,
-        cut_matrices=sum(len(layout.cuts) for layout in layouts),
+        cut_matrices=sum(len(group.layout.cuts) for group in run.groups if group.layout is not None),
         by_rank=[BYTES * held for held in state],
-        formula=BYTES * sum(record.state_elements for record in records),
-        adamw=adamw_bytes(records),
+        formula=formula_bytes(run.records),
+        adamw=adamw_bytes(run.records),
     )
 
 
@@ -118,9 +84,7 @@ def main() -> None:
             f"{max(plan.by_rank) / 2**20:>10.1f} MiB{plan.formula / plan.ranks / 2**20:>8.1f} MiB"
             f"{plan.imbalance:>8.3f}{plan.formula / plan.adamw:>10.1%}"
         )
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump([asdict(plan) for plan in plans], file, indent=1)
+    save(args.json, torch.device("cpu"), plans=[asdict(plan) for plan in plans])
 
 
 if __name__ == "__main__":

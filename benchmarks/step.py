@@ -1,91 +1,148 @@
-"""Time of one optimizer step without a refresh, beside PyPI `fira` and `torch.optim.AdamW`, in one run on one device.
+"""Time of one optimizer step without a refresh beside its peers, in one run on one device.
 
-    python benchmarks/step.py [--models 60m 130m] [--repeats 9] [--json FILE]
+    python -m benchmarks.step [--models 60m 130m 350m 1b] [--peers fira AdamW ...] [--repeats 9] [--json FILE]
+    python -m benchmarks.step --partition-of 8 --models 7b [--ranks 256 1024]     # one rank's share, refresh included
 
-For every distinct matrix shape of a LLaMA of the paper, at the paper's rank, the three optimizers step the same
-gradient in turn; the figure is the ratio of medians. Machines are noisy: quote ratios, not times.
+The first form steps every distinct matrix shape of a LLaMA of the paper at the paper's rank, all optimizers in turn on
+the same gradient; the figures are ratios of medians. The second builds the flat partitions that rank 0 of N holds under
+ZeRO-2 and steps them as the engine does, beside fused AdamW on the same flat tensors; the amortised step counts one
+refresh in 200 steps. The floor is the bytes that a step must move (gradient read twice, weight read and written,
+states) over the bandwidth of a copy, plus its matrix products over the rate of one, both measured in the run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import platform
-import statistics
-import time
+import contextlib
+import io
 from collections.abc import Callable
+from typing import Any
 
-import fira
 import torch
 
-import ds_fira
-from benchmarks.layout import LLAMAS
+from benchmarks.common import default_device, device_name, geometric_mean, medians, rates, save, seconds
+from benchmarks.partition import LLAMAS, llama_shapes, plan_run, rank_partition
+from benchmarks.peers import PEERS, available, make_ds_fira
+from ds_fira.subspace import low_rank_shape, projection_side
+
+GAP = 200  # steps from one refresh to the next, for the amortised step
 
 
-def stepper(
-    make: Callable[[list], torch.optim.Optimizer], shape: tuple[int, int], rank: int | None
-) -> Callable[[], None]:
+def stepper(make: Callable[..., torch.optim.Optimizer], shape: tuple[int, int], rank: int, device: torch.device):
     """A function that makes one step of a fresh optimizer on one weight, its first (refresh) step already made."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
-    group = {"params": [weight]}
-    if rank is not None:
-        group |= {"rank": rank, "update_proj_gap": 10**9, "alpha": 0.25, "proj_type": "std"}
-    optimizer = make([group])
-    weight.grad = torch.randn(shape, generator=generator)
-    optimizer.step()
+    generator = torch.Generator(device).manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(shape, generator=generator, device=device) * 0.02)
+    param.grad = torch.randn(shape, generator=generator, device=device)
+    optimizer = make(param, rank)
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer.step()
     return optimizer.step
 
 
-def seconds(step: Callable[[], None]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def floor_seconds(shape: tuple[int, int], rank: int, flops: float, bandwidth: float) -> float:
+    """What a float32 step of one matrix cannot go below at the measured rates."""
+    m, n = shape
+    a, b = low_rank_shape(shape, rank, projection_side(shape, "std", "released"))
+    r = min(rank, m, n)
+    # G twice, W both ways; both moments both ways, R and C both ways, the basis twice.
+    moved = 4 * (4 * m * n + 8 * a * b + 2 * r * min(m, n))
+    return moved / bandwidth + 4 * m * n * r / flops
 
 
-def compare(shape: tuple[int, int], rank: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a step of each optimizer, taken in turn."""
-    steps = {
-        "fira": stepper(lambda groups: fira.FiraAdamW(groups, lr=1e-3, no_deprecation_warning=True), shape, rank),
-        "ds_fira": stepper(lambda groups: ds_fira.FiraAdam(groups, lr=1e-3), shape, rank),
-        "AdamW": stepper(lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True), shape, None),
-    }
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            taken[name].append(seconds(step))
-    return {name: statistics.median(times) for name, times in taken.items()}
+def by_shape(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Step every shape with every optimizer and print the table of ratios."""
+    peers, reasons = available(args.peers, device)
+    for name, reason in reasons.items():
+        print(f"{name} does not run here: {reason}")
+    flops, bandwidth = rates(device)
+    print(f"product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'model':6}{'shape':>14}{'rank':>6}{'/ floor':>9}" + "".join(f"{'/ ' + name:>12}" for name in peers))
+    rows: list[dict[str, Any]] = []
+    settings = {"state_dtype": args.state_dtype, "matmul_precision": args.matmul_precision}
+    for model in args.models:
+        rank = LLAMAS[model][4]
+        for shape in llama_shapes(model):
+            steps = {"ds_fira": stepper(lambda p, r: make_ds_fira(p, r, **settings), shape, rank, device)}
+            steps |= {name: stepper(PEERS[name], shape, rank, device) for name in peers}
+            times = medians(steps, args.repeats, device)
+            del steps
+            floor = floor_seconds(shape, rank, flops, bandwidth)
+            rows.append({"model": model, "shape": shape, "rank": rank, "seconds": times, "floor_seconds": floor})
+            ratios = "".join(f"{times['ds_fira'] / times[name]:>12.2f}" for name in peers)
+            print(f"{model:6}{shape[0]:>8} x{shape[1]:>5}{rank:>5}{times['ds_fira'] / floor:>9.2f}{ratios}", flush=True)
+    means = {name: geometric_mean(row["seconds"]["ds_fira"] / row["seconds"][name] for row in rows) for name in peers}
+    print(f"{'geometric mean':35}" + "".join(f"{means[name]:>12.2f}" for name in peers))
+    return {"settings": settings, "rows": rows, "ratio_geometric_means": means, "not_run": reasons}
+
+
+def by_partition(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Step one rank's partitions, and refresh them once, beside fused AdamW on the same tensors."""
+    rows = []
+    columns = "".join(f"{name:>10}" for name in ("step", "refresh", "AdamW"))
+    print(f"{'model':6}{'ranks':>6}{'rank':>6}{'elements':>11}{columns}{'amortised / AdamW':>19}")
+    for model in args.models:
+        for rank in args.ranks or [LLAMAS[model][4]]:
+            run = plan_run(
+                model,
+                args.partition_of,
+                rank=rank,
+                alpha=0.25,
+                update_proj_gap=GAP,
+                subspace=args.subspace,
+                state_dtype=args.state_dtype,
+                matmul_precision=args.matmul_precision,
+            )
+            optimizer, flats = rank_partition(run, 0, device)
+            first = seconds(optimizer.step, device)
+            step = medians({"step": optimizer.step}, args.repeats, device)["step"]
+            refresh = max(0.0, first - step)
+            optimizer.state.clear()
+            adamw = torch.optim.AdamW(flats, lr=1e-3, fused=True)
+            adamw.step()
+            peer = medians({"AdamW": adamw.step}, args.repeats, device)["AdamW"]
+            del adamw
+            elements = sum(flat.numel() for flat in flats)
+            ratio = (step + refresh / GAP) / peer
+            print(
+                f"{model:6}{args.partition_of:>6}{rank:>6}{elements / 1e6:>9.1f} M{step:>8.3f} s{refresh:>8.2f} s"
+                f"{peer:>8.3f} s{ratio:>19.2f}",
+                flush=True,
+            )
+            rows.append(
+                {
+                    "model": model,
+                    "ranks": args.partition_of,
+                    "rank": rank,
+                    "elements": elements,
+                    "step_seconds": step,
+                    "cold_refresh_seconds": refresh,
+                    "adamw_seconds": peer,
+                    "amortised_over_adamw": ratio,
+                }
+            )
+            del optimizer, flats
+    return {"partition_rows": rows, "subspace": args.subspace, "matmul_precision": args.matmul_precision}
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", nargs="+", default=["60m", "130m", "350m"], choices=[m for m in LLAMAS if m != "7b"]
-    )
+    parser.add_argument("--models", nargs="+", default=["60m", "130m", "350m", "1b"], choices=list(LLAMAS))
+    parser.add_argument("--peers", nargs="*", default=["fira", "AdamW"], choices=list(PEERS))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--partition-of", type=int, metavar="N", help="step one rank's share of N under ZeRO-2 instead")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", help="subspace ranks for --partition-of, instead of the paper's"
+    )
+    parser.add_argument("--subspace", default="randomized", help="method of the refresh in --partition-of")
+    parser.add_argument("--state-dtype", default="float32")
+    parser.add_argument("--matmul-precision", default="tf32")
     parser.add_argument("--json", help="also write the medians to this file")
     args = parser.parse_args()
-    print(f"CPU {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
-    print(f"{'model':6}{'shape':>14}{'rank':>6}{'ds_fira / fira':>16}{'ds_fira / AdamW':>17}")
-    rows, ratios = [], []
-    for model in args.models:
-        hidden, intermediate, _, _, rank = LLAMAS[model]
-        for shape in ((hidden, hidden), (intermediate, hidden), (hidden, intermediate)):
-            times = compare(shape, rank, args.repeats)
-            ratios.append(times["ds_fira"] / times["fira"])
-            rows.append({"model": model, "shape": shape, "rank": rank, "seconds": times})
-            print(
-                f"{model:6}{shape[0]:>8} x{shape[1]:>5}{rank:>5}{ratios[-1]:>16.2f}"
-                f"{times['ds_fira'] / times['AdamW']:>17.2f}"
-            )
-    mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
-    print(f"geometric mean of ds_fira / fira: {mean:.2f}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, file, indent=1)
+    device = default_device()
+    print(device_name(device))
+    results = by_partition(args, device) if args.partition_of else by_shape(args, device)
+    save(args.json, device, **results)
 
 
 if __name__ == "__main__":

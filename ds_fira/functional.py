@@ -1,4 +1,4 @@
-"""The arithmetic of one Fira step on one whole matrix, and of AdamW, as functions of tensors and plain numbers.
+"""The arithmetic of one Fira step as functions of tensors and plain numbers.
 
 Nothing here knows of processes, partitions or param groups. Names that end in _ change their first arguments.
 
@@ -13,15 +13,19 @@ scale per column j of G; on the right everything is transposed. The method (Fira
 
 It is computed without forming S. The update is phi * G + P (a N - a phi * R), one product accumulated into W; and P is
 orthonormal, so |G_j - a P R_j|^2 = |G_j|^2 - (2a - a^2) |R_j|^2, with the norms accumulated in float64.
+
+The functions of full-size matrices (`project`, `residual_square`, `apply_update_`, `adam_direction_`) have
+twins of the same signatures in `ds_fira.kernels`, for which they are the reference. These here take one matrix and may
+ask the host for a decision (`host_decides`); the kernels take a batch and decide on the device. The functions between
+them take one matrix or a batch: scales of shape (..., n) or (..., m), one number per matrix of shape (...).
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ds_fira.precision import matmul_precision
 from ds_fira.subspace import Side
 
 # Keeps the quotients of norms finite; the released code's constant, in phi and in the limiter.
@@ -31,17 +35,27 @@ NORM_EPS = 1e-8
 EXACT_RESIDUAL_SHARE = 0.01
 # A residual norm under this share of |phi * G| is rounding, not residual, when the gradient is exact in float32.
 NEGLIGIBLE_RESIDUAL = 1e-4
-# Where a result has to be formed in blocks of rows, a block is this share of the matrix, and no smaller than so many
-# rows: no temporary comes near the size of a large matrix, and a block stays in cache.
+# What has to be formed beside a matrix is formed in blocks of rows, each this share of the matrix's bytes and no
+# smaller than so many rows: no temporary comes near the size of a large matrix, and a block stays in cache.
 BLOCK_SHARE = 1 / 32
 MIN_BLOCK_ROWS = 16
 # Elements up to which a matrix is summed up in float64, at no cost worth saving.
 SMALL_MATRIX = 2**16
 
 
-def block_rows(rows: int) -> int:
-    """Rows handled at once of a matrix with `rows` rows."""
-    return max(MIN_BLOCK_ROWS, int(rows * BLOCK_SHARE))
+def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:
+    """Rows handled at once of a matrix with `rows` rows.
+
+    Args:
+        rows: rows of the matrix.
+        bytes_ratio: bytes formed for an element of the block over those that the matrix holds for it.
+    """
+    return max(MIN_BLOCK_ROWS, int(rows * BLOCK_SHARE / max(1.0, bytes_ratio)))
+
+
+def host_decides(condition: Tensor) -> bool:
+    """Ask the host about the condition of one matrix: free on the CPU, a wait on a GPU."""
+    return bool(condition)
 
 
 def negligible_share(dtype: torch.dtype) -> float:
@@ -49,9 +63,34 @@ def negligible_share(dtype: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps, NEGLIGIBLE_RESIDUAL)
 
 
-def project(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
-    """R = P'G, (r, n), on the left; R = GP, (m, r), on the right."""
-    return basis.t() @ grad if side == "left" else grad @ basis
+def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32") -> tuple[Tensor, Tensor]:
+    """R and the squared norms of G's columns (left) or rows (right).
+
+    Args:
+        grad: G, (m, n); in a lower precision than P it is converted in blocks of rows.
+        basis: P, (m, r) on the left, (n, r) on the right.
+        side: the projected side.
+        precision: of the product, as in `matmul_precision`.
+
+    Returns:
+        R = P'G, (r, n), or R = GP, (m, r), in P's dtype; `squared_norms` of G in P's dtype.
+    """
+    with matmul_precision(precision):
+        if grad.dtype == basis.dtype:
+            return (basis.t() @ grad if side == "left" else grad @ basis), squared_norms(grad, side)
+        low_rank, grad_sq = [], []
+        total = basis.new_zeros(basis.shape[1], grad.shape[1]) if side == "left" else None
+        height = block_rows(grad.shape[0], basis.element_size() / grad.element_size())
+        for first in range(0, grad.shape[0], height):
+            block = grad[first : first + height].to(basis.dtype)
+            grad_sq.append(squared_norms(block, side))
+            if total is not None:
+                total.addmm_(basis[first : first + height].t(), block)
+            else:
+                low_rank.append(block @ basis)
+    if total is not None:
+        return total, torch.stack(grad_sq).sum(0)
+    return torch.cat(low_rank), torch.cat(grad_sq)
 
 
 def squared_norms(matrix: Tensor, side: Side) -> Tensor:
@@ -72,189 +111,182 @@ def squared_norms(matrix: Tensor, side: Side) -> Tensor:
     return total
 
 
-def adam_direction_(low_rank: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], eps: float):
-    """Update both moments with R and return N = M / (sqrt(V) + eps), without bias correction (lines 9 to 11)."""
+def adam_direction_(
+    low_rank: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    side: Side,
+    usable: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Update both moments with R (lines 9 and 10) and give N = M / (sqrt(V) + eps), without bias correction.
+
+    Args:
+        low_rank: R, (r, n) left or (m, r) right.
+        exp_avg: M, the same shape, updated.
+        exp_avg_sq: V, the same shape, updated.
+        betas: decay rates of the moments.
+        eps: added to sqrt(V).
+        side: the projected side.
+        usable: whether R comes from a finite gradient; the caller has asked already.
+
+    Returns:
+        N, and `squared_norms` of N and of R.
+    """
+    del usable
     beta1, beta2 = betas
     exp_avg.mul_(beta1).add_(low_rank, alpha=1.0 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(low_rank, low_rank, value=1.0 - beta2)
-    return exp_avg / exp_avg_sq.sqrt().add_(eps)
+    denominator = exp_avg_sq.sqrt().add_(eps)
+    direction = torch.div(exp_avg, denominator, out=denominator)
+    return direction, squared_norms(direction, side), squared_norms(low_rank, side)
 
 
-def bias_correction(step: int, betas: tuple[float, float]) -> float:
-    """sqrt(1 - beta2^t) / (1 - beta1^t) at the t-th step, counted from 1."""
-    return math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step)
+def bias_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
+    """sqrt(1 - beta2^t) / (1 - beta1^t) at the t-th step, counted from 1; float64, of `step`'s shape and device."""
+    exponent = step.double()
+    return (1.0 - betas[1] ** exponent).sqrt_().div_(1.0 - betas[0] ** exponent)
 
 
-def scaling_factors(direction: Tensor, low_rank_sq: Tensor, *, side: Side, scaling: str) -> Tensor:
-    """phi: one factor per column (left, (n,)) or row (right, (m,)) for "column", (1,) for "matrix" and "none".
+def scaling_factors(direction_sq: Tensor, low_rank_sq: Tensor, scaling: str) -> Tensor:
+    """Phi = |N| / |R| (equation 11), float64: per column or row (..., n or m) for "column", (..., 1) for the others.
 
     Args:
-        direction: N.
+        direction_sq: `squared_norms` of N.
         low_rank_sq: `squared_norms` of R.
-        side: the projected side.
-        scaling: "column", "matrix" or "none".
+        scaling: "column", "matrix" or "none", where phi is 1.
     """
     if scaling == "none":
-        return torch.ones(1, dtype=direction.dtype, device=direction.device)
-    direction_sq = squared_norms(direction, side)
+        return torch.ones_like(low_rank_sq[..., :1])
     if scaling == "matrix":
-        direction_sq, low_rank_sq = direction_sq.sum().view(1), low_rank_sq.sum().view(1)
-    return (direction_sq.sqrt() / (low_rank_sq.sqrt() + NORM_EPS)).to(direction.dtype)
+        direction_sq, low_rank_sq = direction_sq.sum(-1, keepdim=True), low_rank_sq.sum(-1, keepdim=True)
+    return direction_sq.sqrt().div_(low_rank_sq.sqrt().add_(NORM_EPS))
 
 
-def exact_residual_square(grad: Tensor, basis: Tensor, low_rank: Tensor, phi: Tensor, *, side: Side, alpha: float):
-    """|phi * (G - a P R)|^2 from the residual itself, formed in blocks of rows."""
-    rows_of = basis if side == "left" else low_rank
-    columns = low_rank if side == "left" else basis.t()
-    scale = phi if side == "left" or phi.numel() == 1 else phi.unsqueeze(1)
-    total = 0.0
-    height = block_rows(grad.shape[0])
-    for first in range(0, grad.shape[0], height):
-        rows = slice(first, first + height)
-        residual = torch.addmm(grad[rows], rows_of[rows], columns, alpha=-alpha)
-        residual.mul_(scale if scale.dim() == 1 else scale[rows])
-        total += float(residual.square().sum(dtype=torch.float64))
-    return total
-
-
-def scaled_residual_norm(
+def residual_square(
     grad: Tensor,
-    grad_sq: Tensor,
     basis: Tensor,
     low_rank: Tensor,
-    low_rank_sq: Tensor,
     phi: Tensor,
     *,
     side: Side,
     alpha: float,
-) -> tuple[float, float]:
-    """|S| and |phi * G| for S = phi * (G - a P R), without forming S where its share is large enough.
+    needed: Tensor,
+    precision: str = "float32",
+) -> Tensor:
+    """|phi * (G - a P R)|^2 from the residual itself, formed in blocks of rows.
 
     Args:
         grad: G, (m, n).
-        grad_sq: `squared_norms` of G.
         basis: P.
         low_rank: R.
+        phi: scaling factors, one per column (left) or row (right), or one for all.
+        side: the projected side.
+        alpha: a inside the residual, 1 in the paper's formulation.
+        needed: whether the caller wants it.
+        precision: of the product, as in `matmul_precision`.
+
+    Returns:
+        float64, 0-dim; 0 where it is not needed.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=grad.device)
+    if not host_decides(needed):
+        return total
+    rows_of, columns = (basis, low_rank) if side == "left" else (low_rank, basis.t())
+    by_row = side == "right" and phi.shape[-1] > 1
+    height = block_rows(grad.shape[0], 2 * basis.element_size() / grad.element_size())
+    with matmul_precision(precision):
+        for first in range(0, grad.shape[0], height):
+            rows = slice(first, first + height)
+            residual = torch.addmm(grad[rows].to(basis.dtype), rows_of[rows], columns, alpha=-alpha)
+            sums = squared_norms(residual, side)
+            total += (sums * (phi[rows] if by_row else phi).square()).sum()
+    return total
+
+
+def difference_of_squares(grad_sq: Tensor, low_rank_sq: Tensor, phi: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """|S|^2 = sum of phi_j^2 (|G_j|^2 - (2a - a^2) |R_j|^2), and |phi * G|^2; float64, of shape (...).
+
+    Args:
+        grad_sq: `squared_norms` of G.
         low_rank_sq: `squared_norms` of R.
         phi: scaling factors, one per entry of `grad_sq` or one for all.
-        side: the projected side.
         alpha: a, 1 in the paper's formulation.
     """
-    weights = phi.double().square()
-    whole = float((weights * grad_sq).sum())
-    inside = float((weights * low_rank_sq).sum())
-    square = whole - (2.0 * alpha - alpha * alpha) * inside
-    if square < EXACT_RESIDUAL_SHARE * whole:
-        square = exact_residual_square(grad, basis, low_rank, phi, side=side, alpha=alpha)
-    return math.sqrt(square), math.sqrt(whole)
+    weights = phi.square()
+    whole = (weights * grad_sq).sum(-1)
+    return whole - (2.0 * alpha - alpha * alpha) * (weights * low_rank_sq).sum(-1), whole
 
 
-def limit_growth(norm: float, previous: float, *, gamma: float) -> float:
-    """The limiter's divisor max(|S| / (|S_prev| + 1e-8), gamma) / gamma, 1 where there is no history (previous 0)."""
-    if previous == 0.0:
-        return 1.0
-    return max(norm / (previous + NORM_EPS), gamma) / gamma
+def residual_needed(square: Tensor, whole: Tensor) -> Tensor:
+    """Whether |S|^2 as a difference has lost so many digits beside |phi * G|^2 that S itself has to be summed."""
+    return square < EXACT_RESIDUAL_SHARE * whole
+
+
+def limit_growth(square: Tensor, whole: Tensor, previous: Tensor, *, gamma: float, resolution: float):
+    """The norm-growth limiter (equation 12): its divisor, and |S| to remember.
+
+    A norm that is rounding, not residual, is no history: it would pin the next real one for a thousand steps.
+
+    Args:
+        square: |S|^2, float64, (...).
+        whole: |phi * G|^2.
+        previous: |S_prev|; 0 is no history.
+        gamma: the largest growth.
+        resolution: below this share of |phi * G| a norm is rounding.
+
+    Returns:
+        max(|S| / (|S_prev| + 1e-8), gamma) / gamma, 1 where there is no history; and |S| after it.
+    """
+    norm = square.clamp(min=0.0).sqrt_()
+    negligible = norm <= resolution * whole.sqrt()
+    divisor = torch.div(norm, previous + NORM_EPS).clamp_(min=gamma).div_(gamma)
+    divisor = divisor.masked_fill_(negligible | (previous == 0.0), 1.0)
+    return divisor, torch.where(negligible, 0.0, norm / divisor)
 
 
 def apply_update_(
     weight: Tensor,
     grad: Tensor,
-    basis: Tensor,
-    direction: Tensor,
-    low_rank: Tensor,
+    left: Tensor,
+    right: Tensor,
     phi: Tensor,
     *,
-    side: Side,
-    step_size: float,
-    alpha: float,
-    residual_scale: float,
-    decay: float,
+    by_row: bool,
+    keep: float,
+    usable: Tensor,
+    precision: str = "float32",
 ) -> None:
-    """W <- (1 - decay) * (W - step_size * (a P N + residual_scale * phi * (G - a P R))), phi after the limiter.
+    """W <- keep * W - (phi * G + L R), the update and weight decay in one; step sizes are the caller's to fold in.
 
-    One product, accumulated into W. In float32 nothing as large as W is allocated; a weight of another dtype is
-    updated in blocks of rows in the gradient's dtype and rounded once.
+    One product, accumulated into W. Where all are of one dtype nothing as large as W is allocated; otherwise W is
+    updated in blocks of rows in `left`'s dtype and rounded once.
 
     Args:
-        weight: W, (m, n).
+        weight: W, (m, n), updated.
         grad: G, (m, n).
-        basis: P.
-        direction: N.
-        low_rank: R.
-        phi: scaling factors divided by the limiter.
-        side: the projected side.
-        step_size: multiplies the whole update.
-        alpha: a inside the update, 1 in the paper's formulation.
-        residual_scale: multiplies the scaled residual.
-        decay: lr * weight_decay.
+        left: L, (m, r).
+        right: R, (r, n).
+        phi: one per column (n,), per row (m,) or for all (1,), in `left`'s dtype.
+        by_row: whether phi is per row.
+        keep: 1 - lr * weight_decay.
+        usable: whether the gradient is finite; the caller has asked already.
+        precision: of the product, as in `matmul_precision`.
     """
-    phi = phi * residual_scale
-    by_row = side == "right" and phi.numel() > 1
-    if by_row:
-        phi = phi.unsqueeze(1)
-    # a N - a phi R: what the basis has to carry back, the residual's own part taken out.
-    carried = torch.addcmul(direction, low_rank, phi, value=-1.0)
-    left, right = (basis, carried) if side == "left" else (carried, basis.t())
-    if weight.dtype == grad.dtype:
-        weight.addcmul_(grad, phi.expand_as(grad), value=-step_size)
-        weight.addmm_(left, right, alpha=-step_size * alpha)
-        decay_(weight, decay)
-        return
-    height = block_rows(weight.shape[0])
-    for first in range(0, weight.shape[0], height):
-        rows = slice(first, first + height)
-        update = (grad[rows] * (phi[rows] if by_row else phi)).addmm_(left[rows], right, alpha=alpha)
-        value = weight[rows].to(grad.dtype).sub_(update, alpha=step_size)
-        decay_(value, decay)
-        weight[rows] = value.to(weight.dtype)
-
-
-def adamw_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One AdamW step as the released code makes it: bias correction on the step size, decay after the update.
-
-    Elements whose gradient is not finite, or has a square that overflows, are left as they are, moments included: one
-    bad batch must not stay in the moments for good. Elementwise, so it is the same on any fragment of a parameter.
-
-    Args:
-        param: any shape and floating dtype; computed in the moments' dtype and rounded once.
-        grad: the same shape.
-        exp_avg: first moment, same shape.
-        exp_avg_sq: second moment, same shape.
-        step: this step's count, from 1.
-        lr: learning rate.
-        betas: decay rates of the moments.
-        eps: added to sqrt(V).
-        weight_decay: decoupled, times lr.
-    """
-    grad = grad.to(exp_avg.dtype)
-    # The norm is the quick test; it can also overflow where every single square is finite.
-    usable = None if torch.isfinite(torch.linalg.vector_norm(grad)) else torch.isfinite(grad.square())
-    if usable is not None and not usable.all():
-        kept = [tensor[usable] for tensor in (param, grad, exp_avg, exp_avg_sq)]
-        adamw_(*kept, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        for tensor, part in zip((param, exp_avg, exp_avg_sq), (kept[0], *kept[2:]), strict=True):
-            tensor[usable] = part
-        return
-    value = param if param.dtype == exp_avg.dtype else param.to(exp_avg.dtype)
-    direction = adam_direction_(grad, exp_avg, exp_avg_sq, betas=betas, eps=eps)
-    value.add_(direction, alpha=-lr * bias_correction(step, betas))
-    decay_(value, lr * weight_decay)
-    if value is not param:
-        param.copy_(value)
-
-
-def decay_(weight: Tensor, decay: float) -> None:
-    """Decoupled weight decay, W <- (1 - decay) * W for decay = lr * weight_decay."""
-    if decay != 0.0:
-        weight.mul_(1.0 - decay)
+    del usable
+    by_row = by_row and phi.numel() > 1
+    scale = phi.unsqueeze(1) if by_row else phi
+    with matmul_precision(precision):
+        if weight.dtype == grad.dtype == left.dtype:
+            weight.addmm_(left, right, beta=keep, alpha=-1.0)
+            weight.addcmul_(grad, scale, value=-1.0)
+            return
+        # Three blocks live at once: the gradient's, the weight's and the product's.
+        height = block_rows(weight.shape[0], 3 * left.element_size() / weight.element_size())
+        for first in range(0, weight.shape[0], height):
+            rows = slice(first, first + height)
+            value = weight[rows].to(left.dtype).addmm_(left[rows], right, beta=keep, alpha=-1.0)
+            value.addcmul_(grad[rows].to(left.dtype), scale[rows] if by_row else scale, value=-1.0)
+            weight[rows] = value

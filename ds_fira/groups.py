@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ds_fira.layout import split_evenly
+from ds_fira.layout import split_by_size, split_evenly
 from ds_fira.selection import find_projected_weights, projected_weights, undecayed_weights
 from ds_fira.settings import GROUP_SETTINGS, check_params
 
@@ -144,7 +145,8 @@ def build_groups(
 
     A user's groups are kept apart, with their keys. If any of them has a rank, those say what is projected; otherwise
     the JSON rank applies to the weights that `projected_weights` names. Under ZeRO each is then split by shape, so
-    that partition boundaries fall between matrices where the number of ranks allows it.
+    that partition boundaries fall between matrices where the number of ranks allows it, and no group's partition is
+    larger than `max_group_bytes`, unless by a single parameter on each rank.
 
     Args:
         module: the engine's module.
@@ -175,10 +177,16 @@ def build_groups(
         chosen = [param for param in params if "rank" in own or id(param) in projected]
         chosen_ids = {id(param) for param in chosen}
         rest = [param for param in params if id(param) not in chosen_ids]
-        parts = split_evenly([(tuple(p.shape), p) for p in chosen], dp_size) if zero_stage > 0 else [chosen]
+        parts, rests = [chosen], [rest]
+        if zero_stage > 0:
+            # ZeRO makes a float32 copy of the gradients of one group's partition at a time.
+            most = settings["max_group_bytes"] // 4
+            parts = split_evenly(
+                [(tuple(p.shape), p) for p in chosen], dp_size, lambda shape, most=most: most // math.prod(shape)
+            )
+            rests = split_by_size([(p.numel(), p) for p in rest], most * dp_size)
         groups += [{"rank": rank, **own, "params": part} for part in parts if part]
-        if rest:
-            groups.append({**own, "params": rest})
+        groups += [{**own, "params": part} for part in rests if part]
     if rank is not None and not any("rank" in group for group in groups):
         raise ValueError(
             f"FiraAdam: rank = {rank!r}, but none of the trainable parameters given to DeepSpeed is a weight to "

@@ -131,7 +131,9 @@ def plan_hash(layouts: Iterable[GroupLayout]) -> str:
     return hashlib.sha256(repr(list(layouts)).encode()).hexdigest()
 
 
-def split_evenly(items: Sequence[tuple[Hashable, T]], ranks: int) -> list[list[T]]:
+def split_evenly(
+    items: Sequence[tuple[Hashable, T]], ranks: int, most_of: Callable[[Hashable], int] | None = None
+) -> list[list[T]]:
     """Arrange the parameters of one param group into groups whose partition boundaries fall between matrices.
 
     Parameters of one shape go together, in their own order: as many as divide evenly by `ranks` in one group, so that
@@ -140,12 +142,28 @@ def split_evenly(items: Sequence[tuple[Hashable, T]], ranks: int) -> list[list[T
     Args:
         items: (shape, parameter) pairs.
         ranks: partitions that ZeRO will cut each group into.
+        most_of: how many parameters of a shape a partition may hold; at least one is put there. None: any number.
     """
     by_shape: dict[Hashable, list[T]] = defaultdict(list)
     for shape, item in items:
         by_shape[shape].append(item)
     groups = []
-    for members in by_shape.values():
+    for shape, members in by_shape.items():
         even = len(members) - len(members) % ranks
-        groups += [part for part in (members[:even], members[even:]) if part]
+        most = ranks * (len(members) if most_of is None else max(1, most_of(shape)))
+        groups += [members[first : min(first + most, even)] for first in range(0, even, most)]
+        groups += [members[even:]] if even < len(members) else []
+    return groups
+
+
+def split_by_size(items: Sequence[tuple[int, T]], limit: int) -> list[list[T]]:
+    """Cut a sequence of (size, item) pairs into runs whose sizes sum to at most `limit`, or that are one item."""
+    groups: list[list[T]] = []
+    room = 0
+    for size, item in items:
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(item)
+        room -= size
     return groups

@@ -1,4 +1,8 @@
-"""One step of one whole matrix: Algorithm 1 with the paper's or the released code's formulas."""
+"""One step of one matrix, or of a batch of one shape: Algorithm 1 with the paper's or the released code's formulas.
+
+Nothing here reads a number from the device. On a CPU the full-size functions ask for the few decisions there are (is
+the gradient finite, does the residual's norm need the residual); the kernels for GPUs decide where the data is.
+"""
 
 from __future__ import annotations
 
@@ -9,121 +13,245 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_fira import compression, kernels
 from ds_fira import functional as F
 from ds_fira.state import MatrixState
-from ds_fira.subspace import compute_basis, refresh_due
+from ds_fira.subspace import align_signs, compute_basis, rotate_moments_
 from ds_fira.tracking import StepMetrics
 
 
 @dataclass
 class MatrixTask:
-    """One whole matrix to step: views of weight and gradient, its state, its group."""
+    """What to step: views of weights and gradients, their state, their group. k matrices of one shape are a batch.
 
-    weight: Tensor  # (m, n), updated in place
-    grad: Tensor  # (m, n)
+    Attributes:
+        weight: (m, n) or (k, m, n), updated in place.
+        grad: the same shape, any floating dtype.
+        state: of the same k matrices.
+        group: the param group.
+        resolution: below this share of |phi * G| a residual is rounding.
+    """
+
+    weight: Tensor
+    grad: Tensor
     state: MatrixState
     group: dict[str, Any]
-    resolution: float  # below this share of |phi * G| a residual is rounding
-
-    def computed_grad(self) -> Tensor:
-        """The gradient in the states' dtype; a copy only where it was computed in another."""
-        return self.grad.to(self.state.basis.dtype)
-
-    @cached_property
-    def grad_sq(self) -> Tensor:
-        """Squared norms of the gradient's columns or rows, float64."""
-        return F.squared_norms(self.computed_grad(), self.state.side)
+    resolution: float
 
     @cached_property
     def grad_square(self) -> float:
-        """|G|^2; zero, NaN and infinity say that the gradient has no subspace."""
-        return float(self.grad_sq.sum())
+        """|G|^2 of one matrix, in the host; zero, NaN and infinity say that the gradient has no subspace."""
+        dtype, height = self.state.dtype, F.block_rows(self.grad.shape[0], 4.0)
+        blocks = self.grad.split(height)
+        return float(sum(F.squared_norms(block.to(dtype), self.state.side).sum() for block in blocks))
 
     @property
     def finite(self) -> bool:
-        """Whether the gradient is finite, and its squares and their sum are too in the states' dtype."""
-        return self.grad_square < torch.finfo(self.state.basis.dtype).max
-
-    @property
-    def refresh_due(self) -> bool:
-        """Whether the matrix needs a new basis before this step."""
-        return refresh_due(int(self.state.step), int(self.state.refresh_step), self.group["update_proj_gap"])
+        """Whether one matrix's gradient is finite, and its squares and their sum are too in the state's dtype."""
+        return self.grad_square < torch.finfo(self.state.dtype).max
 
 
 def new_basis(task: MatrixTask) -> Tensor | None:
-    """The basis of a task's gradient; None for a gradient that is zero or not finite.
+    """The basis of one matrix's gradient; None for a gradient that is zero or not finite.
 
     Raises:
         torch.linalg.LinAlgError: the decomposition failed.
     """
     if not task.finite or task.grad_square == 0.0:
         return None
-    return compute_basis(task.computed_grad(), task.group["rank"], task.state.side, task.group["subspace"])
+    state, group = task.state, task.group
+    known = int(state.refresh_step) >= 0
+    previous = state.basis.to(state.dtype) if known else None
+    grad = task.grad.to(state.dtype)
+    strict = group["matmul_precision"] == "float32"
+    return compute_basis(grad, group["rank"], state.side, group["subspace"], previous, strict)
 
 
-def update_matrix(task: MatrixTask, metrics: StepMetrics) -> None:
-    """Lines 8 to 16 of Algorithm 1 for one matrix, and weight decay.
+def adopt_basis(task: MatrixTask, basis: Tensor) -> None:
+    """Take a new basis for one matrix and bring its moments over (`refresh_moments`); the refresh is done.
+
+    Args:
+        task: one matrix.
+        basis: P in the state's dtype.
+    """
+    state, group = task.state, task.group
+    known = int(state.refresh_step) >= 0
+    if known and group["subspace"] != "svd":
+        # The exact decomposition keeps the signs that LAPACK gives, as the released code does.
+        basis = align_signs(basis, state.basis.to(state.dtype))
+    if known and group["refresh_moments"] != "keep":
+        moments = [compression.read(stored, state.dtype) for stored in (state.exp_avg, state.exp_avg_sq)]
+        if group["refresh_moments"] == "rotate":
+            rotate_moments_(*moments, basis, state.basis.to(state.dtype), state.side)
+        else:
+            moments = [moment.zero_() for moment in moments]
+        _store_moments(state, *moments)
+    state.basis.copy_(basis)
+    state.refresh_step.copy_(state.step)
+
+
+@dataclass
+class LowRankStep:
+    """What lines 8 to 13 of Algorithm 1 give: everything of a step that is no larger than R.
+
+    Attributes:
+        low_rank: R.
+        direction: N.
+        low_rank_sq: `squared_norms` of R.
+        phi: scaling factors before the limiter, float64.
+        square: |S|^2 as a difference of squares.
+        whole: |phi * G|^2.
+        correction: Adam's bias correction.
+    """
+
+    low_rank: Tensor
+    direction: Tensor
+    low_rank_sq: Tensor
+    phi: Tensor
+    square: Tensor
+    whole: Tensor
+    correction: Tensor
+
+
+def inner_alpha(group: dict[str, Any]) -> float:
+    """A inside the update: alpha in the released formulation, 1 in the paper's, where alpha multiplies all of it."""
+    return 1.0 if group["formulation"] == "paper" else group["alpha"]
+
+
+def low_rank_step(
+    low_rank: Tensor, grad_sq: Tensor, state: MatrixState, group: dict[str, Any], usable: Tensor, ops: Any = F
+) -> LowRankStep:
+    """Lines 8 to 11 of Algorithm 1: moments, N, scaling factors, and the squares that the limiter needs.
+
+    Args:
+        low_rank: R.
+        grad_sq: `squared_norms` of G.
+        state: its moments are updated and its step is counted where the gradient is usable.
+        group: the param group.
+        usable: whether the gradient is finite, (...).
+        ops: `ds_fira.functional` or `ds_fira.kernels`.
+    """
+    state.step += usable
+    correction = F.bias_correction(state.step, group["betas"])
+    exp_avg, exp_avg_sq = (compression.read(stored, state.dtype) for stored in (state.exp_avg, state.exp_avg_sq))
+    direction, direction_sq, low_rank_sq = ops.adam_direction_(
+        low_rank, exp_avg, exp_avg_sq, betas=group["betas"], eps=group["eps"], side=state.side, usable=usable
+    )
+    _store_moments(state, exp_avg, exp_avg_sq)
+    phi = F.scaling_factors(direction_sq, low_rank_sq, group["scaling"])
+    if group["formulation"] == "paper" and group["scaling"] != "none":
+        # Algorithm 1 corrects N before the scaling factors are taken, the released code the step size after all.
+        phi = phi * correction.unsqueeze(-1)
+    square, whole = F.difference_of_squares(grad_sq, low_rank_sq, phi, inner_alpha(group))
+    return LowRankStep(low_rank, direction, low_rank_sq, phi, square, whole, correction)
+
+
+def finish_step(
+    step: LowRankStep,
+    square: Tensor,
+    task_resolution: float,
+    state: MatrixState,
+    group: dict[str, Any],
+    usable: Tensor,
+    metrics: StepMetrics,
+) -> tuple[Tensor, Tensor]:
+    """The limiter, and what is left to do at full size: W <- keep * W - (phi * G + P C).
+
+    Args:
+        step: as `low_rank_step` gives it; its direction is used up.
+        square: |S|^2, summed exactly where the difference of squares would not do.
+        task_resolution: below this share of |phi * G| a residual is rounding.
+        state: its residual norm is updated.
+        group: the param group.
+        usable: whether the gradient is finite.
+        metrics: counts the limiter's activations.
+
+    Returns:
+        phi and C = a N - a phi R, the step size and (1 - lr * weight_decay) folded into both; in the state's dtype.
+    """
+    paper = group["formulation"] == "paper"
+    phi = step.phi * group["residual_scale"]
+    if group["limiter"] == "growth":
+        divisor, norm = F.limit_growth(
+            square, step.whole, state.residual_norm.double(), gamma=group["gamma"], resolution=task_resolution
+        )
+        state.residual_norm.copy_(torch.where(usable, norm, state.residual_norm))
+        phi = phi / divisor.unsqueeze(-1)
+        metrics.record_limiter((divisor > 1.0) & usable)
+    step_size = group["lr"] * keep_share(group) * (group["alpha"] if paper else step.correction.unsqueeze(-1))
+    phi = (phi * step_size).to(state.dtype)
+    # N's own factor: step size, a, and in the paper's formulation the bias correction.
+    alpha = inner_alpha(group)
+    factor = step_size * (step.correction.unsqueeze(-1) if paper else alpha)
+    carried = step.direction.mul_(factor.unsqueeze(-1).to(state.dtype))
+    across = phi.unsqueeze(-2 if state.side == "left" else -1)
+    return phi, carried.addcmul_(step.low_rank, across, value=-alpha)
+
+
+def _store_moments(state: MatrixState, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """Store moments that were read and updated; the noise of their rounding goes by the step count."""
+    for place, (stored, value) in enumerate(((state.exp_avg, exp_avg), (state.exp_avg_sq, exp_avg_sq))):
+        if stored[compression.VALUES] is not value:
+            compression.write_(stored, value, seed=2 * state.step + place)
+
+
+def keep_share(group: dict[str, Any]) -> float:
+    """What decoupled weight decay leaves of a weight in one step, 1 - lr * weight_decay."""
+    return 1.0 - group["lr"] * group["weight_decay"]
+
+
+def operands(basis: Tensor, carried: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """The two factors whose product goes back into W: (P, C) on the left, (C, P') on the right."""
+    return (basis, carried) if side == "left" else (carried, basis.mT)
+
+
+def update(task: MatrixTask, metrics: StepMetrics) -> None:
+    """Lines 8 to 16 of Algorithm 1, and weight decay, for matrices that have had their first refresh or wait for it.
 
     A gradient that is not finite leaves everything as it is: one bad batch must not stay in basis, moments and
     limiter. A matrix that has not seen a usable gradient yet has no basis, and is only decayed.
 
     Args:
-        task: the matrix; its weight and state are changed.
-        metrics: counts the step.
+        task: one matrix, or a batch whose matrices all have a basis; weights and states are changed.
+        metrics: counts the steps.
     """
-    group, state = task.group, task.state
-    if not task.finite:
+    state, group, grad = task.state, task.group, task.grad
+    if grad.ndim == 2 and int(state.refresh_step) < 0:
+        if task.finite:
+            task.weight.mul_(keep_share(group))
         return
-    if state.refresh_step < 0:
-        F.decay_(task.weight, group["lr"] * group["weight_decay"])
+    ops = kernels if kernels.usable(task.weight) else F
+    precision = group["matmul_precision"]
+    basis = state.basis.to(state.dtype)
+    low_rank, grad_sq = ops.project(grad, basis, state.side, precision)
+    total = grad_sq.sum(-1)
+    usable = total < torch.finfo(state.dtype).max
+    if ops is F and not F.host_decides(usable):
         return
-    state.step += 1
-    _apply(task, metrics)
-
-
-def _apply(task: MatrixTask, metrics: StepMetrics) -> None:
-    group, state, grad = task.group, task.state, task.computed_grad()
-    betas = tuple(group["betas"])
-    # The two formulations differ in where alpha and the bias correction stand.
-    paper = group["formulation"] == "paper"
-    alpha = 1.0 if paper else group["alpha"]
-    correction = F.bias_correction(int(state.step), betas)
-
-    low_rank = F.project(grad, state.basis, state.side)
-    direction = F.adam_direction_(low_rank, state.exp_avg, state.exp_avg_sq, betas=betas, eps=group["eps"])
-    if paper:
-        direction.mul_(correction)
-    low_rank_sq = F.squared_norms(low_rank, state.side)
-    phi = F.scaling_factors(direction, low_rank_sq, side=state.side, scaling=group["scaling"])
+    step = low_rank_step(low_rank, grad_sq, state, group, usable, ops)
+    square = step.square
     if group["limiter"] == "growth":
-        norm, whole = F.scaled_residual_norm(
-            grad, task.grad_sq, state.basis, low_rank, low_rank_sq, phi, side=state.side, alpha=alpha
+        needed = F.residual_needed(square, step.whole) & usable
+        exact = ops.residual_square(
+            grad,
+            basis,
+            low_rank,
+            step.phi,
+            side=state.side,
+            alpha=inner_alpha(group),
+            needed=needed,
+            precision=precision,
         )
-        phi = phi / _limiter(task, norm, whole, metrics)
-    F.apply_update_(
+        square = torch.where(needed, exact, square)
+    metrics.record_energy(step.low_rank_sq.sum(-1), total, usable)
+    phi, carried = finish_step(step, square, task.resolution, state, group, usable, metrics)
+    ops.apply_update_(
         task.weight,
         grad,
-        state.basis,
-        direction,
-        low_rank,
+        *operands(basis, carried, state.side),
         phi,
-        side=state.side,
-        step_size=group["lr"] * (group["alpha"] if paper else correction),
-        alpha=alpha,
-        residual_scale=group["residual_scale"],
-        decay=group["lr"] * group["weight_decay"],
+        by_row=state.side == "right",
+        keep=keep_share(group),
+        usable=usable,
+        precision=precision,
     )
-    metrics.record_energy(float(low_rank_sq.sum()), task.grad_square)
-
-
-def _limiter(task: MatrixTask, norm: float, whole: float, metrics: StepMetrics) -> float:
-    """The norm-growth limiter's divisor for |S| = norm beside |phi * G| = whole; records |S| for the next step."""
-    state = task.state
-    if norm <= task.resolution * whole:
-        # Rounding, not a residual: recorded as history it would pin the next real one for a thousand steps.
-        state.residual_norm.zero_()
-        return 1.0
-    divisor = F.limit_growth(norm, float(state.residual_norm), gamma=task.group["gamma"])
-    state.residual_norm.fill_(norm / divisor)
-    metrics.limiter_activations += divisor > 1.0
-    return divisor

@@ -9,52 +9,39 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ds_fira import compression, kernels
 from ds_fira import functional as F
+from ds_fira.adamw import step_adamw_
+from ds_fira.binding import Binding, batch_runs, stacked
 from ds_fira.comm import Channel, CutExchange
 from ds_fira.groups import group_defaults, split_flat_list
 from ds_fira.layout import GroupLayout
-from ds_fira.matrix_step import MatrixTask, new_basis, update_matrix
+from ds_fira.matrix_step import MatrixTask, update
 from ds_fira.memory import ParamRecord
+from ds_fira.refresh import Refresher
 from ds_fira.settings import GROUP_SETTINGS, check_params
-from ds_fira.shard import MatrixShard, matrices_of
+from ds_fira.shard import matrices_of
 from ds_fira.state import (
+    BASIS,
     EXP_AVG,
     EXP_AVG_SQ,
     STEP,
     allocate,
+    compute_dtype,
     host_key,
     matrix_states,
-    state_dtype,
+    stored_moment,
 )
 from ds_fira.tracking import StepMetrics
 
-
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """Which matrices of a parameter this process owns.
-
-    Attributes:
-        whole: the matrices that lie whole in the parameter.
-        exchange: carries the cut ones of its param group; None where no matrix of the group is cut on any rank.
-        batched: whether the states have a leading dimension.
-    """
-
-    whole: tuple[MatrixShard, ...]
-    exchange: CutExchange | None = None
-    batched: bool = True
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(m, n) of every matrix owned, the whole ones first, then the cut ones."""
-        cuts = self.exchange.owned if self.exchange is not None else ()
-        return [matrix.shape for matrix in (*self.whole, *cuts)]
+# AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
+SMALL_PARAM = 4096
 
 
 class FiraAdam(Optimizer):
@@ -79,7 +66,13 @@ class FiraAdam(Optimizer):
         scaling: the scaling factor per "column", per "matrix", or "none" (1).
         limiter: "growth", or "none".
         formulation: "released", the code behind the published figures (PyPI fira 1.0.2), or "paper", Algorithm 1.
-        subspace: how a basis is computed: "svd", exact.
+        subspace: how a basis is computed: "svd" exact, "gram" from the Gram matrix, "randomized" by block iteration.
+        refresh_moments: what a refresh does to the moments: "keep" (the paper), "rotate" into the new basis, "reset".
+        stagger: whether matrices refresh on different steps.
+        state_dtype: how basis and moments are stored: "float32" (float64 for float64 weights), "bfloat16", "int8".
+        matmul_precision: of the products of a step: "float32", "tf32" (on a CPU the same), "bfloat16".
+        exact_cuts: inside ZeRO, whether a matrix that a partition cuts is stepped whole on its owner, equal to the bit
+            to a matrix that is not cut, even where exchanging low-rank data is cheaper.
         target_modules: for a flat list with a rank, substrings of the names of the modules to project.
 
     Raises:
@@ -104,6 +97,11 @@ class FiraAdam(Optimizer):
         limiter: str = "growth",
         formulation: str = "released",
         subspace: str = "svd",
+        refresh_moments: str = "keep",
+        stagger: bool = False,
+        state_dtype: str = "float32",
+        matmul_precision: str = "tf32",
+        exact_cuts: bool = False,
         target_modules: Sequence[str] | str | None = None,
     ) -> None:
         # Every argument by its own name, as a JSON config gives them.
@@ -126,14 +124,14 @@ class FiraAdam(Optimizer):
         """What does not travel with a state dict, a pickle or a copy."""
         self.suspended = False
         self.metrics = StepMetrics()
-        self._warned_decomposition = False
         # Set where the optimizer runs inside an engine.
         self.channel: Channel | None = None
         self.layouts: list[GroupLayout] = []
         self.inventory_of_module: list[ParamRecord] | None = None
         self.gradient_dtypes: dict[Tensor, torch.dtype] = {}
         self._bindings: dict[Tensor, Binding] = {}
-        self._replicas: Channel | None = None
+        self._alone: dict[Tensor, Binding] = {}
+        self._refresher = Refresher(self.metrics)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by load_state_dict, on an optimizer that knows its place already.
@@ -169,7 +167,7 @@ class FiraAdam(Optimizer):
 
     def replicate(self, channel: Channel) -> None:
         """Say that all ranks of `channel` hold the same parameters, so that each basis is computed once for all."""
-        self._replicas = channel if channel.dp_size > 1 else None
+        self._refresher.replicas = channel if channel.dp_size > 1 else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -203,30 +201,39 @@ class FiraAdam(Optimizer):
 
     def _step_projected(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Step the matrices of a group: gather what is cut, refresh what is due, update, give back what was cut."""
-        tasks: list[MatrixTask] = []
+        tasks: list[list[MatrixTask]] = []
+        due: list[MatrixTask] = []
         borrowed: list[tuple[CutExchange, Tensor, list[Tensor]]] = []
         for param in params:
             binding = self._binding(param)
-            if param not in self._bindings:
+            if param in self._bindings:
+                pairs = [(shard.matrix(param), shard.matrix(param.grad)) for shard in binding.whole]
+            else:
                 # By dimension rather than through a flat view: a parameter or gradient may have any strides.
                 pairs = [(param, param.grad)] if param.ndim == 2 else list(zip(param, param.grad, strict=True))
-            else:
-                pairs = [(shard.matrix(param), shard.matrix(param.grad)) for shard in binding.whole]
             if binding.exchange is not None:
                 assembled = binding.exchange.to_owners(param, param.grad)
                 borrowed.append((binding.exchange, param, [weight for weight, _ in assembled]))
                 pairs += [(weight, grad) for weight, grad in assembled]
-            tasks += self._tasks(param, pairs, binding, group)
-        self._refresh([task for task in tasks if task.refresh_due])
-        for task in tasks:
-            update_matrix(task, self.metrics)
+            tasks.append(self._tasks(param, pairs, binding, group))
+            due += self._refresher.due(param, tasks[-1], binding.indices)
+        self._refresher.refresh(due)
+        for param, singles in zip(params, tasks, strict=True):
+            together = kernels.usable(param) and group["state_dtype"] == "float32"
+            for task in self._batches(param, singles) if together else singles:
+                update(task, self.metrics)
         for exchange, param, weights in borrowed:
             exchange.to_holders(param, weights)
 
     def _binding(self, param: Tensor) -> Binding:
         if param in self._bindings:
             return self._bindings[param]
-        return Binding(tuple(matrices_of("", tuple(param.shape))), batched=param.ndim == 3)
+        if param not in self._alone:
+            matrices = tuple(matrices_of("", tuple(param.shape)))
+            first = sum(len(binding.whole) for binding in self._alone.values())
+            indices = tuple(range(first, first + len(matrices)))
+            self._alone[param] = Binding(matrices, indices, batched=param.ndim == 3)
+        return self._alone[param]
 
     def _tasks(
         self, param: Tensor, pairs: list[tuple[Tensor, Tensor]], binding: Binding, group: dict[str, Any]
@@ -241,60 +248,41 @@ class FiraAdam(Optimizer):
             for (weight, grad), matrix in zip(pairs, states, strict=True)
         ]
 
-    def _refresh(self, due: list[MatrixTask]) -> None:
-        """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all."""
-        if self._replicas is None:
-            for task in due:
-                self._adopt(task, self._new_basis(task))
-            return
-        channel = self._replicas
-        # In rounds of one matrix a rank: all ranks compute at once, and none holds more than one new basis.
-        for first in range(0, len(due), channel.dp_size):
-            turn = due[first : first + channel.dp_size]
-            mine = self._new_basis(turn[channel.dp_rank]) if channel.dp_rank < len(turn) else None
-            for rank, task in enumerate(turn):
-                # One element in front says whether there is a basis at all.
-                packed = task.state.basis.new_zeros(1 + task.state.basis.numel())
-                if rank == channel.dp_rank and mine is not None:
-                    packed[0] = 1.0
-                    packed[1:] = mine.reshape(-1)
-                packed = channel.broadcast(packed, rank)
-                self._adopt(task, packed[1:].view_as(task.state.basis) if packed[0] else None)
-
-    def _new_basis(self, task: MatrixTask) -> Tensor | None:
-        """The basis of a task's gradient, None where there is none to be had; a failure is reported once."""
-        try:
-            return new_basis(task)
-        except torch.linalg.LinAlgError as error:
-            if not self._warned_decomposition:
-                self._warned_decomposition = True
-                warnings.warn(
-                    f"FiraAdam: a decomposition failed ({error}); the matrix keeps its old basis and tries again at "
-                    "its next step. Further failures are not reported.",
-                    stacklevel=4,
-                )
-            return None
-
-    def _adopt(self, task: MatrixTask, basis: Tensor | None) -> None:
-        if basis is None:
-            return  # stays due
-        task.state.basis.copy_(basis)
-        task.state.refresh_step.copy_(task.state.step)
-        self.metrics.refreshes += 1
+    def _batches(self, param: Tensor, tasks: list[MatrixTask]) -> list[MatrixTask]:
+        """The tasks of one parameter with neighbours of one shape put together; alone where one has no basis yet."""
+        binding = self._binding(param)
+        group = tasks[0].group if tasks else {}
+        batches = []
+        for first, last in batch_runs(binding, [int(task.state.refresh_step) >= 0 for task in tasks]):
+            if last - first == 1:
+                batches.append(tasks[first])
+                continue
+            (state,) = matrix_states(self.state[param], binding.shapes, group, binding.batched, [(first, last)])
+            if param in self._bindings:
+                weight, grad = (stacked(flat, binding.whole[first], last - first) for flat in (param, param.grad))
+            else:
+                weight, grad = param[first:last], param.grad[first:last]
+            batches.append(MatrixTask(weight, grad, state, group, tasks[first].resolution))
+        return batches
 
     def _step_adamw(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
+        dtype = compute_dtype(param.dtype)
         if not state:
-            dtype = state_dtype(param.dtype)
             state[STEP] = torch.zeros((), dtype=torch.int64)
-            state[EXP_AVG] = torch.zeros_like(param, dtype=dtype)
-            state[EXP_AVG_SQ] = torch.zeros_like(param, dtype=dtype)
+            state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
+            for key, signed in ((EXP_AVG, True), (EXP_AVG_SQ, False)):
+                stored = compression.allocate(
+                    tuple(param.shape), (), state_dtype, dtype=dtype, device=param.device, signed=signed
+                )
+                state.update({key + suffix: value for suffix, value in stored.items()})
         state[STEP] += 1
-        F.adamw_(
+        step_adamw_(
             param,
             param.grad,
-            state[EXP_AVG],
-            state[EXP_AVG_SQ],
+            stored_moment(state, EXP_AVG),
+            stored_moment(state, EXP_AVG_SQ),
+            dtype=dtype,
             step=int(state[STEP]),
             lr=group["lr"],
             betas=tuple(group["betas"]),
@@ -312,7 +300,7 @@ class FiraAdam(Optimizer):
     @property
     def replicated(self) -> bool:
         """Whether other ranks hold the same parameters and states."""
-        return self._replicas is not None
+        return self._refresher.replicas is not None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict as in `torch.optim`, every state in the dtype it was saved in.
@@ -320,12 +308,16 @@ class FiraAdam(Optimizer):
         `torch.optim.Optimizer` casts floating state to the parameter's dtype and moves counters to its device.
         """
         super().load_state_dict(state_dict)
+        self._refresher.forget_counts()
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for saved_id, param in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
+            saved = state_dict["state"].get(saved_id, {})
+            for key, value in saved.items():
                 if isinstance(value, Tensor):
-                    device = torch.device("cpu") if host_key(key) else param.device
+                    # AdamW counts every step, so its count is the host's.
+                    on_host = host_key(key) or (key == STEP and BASIS not in saved)
+                    device = torch.device("cpu") if on_host else param.device
                     self.state[param][key] = value.detach().to(device=device, copy=True)
 
 

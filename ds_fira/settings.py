@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
+
+from ds_fira.compression import require_library
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -27,7 +29,13 @@ REMEDIES = {
     "scaling": "choose 'column', 'matrix' or 'none'",
     "limiter": "choose 'growth' or 'none'",
     "formulation": "choose 'released' or 'paper'",
-    "subspace": "choose 'svd'",
+    "subspace": "choose 'svd', 'gram' or 'randomized'",
+    "refresh_moments": "choose 'keep', 'rotate' or 'reset'",
+    "stagger": "give true or false",
+    "state_dtype": "choose 'float32', 'bfloat16' or 'int8'",
+    "matmul_precision": "choose 'float32', 'tf32' or 'bfloat16'",
+    "exact_cuts": "give true or false",
+    "max_group_bytes": "give a whole number of bytes of at least 1, such as 1073741824",
     "target_modules": "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer",
 }
 
@@ -39,7 +47,10 @@ class Settings(BaseModel):
     projected), `update_proj_gap` in steps, `alpha` (GaLore's scale of the back-projection), `proj_type` (which side is
     projected), `gamma` (the limiter's largest growth of the residual norm from one step to the next),
     `residual_scale` (multiplies the scaled residual in the update; the paper has 1), `scaling`, `limiter`,
-    `formulation`, `subspace` and `target_modules` (substrings of the names of the modules to project).
+    `formulation`, `subspace` (how a basis is computed), `refresh_moments` (what a refresh does to the moments),
+    `stagger` (matrices refresh on different steps), `state_dtype`, `matmul_precision`, `exact_cuts` (whole steps for
+    cut matrices) and `target_modules` (substrings of the names of the modules to project). `max_group_bytes` caps the
+    float32 gradients of one param group on one rank, which ZeRO copies at a time.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -57,10 +68,16 @@ class Settings(BaseModel):
     scaling: Literal["column", "matrix", "none"] = "column"
     limiter: Literal["growth", "none"] = "growth"
     formulation: Literal["released", "paper"] = "released"
-    subspace: Literal["svd"] = "svd"
+    subspace: Literal["svd", "gram", "randomized"] = "svd"
+    refresh_moments: Literal["keep", "rotate", "reset"] = "keep"
+    stagger: StrictBool = False
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    matmul_precision: Literal["float32", "tf32", "bfloat16"] = "tf32"
+    exact_cuts: StrictBool = False
+    max_group_bytes: int = Field(2**30, ge=1)
     target_modules: tuple[str, ...] | None = None
 
-    @field_validator("rank", "update_proj_gap", "lr", mode="before")
+    @field_validator("rank", "update_proj_gap", "lr", "max_group_bytes", mode="before")
     @classmethod
     def _no_bool(cls, value: Any) -> Any:
         # JSON's true would otherwise pass as the number 1.
@@ -84,8 +101,8 @@ class Settings(BaseModel):
 LEGAL = tuple(Settings.model_fields)
 # What other libraries call a setting, where the spelling alone would suggest another.
 OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "wd": "weight_decay"}
-# What a param group may set for itself; target_modules acts before there are groups.
-GROUP_SETTINGS = tuple(name for name in LEGAL if name != "target_modules")
+# What a param group may set for itself; the others act before there are groups.
+GROUP_SETTINGS = tuple(name for name in LEGAL if name not in ("target_modules", "max_group_bytes"))
 
 
 def check_params(params: dict[str, Any], where: str = "FiraAdam") -> dict[str, Any]:
@@ -99,7 +116,8 @@ def check_params(params: dict[str, Any], where: str = "FiraAdam") -> dict[str, A
         All of `LEGAL` with values of the right types.
 
     Raises:
-        ValueError: a name is unknown or a value is out of range; one sentence with the name, the value, the remedy.
+        ValueError: a name is unknown, a value is out of range or needs a package that is not installed; one sentence
+            with the name, the value, the remedy.
     """
     unknown = [key for key in params if key not in LEGAL]
     if unknown:
@@ -119,4 +137,5 @@ def check_params(params: dict[str, Any], where: str = "FiraAdam") -> dict[str, A
             f"{where}: target_modules = {list(settings.target_modules)!r} needs a rank; "
             "add a rank, such as 128, or remove target_modules."
         )
+    require_library(settings.state_dtype, where)
     return settings.model_dump()

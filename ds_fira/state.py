@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_fira import compression
+from ds_fira.compression import Stored
 from ds_fira.subspace import Side, basis_shape, low_rank_shape, projection_side
 
 STEP = "step"
@@ -24,34 +26,39 @@ BASIS = "basis"
 RESIDUAL_NORM = "residual_norm"
 REFRESH_STEP = "refresh_step"
 # Read by the host in every step, so kept on the CPU whatever the parameter's device.
-HOST_KEYS = (STEP, REFRESH_STEP)
+HOST_KEYS = (REFRESH_STEP,)
 
 
 @dataclass(slots=True)
 class MatrixState:
-    """The state of one matrix, as views of the parameter's state tensors.
+    """The state of one matrix, or of a batch of k of one shape, as views of the parameter's state tensors.
 
     Attributes:
         side: the projected side.
-        step: steps made, int64, 0-dim, on the CPU.
-        refresh_step: `step` at the last refresh, -1 while there is no basis; int64, 0-dim, on the CPU.
+        step: steps made, int64, 0-dim or (k,), on the parameter's device: whether a step counts is decided there.
+        refresh_step: `step` at the last refresh, -1 while there is no basis; int64, on the CPU.
         basis: P, (m, r) left or (n, r) right.
-        exp_avg: first moment of R, (r, n) left or (m, r) right.
-        exp_avg_sq: second moment of R, the same shape.
-        residual_norm: the limiter's |S_prev|, 0-dim; 0 is no history.
+        exp_avg: first moment of R, (r, n) left or (m, r) right, as `ds_fira.compression` stores it.
+        exp_avg_sq: second moment of R, likewise.
+        residual_norm: the limiter's |S_prev|, 0-dim or (k,); 0 is no history.
     """
 
     side: Side
     step: Tensor
     refresh_step: Tensor
     basis: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Stored
+    exp_avg_sq: Stored
     residual_norm: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which a step is computed, whatever the dtype in which basis and moments are stored."""
+        return self.residual_norm.dtype
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the states of a parameter: float32 for a parameter of lower precision, else the parameter's."""
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a parameter is stepped: float32 for a parameter of lower precision, else the parameter's."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
@@ -68,42 +75,102 @@ def allocate(
     Args:
         param: gives dtype and device.
         shapes: (m, n) of every matrix owned in it, in order.
-        group: the param group, for `rank`, `proj_type` and `formulation`.
+        group: the param group, for `rank`, `proj_type`, `formulation` and `state_dtype`.
         batched: whether the states have a leading dimension; False only for a parameter that is one matrix.
     """
     state: dict[str, Tensor] = {}
-    dtype = state_dtype(param.dtype)
     for shape, rows in _rows_by_shape(shapes).items():
         side = projection_side(shape, group["proj_type"], group["formulation"])
         low_rank = low_rank_shape(shape, group["rank"], side)
+        basis = basis_shape(shape, group["rank"], side)
         batch = (len(rows),) if batched else ()
-        mark = _mark(shape, shapes)
+        for key, value in allocate_matrices(param, basis, low_rank, group["state_dtype"], batch).items():
+            state[key + _mark(shape, shapes)] = value
+    return state
 
-        def zeros(*size: int, batch: tuple[int, ...] = batch) -> Tensor:
-            return torch.zeros((*batch, *size), dtype=dtype, device=param.device)
 
-        state[STEP + mark] = torch.zeros(batch, dtype=torch.int64)
-        state[REFRESH_STEP + mark] = torch.full(batch, -1, dtype=torch.int64)
-        state[BASIS + mark] = zeros(*basis_shape(shape, group["rank"], side))
-        state[EXP_AVG + mark] = zeros(*low_rank)
-        state[EXP_AVG_SQ + mark] = zeros(*low_rank)
-        state[RESIDUAL_NORM + mark] = zeros()
+def allocate_matrices(
+    param: Tensor, basis: tuple[int, int], low_rank: tuple[int, int], state_dtype: str, batch: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Zero state for matrices of one shape.
+
+    Args:
+        param: gives dtype and device.
+        basis: shape of P.
+        low_rank: shape of the moments.
+        state_dtype: how basis and moments are stored; "int8" keeps the basis in bfloat16, for an error in P moves the
+            whole update, not one element of it.
+        batch: (k,), or () for one matrix without a leading dimension.
+    """
+    dtype, device = compute_dtype(param.dtype), param.device
+    basis_dtype = dtype if state_dtype == "float32" else torch.bfloat16
+    state = {
+        STEP: torch.zeros(batch, dtype=torch.int64, device=device),
+        REFRESH_STEP: torch.full(batch, -1, dtype=torch.int64),
+        BASIS: torch.zeros((*batch, *basis), dtype=basis_dtype, device=device),
+        RESIDUAL_NORM: torch.zeros(batch, dtype=dtype, device=device),
+    }
+    for key, signed in ((EXP_AVG, True), (EXP_AVG_SQ, False)):
+        stored = compression.allocate(low_rank, batch, state_dtype, dtype=dtype, device=device, signed=signed)
+        state |= {key + suffix: value for suffix, value in stored.items()}
     return state
 
 
 def matrix_states(
-    state: dict[str, Tensor], shapes: Sequence[tuple[int, int]], group: dict[str, Any], batched: bool
+    state: dict[str, Tensor],
+    shapes: Sequence[tuple[int, int]],
+    group: dict[str, Any],
+    batched: bool,
+    runs: Sequence[tuple[int, int]] | None = None,
 ) -> list[MatrixState]:
-    """The states of the matrices of one parameter, in the order of `shapes`; arguments as in `allocate`."""
-    result: dict[int, MatrixState] = {}
-    for shape, rows in _rows_by_shape(shapes).items():
+    """The states of the matrices of one parameter.
+
+    Args:
+        state: as `allocate` made it.
+        shapes: as in `allocate`.
+        group: as in `allocate`.
+        batched: as in `allocate`.
+        runs: [first, last) positions in `shapes` to be taken as one batch; matrices of one shape with nothing but each
+            other between them. None: every matrix by itself, without a leading dimension.
+    """
+    rows: dict[tuple[int, int], int] = defaultdict(int)
+    row_of = []
+    for shape in shapes:
+        row_of.append(rows[shape])
+        rows[shape] += 1
+    result = []
+    for first, last in runs if runs is not None else [(i, None) for i in range(len(shapes))]:
+        shape = shapes[first]
+        index: Any = row_of[first] if last is None else slice(row_of[first], row_of[first] + last - first)
         side = projection_side(shape, group["proj_type"], group["formulation"])
-        mark = _mark(shape, shapes)
-        tensors = {key: state[key + mark] for key in (STEP, REFRESH_STEP, BASIS, EXP_AVG, EXP_AVG_SQ, RESIDUAL_NORM)}
-        for row, position in enumerate(rows):
-            views = {key: tensor[row] if batched else tensor for key, tensor in tensors.items()}
-            result[position] = MatrixState(side=side, **views)
-    return [result[position] for position in range(len(shapes))]
+        result.append(state_views(state, side, _mark(shape, shapes), index if batched else ...))
+    return result
+
+
+def state_views(state: dict[str, Tensor], side: Side, mark: str = "", index: Any = ...) -> MatrixState:
+    """The state at `index` of the leading dimension, from the keys that end in `mark`."""
+
+    def view(key: str) -> Tensor:
+        return state[key + mark][index]
+
+    return MatrixState(
+        side=side,
+        step=view(STEP),
+        refresh_step=view(REFRESH_STEP),
+        basis=view(BASIS),
+        exp_avg=stored_moment(state, EXP_AVG, mark, index),
+        exp_avg_sq=stored_moment(state, EXP_AVG_SQ, mark, index),
+        residual_norm=view(RESIDUAL_NORM),
+    )
+
+
+def stored_moment(state: dict[str, Tensor], key: str, mark: str = "", index: Any = ...) -> Stored:
+    """One moment as `ds_fira.compression` stores it, from the keys that begin with `key` and end in `mark`."""
+    return {
+        suffix: state[key + suffix + mark][index]
+        for suffix in (compression.VALUES, compression.SCALE)
+        if key + suffix + mark in state
+    }
 
 
 def _rows_by_shape(shapes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:

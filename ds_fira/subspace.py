@@ -11,7 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ds_fira.decompose import gram_basis, randomized_basis
+
 Side = Literal["left", "right"]
+GOLDEN_RATIO = (1.0 + 5.0**0.5) / 2.0
 
 
 def projection_side(shape: tuple[int, int], proj_type: str, formulation: str) -> Side:
@@ -48,41 +51,111 @@ def low_rank_shape(shape: tuple[int, int], rank: int, side: Side) -> tuple[int, 
     return (r, shape[1]) if side == "left" else (shape[0], r)
 
 
-def refresh_due(step: int, refresh_step: int, update_proj_gap: int) -> bool:
+def refresh_due(step: int, refresh_step: int, update_proj_gap: int, phase: int = 0) -> bool:
     """Whether a matrix needs a new basis before its next step.
 
-    A refresh belongs to every step count that is a multiple of the gap, as in the released code (and line 4 of
-    Algorithm 1). One that could not be done there, for want of a usable gradient, stays due until it is done, and the
-    ones after it keep to the multiples.
+    A refresh belongs to the first step and, at phase 0, to every step count that is a multiple of the gap, as in the
+    released code (and line 4 of Algorithm 1); at another phase, to every multiple plus the phase. One that could not be
+    done there, for want of a usable gradient, stays due until it is done, and the ones after it keep to their places.
 
     Args:
         step: steps the matrix has made.
         refresh_step: `step` at its last refresh, -1 before the first.
         update_proj_gap: steps from one refresh to the next.
+        phase: steps by which the refreshes after the first are shifted, from 0 up to the gap.
     """
-    return refresh_step < 0 or step // update_proj_gap > refresh_step // update_proj_gap
+    if refresh_step < 0:
+        return True
+    return (step - phase) // update_proj_gap > (refresh_step - phase) // update_proj_gap
 
 
-def compute_basis(grad: Tensor, rank: int, side: Side, method: str) -> Tensor:
+def stagger_phase(index: int, update_proj_gap: int) -> int:
+    """A phase for `refresh_due` that spreads the refreshes of a model's matrices over the gap.
+
+    Multiples of the golden ratio modulo 1: of the first N indices no two are nearer than about 1 / (sqrt(5) N) of the
+    gap, so the matrices of one rank, whichever they are, do not fall on the same steps while there are fewer of them
+    than steps to spread over.
+
+    Args:
+        index: the matrix's place in the model, from 0; the same on every rank.
+        update_proj_gap: steps from one refresh to the next.
+    """
+    return int(index * GOLDEN_RATIO % 1.0 * update_proj_gap)
+
+
+def compute_basis(
+    grad: Tensor, rank: int, side: Side, method: str, previous: Tensor | None = None, strict: bool = False
+) -> Tensor:
     """The basis of the dominant subspace of a gradient (line 5 of Algorithm 1).
 
     Args:
-        grad: (m, n), finite.
+        grad: (m, n), finite and not zero.
         rank: the rank asked for; r = min(rank, m, n) columns come back.
         side: "left" for the left singular vectors, "right" for the right ones.
-        method: "svd", the exact decomposition, called as the released code calls it, so that the signs agree.
+        method: "svd", the exact decomposition, called as the released code calls it, so that the signs agree; "gram",
+            the same vectors up to their signs from the Gram matrix of the smaller side; "randomized", an approximate
+            subspace by block power iteration.
+        previous: the basis in use, (m, r) or (n, r), a start for "randomized"; the other methods do without.
+        strict: whether "randomized" multiplies in float32 even where the device is faster in bfloat16.
 
     Returns:
-        (m, r) or (n, r) in float32 (float64 for a float64 gradient), contiguous, orthonormal columns.
+        (m, r) or (n, r) in float32 (float64 for a float64 gradient), contiguous, orthonormal columns, in falling order
+        of their singular or Ritz values.
 
     Raises:
         torch.linalg.LinAlgError: the decomposition did not converge or is not finite.
     """
-    assert method == "svd", method
     r = effective_rank((grad.shape[0], grad.shape[1]), rank)
     matrix = grad if grad.dtype == torch.float64 else grad.float()
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    basis = u[:, :r].contiguous() if side == "left" else vh[:r].t().contiguous()
+    if method == "svd":
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        basis = u[:, :r].contiguous() if side == "left" else vh[:r].t().contiguous()
+    elif method == "gram":
+        basis = gram_basis(matrix if side == "left" else matrix.t(), r)
+    elif method == "randomized":
+        basis = randomized_basis(matrix if side == "left" else matrix.t(), r, previous, strict)
+    else:
+        raise ValueError(f"the method {method!r} is none of 'svd', 'gram', 'randomized'")
     if not torch.isfinite(basis).all():
-        raise torch.linalg.LinAlgError("the singular value decomposition gave values that are not finite")
+        raise torch.linalg.LinAlgError("the decomposition gave values that are not finite")
     return basis
+
+
+def align_signs(basis: Tensor, previous: Tensor) -> Tensor:
+    """The basis with every column turned to the side of the previous basis' column of the same place.
+
+    A singular vector has no sign of its own. Moments that are kept over a refresh belong to the places of the columns,
+    and a turned column would meet a first moment of the opposite sign.
+
+    Args:
+        basis: (d, r), a new basis.
+        previous: (d, r), the one in use.
+
+    Returns:
+        (d, r), equal to `basis` up to the signs of its columns.
+    """
+    overlap = (basis * previous).sum(dim=0)
+    return basis * torch.where(overlap < 0, -1.0, 1.0).to(basis.dtype)
+
+
+def rotate_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, new_basis: Tensor, old_basis: Tensor, side: Side) -> None:
+    """Carry both moments over to a new basis, in place, with C = P_new' P_old.
+
+    The first moment is linear in the gradient: M <- C M on the left, M C' on the right, exact for the part of it that
+    lies in the new subspace. The second is carried as if the rows of R were uncorrelated: V <- (C * C) V, or
+    V (C * C)', which is never negative.
+
+    Args:
+        exp_avg: M, (r, n) on the left, (m, r) on the right.
+        exp_avg_sq: V, the same shape.
+        new_basis: (m, r) or (n, r).
+        old_basis: the same shape.
+        side: the projected side.
+    """
+    change = new_basis.t() @ old_basis
+    if side == "left":
+        exp_avg.copy_(change @ exp_avg)
+        exp_avg_sq.copy_(change.square() @ exp_avg_sq)
+    else:
+        exp_avg.copy_(exp_avg @ change.t())
+        exp_avg_sq.copy_(exp_avg_sq @ change.square().t())

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import torch
+from torch import Tensor
 
 
-@dataclass
 class StepMetrics:
     """Sums over the matrix steps of one process since its optimizer was built; not part of a checkpoint.
 
+    The sums stay on the device of the matrices until they are asked for.
+
     Attributes:
-        matrix_steps: matrices stepped with a gradient that is not zero, summed over steps.
-        captured_energy_sum: sum of |P'G|^2 / |G|^2 over those.
-        limiter_activations: matrix steps in which the limiter shrank the residual.
         refreshes: bases computed or received.
     """
 
-    matrix_steps: int = 0
-    captured_energy_sum: float = 0.0
-    limiter_activations: int = 0
-    refreshes: int = 0
+    def __init__(self) -> None:
+        self.refreshes = 0
+        # By device: matrix steps, captured energy, limiter activations.
+        self._sums: dict[torch.device, Tensor] = {}
 
-    def record_energy(self, low_rank_square: float, grad_square: float) -> None:
-        """Count one matrix step with |R|^2 and |G|^2."""
-        if grad_square > 0.0:
-            self.matrix_steps += 1
-            self.captured_energy_sum += low_rank_square / grad_square
+    def record_energy(self, low_rank_square: Tensor, grad_square: Tensor, usable: Tensor) -> None:
+        """Count steps of matrices with |R|^2, |G|^2 and whether G is finite, each of shape (k,) or 0-dim."""
+        counted = usable & (grad_square > 0.0)
+        sums = self._of(grad_square.device)
+        sums[0] += counted.sum()
+        sums[1] += torch.where(counted, low_rank_square / grad_square, 0.0).sum()
+
+    def record_limiter(self, active: Tensor) -> None:
+        """Count matrix steps in which the limiter shrank the residual."""
+        self._of(active.device)[2] += active.sum()
+
+    @property
+    def matrix_steps(self) -> int:
+        """Matrices stepped with a gradient that is finite and not zero, summed over steps."""
+        return int(self._total(0))
+
+    @property
+    def captured_energy_sum(self) -> float:
+        """Sum of |P'G|^2 / |G|^2 over those."""
+        return self._total(1)
+
+    @property
+    def limiter_activations(self) -> int:
+        """Matrix steps in which the limiter shrank the residual."""
+        return int(self._total(2))
+
+    def _of(self, device: torch.device) -> Tensor:
+        if device not in self._sums:
+            self._sums[device] = torch.zeros(3, dtype=torch.float64, device=device)
+        return self._sums[device]
+
+    def _total(self, index: int) -> float:
+        return float(sum(float(sums[index]) for sums in self._sums.values()))

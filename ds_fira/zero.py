@@ -15,6 +15,7 @@ lp means the module's low-precision parameters, hp the high-precision master wei
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,12 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from ds_fira.binding import Binding
 from ds_fira.comm import Channel, CutExchange
 from ds_fira.groups import build_groups, group_defaults
 from ds_fira.layout import plan_groups, plan_hash, state_numel
 from ds_fira.memory import ParamRecord
-from ds_fira.optimizer import Binding, FiraAdam
+from ds_fira.optimizer import FiraAdam
 from ds_fira.settings import check_params
 from ds_fira.shard import MatrixShard, matrices_of
 
@@ -81,8 +83,9 @@ def _attach_sharded(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> 
     channel = optimizer.channel
     flat_groups = _flat_groups(engine.optimizer)
     projected = [pair for pair in zip(optimizer.param_groups, flat_groups, strict=True) if "rank" in pair[0]]
+    buffers = [(_matrices(flat, names), flat.partition_size) for _, flat in projected]
     layouts = plan_groups(
-        [(_matrices(flat, names), flat.partition_size) for _, flat in projected],
+        buffers,
         channel.dp_size,
         [
             lambda shape, g=group: state_numel(shape, g["rank"], g["proj_type"], g["formulation"])
@@ -90,9 +93,12 @@ def _attach_sharded(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> 
         ],
     )
     channel.require_same(plan_hash(layouts))
+    numbers = _numbers([matrix for matrices, _ in buffers for matrix in matrices], names.values())
     for (_, flat), layout in zip(projected, layouts, strict=True):
         exchange = CutExchange(layout, channel) if layout.cuts else None
-        optimizer.bind(flat.hp_partition, Binding(layout.whole[channel.dp_rank], exchange))
+        owned = (*layout.whole[channel.dp_rank], *layout.owned_cuts(channel.dp_rank))
+        indices = tuple(numbers[matrix.name] for matrix in owned)
+        optimizer.bind(flat.hp_partition, Binding(layout.whole[channel.dp_rank], indices, exchange))
         optimizer.gradient_dtypes[flat.hp_partition] = flat.lp_params[0].dtype
     optimizer.layouts = layouts
     return [flat.lp_params for flat in flat_groups]
@@ -130,6 +136,13 @@ def _matrices(flat: FlatGroup, names: dict[int, str]) -> list[MatrixShard]:
         for param, offset in zip(flat.lp_params, flat.offsets, strict=True)
         for matrix in matrices_of(names.get(id(param), f"parameter at {offset}"), tuple(param.shape), offset)
     ]
+
+
+def _numbers(matrices: list[MatrixShard], names: Iterable[str]) -> dict[str, int]:
+    """A number for every projected matrix by name, in the module's order: the same on any number of ranks."""
+    order = {name: position for position, name in enumerate(names)}
+    in_order = sorted(matrices, key=lambda matrix: order.get(matrix.name.partition("[")[0], len(order)))
+    return {matrix.name: number for number, matrix in enumerate(in_order)}
 
 
 def refuse_unsupported(engine: Any) -> None:

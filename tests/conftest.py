@@ -11,6 +11,9 @@ import torch
 from tests.distributed import Pools
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+if not torch.cuda.is_available():
+    # Read when Triton is imported: without a GPU the tests of the kernels run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +31,15 @@ def ranks() -> Iterator[Pools]:
     pools = Pools()
     yield pools
     pools.close()
+
+
+@pytest.fixture
+def kernels_allowed() -> Iterator[None]:
+    """The kernels, on CPU tensors where there is no GPU."""
+    # After the environment above, which the import reads.
+    from ds_fira import kernels
+
+    if not torch.cuda.is_available():
+        kernels.interpret_on_cpu(True)
+    yield
+    kernels.interpret_on_cpu(False)

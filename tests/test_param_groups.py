@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import ds_fira
 from ds_fira import FiraAdam
 from ds_fira.groups import build_groups
+from ds_fira.selection import projected_weights
 from ds_fira.settings import check_params
 from tests.reference.fira_reference import FiraReference
 from tests.reference.gradients import make_gradients, make_weight
@@ -283,6 +284,23 @@ def test_a_rank_in_the_config_does_not_leak_into_groups_that_say_it_themselves()
         built = build_groups(model, groups, check_params({"rank": 3}), zero_stage=2, dp_size=2)
     assert [group.get("rank") for group in built] == [2, None]
     assert [group.get("rank") for group in build_groups(model, groups, check_params({}), 2, 2)] == [2, None]
+
+
+def test_no_partition_of_a_group_is_larger_than_the_cap():
+    model = llama()
+    cap = 4 * max(p.numel() for name, p in model.named_parameters() if "mlp" in name)
+    settings = check_params({"rank": RANK, "max_group_bytes": cap})
+    for dp_size in (1, 2, 3):
+        capped = build_groups(model, model.parameters(), settings, zero_stage=2, dp_size=dp_size)
+        free = build_groups(model, model.parameters(), check_params({"rank": RANK}), zero_stage=2, dp_size=dp_size)
+        assert len(capped) > len(free)
+        for group in capped:
+            # What does not divide by the ranks is less than a matrix on each.
+            assert 4 * sum(p.numel() for p in group["params"]) <= cap * dp_size or len(group["params"]) <= dp_size
+        for groups in (capped, free):
+            assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    (together,) = [g for g in build_groups(model, model.parameters(), settings, 0, 2) if "rank" in g]
+    assert {id(p) for p in together["params"]} == projected_weights(model).keys()
 
 
 def test_a_head_of_any_name_is_known_by_its_place_and_shape():

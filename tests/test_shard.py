@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_fira.layout import plan_groups, plan_hash, split_evenly, state_numel
+from ds_fira.layout import plan_groups, plan_hash, split_by_size, split_evenly, state_numel
 from ds_fira.shard import MatrixShard, cut, matrices_of
 
 shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8)
@@ -82,15 +82,31 @@ def test_plans_place_every_matrix_once(groups: list[list[tuple[int, int]]], rank
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from("abcd"), max_size=30), ranks)
-def test_split_evenly_keeps_everything_and_divides(kinds: list[str], ranks: int) -> None:
-    """Every item once, one kind to a group, one group of each kind not divisible at most."""
-    groups = split_evenly([(kind, (kind, i)) for i, kind in enumerate(kinds)], ranks)
+@given(st.lists(st.sampled_from("abcd"), max_size=30), ranks, st.one_of(st.none(), st.integers(0, 4)))
+def test_split_evenly_keeps_everything_and_divides(kinds: list[str], ranks: int, most: int | None) -> None:
+    """Every item once, one kind to a group, one group of each kind not divisible at most, none above the cap."""
+    most_of = None if most is None else (lambda kind: most)
+    groups = split_evenly([(kind, (kind, i)) for i, kind in enumerate(kinds)], ranks, most_of)
+    if most is None:
+        assert len(groups) <= 2 * len(set(kinds))
+    else:
+        assert max((len(group) for group in groups), default=0) <= max(1, most) * ranks
     assert sorted(item for group in groups for item in group) == sorted((kind, i) for i, kind in enumerate(kinds))
     for kind in "abcd":
         sizes = [len(group) for group in groups if group[0][0] == kind]
         assert sum(size % ranks != 0 for size in sizes) <= 1
         assert all(size < ranks for size in sizes if size % ranks)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 20), max_size=30), st.integers(0, 40))
+def test_split_by_size_keeps_the_order_and_the_limit(sizes: list[int], limit: int) -> None:
+    """Every item once and in order; a run over the limit is one item; no run has room for the next one's first."""
+    runs = split_by_size([(size, (i, size)) for i, size in enumerate(sizes)], limit)
+    assert [item for run in runs for item in run] == list(enumerate(sizes))
+    totals = [sum(size for _, size in run) for run in runs]
+    assert all(total <= limit or len(run) == 1 for run, total in zip(runs, totals, strict=True))
+    assert all(total + after[0][1] > limit for total, after in zip(totals, runs[1:], strict=False))
 
 
 def test_other_dimensions_cannot_be_projected() -> None:

@@ -144,6 +144,15 @@ def test_zero_options(ranks: Pools, stage: int, options: dict[str, Any]) -> None
     check(results)
 
 
+def test_capped_groups(ranks: Pools) -> None:
+    """A cap on a group's bytes makes more groups, the same steps."""
+    free = ranks.run(2, "train", ds_config=config(2, "fp32", PARAMS), shapes=SHAPES, steps=1)
+    params = {**PARAMS, "max_group_bytes": 4 * 9 * 6}
+    results = ranks.run(2, "train", ds_config=config(2, "fp32", params), shapes=[*SHAPES, *SHAPES], steps=5)
+    assert len(results[0]["groups"]) > len(free[0]["groups"])
+    check(results)
+
+
 def test_bf16_wrapper_of_stage_1(ranks: Pools) -> None:
     """Stage 1 in bf16 with fp32 accumulation has a wrapper of its own, which steps all groups at once."""
     ds_config = config(1, "bf16", PARAMS, data_types={"grad_accum_dtype": "fp32"})

@@ -1,0 +1,66 @@
+"""Which matrices of a parameter this process steps, and which of them lie so that one kernel can step them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ds_fira.comm import CutExchange
+from ds_fira.shard import MatrixShard
+
+# Matrices stepped at once on a GPU: enough to fill it and to hide the launches, few enough that the low-rank tensors of
+# a step stay small beside the state.
+MAX_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Which matrices of a parameter this process owns.
+
+    Attributes:
+        whole: the matrices that lie whole in the parameter.
+        indices: for every matrix owned, its number among all projected matrices of the model; `stagger` goes by it.
+        exchange: carries the cut ones of its param group; None where no matrix of the group is cut on any rank.
+        batched: whether the states have a leading dimension.
+    """
+
+    whole: tuple[MatrixShard, ...]
+    indices: tuple[int, ...]
+    exchange: CutExchange | None = None
+    batched: bool = True
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(m, n) of every matrix owned, the whole ones first, then the cut ones."""
+        cuts = self.exchange.owned if self.exchange is not None else ()
+        return [matrix.shape for matrix in (*self.whole, *cuts)]
+
+
+def batch_runs(binding: Binding, ready: Sequence[bool]) -> list[tuple[int, int]]:
+    """[first, last) positions of matrices that follow each other in memory, have one shape and are ready.
+
+    Args:
+        binding: of the parameter.
+        ready: for every matrix owned, whether it can be stepped together with others.
+
+    Returns:
+        Runs of at most `MAX_BATCH` matrices that cover all positions in order; cut matrices are runs of one.
+    """
+    runs: list[tuple[int, int]] = []
+    for position in range(len(binding.shapes)):
+        first, last = runs[-1] if runs else (0, 0)
+        joins = 0 < last - first < MAX_BATCH and position < len(binding.whole)
+        if joins and ready[position] and ready[position - 1]:
+            before, matrix = binding.whole[position - 1 : position + 1]
+            if before.shape == matrix.shape and before.offset + before.numel == matrix.offset:
+                runs[-1] = (first, position + 1)
+                continue
+        runs.append((position, position + 1))
+    return runs
+
+
+def stacked(flat: Tensor, first: MatrixShard, count: int) -> Tensor:
+    """`count` matrices of one shape from `first` on, as a (count, m, n) view of the flat buffer."""
+    return flat.view(-1).narrow(0, first.offset, count * first.numel).view(count, *first.shape)

@@ -1,0 +1,245 @@
+"""Dominant subspaces of a matrix faster than by its SVD: from its Gram matrix, or by randomized subspace iteration.
+
+Every function takes G turned so that the wanted basis belongs to its rows: the left singular vectors of G or G'.
+Letters: X is s x b with s <= b, that matrix or its transposed view; A = XX' is its Gram matrix, s x s. Where G has more
+rows than columns, the wanted basis lies on the long side of X; a basis W of the short side gives it as orth(X'W), which
+is X'U / sigma without the division by small singular values.
+
+All squares are taken of X divided by a power of two near its largest element, so that no scale of a float32 gradient
+over- or underflows; the division goes to a block or a low-rank factor, never to a full-size copy of X. Squaring loses
+the singular values below sqrt(eps) of the largest (3e-4 in float32), whose share of the energy is below rounding.
+
+The iteration may multiply with X in bfloat16, where the device has units for it: what it looks for is a subspace, and
+rounding 2^-9 of every element at random moves little energy out of it (docs/design.md has the figures). Everything of
+the block's size stays in float32.
+
+Nothing here waits for the device, except `orthonormal`, once, to learn whether its cheap way succeeded, and `eigh`,
+which reads its error code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SEED = 0
+TINY = torch.finfo(torch.float32).tiny
+# Columns beyond the rank that the iteration carries; cut off by Rayleigh-Ritz at its end. Low ranks get as many again,
+# up to a block of WIDE columns, for there the spectrum of a gradient is flat and a wide block does more than another
+# product (a gradient of 2048 x 2048, rank 128, two warm products: 0.9875 of the energy with 32, 0.9986 with 128).
+OVERSAMPLING, WIDE = 32, 256
+# Products with XX' after a warm and after a cold start, the one of Rayleigh-Ritz included.
+WARM_PRODUCTS, COLD_PRODUCTS = 2, 3
+# Sizes s up to which the exact way is the cheaper one whatever the rank: it has the fewest calls.
+SMALL_SIDE = 256
+# A symmetric eigendecomposition in multiples of s^3 operations of a matrix product. Measured on one CPU core: 10 to 17
+# for s = 512 to 2048. On a GPU it is dominated by latency; the value there is an estimate.
+EIGH_COST = {"cpu": 15.0, "cuda": 400.0}
+# The Gram matrix is built from blocks of so many columns of X, in strips of so many rows.
+BLOCK, STRIP = 1024, 256
+# How much faster products in bfloat16 are where the device has units for them; measured with AMX on one CPU core.
+BFLOAT16_SPEED = 4.0
+# Off-diagonal elements that one Cholesky pass may leave in all; rounding alone leaves about a tenth of it.
+ORTHONORMAL = 5e-6
+# Off-diagonal elements that the first Cholesky pass may leave for the second to remove.
+LOST_ORTHOGONALITY = 1e-2
+
+
+def gram_basis(grad: Tensor, rank: int) -> Tensor:
+    """The top singular vectors by an eigendecomposition of the Gram matrix, in falling order.
+
+    Args:
+        grad: (d, k), float32 or float64, finite.
+        rank: r <= min(d, k).
+
+    Returns:
+        (d, r), orthonormal.
+
+    Raises:
+        torch.linalg.LinAlgError: the eigendecomposition failed.
+    """
+    x, long = _short(grad)
+    top = torch.linalg.eigh(gram_matrix(x))[1][:, -rank:].flip(1)
+    return orthonormal(x.t() @ (top * _inverse_scale(x))) if long else top.contiguous()
+
+
+def randomized_basis(grad: Tensor, rank: int, previous: Tensor | None = None, strict: bool = False) -> Tensor:
+    """The dominant subspace by block power iteration, in Ritz vectors of falling order.
+
+    Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.3: a start of r columns and more (the previous
+    basis and a Gaussian sketch, or the sketch alone), two or three products with XX' with an orthonormalization between
+    them, and Rayleigh-Ritz. The basis is that of the last product, so the one product that Rayleigh-Ritz needs is a
+    power step too. The sketch beside the previous basis finds directions that are new in this gradient. The seed is
+    fixed: equal arguments give equal bits on one machine.
+
+    X'Q comes before X(X'Q), or A is formed first, whichever takes fewer operations; and where A with its
+    eigendecomposition takes fewer still, that exact result is given.
+
+    Args:
+        grad: (d, k), float32 or float64, finite.
+        rank: r <= min(d, k).
+        previous: (d, r), the basis in use; None for a cold start.
+        strict: whether to multiply in the gradient's own dtype even where bfloat16 is faster.
+
+    Returns:
+        (d, r), orthonormal.
+
+    Raises:
+        torch.linalg.LinAlgError: an eigendecomposition failed.
+    """
+    x, long = _short(grad)
+    s, b = x.shape
+    speed = 1.0 if strict or x.dtype != torch.float32 or not fast_bfloat16(x.device) else BFLOAT16_SPEED
+    width = block_width(s, rank)
+    products = COLD_PRODUCTS if previous is None else WARM_PRODUCTS
+    way = cheapest(s, b, width, products, x.device.type, speed)
+    if way == "exact":
+        return gram_basis(grad, rank)
+    inverse = _inverse_scale(x)
+    if speed > 1.0:
+        # A power of two is exact to multiply with in bfloat16 too, and then nothing is left to scale.
+        x = x.bfloat16().mul_(inverse)
+        inverse = torch.ones_like(inverse)
+    block = start(x, inverse, width, previous, long)
+    multiply = _product(x, inverse, form_gram=way == "gram")
+    for _ in range(products - 1):
+        block = spread(multiply(block))
+    image = multiply(block)
+    ritz = torch.linalg.eigh(block.t() @ image)[1][:, -rank:].flip(1)
+    basis = image @ ritz
+    if long:
+        # Its columns are orthogonal but for rounding, so their lengths are all that has to go before the product.
+        basis = _times(x.t(), basis * (inverse / torch.linalg.vector_norm(basis, dim=0).clamp(min=TINY)))
+    return orthonormal(basis)
+
+
+@functools.cache
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices much faster than float32 ones: AMX on a CPU, tensor cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # torch tells what a CPU can do from 2.10 on.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
+
+
+def block_width(s: int, rank: int) -> int:
+    """Columns of the iterated block."""
+    return min(rank + max(OVERSAMPLING, min(rank, WIDE - rank)), s)
+
+
+def operations(s: int, b: int, width: int, products: int, device_type: str, speed: float = 1.0) -> dict[str, float]:
+    """Operations, in those of a float32 product, of "exact" (A and eigh), "gram" (A, then AQ) and "direct" iteration.
+
+    Products with X in the iteration count 1 / `speed`.
+    """
+    eigh = EIGH_COST.get(device_type, EIGH_COST["cuda"])
+    form = s * s * b * (1.0 + min(1.0, STRIP / s))
+    # Orthonormalizations, Rayleigh-Ritz, and the sketch beside or before the first block.
+    rest = width * width * (eigh * width + (6 + 3 * products) * s) + 2 * s * b * OVERSAMPLING
+    return {
+        "exact": form + eigh * s**3,
+        "gram": (form if speed == 1.0 else 2 * s * s * b / speed) + products * 2 * s * s * width + rest,
+        "direct": products * 4 * s * b * width / speed + rest,
+    }
+
+
+def cheapest(s: int, b: int, width: int, products: int, device_type: str, speed: float = 1.0) -> str:
+    """The key of `operations` that takes the fewest; the exact way for every small matrix."""
+    costs = operations(s, b, width, products, device_type, speed)
+    return "exact" if s <= SMALL_SIDE else min(costs, key=costs.__getitem__)
+
+
+def start(x: Tensor, inverse: Tensor, width: int, previous: Tensor | None, long: bool) -> Tensor:
+    """The first block, (s, width): the previous basis on the short side and XO for a Gaussian O, or XO alone."""
+    generator = torch.Generator(device=x.device).manual_seed(SEED)
+    known = 0 if previous is None else previous.shape[1]
+    omega = torch.randn(x.shape[1], width - known, generator=generator, dtype=inverse.dtype, device=x.device)
+    sketch = spread(_times(x, omega * inverse)) if width > known else omega.new_zeros(x.shape[0], 0)
+    if previous is None:
+        return sketch
+    kept = previous.to(inverse.dtype)
+    return torch.cat([spread(_times(x, kept * inverse)) if long else kept, sketch], dim=1)
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """XX' / scale^2, (s, s), one triangle computed and mirrored; temporaries of s x 1024."""
+    s, b = x.shape
+    inverse = _inverse_scale(x)
+    gram = x.new_zeros(s, s)
+    for first in range(0, b, BLOCK):
+        part = x[:, first : first + BLOCK] * inverse
+        for top in range(0, s, STRIP):
+            gram[top : top + STRIP, top:].addmm_(part[top : top + STRIP], part[top:].t())
+    for top in range(0, s, STRIP):
+        end = top + STRIP
+        gram[end:, top:end] = gram[top:end, end:].t()
+    return gram
+
+
+def spread(block: Tensor) -> Tensor:
+    """Columns of the same span, roughly orthonormal: one pass of shifted Cholesky-QR, which cannot break down.
+
+    Between two products the columns only have to stay apart. The shift (Fukaya et al., SIAM J. Sci. Comput. 42, 2020)
+    bounds how much a direction that is lost in rounding is blown up.
+    """
+    gram, norms = _unit_gram(block)
+    gram.diagonal().add_(block.shape[1] * torch.finfo(block.dtype).eps)
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.solve_triangular(factor.t(), block * norms, upper=True, left=False)
+
+
+def orthonormal(block: Tensor) -> Tensor:
+    """Q of the QR decomposition: Cholesky-QR once or twice, or Householder where that lost orthogonality or broke down.
+
+    Householder gives orthonormal columns of any block, a rank-deficient one too. Its signs are made those of the
+    Cholesky way, a positive diagonal of R.
+    """
+    gram, norms = _unit_gram(block)
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    result = torch.linalg.solve_triangular(factor.t(), block * norms, upper=True, left=False)
+    gram = result.t() @ result
+    left = float((gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).abs().amax())
+    if ORTHONORMAL < left < LOST_ORTHOGONALITY or (block.dtype == torch.float64 and left < LOST_ORTHOGONALITY):
+        factor, _ = torch.linalg.cholesky_ex(gram)
+        result = torch.linalg.solve_triangular(factor.t(), result, upper=True, left=False)
+    if left < LOST_ORTHOGONALITY:
+        return result.contiguous()
+    q, triangle = torch.linalg.qr(block)
+    return q * torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+
+
+def _unit_gram(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrix of the normalized columns, and the inverse norms; columns of small norm keep their digits."""
+    gram = block.t() @ block
+    norms = gram.diagonal().clamp(min=torch.finfo(block.dtype).tiny).rsqrt()
+    return gram.mul_(norms).mul_(norms.unsqueeze(1)), norms
+
+
+def _product(x: Tensor, inverse: Tensor, form_gram: bool) -> Callable[[Tensor], Tensor]:
+    if form_gram:
+        gram = gram_matrix(x) if x.dtype == inverse.dtype else x @ x.t()
+        return lambda block: _times(gram, block)
+    return lambda block: _times(x, _times(x.t(), block * inverse) * inverse)
+
+
+def _times(matrix: Tensor, block: Tensor) -> Tensor:
+    """The product in the matrix's dtype, given in the block's."""
+    return (matrix @ block.to(matrix.dtype)).to(block.dtype)
+
+
+def _short(grad: Tensor) -> tuple[Tensor, bool]:
+    """X, and whether the wanted basis lies on its long side."""
+    long = grad.shape[0] > grad.shape[1]
+    return (grad.t() if long else grad), long
+
+
+def _inverse_scale(x: Tensor) -> Tensor:
+    """A power of two near 1 / max|X|, 0-dim: exact to multiply with, where the product does not underflow."""
+    low, high = torch.aminmax(x)
+    exponent = torch.frexp(torch.maximum(high, -low)).exponent
+    limit = 126 if x.dtype == torch.float32 else 1022
+    return torch.ldexp(torch.ones((), dtype=x.dtype, device=x.device), -exponent.clamp(-limit, limit))

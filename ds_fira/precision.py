@@ -1,0 +1,33 @@
+"""The precision of matrix products, set for one product at a time.
+
+A GPU multiplies float32 matrices on its tensor cores only if their elements may be rounded first: to TF32 (10 bits of
+mantissa, the exponent of float32) or to bfloat16 (7 bits). Sums stay in float32 either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# What a setting means to torch's backends: (CUDA, oneDNN on the CPU). The CPU has no TF32 units worth asking for, and
+# torch's CUDA products of float32 matrices know nothing between TF32 and bfloat16 operands.
+_BACKENDS = {"float32": ("ieee", "ieee"), "tf32": ("tf32", "ieee"), "bfloat16": ("tf32", "bf16")}
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Let torch multiply float32 matrices in `precision`, whatever the user has set for the model's own products.
+
+    Args:
+        precision: "float32", "tf32" (on the CPU the same) or "bfloat16" (TF32 in torch's own products on CUDA; the
+            Triton kernels take it at its word).
+    """
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision
+    cuda.fp32_precision, cpu.fp32_precision = _BACKENDS[precision]
+    try:
+        yield
+    finally:
+        cuda.fp32_precision, cpu.fp32_precision = before

@@ -1,0 +1,99 @@
+"""When the bases of a process's matrices are computed, by whom, and what happens when one cannot be."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_fira.comm import Channel
+from ds_fira.matrix_step import MatrixTask, adopt_basis, new_basis
+from ds_fira.subspace import refresh_due, stagger_phase
+from ds_fira.tracking import StepMetrics
+
+
+class Refresher:
+    """Finds the matrices whose refresh is due and gives them new bases.
+
+    Attributes:
+        replicas: the ranks that hold the same matrices, so that each basis is computed once for all; None for none.
+    """
+
+    def __init__(self, metrics: StepMetrics) -> None:
+        self.replicas: Channel | None = None
+        self._metrics = metrics
+        self._warned = False
+        # Step counts are on the device, since it is decided there whether a gradient is usable. These are upper bounds.
+        self._bounds: dict[Tensor, list[int | None]] = {}
+
+    def forget_counts(self) -> None:
+        """Say that step counts have changed otherwise than by steps."""
+        self._bounds.clear()
+
+    def due(self, param: Tensor, tasks: list[MatrixTask], indices: Sequence[int]) -> list[MatrixTask]:
+        """The matrices of a parameter that need a new basis before the step that is about to be made.
+
+        The device's count is read only where a refresh may be due by its upper bound: no step between refreshes waits
+        for a GPU.
+
+        Args:
+            param: the parameter, asked about once in every step.
+            tasks: its matrices, one each.
+            indices: their numbers in the model.
+        """
+        bounds = self._bounds.setdefault(param, [None] * len(tasks))
+        found = []
+        for row, (task, index) in enumerate(zip(tasks, indices, strict=True)):
+            gap = task.group["update_proj_gap"]
+            phase = stagger_phase(index, gap) if task.group["stagger"] else 0
+            last = int(task.state.refresh_step)
+            bound = bounds[row]
+            if bound is None or refresh_due(bound, last, gap, phase):
+                bound = int(task.state.step)
+                if refresh_due(bound, last, gap, phase):
+                    found.append(task)
+            bounds[row] = bound + 1
+        return found
+
+    def refresh(self, due: list[MatrixTask]) -> None:
+        """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all."""
+        if self.replicas is None:
+            for task in due:
+                self._adopt(task, self._new_basis(task))
+            return
+        channel = self.replicas
+        # In rounds of one matrix a rank: all ranks compute at once, and none holds more than one new basis.
+        for first in range(0, len(due), channel.dp_size):
+            turn = due[first : first + channel.dp_size]
+            mine = self._new_basis(turn[channel.dp_rank]) if channel.dp_rank < len(turn) else None
+            for rank, task in enumerate(turn):
+                # One element in front says whether there is a basis at all.
+                basis = task.state.basis
+                packed = basis.new_zeros(1 + basis.numel(), dtype=task.state.dtype)
+                if rank == channel.dp_rank and mine is not None:
+                    packed[0] = 1.0
+                    packed[1:] = mine.reshape(-1)
+                packed = channel.broadcast(packed, rank)
+                self._adopt(task, packed[1:].view_as(basis) if packed[0] else None)
+
+    def _new_basis(self, task: MatrixTask) -> Tensor | None:
+        """The basis of a task's gradient, None where there is none to be had; a failure is reported once."""
+        try:
+            return new_basis(task)
+        except torch.linalg.LinAlgError as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"FiraAdam: a decomposition failed ({error}); the matrix keeps its old basis and tries again at "
+                    "its next step. Further failures are not reported.",
+                    stacklevel=6,
+                )
+            return None
+
+    def _adopt(self, task: MatrixTask, basis: Tensor | None) -> None:
+        if basis is None:
+            return  # stays due
+        adopt_basis(task, basis)
+        self._metrics.refreshes += 1
