@@ -3,7 +3,8 @@
 Every function takes G turned so that the wanted basis belongs to its rows: the left singular vectors of G or G'.
 Letters: X is s x b with s <= b, that matrix or its transposed view; A = XX' is its Gram matrix, s x s. Where G has more
 rows than columns, the wanted basis lies on the long side of X; a basis W of the short side gives it as orth(X'W), which
-is X'U / sigma without the division by small singular values.
+is X'U / sigma without the division by small singular values. Blocks of vectors are kept as rows: their products with X
+as it lies in memory are several times as fast in bfloat16 on a CPU as those of columns.
 
 All squares are taken of X divided by a power of two near its largest element, so that no scale of a float32 gradient
 over- or underflows; the division goes to a block or a low-rank factor, never to a full-size copy of X. Squaring loses
@@ -62,14 +63,15 @@ def gram_basis(grad: Tensor, rank: int) -> Tensor:
         torch.linalg.LinAlgError: the eigendecomposition failed.
     """
     x, long = _short(grad)
-    top = torch.linalg.eigh(gram_matrix(x))[1][:, -rank:].flip(1)
-    return orthonormal(x.t() @ (top * _inverse_scale(x))) if long else top.contiguous()
+    inverse = _inverse_scale(grad)
+    top = torch.linalg.eigh(gram_matrix(x, inverse))[1][:, -rank:].flip(1)
+    return orthonormal(across(top.t() * inverse, x)).t().contiguous() if long else top.contiguous()
 
 
 def randomized_basis(grad: Tensor, rank: int, previous: Tensor | None = None, strict: bool = False) -> Tensor:
     """The dominant subspace by block power iteration, in Ritz vectors of falling order.
 
-    Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.3: a start of r columns and more (the previous
+    Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.3: a start of r vectors and more (the previous
     basis and a Gaussian sketch, or the sketch alone), two or three products with XX' with an orthonormalization between
     them, and Rayleigh-Ritz. The basis is that of the last product, so the one product that Rayleigh-Ritz needs is a
     power step too. The sketch beside the previous basis finds directions that are new in this gradient. The seed is
@@ -98,22 +100,23 @@ def randomized_basis(grad: Tensor, rank: int, previous: Tensor | None = None, st
     way = cheapest(s, b, width, products, x.device.type, speed)
     if way == "exact":
         return gram_basis(grad, rank)
-    inverse = _inverse_scale(x)
+    inverse = _inverse_scale(grad)
     if speed > 1.0:
         # A power of two is exact to multiply with in bfloat16 too, and then nothing is left to scale.
         x = x.bfloat16().mul_(inverse)
         inverse = torch.ones_like(inverse)
-    block = start(x, inverse, width, previous, long)
+    rows = start(x, inverse, width, previous, long)
     multiply = _product(x, inverse, form_gram=way == "gram")
     for _ in range(products - 1):
-        block = spread(multiply(block))
-    image = multiply(block)
-    ritz = torch.linalg.eigh(block.t() @ image)[1][:, -rank:].flip(1)
-    basis = image @ ritz
+        rows = spread(multiply(rows))
+    image = multiply(rows)
+    ritz = torch.linalg.eigh(rows @ image.t())[1][:, -rank:].flip(1)
+    basis = ritz.t() @ image
     if long:
-        # Its columns are orthogonal but for rounding, so their lengths are all that has to go before the product.
-        basis = _times(x.t(), basis * (inverse / torch.linalg.vector_norm(basis, dim=0).clamp(min=TINY)))
-    return orthonormal(basis)
+        # They are orthogonal but for rounding, so their lengths are all that has to go before the product.
+        lengths = torch.linalg.vector_norm(basis, dim=1, keepdim=True).clamp(min=TINY)
+        basis = across(basis * (inverse / lengths), x)
+    return orthonormal(basis).t().contiguous()
 
 
 @functools.cache
@@ -127,24 +130,24 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def block_width(s: int, rank: int) -> int:
-    """Columns of the iterated block."""
+    """Vectors of the iterated block."""
     return min(rank + max(OVERSAMPLING, min(rank, WIDE - rank)), s)
 
 
 def operations(s: int, b: int, width: int, products: int, device_type: str, speed: float = 1.0) -> dict[str, float]:
     """Operations, in those of a float32 product, of "exact" (A and eigh), "gram" (A, then AQ) and "direct" iteration.
 
-    Products with X in the iteration count 1 / `speed`.
+    Products with X in the iteration count 1 / `speed`; above 1 they are made in bfloat16.
     """
     eigh = EIGH_COST.get(device_type, EIGH_COST["cuda"])
     form = s * s * b * (1.0 + min(1.0, STRIP / s))
     # Orthonormalizations, Rayleigh-Ritz, and the sketch beside or before the first block.
     rest = width * width * (eigh * width + (6 + 3 * products) * s) + 2 * s * b * OVERSAMPLING
-    return {
-        "exact": form + eigh * s**3,
-        "gram": (form if speed == 1.0 else 2 * s * s * b / speed) + products * 2 * s * s * width + rest,
-        "direct": products * 4 * s * b * width / speed + rest,
-    }
+    costs = {"exact": form + eigh * s**3, "direct": products * 4 * s * b * width / speed + rest}
+    if speed == 1.0:
+        # Rounded to bfloat16, A would lose the smaller ones of the wanted directions.
+        costs["gram"] = form + products * 2 * s * s * width + rest
+    return costs
 
 
 def cheapest(s: int, b: int, width: int, products: int, device_type: str, speed: float = 1.0) -> str:
@@ -154,21 +157,20 @@ def cheapest(s: int, b: int, width: int, products: int, device_type: str, speed:
 
 
 def start(x: Tensor, inverse: Tensor, width: int, previous: Tensor | None, long: bool) -> Tensor:
-    """The first block, (s, width): the previous basis on the short side and XO for a Gaussian O, or XO alone."""
+    """The first block, (width, s): the previous basis on the short side and XO for a Gaussian O, or XO alone."""
     generator = torch.Generator(device=x.device).manual_seed(SEED)
     known = 0 if previous is None else previous.shape[1]
-    omega = torch.randn(x.shape[1], width - known, generator=generator, dtype=inverse.dtype, device=x.device)
-    sketch = spread(_times(x, omega * inverse)) if width > known else omega.new_zeros(x.shape[0], 0)
+    omega = torch.randn(width - known, x.shape[1], generator=generator, dtype=inverse.dtype, device=x.device)
+    sketch = spread(back(omega * inverse, x)) if width > known else omega.new_zeros(0, x.shape[0])
     if previous is None:
         return sketch
-    kept = previous.to(inverse.dtype)
-    return torch.cat([spread(_times(x, kept * inverse)) if long else kept, sketch], dim=1)
+    kept = previous.t().to(inverse.dtype)
+    return torch.cat([spread(back(kept * inverse, x)) if long else kept, sketch])
 
 
-def gram_matrix(x: Tensor) -> Tensor:
-    """XX' / scale^2, (s, s), one triangle computed and mirrored; temporaries of s x 1024."""
+def gram_matrix(x: Tensor, inverse: Tensor) -> Tensor:
+    """XX' * inverse^2, (s, s), one triangle computed and mirrored; temporaries of s x 1024."""
     s, b = x.shape
-    inverse = _inverse_scale(x)
     gram = x.new_zeros(s, s)
     for first in range(0, b, BLOCK):
         part = x[:, first : first + BLOCK] * inverse
@@ -180,55 +182,66 @@ def gram_matrix(x: Tensor) -> Tensor:
     return gram
 
 
-def spread(block: Tensor) -> Tensor:
-    """Columns of the same span, roughly orthonormal: one pass of shifted Cholesky-QR, which cannot break down.
+def spread(rows: Tensor) -> Tensor:
+    """Rows of the same span, roughly orthonormal: one pass of shifted Cholesky-QR, which cannot break down.
 
-    Between two products the columns only have to stay apart. The shift (Fukaya et al., SIAM J. Sci. Comput. 42, 2020)
+    Between two products the rows only have to stay apart. The shift (Fukaya et al., SIAM J. Sci. Comput. 42, 2020)
     bounds how much a direction that is lost in rounding is blown up.
     """
-    gram, norms = _unit_gram(block)
-    gram.diagonal().add_(block.shape[1] * torch.finfo(block.dtype).eps)
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    return torch.linalg.solve_triangular(factor.t(), block * norms, upper=True, left=False)
+    gram, norms = _unit_gram(rows)
+    gram.diagonal().add_(rows.shape[0] * torch.finfo(rows.dtype).eps)
+    return _solve(gram, rows * norms)
 
 
-def orthonormal(block: Tensor) -> Tensor:
-    """Q of the QR decomposition: Cholesky-QR once or twice, or Householder where that lost orthogonality or broke down.
+def orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows of the same span: Cholesky-QR once or twice, or Householder where that broke down.
 
-    Householder gives orthonormal columns of any block, a rank-deficient one too. Its signs are made those of the
+    Householder gives orthonormal rows of any block, a rank-deficient one too. Its signs are made those of the
     Cholesky way, a positive diagonal of R.
     """
-    gram, norms = _unit_gram(block)
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    result = torch.linalg.solve_triangular(factor.t(), block * norms, upper=True, left=False)
-    gram = result.t() @ result
+    gram, norms = _unit_gram(rows)
+    result = _solve(gram, rows * norms)
+    gram = result @ result.t()
     left = float((gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).abs().amax())
-    if ORTHONORMAL < left < LOST_ORTHOGONALITY or (block.dtype == torch.float64 and left < LOST_ORTHOGONALITY):
-        factor, _ = torch.linalg.cholesky_ex(gram)
-        result = torch.linalg.solve_triangular(factor.t(), result, upper=True, left=False)
+    if left < LOST_ORTHOGONALITY and (left > ORTHONORMAL or rows.dtype == torch.float64):
+        result = _solve(gram, result)
     if left < LOST_ORTHOGONALITY:
-        return result.contiguous()
-    q, triangle = torch.linalg.qr(block)
-    return q * torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+        return result
+    q, triangle = torch.linalg.qr(rows.t())
+    return (q * torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(q.dtype)).t()
 
 
-def _unit_gram(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrix of the normalized columns, and the inverse norms; columns of small norm keep their digits."""
-    gram = block.t() @ block
-    norms = gram.diagonal().clamp(min=torch.finfo(block.dtype).tiny).rsqrt()
-    return gram.mul_(norms).mul_(norms.unsqueeze(1)), norms
+def across(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows of the short side, (w, s), to those of the long one, (w, b): W X; the product in X's dtype."""
+    if x.stride(1) == 1:
+        return (rows.to(x.dtype) @ x).to(rows.dtype)
+    # X is a transposed view.
+    return (x.t() @ rows.to(x.dtype).t()).t().to(rows.dtype, memory_format=torch.contiguous_format)
+
+
+def back(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows of the long side, (w, b), to those of the short one, (w, s): W X'; the product in X's dtype."""
+    return (rows.to(x.dtype, memory_format=torch.contiguous_format) @ x.t()).to(rows.dtype)
+
+
+def _unit_gram(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrix of the normalized rows, and the inverse norms, (w, 1); rows of small norm keep their digits."""
+    gram = rows @ rows.t()
+    norms = gram.diagonal().clamp(min=torch.finfo(rows.dtype).tiny).rsqrt()
+    return gram.mul_(norms).mul_(norms.unsqueeze(1)), norms.unsqueeze(1)
+
+
+def _solve(gram: Tensor, rows: Tensor) -> Tensor:
+    """L^-1 W for the Cholesky factor L of a Gram matrix; not finite where that does not exist."""
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
 def _product(x: Tensor, inverse: Tensor, form_gram: bool) -> Callable[[Tensor], Tensor]:
     if form_gram:
-        gram = gram_matrix(x) if x.dtype == inverse.dtype else x @ x.t()
-        return lambda block: _times(gram, block)
-    return lambda block: _times(x, _times(x.t(), block * inverse) * inverse)
-
-
-def _times(matrix: Tensor, block: Tensor) -> Tensor:
-    """The product in the matrix's dtype, given in the block's."""
-    return (matrix @ block.to(matrix.dtype)).to(block.dtype)
+        gram = gram_matrix(x, inverse)
+        return lambda rows: rows @ gram
+    return lambda rows: back(across(rows * inverse, x) * inverse, x)
 
 
 def _short(grad: Tensor) -> tuple[Tensor, bool]:
@@ -237,9 +250,9 @@ def _short(grad: Tensor) -> tuple[Tensor, bool]:
     return (grad.t() if long else grad), long
 
 
-def _inverse_scale(x: Tensor) -> Tensor:
-    """A power of two near 1 / max|X|, 0-dim: exact to multiply with, where the product does not underflow."""
-    low, high = torch.aminmax(x)
+def _inverse_scale(grad: Tensor) -> Tensor:
+    """A power of two near 1 / max|G|, 0-dim: exact to multiply with, where the product does not underflow."""
+    low, high = torch.aminmax(grad)
     exponent = torch.frexp(torch.maximum(high, -low)).exponent
-    limit = 126 if x.dtype == torch.float32 else 1022
-    return torch.ldexp(torch.ones((), dtype=x.dtype, device=x.device), -exponent.clamp(-limit, limit))
+    limit = 126 if grad.dtype == torch.float32 else 1022
+    return torch.ldexp(torch.ones((), dtype=grad.dtype, device=grad.device), -exponent.clamp(-limit, limit))

@@ -57,10 +57,12 @@ def random_basis(shape: tuple[int, int], rank: int, side: str, seed: int = 7) ->
     return torch.linalg.qr(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)))[0]
 
 
-@pytest.fixture(params=["exact", "gram", "direct"])
+@pytest.fixture(params=["exact", "gram", "direct", "bfloat16"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every way of the randomized method, whatever the sizes would choose."""
-    monkeypatch.setattr(decompose, "cheapest", lambda *_: request.param)
+    """Every way of the randomized method, whatever the sizes and the device would choose."""
+    chosen = "direct" if request.param == "bfloat16" else request.param
+    monkeypatch.setattr(decompose, "cheapest", lambda *_: chosen)
+    monkeypatch.setattr(decompose, "fast_bfloat16", lambda _: request.param == "bfloat16")
     return request.param
 
 
@@ -217,6 +219,18 @@ def test_the_cheapest_way_follows_shape_and_rank() -> None:
     assert decompose.cheapest(2048, 5461, 544, 2, "cpu") == "gram"
     assert decompose.cheapest(2048, 5461, 64, 2, "cpu") == "direct"
     assert decompose.cheapest(512, 1376, 512, 3, "cpu") == "exact"
+    # In bfloat16 the products with X are cheap, and A would be too coarse.
+    assert decompose.cheapest(2048, 5461, 544, 2, "cpu", 4.0) == "direct"
+
+
+def test_strict_precision_keeps_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad = gradient((300, 400))
+    monkeypatch.setattr(decompose, "fast_bfloat16", lambda _: True)
+    fast, strict = (compute_basis(grad, 30, "left", "randomized", None, strict) for strict in (False, True))
+    monkeypatch.setattr(decompose, "fast_bfloat16", lambda _: False)
+    plain = compute_basis(grad, 30, "left", "randomized")
+    assert torch.equal(strict, plain)
+    assert not torch.equal(fast, plain)
 
 
 @given(
@@ -232,7 +246,7 @@ def test_orthonormal_handles_any_block(rows: int, columns: int, seed: int, expon
     block = torch.randn(rows, columns, generator=generator) * 10.0 ** (exponent * torch.arange(columns) / columns)
     if seed % 2:
         block[:, columns // 2 :] = block[:, :1]  # repeated columns: Cholesky breaks down
-    q = decompose.orthonormal(block)
+    q = decompose.orthonormal(block.t()).t()
     assert orthonormality(q) <= ORTHONORMAL
     # The same span: every column, brought to norm 1, lies in it.
     unit = torch.nn.functional.normalize(block.double(), dim=0)
@@ -241,16 +255,16 @@ def test_orthonormal_handles_any_block(rows: int, columns: int, seed: int, expon
 
 def test_cholesky_and_householder_agree_on_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     block = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    cheap = decompose.orthonormal(block)
+    cheap = decompose.orthonormal(block.t()).t()
     monkeypatch.setattr(decompose, "LOST_ORTHOGONALITY", -1.0)
-    assert (decompose.orthonormal(block) - cheap).abs().max() <= 1e-5
+    assert (decompose.orthonormal(block.t()).t() - cheap).abs().max() <= 1e-5
 
 
 def test_gram_matrix_over_blocks_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     x = gradient((33, 71), dtype=torch.float64)
     monkeypatch.setattr(decompose, "BLOCK", 10)
     monkeypatch.setattr(decompose, "STRIP", 7)
-    gram = decompose.gram_matrix(x)
+    gram = decompose.gram_matrix(x, torch.tensor(0.5, dtype=torch.float64))
     expected = x @ x.t()
     assert (gram / gram.trace() - expected / expected.trace()).abs().max() <= 1e-15
     assert torch.equal(gram, gram.t())
