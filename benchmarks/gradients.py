@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_fira
-from benchmarks.layout import LLAMAS
+from benchmarks.partition import LLAMAS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from text_data import TextData, TextRecipe, prepare, training_batches

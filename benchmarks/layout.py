@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.common import save
 from benchmarks.partition import LLAMAS, plan_run
-from ds_fira.layout import state_numel
+from ds_fira.cuts import state_numel
 from ds_fira.memory import adamw_bytes, formula_bytes
 
 BYTES = 4  # states are float32
@@ -58,8 +58,8 @@ def plan_llama(model: str, ranks: int) -> Plan:
             if group.layout is None:
                 state[index] += 2 * group.partition_size
             else:
-                owned = (*group.layout.whole[index], *group.layout.owned_cuts(index))
-                state[index] += sum(state_numel(matrix.shape, rank) for matrix in owned)
+                state[index] += sum(state_numel(matrix.shape, rank) for matrix in group.layout.whole[index])
+                state[index] += sum(matrix.state_numel(index) for matrix in group.layout.cuts)
     return Plan(
         model=model,
         ranks=ranks,

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_fira.binding import Binding
 from ds_fira.groups import build_groups, group_defaults
-from ds_fira.layout import GroupLayout, plan_groups, state_numel
+from ds_fira.layout import GroupLayout, plan_groups
 from ds_fira.memory import ParamRecord
 from ds_fira.optimizer import FiraAdam
 from ds_fira.settings import check_params
@@ -96,8 +96,7 @@ def plan_run(model: str, ranks: int, **params: Any) -> PlannedRun:
         # ZeRO pads a buffer to a multiple of twice the ranks.
         buffers.append((own, matrices, math.ceil(begin / (2 * ranks)) * 2))
     projected = [(matrices, size) for own, matrices, size in buffers if "rank" in own]
-    sizes = [lambda shape: state_numel(shape, settings["rank"])] * len(projected)
-    layouts = iter(plan_groups(projected, ranks, sizes))
+    layouts = iter(plan_groups(projected, ranks, [own for own, _, _ in buffers if "rank" in own]))
     groups = [PlannedGroup(own, size, next(layouts) if "rank" in own else None) for own, _, size in buffers]
     return PlannedRun(ranks, groups, records)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gradients import RUNS, snapshots
-from benchmarks.layout import LLAMAS
+from benchmarks.partition import LLAMAS
 from ds_fira import decompose
 from ds_fira.subspace import Side, compute_basis, projection_side
 

@@ -13,7 +13,9 @@ from ds_fira.compression import Stored
 
 # Elements of a parameter stepped at once: they stay in cache between the finite test and the update.
 ADAMW_BLOCK = 2**18
-# The same on a GPU where moments have to be decoded: large enough to fill it, small beside the parameter.
+# The same where both moments have to be decoded first.
+DECODED_BLOCK = 2**16
+# The same on a GPU, where moments have to be decoded: large enough to fill it, small beside the parameter.
 DEVICE_BLOCK = 2**21
 # torch's fused kernel rounds what is left over of its vectors (64 bytes) differently from the rest, so nothing is left.
 FUSED_BYTES = 64
@@ -35,10 +37,10 @@ def step_adamw_(
     """
     flat = param.view(-1) if param.is_contiguous() else param.reshape(-1)
     slope = grad.reshape(-1)
-    block, advance_ = ADAMW_BLOCK, adamw_
+    compressed = exp_avg[compression.VALUES].dtype != dtype
+    block, advance_ = DECODED_BLOCK if compressed else ADAMW_BLOCK, adamw_
     if kernels.usable(flat):
         # A kernel reads every element once: blocks are only for what is decoded first.
-        compressed = exp_avg[compression.VALUES].dtype != dtype
         block, advance_ = DEVICE_BLOCK if compressed else max(1, flat.numel()), kernels.adamw_
     for start in range(0, flat.numel(), block):
         stop = min(start + block, flat.numel())

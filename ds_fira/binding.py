@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ds_fira.comm import CutExchange
+from ds_fira.lean import LeanCuts
 from ds_fira.shard import MatrixShard
 
 # Matrices stepped at once on a GPU: enough to fill it and to hide the launches, few enough that the low-rank tensors of
@@ -17,23 +18,26 @@ MAX_BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """Which matrices of a parameter this process owns.
+    """Which matrices of a parameter this process steps.
 
     Attributes:
         whole: the matrices that lie whole in the parameter.
-        indices: for every matrix owned, its number among all projected matrices of the model; `stagger` goes by it.
-        exchange: carries the cut ones of its param group; None where no matrix of the group is cut on any rank.
+        indices: for every matrix stepped whole here, its number among all projected matrices of the model, by which
+            `stagger` goes.
+        exchange: carries the cut ones of its param group that are stepped whole; None where there are none on any rank.
+        lean: steps the cut ones that are stepped where they lie; None where there are none on any rank.
         batched: whether the states have a leading dimension.
     """
 
     whole: tuple[MatrixShard, ...]
     indices: tuple[int, ...]
     exchange: CutExchange | None = None
+    lean: LeanCuts | None = None
     batched: bool = True
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """(m, n) of every matrix owned, the whole ones first, then the cut ones."""
+        """(m, n) of every matrix stepped whole here, those that lie whole first, then the cut ones."""
         cuts = self.exchange.owned if self.exchange is not None else ()
         return [matrix.shape for matrix in (*self.whole, *cuts)]
 

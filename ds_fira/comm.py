@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,23 @@ from torch import Tensor
 
 from ds_fira.layout import GroupLayout
 from ds_fira.shard import MatrixShard
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Elements that one rank sends to another in an exchange that all ranks know beforehand.
+
+    Attributes:
+        source: the dp_rank that sends it.
+        target: the dp_rank that receives it, another one.
+        key: tells the message from the others of the same exchange.
+        numel: its elements.
+    """
+
+    source: int
+    target: int
+    key: Hashable
+    numel: int
 
 
 class Channel:
@@ -54,6 +72,43 @@ class Channel:
         self.collectives += 1
         self.bytes_sent += sent.numel() * sent.element_size()
         return received.to(sent.device)
+
+    def deliver(
+        self, messages: Sequence[Message], parcels: Mapping[Hashable, Sequence[Tensor]], like: Tensor
+    ) -> dict[Hashable, Tensor]:
+        """Exchange messages in one all_to_all; none where there is no message at all.
+
+        Args:
+            messages: of all ranks, the same on every rank.
+            parcels: by key, the tensors that make up each message this rank sends, of `like`'s dtype.
+            like: gives dtype and device, also to a rank that sends nothing.
+
+        Returns:
+            By key, each message sent to this rank, 1-D.
+        """
+        if not messages:
+            return {}
+        sent = sorted((m for m in messages if m.source == self.dp_rank), key=lambda message: message.target)
+        received = sorted((m for m in messages if m.target == self.dp_rank), key=lambda message: message.source)
+        sent_counts, received_counts = [0] * self.dp_size, [0] * self.dp_size
+        for message in sent:
+            sent_counts[message.target] += message.numel
+        for message in received:
+            received_counts[message.source] += message.numel
+        tensors = [tensor.reshape(-1) for message in sent for tensor in parcels[message.key]]
+        # One tensor travels as it is: a fragment of a large gradient is not copied.
+        packed = tensors[0] if len(tensors) == 1 else torch.cat(tensors) if tensors else like.new_empty(0)
+        arrived = self.all_to_all(packed, sent_counts, received_counts)
+        pieces = _split(arrived, [message.numel for message in received])
+        return {message.key: piece for message, piece in zip(received, pieces, strict=True)}
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all ranks, the same on each to the bit, on the tensor's own device."""
+        carried = tensor.to(self._wire_device(), copy=True)
+        dist.all_reduce(carried, group=self.group)
+        self.collectives += 1
+        self.bytes_sent += tensor.numel() * tensor.element_size()
+        return carried.to(tensor.device)
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """`tensor` as the rank `source` of this channel has it, on the tensor's own device."""
@@ -103,7 +158,7 @@ class CutExchange:
         self._lent: list[tuple[int, MatrixShard]] = sorted(
             (
                 (matrix.owner, fragment)
-                for matrix in layout.cuts
+                for matrix in layout.base_cuts
                 for holder, fragment in matrix.fragments
                 if holder == rank != matrix.owner
             ),

@@ -34,7 +34,7 @@ SCALE = "_scale"
 BLOCK = 256
 # Elements encoded at once, a multiple of BLOCK: bounds the temporaries. On a CPU they stay in cache; elsewhere few
 # large kernels are better.
-CPU_CHUNK = 2**16
+CPU_CHUNK = 2**14
 DEVICE_CHUNK = 2**22
 # Smaller scales are raised to this one. Under it the smallest positive value of a block, 1e-13 times the scale, would
 # be subnormal, and would not come back as the same code. Its square root is far below any eps.

@@ -38,9 +38,9 @@ NEGLIGIBLE_RESIDUAL = 1e-4
 # What has to be formed beside a matrix is formed in blocks of rows, each this share of the matrix's bytes and no
 # smaller than so many rows: no temporary comes near the size of a large matrix, and a block stays in cache.
 BLOCK_SHARE = 1 / 32
-MIN_BLOCK_ROWS = 16
+MIN_BLOCK_ROWS = 8
 # Elements up to which a matrix is summed up in float64, at no cost worth saving.
-SMALL_MATRIX = 2**16
+SMALL_MATRIX = 2**13
 
 
 def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:

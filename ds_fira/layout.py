@@ -1,50 +1,22 @@
 """Which rank holds, owns and sends what: pure plans, computed the same on every rank before the first step.
 
 A *fragment* is a matrix's overlap with one rank's partition. A matrix with one fragment is whole on its rank, which
-owns it, and needs no communication ever. A matrix with several is cut: one of the ranks that share it is its *owner*,
-holds its state, receives the other fragments, makes the whole step and sends the new weights back.
+owns it, and needs no communication ever. A matrix with several is cut, and stepped in one of the ways of
+`ds_fira.cuts`; one of the ranks that share it is its *owner*.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from ds_fira.cuts import CutMatrix, plan_cut, state_numel
 from ds_fira.shard import MatrixShard, cut
-from ds_fira.subspace import basis_shape, low_rank_shape, projection_side
 
 T = TypeVar("T")
-
-
-def state_numel(shape: tuple[int, int], rank: int, proj_type: str = "std", formulation: str = "released") -> int:
-    """Elements of optimizer state of one projected matrix, the paper's mr + 2nr + 1 (Table 1).
-
-    Counts the basis, the two moments and the limiter's norm.
-    """
-    side = projection_side(shape, proj_type, formulation)
-    rows, r = basis_shape(shape, rank, side)
-    a, b = low_rank_shape(shape, rank, side)
-    return rows * r + 2 * a * b + 1
-
-
-@dataclass(frozen=True, slots=True)
-class CutMatrix:
-    """A matrix that partition boundaries cut, with its owner.
-
-    Attributes:
-        name: as in `MatrixShard`.
-        shape: (m, n).
-        fragments: (dp_rank, fragment) in ascending order of rank; the fragments tile the matrix.
-        owner: the dp_rank that holds the state and makes the step.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    fragments: tuple[tuple[int, MatrixShard], ...]
-    owner: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +33,28 @@ class GroupLayout:
     cuts: tuple[CutMatrix, ...]
     partition_size: int
 
+    @property
+    def base_cuts(self) -> tuple[CutMatrix, ...]:
+        """The cut matrices that are stepped whole on their owners."""
+        return tuple(matrix for matrix in self.cuts if matrix.way == "base")
+
+    @property
+    def lean_cuts(self) -> tuple[CutMatrix, ...]:
+        """The cut matrices that are stepped where they lie."""
+        return tuple(matrix for matrix in self.cuts if matrix.way == "lean")
+
     def owned_cuts(self, dp_rank: int) -> tuple[CutMatrix, ...]:
-        """The cut matrices that `dp_rank` owns."""
-        return tuple(matrix for matrix in self.cuts if matrix.owner == dp_rank)
+        """The cut matrices that `dp_rank` owns and steps whole."""
+        return tuple(matrix for matrix in self.base_cuts if matrix.owner == dp_rank)
 
     def exchange_counts(self, dp_rank: int) -> tuple[list[int], list[int]]:
-        """Elements of one flat buffer that `dp_rank` sends to, and receives from, every rank on the way to the owners.
+        """Elements of one flat buffer that `dp_rank` sends to, and receives from, every rank on the base way to owners.
 
         The way back has the two lists exchanged. The order inside each list is that of `cuts`.
         """
         ranks = len(self.whole)
         sent, received = [0] * ranks, [0] * ranks
-        for matrix in self.cuts:
+        for matrix in self.base_cuts:
             for holder, fragment in matrix.fragments:
                 if holder == dp_rank != matrix.owner:
                     sent[matrix.owner] += fragment.numel
@@ -82,27 +64,27 @@ class GroupLayout:
 
 
 def plan_groups(
-    groups: Sequence[tuple[Sequence[MatrixShard], int]],
-    ranks: int,
-    state_sizes: Sequence[Callable[[tuple[int, int]], int]],
+    groups: Sequence[tuple[Sequence[MatrixShard], int]], ranks: int, settings: Sequence[Mapping[str, Any]]
 ) -> list[GroupLayout]:
-    """Cut the matrices of every group at its partition boundaries and give every cut matrix an owner.
+    """Cut the matrices of every group at its partition boundaries; give every cut matrix an owner and a way.
 
     Owners balance the state: the largest matrices first, each to the least loaded of the ranks that share it, counting
-    what is whole on a rank as its load from the start.
+    what is whole on a rank as its load from the start. The way is the one that sends less (`CutMatrix.cheaper_way`).
 
     Args:
         groups: for every group its matrices, whole, `offset` counted in the group's buffer, and its partition size.
         ranks: partitions in each buffer.
-        state_sizes: for every group, the elements of state of a matrix of a given shape.
+        settings: of every group: `rank`, `proj_type`, `formulation`, `update_proj_gap`, `subspace`, `refresh_moments`
+            and `exact_cuts`.
     """
     load = [0] * ranks
     whole = [[[] for _ in range(ranks)] for _ in groups]
     cuts: list[tuple[int, int, dict[int, MatrixShard]]] = []  # (state elements, group, fragments)
     for index, (matrices, partition_size) in enumerate(groups):
+        chosen = settings[index]
         for matrix in matrices:
             fragments = cut(matrix, partition_size, ranks)
-            size = state_sizes[index](matrix.shape)
+            size = state_numel(matrix.shape, chosen["rank"], chosen["proj_type"], chosen["formulation"])
             if len(fragments) == 1:
                 holder, fragment = next(iter(fragments.items()))
                 whole[index][holder].append(fragment)
@@ -110,11 +92,11 @@ def plan_groups(
             else:
                 cuts.append((size, index, fragments))
     owned: dict[int, list[tuple[int, CutMatrix]]] = defaultdict(list)
-    for position, (size, index, fragments) in sorted(enumerate(cuts), key=lambda item: -item[1][0]):
+    for position, (_, index, fragments) in sorted(enumerate(cuts), key=lambda item: -item[1][0]):
         owner = min(fragments, key=lambda holder: (load[holder], holder))
-        load[owner] += size
-        first = next(iter(fragments.values()))
-        matrix = CutMatrix(first.name, first.shape, tuple(fragments.items()), owner)
+        matrix = plan_cut(fragments, owner, ranks, settings[index])
+        for holder in fragments:
+            load[holder] += matrix.state_numel(holder)
         owned[index].append((position, matrix))
     return [
         GroupLayout(

@@ -16,7 +16,6 @@ from torch import Tensor
 from ds_fira import compression, kernels
 from ds_fira import functional as F
 from ds_fira.state import MatrixState
-from ds_fira.subspace import align_signs, compute_basis, rotate_moments_
 from ds_fira.tracking import StepMetrics
 
 
@@ -41,9 +40,7 @@ class MatrixTask:
     @cached_property
     def grad_square(self) -> float:
         """|G|^2 of one matrix, in the host; zero, NaN and infinity say that the gradient has no subspace."""
-        dtype, height = self.state.dtype, F.block_rows(self.grad.shape[0], 4.0)
-        blocks = self.grad.split(height)
-        return float(sum(F.squared_norms(block.to(dtype), self.state.side).sum() for block in blocks))
+        return float(total_square(self.grad, self.state))
 
     @property
     def finite(self) -> bool:
@@ -51,43 +48,10 @@ class MatrixTask:
         return self.grad_square < torch.finfo(self.state.dtype).max
 
 
-def new_basis(task: MatrixTask) -> Tensor | None:
-    """The basis of one matrix's gradient; None for a gradient that is zero or not finite.
-
-    Raises:
-        torch.linalg.LinAlgError: the decomposition failed.
-    """
-    if not task.finite or task.grad_square == 0.0:
-        return None
-    state, group = task.state, task.group
-    known = int(state.refresh_step) >= 0
-    previous = state.basis.to(state.dtype) if known else None
-    grad = task.grad.to(state.dtype)
-    strict = group["matmul_precision"] == "float32"
-    return compute_basis(grad, group["rank"], state.side, group["subspace"], previous, strict)
-
-
-def adopt_basis(task: MatrixTask, basis: Tensor) -> None:
-    """Take a new basis for one matrix and bring its moments over (`refresh_moments`); the refresh is done.
-
-    Args:
-        task: one matrix.
-        basis: P in the state's dtype.
-    """
-    state, group = task.state, task.group
-    known = int(state.refresh_step) >= 0
-    if known and group["subspace"] != "svd":
-        # The exact decomposition keeps the signs that LAPACK gives, as the released code does.
-        basis = align_signs(basis, state.basis.to(state.dtype))
-    if known and group["refresh_moments"] != "keep":
-        moments = [compression.read(stored, state.dtype) for stored in (state.exp_avg, state.exp_avg_sq)]
-        if group["refresh_moments"] == "rotate":
-            rotate_moments_(*moments, basis, state.basis.to(state.dtype), state.side)
-        else:
-            moments = [moment.zero_() for moment in moments]
-        _store_moments(state, *moments)
-    state.basis.copy_(basis)
-    state.refresh_step.copy_(state.step)
+def total_square(grad: Tensor, state: MatrixState) -> Tensor:
+    """|G|^2 of a gradient, or of a block of one, float64, 0-dim; formed in blocks of rows."""
+    blocks = grad.split(F.block_rows(grad.shape[0], 4.0))
+    return sum(F.squared_norms(block.to(state.dtype), state.side).sum() for block in blocks)
 
 
 @dataclass
@@ -133,17 +97,41 @@ def low_rank_step(
     """
     state.step += usable
     correction = F.bias_correction(state.step, group["betas"])
+    direction, direction_sq, low_rank_sq = adam_direction(low_rank, state, group, usable, ops)
+    phi = scaling_factors(direction_sq, low_rank_sq, correction, group)
+    square, whole = F.difference_of_squares(grad_sq, low_rank_sq, phi, inner_alpha(group))
+    return LowRankStep(low_rank, direction, low_rank_sq, phi, square, whole, correction)
+
+
+def adam_direction(
+    low_rank: Tensor, state: MatrixState, group: dict[str, Any], usable: Tensor, ops: Any = F
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines 9 and 10 of Algorithm 1 on the stored moments: N, and `squared_norms` of N and of R.
+
+    Arguments as in `low_rank_step`.
+    """
     exp_avg, exp_avg_sq = (compression.read(stored, state.dtype) for stored in (state.exp_avg, state.exp_avg_sq))
-    direction, direction_sq, low_rank_sq = ops.adam_direction_(
+    result = ops.adam_direction_(
         low_rank, exp_avg, exp_avg_sq, betas=group["betas"], eps=group["eps"], side=state.side, usable=usable
     )
-    _store_moments(state, exp_avg, exp_avg_sq)
+    store_moments(state, exp_avg, exp_avg_sq)
+    return result
+
+
+def store_moments(state: MatrixState, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """Store moments that were read and updated; the noise of their rounding goes by the step count."""
+    for place, (stored, value) in enumerate(((state.exp_avg, exp_avg), (state.exp_avg_sq, exp_avg_sq))):
+        if stored[compression.VALUES] is not value:
+            compression.write_(stored, value, seed=2 * state.step + place)
+
+
+def scaling_factors(direction_sq: Tensor, low_rank_sq: Tensor, correction: Tensor, group: dict[str, Any]) -> Tensor:
+    """Phi before the limiter, as `F.scaling_factors`, with the bias correction of the paper's formulation."""
     phi = F.scaling_factors(direction_sq, low_rank_sq, group["scaling"])
     if group["formulation"] == "paper" and group["scaling"] != "none":
         # Algorithm 1 corrects N before the scaling factors are taken, the released code the step size after all.
         phi = phi * correction.unsqueeze(-1)
-    square, whole = F.difference_of_squares(grad_sq, low_rank_sq, phi, inner_alpha(group))
-    return LowRankStep(low_rank, direction, low_rank_sq, phi, square, whole, correction)
+    return phi
 
 
 def finish_step(
@@ -169,15 +157,56 @@ def finish_step(
     Returns:
         phi and C = a N - a phi R, the step size and (1 - lr * weight_decay) folded into both; in the state's dtype.
     """
+    divisor = limit(square, step.whole, task_resolution, state, group, usable, metrics)
+    return carry_step(step, divisor, state, group)
+
+
+def limit(
+    square: Tensor,
+    whole: Tensor,
+    task_resolution: float,
+    state: MatrixState,
+    group: dict[str, Any],
+    usable: Tensor,
+    metrics: StepMetrics | None,
+) -> Tensor | None:
+    """The norm-growth limiter's divisor, None without one; the residual norm in the state is updated.
+
+    Args:
+        square: |S|^2.
+        whole: |phi * G|^2.
+        task_resolution: as in `finish_step`.
+        state: likewise.
+        group: likewise.
+        usable: likewise.
+        metrics: likewise; None where another process counts this matrix.
+    """
+    if group["limiter"] != "growth":
+        return None
+    divisor, norm = F.limit_growth(
+        square, whole, state.residual_norm.double(), gamma=group["gamma"], resolution=task_resolution
+    )
+    state.residual_norm.copy_(torch.where(usable, norm, state.residual_norm))
+    if metrics is not None:
+        metrics.record_limiter((divisor > 1.0) & usable)
+    return divisor
+
+
+def carry_step(
+    step: LowRankStep, divisor: Tensor | None, state: MatrixState, group: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """What is left to do at full size: phi and C as `finish_step` returns them.
+
+    Args:
+        step: its direction is used up.
+        divisor: the limiter's, None without one.
+        state: of the matrix, or of the part of it that `step` is of.
+        group: the param group.
+    """
     paper = group["formulation"] == "paper"
     phi = step.phi * group["residual_scale"]
-    if group["limiter"] == "growth":
-        divisor, norm = F.limit_growth(
-            square, step.whole, state.residual_norm.double(), gamma=group["gamma"], resolution=task_resolution
-        )
-        state.residual_norm.copy_(torch.where(usable, norm, state.residual_norm))
+    if divisor is not None:
         phi = phi / divisor.unsqueeze(-1)
-        metrics.record_limiter((divisor > 1.0) & usable)
     step_size = group["lr"] * keep_share(group) * (group["alpha"] if paper else step.correction.unsqueeze(-1))
     phi = (phi * step_size).to(state.dtype)
     # N's own factor: step size, a, and in the paper's formulation the bias correction.
@@ -186,13 +215,6 @@ def finish_step(
     carried = step.direction.mul_(factor.unsqueeze(-1).to(state.dtype))
     across = phi.unsqueeze(-2 if state.side == "left" else -1)
     return phi, carried.addcmul_(step.low_rank, across, value=-alpha)
-
-
-def _store_moments(state: MatrixState, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """Store moments that were read and updated; the noise of their rounding goes by the step count."""
-    for place, (stored, value) in enumerate(((state.exp_avg, exp_avg), (state.exp_avg_sq, exp_avg_sq))):
-        if stored[compression.VALUES] is not value:
-            compression.write_(stored, value, seed=2 * state.step + place)
 
 
 def keep_share(group: dict[str, Any]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ds_fira.layout import state_numel
+from ds_fira.cuts import state_numel
 from ds_fira.shard import matrices_of
 
 

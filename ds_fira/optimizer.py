@@ -224,6 +224,10 @@ class FiraAdam(Optimizer):
                 update(task, self.metrics)
         for exchange, param, weights in borrowed:
             exchange.to_holders(param, weights)
+        for param in params:
+            lean = self._binding(param).lean
+            if lean is not None:
+                lean.step(param, self.state[param], group, self._resolution(param), self._refresher, self.metrics)
 
     def _binding(self, param: Tensor) -> Binding:
         if param in self._bindings:
@@ -241,12 +245,17 @@ class FiraAdam(Optimizer):
         state = self.state[param]
         if not state:
             state.update(allocate(param, binding.shapes, group, binding.batched))
+            if binding.lean is not None:
+                state.update(binding.lean.allocate(param, group))
         states = matrix_states(state, binding.shapes, group, binding.batched)
-        resolution = F.negligible_share(self.gradient_dtypes.get(param, param.grad.dtype))
+        resolution = self._resolution(param)
         return [
             MatrixTask(weight, grad, matrix, group, resolution)
             for (weight, grad), matrix in zip(pairs, states, strict=True)
         ]
+
+    def _resolution(self, param: Tensor) -> float:
+        return F.negligible_share(self.gradient_dtypes.get(param, param.grad.dtype))
 
     def _batches(self, param: Tensor, tasks: list[MatrixTask]) -> list[MatrixTask]:
         """The tasks of one parameter with neighbours of one shape put together; alone where one has no basis yet."""

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_fira.basis import adopt_basis, new_basis
 from ds_fira.comm import Channel
-from ds_fira.matrix_step import MatrixTask, adopt_basis, new_basis
+from ds_fira.matrix_step import MatrixTask
 from ds_fira.subspace import refresh_due, stagger_phase
 from ds_fira.tracking import StepMetrics
+
+
+def phase(group: dict[str, Any], index: int) -> int:
+    """Steps by which the refreshes of a matrix are moved: 0 unless the group staggers them.
+
+    Args:
+        group: the param group.
+        index: the matrix's number in the model.
+    """
+    return stagger_phase(index, group["update_proj_gap"]) if group["stagger"] else 0
 
 
 class Refresher:
@@ -47,12 +59,12 @@ class Refresher:
         found = []
         for row, (task, index) in enumerate(zip(tasks, indices, strict=True)):
             gap = task.group["update_proj_gap"]
-            phase = stagger_phase(index, gap) if task.group["stagger"] else 0
+            moved = phase(task.group, index)
             last = int(task.state.refresh_step)
             bound = bounds[row]
-            if bound is None or refresh_due(bound, last, gap, phase):
+            if bound is None or refresh_due(bound, last, gap, moved):
                 bound = int(task.state.step)
-                if refresh_due(bound, last, gap, phase):
+                if refresh_due(bound, last, gap, moved):
                     found.append(task)
             bounds[row] = bound + 1
         return found
@@ -79,16 +91,20 @@ class Refresher:
                 self._adopt(task, packed[1:].view_as(basis) if packed[0] else None)
 
     def _new_basis(self, task: MatrixTask) -> Tensor | None:
-        """The basis of a task's gradient, None where there is none to be had; a failure is reported once."""
+        """The basis of a task's gradient, None where there is none to be had."""
+        return self.attempt(lambda: new_basis(task))
+
+    def attempt(self, compute: Callable[[], Tensor | None]) -> Tensor | None:
+        """What `compute` returns, a basis or None; None too where it raises LinAlgError, which is reported once."""
         try:
-            return new_basis(task)
+            return compute()
         except torch.linalg.LinAlgError as error:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
                     f"FiraAdam: a decomposition failed ({error}); the matrix keeps its old basis and tries again at "
                     "its next step. Further failures are not reported.",
-                    stacklevel=6,
+                    stacklevel=7,
                 )
             return None
 

@@ -22,16 +22,16 @@ def metrics(engine: Any) -> dict[str, float | int]:
         ValueError: the engine does not train with FiraAdam.
     """
     optimizer = fira_of(engine)
-    parts = [optimizer.metrics]
+    parts = [optimizer.metrics.totals()]
     if optimizer.channel is not None:
-        parts = optimizer.channel.gather_objects(optimizer.metrics)
+        parts = optimizer.channel.gather_objects(parts[0])
     if optimizer.replicated:
         parts = parts[:1]  # every rank counted the same steps
-    matrix_steps = sum(part.matrix_steps for part in parts)
+    matrix_steps = sum(part["matrix_steps"] for part in parts)
     return {
-        "captured_energy": sum(part.captured_energy_sum for part in parts) / max(matrix_steps, 1),
-        "limiter_activations": sum(part.limiter_activations for part in parts),
-        "refreshes": sum(part.refreshes for part in parts),
+        "captured_energy": sum(part["captured_energy_sum"] for part in parts) / max(matrix_steps, 1),
+        "limiter_activations": sum(part["limiter_activations"] for part in parts),
+        "refreshes": sum(part["refreshes"] for part in parts),
         "matrix_steps": matrix_steps,
         "projected_matrices": sum(record.matrices for record in optimizer.inventory),
     }
@@ -45,7 +45,10 @@ def memory_report(engine: Any) -> dict[str, Any]:
 
     Returns:
         `optimizer_state_bytes`, measured, one figure for each rank; `paper_formula_bytes`, mr + 2nr + 1 per projected
-        matrix and AdamW for the rest at four bytes, over all ranks; `adamw_bytes`, what AdamW would hold.
+        matrix and AdamW for the rest at four bytes, over all ranks; `adamw_bytes`, what AdamW would hold. Measured
+        states are more than the formula where partition boundaries cut matrices and `exact_cuts` is off: each rank
+        that shares one projected on the right holds its basis, nr more for every rank beyond the first; on the left a
+        row of the basis is held twice where its row of the matrix is cut.
 
     Raises:
         ValueError: the engine does not train with FiraAdam.

@@ -90,14 +90,18 @@ def allocate(
 
 
 def allocate_matrices(
-    param: Tensor, basis: tuple[int, int], low_rank: tuple[int, int], state_dtype: str, batch: tuple[int, ...]
+    param: Tensor,
+    basis: tuple[int, int],
+    low_rank: tuple[int, int] | None,
+    state_dtype: str,
+    batch: tuple[int, ...],
 ) -> dict[str, Tensor]:
     """Zero state for matrices of one shape.
 
     Args:
         param: gives dtype and device.
         basis: shape of P.
-        low_rank: shape of the moments.
+        low_rank: shape of the moments; None where another rank holds them.
         state_dtype: how basis and moments are stored; "int8" keeps the basis in bfloat16, for an error in P moves the
             whole update, not one element of it.
         batch: (k,), or () for one matrix without a leading dimension.
@@ -110,7 +114,7 @@ def allocate_matrices(
         BASIS: torch.zeros((*batch, *basis), dtype=basis_dtype, device=device),
         RESIDUAL_NORM: torch.zeros(batch, dtype=dtype, device=device),
     }
-    for key, signed in ((EXP_AVG, True), (EXP_AVG_SQ, False)):
+    for key, signed in ((EXP_AVG, True), (EXP_AVG_SQ, False)) if low_rank is not None else ():
         stored = compression.allocate(low_rank, batch, state_dtype, dtype=dtype, device=device, signed=signed)
         state |= {key + suffix: value for suffix, value in stored.items()}
     return state

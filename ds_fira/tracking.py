@@ -46,6 +46,15 @@ class StepMetrics:
         """Matrix steps in which the limiter shrank the residual."""
         return int(self._total(2))
 
+    def totals(self) -> dict[str, float]:
+        """The sums as plain numbers, for other processes; waits for a GPU."""
+        return {
+            "matrix_steps": self.matrix_steps,
+            "captured_energy_sum": self.captured_energy_sum,
+            "limiter_activations": self.limiter_activations,
+            "refreshes": self.refreshes,
+        }
+
     def _of(self, device: torch.device) -> Tensor:
         if device not in self._sums:
             self._sums[device] = torch.zeros(3, dtype=torch.float64, device=device)

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from ds_fira.binding import Binding
 from ds_fira.comm import Channel, CutExchange
 from ds_fira.groups import build_groups, group_defaults
-from ds_fira.layout import plan_groups, plan_hash, state_numel
+from ds_fira.layout import plan_groups, plan_hash
+from ds_fira.lean import LeanCuts
 from ds_fira.memory import ParamRecord
 from ds_fira.optimizer import FiraAdam
 from ds_fira.settings import check_params
@@ -84,21 +85,15 @@ def _attach_sharded(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> 
     flat_groups = _flat_groups(engine.optimizer)
     projected = [pair for pair in zip(optimizer.param_groups, flat_groups, strict=True) if "rank" in pair[0]]
     buffers = [(_matrices(flat, names), flat.partition_size) for _, flat in projected]
-    layouts = plan_groups(
-        buffers,
-        channel.dp_size,
-        [
-            lambda shape, g=group: state_numel(shape, g["rank"], g["proj_type"], g["formulation"])
-            for group, _ in projected
-        ],
-    )
+    layouts = plan_groups(buffers, channel.dp_size, [group for group, _ in projected])
     channel.require_same(plan_hash(layouts))
     numbers = _numbers([matrix for matrices, _ in buffers for matrix in matrices], names.values())
     for (_, flat), layout in zip(projected, layouts, strict=True):
-        exchange = CutExchange(layout, channel) if layout.cuts else None
+        exchange = CutExchange(layout, channel) if layout.base_cuts else None
+        lean = LeanCuts(layout, channel, numbers) if layout.lean_cuts else None
         owned = (*layout.whole[channel.dp_rank], *layout.owned_cuts(channel.dp_rank))
         indices = tuple(numbers[matrix.name] for matrix in owned)
-        optimizer.bind(flat.hp_partition, Binding(layout.whole[channel.dp_rank], indices, exchange))
+        optimizer.bind(flat.hp_partition, Binding(layout.whole[channel.dp_rank], indices, exchange, lean))
         optimizer.gradient_dtypes[flat.hp_partition] = flat.lp_params[0].dtype
     optimizer.layouts = layouts
     return [flat.lp_params for flat in flat_groups]

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_fira.layout import plan_groups, plan_hash, split_by_size, split_evenly, state_numel
+from ds_fira.layout import plan_groups, plan_hash, split_by_size, split_evenly
+from ds_fira.settings import check_params
 from ds_fira.shard import MatrixShard, cut, matrices_of
 
 shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8)
@@ -58,10 +59,9 @@ def test_fragments_tile_every_matrix_and_alias_the_buffer(shapes: list[tuple[int
 def test_plans_place_every_matrix_once(groups: list[list[tuple[int, int]]], ranks: int) -> None:
     """Whole on one rank or cut with one owner among the sharers; what is sent is received."""
     buffers = [buffer_of(group, ranks) for group in groups]
-    layouts = plan_groups(buffers, ranks, [lambda shape: state_numel(shape, 2)] * len(groups))
-    assert plan_hash(layouts) == plan_hash(
-        plan_groups(buffers, ranks, [lambda shape: state_numel(shape, 2)] * len(groups))
-    )
+    chosen = [check_params({"rank": 2, "exact_cuts": True})] * len(groups)
+    layouts = plan_groups(buffers, ranks, chosen)
+    assert plan_hash(layouts) == plan_hash(plan_groups(buffers, ranks, chosen))
     for (matrices, _), layout in zip(buffers, layouts, strict=True):
         placed = [shard.name for held in layout.whole for shard in held] + [matrix.name for matrix in layout.cuts]
         assert sorted(placed) == sorted(matrix.name for matrix in matrices)

@@ -1,4 +1,7 @@
-"""Through DeepSpeed, FiraAdam makes to the bit the steps that one process makes with the same gradients."""
+"""Through DeepSpeed, FiraAdam makes to the bit the steps that one process makes with the same gradients.
+
+Cut matrices do so with `exact_cuts`; `test_lean_cuts` is about the other way.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ import pytest
 import torch
 
 import ds_fira
+from ds_fira.binding import Binding
 from ds_fira.functional import SMALL_MATRIX
+from ds_fira.shard import matrices_of
 from tests.distributed import Pools
 from tests.zero_jobs import config
 
 # 2 x (8, 6) divide by 2; 3 x (6, 9) leave a remainder; (5, 7) has an odd number of elements; (9, 4) is tall.
 SHAPES = [(8, 6), (6, 9), (8, 6), (5, 7), (6, 9), (9, 4), (6, 9)]
 PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1}
+EXACT = {**PARAMS, "exact_cuts": True}
 MATRIX_KEYS = ("step", "refresh_step", "basis", "exp_avg", "exp_avg_sq", "residual_norm")
 
 
@@ -38,6 +44,19 @@ def replay(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         params.append(members)
         groups.append({**group["settings"], "params": members})
     optimizer = ds_fira.FiraAdam(groups)
+    # `stagger` goes by the matrices' order in the module, which that of the groups is not.
+    members = {
+        name: param
+        for i, group in enumerate(results[0]["groups"])
+        for param, (name, _, _) in zip(params[i], group["members"], strict=True)
+        if "rank" in group["settings"]
+    }
+    first = 0
+    for name in (name for name in results[0]["module"] if name in members):
+        whole = tuple(matrices_of(name, tuple(members[name].shape)))
+        indices = tuple(range(first, first + len(whole)))
+        optimizer.bind(members[name], Binding(whole, indices, batched=members[name].ndim == 3))
+        first += len(whole)
     for step in range(len(results[0]["gradients"])):
         seen = [result["gradients"][step] for result in results]
         for i, group in enumerate(results[0]["groups"]):
@@ -93,17 +112,32 @@ def check(results: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_any_number_of_ranks(ranks: Pools, world_size: int, stage: int, dtype: str) -> None:
     """Seven matrices on 1 to 4 ranks: whole, cut across two and more, and partitions without any of them."""
-    results = ranks.run(world_size, "train", ds_config=config(stage, dtype, PARAMS), shapes=SHAPES, steps=7)
+    results = ranks.run(
+        world_size,
+        "train",
+        ds_config=config(stage, dtype, PARAMS if world_size == 1 else EXACT),
+        shapes=SHAPES,
+        steps=7,
+    )
     check(results)
     # Steps with and without the limiter, or the comparison says little about it.
     assert 0 < results[0]["metrics"]["limiter_activations"] < results[0]["metrics"]["matrix_steps"]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
+def test_nothing_cut(ranks: Pools, stage: int) -> None:
+    """Matrices that divide by the ranks need no setting to be equal to the bit."""
+    shapes = [(8, 6), (6, 9), (8, 6), (6, 9)]
+    results = ranks.run(2, "train", ds_config=config(stage, "bf16", PARAMS), shapes=shapes, steps=5)
+    assert not any(layout.cuts for layout in results[0]["layouts"])
+    check(results)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
 def test_steps_skipped_by_the_loss_scaler(ranks: Pools, stage: int) -> None:
     """Overflows at the first steps in fp16: DeepSpeed skips them, nothing of ours moves, and training goes on."""
     fp16 = {"initial_scale_power": 24, "hysteresis": 1}
-    results = ranks.run(3, "train", ds_config=config(stage, "fp16", PARAMS, fp16=fp16), shapes=SHAPES, steps=14)
+    results = ranks.run(3, "train", ds_config=config(stage, "fp16", EXACT, fp16=fp16), shapes=SHAPES, steps=14)
     made = [len(gradients) > 0 for gradients in results[0]["gradients"]]
     assert not made[0]
     assert 3 <= sum(made) < len(made)
@@ -117,7 +151,7 @@ def test_matrices_larger_than_a_block(ranks: Pools) -> None:
     shapes = [(300, 260), (5, 7), (260, 300), (300, 260), (300, 260)]
     assert SMALL_MATRIX < 300 * 260
     results = ranks.run(
-        2, "train", ds_config=config(2, "fp32", {**PARAMS, "rank": 16, "lr": 0.001}), shapes=shapes, steps=5
+        2, "train", ds_config=config(2, "fp32", {**EXACT, "rank": 16, "lr": 0.001}), shapes=shapes, steps=5
     )
     check(results)
 
@@ -139,7 +173,7 @@ def test_matrices_larger_than_a_block(ranks: Pools) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_options(ranks: Pools, stage: int, options: dict[str, Any]) -> None:
     """Every option that moves gradients or parameters about, at 3 ranks with cut matrices."""
-    results = ranks.run(3, "train", ds_config=config(stage, "bf16", PARAMS, **options), shapes=SHAPES, steps=5)
+    results = ranks.run(3, "train", ds_config=config(stage, "bf16", EXACT, **options), shapes=SHAPES, steps=5)
     assert any(layout.cuts for layout in results[0]["layouts"])
     check(results)
 
@@ -147,7 +181,7 @@ def test_zero_options(ranks: Pools, stage: int, options: dict[str, Any]) -> None
 def test_capped_groups(ranks: Pools) -> None:
     """A cap on a group's bytes makes more groups, the same steps."""
     free = ranks.run(2, "train", ds_config=config(2, "fp32", PARAMS), shapes=SHAPES, steps=1)
-    params = {**PARAMS, "max_group_bytes": 4 * 9 * 6}
+    params = {**EXACT, "max_group_bytes": 4 * 9 * 6}
     results = ranks.run(2, "train", ds_config=config(2, "fp32", params), shapes=[*SHAPES, *SHAPES], steps=5)
     assert len(results[0]["groups"]) > len(free[0]["groups"])
     check(results)
@@ -155,7 +189,7 @@ def test_capped_groups(ranks: Pools) -> None:
 
 def test_bf16_wrapper_of_stage_1(ranks: Pools) -> None:
     """Stage 1 in bf16 with fp32 accumulation has a wrapper of its own, which steps all groups at once."""
-    ds_config = config(1, "bf16", PARAMS, data_types={"grad_accum_dtype": "fp32"})
+    ds_config = config(1, "bf16", EXACT, data_types={"grad_accum_dtype": "fp32"})
     results = ranks.run(3, "train", ds_config=ds_config, shapes=SHAPES, steps=5)
     assert results[0]["wrapper"] == "BF16_Optimizer"
     check(results)
@@ -164,7 +198,7 @@ def test_bf16_wrapper_of_stage_1(ranks: Pools) -> None:
 def test_bf16_master_weights(ranks: Pools) -> None:
     """Master weights and gradients in bf16: computed in float32, rounded once, cut or not."""
     bf16 = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    results = ranks.run(3, "train", ds_config=config(2, "bf16", PARAMS, bf16=bf16), shapes=SHAPES, steps=5)
+    results = ranks.run(3, "train", ds_config=config(2, "bf16", EXACT, bf16=bf16), shapes=SHAPES, steps=5)
     assert results[0]["start"][0][0].dtype == torch.bfloat16
     check(results)
 
@@ -172,9 +206,9 @@ def test_bf16_master_weights(ranks: Pools) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_groups_of_the_user_s_optimizer(ranks: Pools, world_size: int) -> None:
     """An optimizer object keeps its groups, whose matrices of different shapes are cut anywhere."""
-    ds_config = config(2, "fp32", PARAMS)
+    ds_config = config(2, "fp32", EXACT)
     del ds_config["optimizer"]
-    results = ranks.run(world_size, "train_with_object", ds_config=ds_config, shapes=SHAPES, steps=5, settings=PARAMS)
+    results = ranks.run(world_size, "train_with_object", ds_config=ds_config, shapes=SHAPES, steps=5, settings=EXACT)
     assert [group["settings"].get("rank") for group in results[0]["groups"]] == [3, None, None]
     check(results)
 
@@ -183,14 +217,14 @@ def test_groups_of_the_user_s_optimizer(ranks: Pools, world_size: int) -> None:
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
 def test_sides(ranks: Pools, proj_type: str, formulation: str) -> None:
     """Both sides of cut matrices, at a rank above some smaller sides."""
-    params = {**PARAMS, "rank": 6, "proj_type": proj_type, "formulation": formulation}
+    params = {**EXACT, "rank": 6, "proj_type": proj_type, "formulation": formulation}
     check(ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=SHAPES, steps=5))
 
 
 def test_fewer_matrices_than_ranks(ranks: Pools) -> None:
     """One small matrix on four ranks: some partitions hold nothing of it but padding."""
     shapes = [(1, 5)]
-    results = ranks.run(4, "train", ds_config=config(2, "fp32", {**PARAMS, "rank": 1}), shapes=shapes, steps=4)
+    results = ranks.run(4, "train", ds_config=config(2, "fp32", {**EXACT, "rank": 1}), shapes=shapes, steps=4)
     held = [len(layout.whole[rank]) for layout in results[0]["layouts"] for rank in range(4)]
     sharers = {rank for layout in results[0]["layouts"] for matrix in layout.cuts for rank, _ in matrix.fragments}
     assert sum(held) == 0
@@ -200,7 +234,7 @@ def test_fewer_matrices_than_ranks(ranks: Pools) -> None:
 
 def test_experts_cut_between_ranks(ranks: Pools) -> None:
     """A 3-D tensor of experts is one matrix each, wherever the boundaries fall."""
-    results = ranks.run(3, "train_experts", ds_config=config(2, "fp32", PARAMS), steps=5)
+    results = ranks.run(3, "train_experts", ds_config=config(2, "fp32", EXACT), steps=5)
     layout = results[0]["layouts"][0]
     names = {matrix.name for held in layout.whole for matrix in held} | {matrix.name for matrix in layout.cuts}
     assert names == {f"experts.weight[{e}]" for e in range(5)}

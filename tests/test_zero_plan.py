@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.layout import BYTES, LLAMAS, plan_llama
-from ds_fira.layout import GroupLayout, state_numel
+from benchmarks.layout import BYTES, plan_llama
+from benchmarks.partition import LLAMAS
+from ds_fira.cuts import state_numel
+from ds_fira.layout import GroupLayout
 from tests.distributed import Pools
 from tests.zero_jobs import config
 
@@ -36,12 +38,12 @@ def test_paper_saving_for_1b() -> None:
 
 
 def test_counted_bytes_of_cut_matrices(ranks: Pools) -> None:
-    """Three ranks, by hand: what crosses ranks in a step is the borrowed fragments, gradient and weight, and back.
+    """Whole steps on three ranks, by hand: the borrowed fragments, gradient and weight, and back.
 
     (6, 9): 54 elements in partitions of 18, three fragments. (4, 4): 16 elements in partitions of 6, fragments of 6, 6
     and 4. The first has the larger state and goes to rank 0; the second to the least loaded of the others, rank 1.
     """
-    params = {"lr": 0.01, "rank": 2, "update_proj_gap": 2}
+    params = {"lr": 0.01, "rank": 2, "update_proj_gap": 2, "exact_cuts": True}
     results = ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=[(6, 9), (4, 4)], steps=5)
     layouts: list[GroupLayout] = results[0]["layouts"]
     fragments = [[(rank, f.numel) for rank, f in matrix.fragments] for layout in layouts for matrix in layout.cuts]
@@ -66,7 +68,7 @@ def test_no_bytes_where_nothing_is_cut(ranks: Pools) -> None:
 
 def test_measured_bytes_agree_with_the_plan(ranks: Pools) -> None:
     """A live engine's states on three ranks add up to the formula, but for counters and padding."""
-    params = {"lr": 0.01, "rank": 3, "update_proj_gap": 2}
+    params = {"lr": 0.01, "rank": 3, "update_proj_gap": 2, "exact_cuts": True}
     shapes = [(8, 6), (6, 9), (5, 7), (6, 9)]
     results = ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=shapes, steps=3)
     memory: dict[str, Any] = results[0]["memory"]

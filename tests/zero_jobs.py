@@ -76,7 +76,7 @@ def train(
     ds_config: dict[str, Any],
     shapes: list[tuple[int, int]],
     steps: int,
-    faults: dict[int, tuple[str, float | str]] | None = None,
+    faults: dict[int, tuple[str, float | str | tuple[int, float]]] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Train, recording the gradients FiraAdam sees.
@@ -85,7 +85,8 @@ def train(
         ds_config: DeepSpeed config.
         shapes: of the linear layers.
         steps: optimizer steps.
-        faults: by step, a parameter's name and the value its whole gradient takes on every rank, or "rank 1".
+        faults: by step, a parameter's name and the value its whole gradient takes on every rank, "rank 1", or the index
+            of one element and its value.
         **kwargs: for `build`.
 
     Returns:
@@ -145,8 +146,12 @@ def train(
     return result
 
 
-def faulty(grad: Tensor, value: float | str) -> Tensor:
-    """A gradient of one value everywhere, or of rank 1."""
+def faulty(grad: Tensor, value: float | str | tuple[int, float]) -> Tensor:
+    """A gradient of one value everywhere, of rank 1, or with one element changed."""
+    if isinstance(value, tuple):
+        grad = grad.clone()
+        grad.view(-1)[value[0]] = value[1]
+        return grad
     return grad[:, :1] @ grad[:1] if value == "rank 1" else torch.full_like(grad, value)
 
 

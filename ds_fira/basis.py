@@ -1,0 +1,71 @@
+"""A new basis for one matrix: from its gradient, with the signs of the old one, and the moments brought over to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ds_fira import compression
+from ds_fira.matrix_step import MatrixTask, store_moments
+from ds_fira.state import MatrixState
+from ds_fira.subspace import align_signs, compute_basis, rotate_moments_
+
+
+def new_basis(task: MatrixTask) -> Tensor | None:
+    """The basis of one matrix's gradient; None for a gradient that is zero or not finite.
+
+    Raises:
+        torch.linalg.LinAlgError: the decomposition failed.
+    """
+    if not task.finite or task.grad_square == 0.0:
+        return None
+    state, group = task.state, task.group
+    known = int(state.refresh_step) >= 0
+    previous = state.basis.to(state.dtype) if known else None
+    grad = task.grad.to(state.dtype)
+    strict = group["matmul_precision"] == "float32"
+    return compute_basis(grad, group["rank"], state.side, group["subspace"], previous, strict)
+
+
+def adopt_basis(task: MatrixTask, basis: Tensor) -> None:
+    """Take a new basis for one matrix and bring its moments over (`refresh_moments`); the refresh is done.
+
+    Args:
+        task: one matrix.
+        basis: P in the state's dtype.
+    """
+    state, group = task.state, task.group
+    if int(state.refresh_step) >= 0:
+        previous = state.basis.to(state.dtype)
+        basis = aligned_basis(basis, previous, group)
+        carry_moments(state, group, basis, previous)
+    state.basis.copy_(basis)
+    state.refresh_step.copy_(state.step)
+
+
+def aligned_basis(basis: Tensor, previous: Tensor, group: dict[str, Any]) -> Tensor:
+    """A new basis with the signs of its columns chosen to agree with the old one's.
+
+    The exact decomposition keeps the signs that LAPACK gives, as the released code does.
+    """
+    return basis if group["subspace"] == "svd" else align_signs(basis, previous)
+
+
+def carry_moments(state: MatrixState, group: dict[str, Any], basis: Tensor, previous: Tensor | None) -> None:
+    """Bring the moments from the old basis to the new one as `refresh_moments` says.
+
+    Args:
+        state: of one matrix, or of some rows of R on the right; its moments are changed.
+        group: the param group.
+        basis: the new P, whole, in the state's dtype.
+        previous: the old one; read only by "rotate".
+    """
+    if group["refresh_moments"] == "keep":
+        return
+    moments = [compression.read(stored, state.dtype) for stored in (state.exp_avg, state.exp_avg_sq)]
+    if group["refresh_moments"] == "rotate":
+        rotate_moments_(*moments, basis, previous, state.side)
+    else:
+        moments = [moment.zero_() for moment in moments]
+    store_moments(state, *moments)

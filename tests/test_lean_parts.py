@@ -1,0 +1,144 @@
+"""The parts of a lean cut matrix without processes: they cover it, and make together the step of the whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_fira.cuts import CutMatrix, Share, plan_cut, state_numel
+from ds_fira.lean import squares_of
+from ds_fira.lean_part import Part
+from ds_fira.matrix_step import MatrixTask, update
+from ds_fira.pieces import inside, row_pieces
+from ds_fira.settings import check_params
+from ds_fira.shard import MatrixShard, cut
+from ds_fira.state import allocate_matrices, state_views
+from ds_fira.subspace import basis_shape, low_rank_shape
+from ds_fira.tracking import StepMetrics
+
+
+def planned(shape: tuple[int, int], begin: int, size: int, changed: dict[str, Any]) -> CutMatrix | None:
+    """A matrix at an offset of a buffer in partitions of a size, None where it is not cut."""
+    partitions = -(-(begin + math.prod(shape)) // size)
+    fragments = cut(MatrixShard("w", shape, begin, 0, math.prod(shape)), size, partitions)
+    if len(fragments) == 1:
+        return None
+    owner = max(fragments, key=lambda holder: (holder * 7) % 5)
+    return plan_cut(fragments, owner, partitions, check_params({"rank": 2, **changed}))
+
+
+sizes = (
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 20),
+    st.integers(1, 40),
+    st.sampled_from(["left", "right"]),
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(*sizes)
+def test_pieces_and_links_cover_the_matrix(m: int, n: int, begin: int, size: int, side: str) -> None:
+    """Pieces tile the fragments and alias them; every entry of R is kept once, and lent by its keeper."""
+    matrix = planned((m, n), begin, size, {"proj_type": side})
+    if matrix is None:
+        return
+    numbers = torch.arange(m * n).view(m, n)
+    covered = torch.zeros(m, n)
+    entries = range(n if side == "left" else m)
+    keepers = torch.full((len(entries),), -1)
+    for rank, fragment in matrix.fragments:
+        flat = numbers.view(-1)[fragment.start : fragment.stop]
+        pieces = row_pieces(fragment)
+        assert 1 <= len(pieces) <= 3
+        assert sum(len(piece.rows) * len(piece.columns) for piece in pieces) == fragment.numel
+        for piece in pieces:
+            block = inside(piece.rows, range(m)), inside(piece.columns, range(n))
+            assert torch.equal(piece.view(flat), numbers[block])
+            assert piece.view(flat).data_ptr() == numbers[block].data_ptr()
+            covered[block] += 1
+        share = Share.of(matrix, 0, 0, rank)
+        assert keepers[inside(share.kept, entries)].eq(-1).all()
+        keepers[inside(share.kept, entries)] = rank
+        borrowed = share.borrowed.entries if share.borrowed is not None else range(0)
+        assert set(share.region) == set(borrowed) | set(share.kept) >= set(matrix.touched(rank))
+        assert not set(borrowed) & set(share.kept)
+    assert covered.eq(1).all()
+    assert keepers.ge(0).all()
+    for link in matrix.links():
+        assert keepers[inside(link.entries, entries)].eq(link.keeper).all()
+        assert link.borrower != link.keeper
+    held = sum(matrix.state_numel(rank) for rank, _ in matrix.fragments)
+    assert held == state_numel((m, n), 2, side) if matrix.way == "base" else held > state_numel((m, n), 2, side)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    *sizes, st.sampled_from([{}, {"formulation": "paper"}, {"scaling": "matrix"}, {"scaling": "none"}]), st.booleans()
+)
+def test_parts_make_the_step_of_the_whole(
+    m: int, n: int, begin: int, size: int, side: str, changed: dict[str, Any], exact: bool
+) -> None:
+    """In float64 and without processes: what parts give each other is the step of `matrix_step.update`, any cut."""
+    changed = {**changed, "proj_type": side, "lr": 0.1, "weight_decay": 0.1, "alpha": 0.5}
+    matrix, group = planned((m, n), begin, size, changed), check_params({"rank": 2, **changed})
+    if matrix is None:
+        return
+    generator = torch.Generator().manual_seed(m * 100 + n)
+    weight, *grads = (torch.randn(m, n, generator=generator, dtype=torch.float64) for _ in range(3))
+    basis = torch.linalg.qr(torch.randn(*basis_shape((m, n), 2, side), generator=generator, dtype=torch.float64))[0]
+    low_rank = low_rank_shape((m, n), 2, side)
+    whole = state_views(allocate_matrices(weight, tuple(basis.shape), low_rank, "float32", ()), side)
+    whole.basis.copy_(basis)
+    whole.refresh_step.fill_(0)
+    flat, expected, metrics = weight.clone().view(-1), weight.clone(), StepMetrics()
+    shares = [Share.of(matrix, 0, 0, rank) for rank, _ in matrix.fragments]
+    states = []
+    for share in shares:
+        shape = matrix.basis_shape(share.dp_rank)
+        state = state_views(allocate_matrices(weight, shape, share.low_rank_shape, "float32", ()), side)
+        rows = matrix.touched_rows(share.dp_rank)
+        state.basis.copy_(basis[rows.start : rows.stop] if side == "left" else basis)
+        state.refresh_step.fill_(0)
+        states.append(state)
+    for grad in grads:
+        update(MatrixTask(expected, grad, whole, group, 1e-4), metrics)
+        parts = {}
+        for share, state in zip(shares, states, strict=True):
+            bounds = slice(share.fragment.start, share.fragment.stop)
+            parts[share.dp_rank] = Part(share, flat[bounds], grad.view(-1)[bounds], state, group, 1e-4)
+            parts[share.dp_rank].project()
+        for link in matrix.links():
+            giver = parts[link.borrower]
+            parcel = giver.parcel(link, giver.low_rank, giver.grad_sq.sqrt(), giver.share.region)
+            parts[link.keeper].add(link, torch.cat([tensor.reshape(-1) for tensor in parcel]))
+        sums = sum(torch.stack(part.advance()) for part in parts.values())
+        squares = squares_of({0: sums}, {0: float(grad.square().sum())}, group)[0]
+        scaled = torch.stack([part.scale(sums, squares) for part in parts.values()])[0]
+        kept = {rank: part.kept_residual() for rank, part in parts.items()}
+        if exact:
+            exact_square = sum(part.residual_square(*hand_over(parts, kept, rank)) for rank, part in parts.items())
+            torch.testing.assert_close(exact_square, scaled[0])
+        answers = {rank: part.finish(*scaled, metrics) for rank, part in parts.items()}
+        for rank, part in parts.items():
+            part.apply(*hand_over(parts, answers, rank))
+        for state in states:
+            torch.testing.assert_close(state.residual_norm, whole.residual_norm)
+    # Below this the moments hold rounding alone, and their quotient is of any size.
+    if float(whole.exp_avg_sq[""].min()) > 1e-12:
+        torch.testing.assert_close(flat.view(m, n), expected, rtol=1e-9, atol=1e-9)
+
+
+def hand_over(parts: dict[int, Part], kept: dict[int, Any], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one rank has of its region once its keeper has answered."""
+    part, arrived = parts[rank], None
+    link = part.share.borrowed
+    if link is not None:
+        keeper = parts[link.keeper]
+        parcel = keeper.parcel(link, *kept[link.keeper], keeper.share.kept)
+        arrived = torch.cat([tensor.reshape(-1) for tensor in parcel])
+    return part.complete(kept[rank], arrived)
