@@ -78,19 +78,21 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32")
     with matmul_precision(precision):
         if grad.dtype == basis.dtype:
             return (basis.t() @ grad if side == "left" else grad @ basis), squared_norms(grad, side)
-        low_rank, grad_sq = [], []
-        total = basis.new_zeros(basis.shape[1], grad.shape[1]) if side == "left" else None
-        height = block_rows(grad.shape[0], basis.element_size() / grad.element_size())
-        for first in range(0, grad.shape[0], height):
-            block = grad[first : first + height].to(basis.dtype)
-            grad_sq.append(squared_norms(block, side))
-            if total is not None:
-                total.addmm_(basis[first : first + height].t(), block)
+        m, n = grad.shape
+        left = side == "left"
+        low_rank = basis.new_zeros((basis.shape[1], n) if left else (m, basis.shape[1]))
+        grad_sq = torch.zeros(n if left else m, dtype=torch.float64, device=grad.device)
+        height = block_rows(m, basis.element_size() / grad.element_size())
+        for first in range(0, m, height):
+            rows = slice(first, first + height)
+            block = grad[rows].to(basis.dtype)
+            if left:
+                low_rank.addmm_(basis[rows].t(), block)
+                grad_sq += squared_norms(block, side)
             else:
-                low_rank.append(block @ basis)
-    if total is not None:
-        return total, torch.stack(grad_sq).sum(0)
-    return torch.cat(low_rank), torch.cat(grad_sq)
+                torch.mm(block, basis, out=low_rank[rows])
+                grad_sq[rows] = squared_norms(block, side)
+    return low_rank, grad_sq
 
 
 def squared_norms(matrix: Tensor, side: Side) -> Tensor:

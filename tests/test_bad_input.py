@@ -39,6 +39,12 @@ WRONG_VALUES = [
     ("limiter", "clip"),
     ("formulation", "published"),
     ("subspace", "magic"),
+    ("refresh_moments", "forget"),
+    ("stagger", 1),
+    ("state_dtype", "float16"),
+    ("state_dtype", "int4"),
+    ("matmul_precision", "high"),
+    ("exact_cuts", "yes"),
     ("alpha", math.nan),
     ("residual_scale", math.nan),
 ]

@@ -279,11 +279,19 @@ def test_unmodified_script_under_the_launcher(tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == ["FiraAdam", 2, True]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("save_at", [3, 4])
-def test_resume_is_exact(ranks: Pools, tmp_path: Path, stage: int, save_at: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "save_at", "options"),
+    [
+        *((stage, save_at, {}) for stage in (0, 1, 2) for save_at in (3, 4)),
+        (2, 4, {"exact_cuts": True}),
+        (0, 4, {"state_dtype": "bfloat16"}),
+        (2, 4, {"state_dtype": "bfloat16", "subspace": "randomized", "refresh_moments": "rotate"}),
+        (2, 3, {"state_dtype": "int8", "subspace": "gram", "stagger": True}),
+    ],
+)
+def test_resume_is_exact(ranks: Pools, tmp_path: Path, stage: int, save_at: int, options: dict[str, Any]) -> None:
     """Saved at a refresh or between two, loaded into a new engine on as many ranks: the same run to the bit."""
-    ds_config = config(stage, "bf16", PARAMS)
+    ds_config = config(stage, "bf16", {**PARAMS, **options})
     assert (
         ranks.run(3, "resume", ds_config=ds_config, shapes=SHAPES, steps=7, save_at=save_at, folder=str(tmp_path))
         == [True] * 3

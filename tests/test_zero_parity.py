@@ -23,6 +23,7 @@ SHAPES = [(8, 6), (6, 9), (8, 6), (5, 7), (6, 9), (9, 4), (6, 9)]
 PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1}
 EXACT = {**PARAMS, "exact_cuts": True}
 MATRIX_KEYS = ("step", "refresh_step", "basis", "exp_avg", "exp_avg_sq", "residual_norm")
+MATRIX_KEYS += ("exp_avg_scale", "exp_avg_sq_scale")
 
 
 def replay(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -85,12 +86,13 @@ def owned_states(results: list[dict[str, Any]]) -> dict[str, dict[str, torch.Ten
             for matrix in (*layout.whole[rank], *layout.owned_cuts(rank)):
                 mark = "" if "step" in state else f".{matrix.shape[0]}x{matrix.shape[1]}"
                 assert matrix.name not in found, f"{matrix.name} has state on two ranks"
-                found[matrix.name] = {key: state[key + mark][rows[mark]] for key in MATRIX_KEYS}
+                keys = [key for key in MATRIX_KEYS if key + mark in state]
+                found[matrix.name] = {key: state[key + mark][rows[mark]] for key in keys}
                 rows[mark] += 1
     return found
 
 
-def check(results: list[dict[str, Any]]) -> None:
+def check(results: list[dict[str, Any]], svd: bool = True) -> None:
     """Weights and low-rank states equal to a single process's, bit for bit; the module's weights follow them."""
     states = owned_states(results)
     alone = replay(results)
@@ -99,12 +101,13 @@ def check(results: list[dict[str, Any]]) -> None:
         for result in results:
             assert torch.equal(result["module"][name], parts["sharded"].to(result["module"][name].dtype)), name
         if name in states:
-            for key in MATRIX_KEYS:
-                assert torch.equal(states[name][key], parts["state"][key]), (name, key)
+            assert states[name].keys() == parts["state"].keys()
+            for key, value in states[name].items():
+                assert torch.equal(value, parts["state"][key]), (name, key)
     assert states.keys() == {name for name in alone if name.startswith("layers.")}
     assert all(int(state["step"]) > 0 for state in states.values())
     # Every basis was computed on one rank, and on no other.
-    assert sum(result["decompositions"] for result in results) == results[0]["metrics"]["refreshes"]
+    assert not svd or sum(result["decompositions"] for result in results) == results[0]["metrics"]["refreshes"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -219,6 +222,22 @@ def test_sides(ranks: Pools, proj_type: str, formulation: str) -> None:
     """Both sides of cut matrices, at a rank above some smaller sides."""
     params = {**EXACT, "rank": 6, "proj_type": proj_type, "formulation": formulation}
     check(ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=SHAPES, steps=5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subspace": "gram", "refresh_moments": "rotate", "stagger": True},
+        {"subspace": "randomized", "refresh_moments": "reset"},
+        {"state_dtype": "bfloat16", "refresh_moments": "rotate"},
+        {"state_dtype": "int8"},
+    ],
+    ids=lambda options: "+".join(map(str, options.values())),
+)
+def test_refreshes_and_states(ranks: Pools, options: dict[str, Any]) -> None:
+    """Every way to refresh and to keep states, with refreshes, at 3 ranks with cut matrices."""
+    results = ranks.run(3, "train", ds_config=config(2, "bf16", {**EXACT, **options}), shapes=SHAPES, steps=7)
+    check(results, svd=options.get("subspace", "svd") == "svd")
 
 
 def test_fewer_matrices_than_ranks(ranks: Pools) -> None:
