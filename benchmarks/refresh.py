@@ -14,11 +14,8 @@ noisy. The floor is the method's operations at the rate measured for G'P; it cou
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -26,23 +23,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.common import device_name, medians, save
 from benchmarks.gradients import RUNS, snapshots
 from benchmarks.partition import LLAMAS
 from ds_fira import decompose
 from ds_fira.subspace import Side, compute_basis, projection_side
 
 Key = tuple[tuple[int, int], int, str, str]  # shape, rank, method, start
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def side_of(grad: Tensor) -> Side:
@@ -91,19 +78,16 @@ def times(earlier: Tensor, grad: Tensor, rank: int, repeats: int) -> dict[tuple[
     for key, work in works.items():
         if key[0] != "svd" or device.type == "cuda":
             work()  # the first call is slower
-    taken: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for _ in range(repeats):
-        for key, work in works.items():
-            taken[key].append(seconds(work, device))
-    medians = {key: statistics.median(values) for key, values in taken.items()}
-    rate = 2.0 * grad.numel() * rank / medians.pop(("product", ""))
+    taken = medians(works, repeats, device)
+    rate = 2.0 * grad.numel() * rank / taken.pop(("product", ""))
+    speed = decompose.BFLOAT16_SPEED if decompose.fast_bfloat16(device) else 1.0
     s, b = sorted(grad.shape)
     width = decompose.block_width(s, rank)
     result = {}
-    for (method, start), value in medians.items():
+    for (method, start), value in taken.items():
         products = decompose.WARM_PRODUCTS if start == "warm" else decompose.COLD_PRODUCTS
-        costs = decompose.operations(s, b, width, products, device.type)
-        way = "exact" if method == "gram" else decompose.cheapest(s, b, width, products, device.type)
+        costs = decompose.operations(s, b, width, products, device.type, speed)
+        way = "exact" if method == "gram" else decompose.cheapest(s, b, width, products, device.type, speed)
         floor = math.nan if method == "svd" else costs[way] / rate
         result[method, start] = {"seconds": value, "floor_seconds": floor}
     return result
@@ -122,12 +106,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-times", action="store_true", help="energies only")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if args.device == "auto" else args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU {platform.machine()}"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
+    print(f"{device_name(device)}, torch {torch.__version__}, float32")
     print(f"{'model':6}{'shape':>12}{'rank':>6}  {'method':11}{'start':6}{'least energy':>13}{'mean':>8}", end="")
     print(f"{'svd / method':>14}{'floor / time':>14}")
     rows = []
@@ -167,9 +150,7 @@ def main() -> None:
                 means[f"{model} {method} {start}".strip()] = statistics.geometric_mean(speeds)
     for what, mean in means.items():
         print(f"geometric mean of svd / method, {what}: {mean:.1f}")
-    if args.json:
-        record = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        args.json.write_text(json.dumps({**record, "speed": means, "rows": rows}, indent=1))
+    save(args.json, device, speed=means, rows=rows)
 
 
 if __name__ == "__main__":

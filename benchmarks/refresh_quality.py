@@ -13,7 +13,6 @@ iteration is what larger models get.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 
 import ds_fira
+from benchmarks.common import default_device, save
 from benchmarks.gradients import TextData, llama, text, training_batches
 from ds_fira import decompose
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--gaps", type=int, nargs="+", default=[20, 200])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--json", type=Path, help="also write the losses to this file")
+    parser.add_argument("--json", help="also write the losses to this file")
     args = parser.parse_args()
     decompose.cheapest = lambda *_: "direct"
     data = text(args.folder, args.seq_length, VOCAB_SIZE)
@@ -100,9 +100,8 @@ def main() -> None:
                     + " ".join(f"{loss:.3f}" for loss in losses),
                     flush=True,
                 )
-                if args.json:
-                    options = vars(args) | {"folder": None, "json": None}
-                    args.json.write_text(json.dumps({"options": options, "rows": rows}))
+                options = vars(args) | {"folder": None, "json": None}
+                save(args.json, default_device(), options=options, rows=rows)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,8 @@ class Part:
             torch.linalg.LinAlgError: the decomposition failed.
         """
         state, group = self.state, self.group
-        basis = compute_basis(grad.to(state.dtype), group["rank"], state.side, group["subspace"], previous)
+        strict = group["matmul_precision"] == "float32"
+        basis = compute_basis(grad.to(state.dtype), group["rank"], state.side, group["subspace"], previous, strict)
         return basis if previous is None else aligned_basis(basis, previous, group)
 
     def basis_for(self, basis: Tensor, holder: int) -> Tensor:

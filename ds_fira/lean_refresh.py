@@ -63,7 +63,7 @@ class LeanRefresh:
         parcels, adopted = {}, {}
         for position, grad in grads.items():
             part, old = parts[position], previous.get(position)
-            basis = refresher.attempt(lambda part=part, grad=grad, old=old: part.new_basis(grad, old))
+            basis = refresher.attempt(lambda p=part, g=grad, o=old: p.new_basis(g, o), group["subspace"])
             if basis is not None:
                 adopted[position] = (part.basis_for(basis, self.channel.dp_rank), basis, old)
                 metrics.refreshes += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,10 @@ def phase(group: dict[str, Any], index: int) -> int:
     return stagger_phase(index, group["update_proj_gap"]) if group["stagger"] else 0
 
 
+# Seconds of exact decompositions in one process after which a user is told of faster ways.
+SLOW_SECONDS = 30.0
+
+
 class Refresher:
     """Finds the matrices whose refresh is due and gives them new bases.
 
@@ -37,6 +42,8 @@ class Refresher:
         self.replicas: Channel | None = None
         self._metrics = metrics
         self._warned = False
+        self._told = False
+        self._svd_seconds = 0.0
         # Step counts are on the device, since it is decided there whether a gradient is usable. These are upper bounds.
         self._bounds: dict[Tensor, list[int | None]] = {}
 
@@ -92,10 +99,16 @@ class Refresher:
 
     def _new_basis(self, task: MatrixTask) -> Tensor | None:
         """The basis of a task's gradient, None where there is none to be had."""
-        return self.attempt(lambda: new_basis(task))
+        return self.attempt(lambda: new_basis(task), task.group["subspace"])
 
-    def attempt(self, compute: Callable[[], Tensor | None]) -> Tensor | None:
-        """What `compute` returns, a basis or None; None too where it raises LinAlgError, which is reported once."""
+    def attempt(self, compute: Callable[[], Tensor | None], method: str) -> Tensor | None:
+        """What `compute` returns, a basis or None; None too where it raises LinAlgError, which is reported once.
+
+        Args:
+            compute: makes a basis by `method`.
+            method: the group's `subspace`; it is said once when exact decompositions have taken long.
+        """
+        start = time.perf_counter()
         try:
             return compute()
         except torch.linalg.LinAlgError as error:
@@ -107,6 +120,19 @@ class Refresher:
                     stacklevel=7,
                 )
             return None
+        finally:
+            if method == "svd":
+                self._svd_seconds += time.perf_counter() - start
+                self._tell_of_faster_ways()
+
+    def _tell_of_faster_ways(self) -> None:
+        if self._svd_seconds > SLOW_SECONDS and not self._told:
+            self._told = True
+            warnings.warn(
+                f"FiraAdam: subspace = 'svd' has spent {self._svd_seconds:.0f} s on exact decompositions so far; "
+                "'randomized' is many times faster at the same loss (docs/performance.md).",
+                stacklevel=8,
+            )
 
     def _adopt(self, task: MatrixTask, basis: Tensor | None) -> None:
         if basis is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import ds_fira
 from benchmarks.allocation import peak_bytes
@@ -64,3 +65,18 @@ def test_compressed_states_are_decoded_for_one_matrix_at_a_time(state_dtype: str
     shape, rank = (1024, 2048), 64
     beyond = peak(shape, rank, torch.float32, torch.float32, state_dtype=state_dtype) - 4 * 4 * rank * 2048
     assert beyond <= 0.1 * shape[0] * shape[1] * 4
+
+
+@pytest.mark.parametrize("shape", [(96, 200), (200, 96)], ids=str)
+def test_a_step_multiplies_twice(shape: tuple[int, int]) -> None:
+    """Two products of 2 m n r operations: G onto the basis and one back. The released code makes three."""
+    rank = 16
+    param = torch.nn.Parameter(torch.randn(shape))
+    optimizer = ds_fira.FiraAdam([{"params": [param], "rank": rank}], lr=1e-3)
+    param.grad = torch.randn(shape)
+    optimizer.step()
+    # The counter knows addmm, not its form in place.
+    in_place = {torch.ops.aten.addmm_: lambda self, left, right, *_, **__: addmm_flop(self, left, right)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as flops:
+        optimizer.step()
+    assert flops.get_total_flops() == 2 * 2 * shape[0] * shape[1] * rank

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_fira import FiraAdam
+from ds_fira import FiraAdam, refresh
 from tests.reference.gradients import make_gradients, make_weight
 
 SHAPE, RANK = (9, 24), 4
@@ -89,6 +89,18 @@ def test_a_decomposition_that_fails_keeps_the_old_basis_and_warns_once(monkeypat
     assert param.isfinite().all()
     # It is due until it is done.
     assert drive(optimizer, [param], 1, seed=5) == [1]
+
+
+def test_slow_exact_decompositions_are_told_of_once(monkeypatch) -> None:
+    """Seconds spent on SVDs; never a word about the other methods, or about a quick one."""
+    for subspace, limit, expected in (("svd", 0.0, 1), ("gram", 0.0, 0), ("svd", 30.0, 0)):
+        monkeypatch.setattr(refresh, "SLOW_SECONDS", limit)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer, params = make(2, update_proj_gap=2, subspace=subspace)
+            drive(optimizer, params, 5)
+        said = [str(w.message) for w in caught if "'randomized' is many times faster" in str(w.message)]
+        assert len(said) == expected, said
 
 
 def test_a_basis_in_bfloat16_is_a_start_like_any_other() -> None:
