@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from ds_fira import FiraAdam, refresh
+from ds_fira.subspace import align_signs, refresh_due, rotate_moments_, stagger_phase
 from tests.reference.gradients import make_gradients, make_weight
+from tests.test_subspace import SIDES, random_basis
 
 SHAPE, RANK = (9, 24), 4
 
 
-def make(count: int = 1, **settings) -> tuple[FiraAdam, list[nn.Parameter]]:
+def make(count: int = 1, **changed) -> tuple[FiraAdam, list[nn.Parameter]]:
     """An optimizer of `count` matrices."""
     params = [nn.Parameter(make_weight(SHAPE, seed=i)) for i in range(count)]
-    return FiraAdam([{"params": params, "rank": RANK}], lr=0.01, **settings), params
+    return FiraAdam([{"params": params, "rank": RANK}], lr=0.01, **changed), params
 
 
 def drive(optimizer: FiraAdam, params: list[nn.Parameter], steps: int, seed: int = 0) -> list[int]:
@@ -117,3 +123,64 @@ def test_a_basis_in_bfloat16_is_a_start_like_any_other() -> None:
         assert optimizer.state[param]["exp_avg"].dtype == getattr(torch, state_dtype)
     # Ten steps of rounding by 2^-9 in P, M and V.
     assert (ends["bfloat16"] - ends["float32"]).norm() <= 0.03 * ends["float32"].norm()
+
+
+def test_align_signs_turns_columns_to_the_previous_ones() -> None:
+    previous = random_basis((9, 12), 4, "left")
+    turned = previous * torch.tensor([1.0, -1.0, -1.0, 1.0])
+    assert torch.equal(align_signs(turned, previous), previous)
+    assert torch.equal(align_signs(previous, torch.zeros_like(previous)), previous)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_rotated_moments_are_those_of_the_new_basis(side: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    old = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0][:, :5]
+    turn = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64))[0]
+    new = old @ turn  # the same subspace, so nothing of M may be lost
+    low_rank = old.t() @ grad if side == "left" else grad @ old
+    exp_avg, exp_avg_sq = low_rank.clone(), low_rank.square()
+    where = exp_avg.data_ptr(), exp_avg_sq.data_ptr()
+    rotate_moments_(exp_avg, exp_avg_sq, new, old, side)
+    expected = new.t() @ grad if side == "left" else grad @ new
+    assert (exp_avg - expected).abs().max() <= 1e-12
+    weights = np.square(new.numpy().T @ old.numpy())
+    square = low_rank.square().numpy()
+    expected_sq = weights @ square if side == "left" else square @ weights.T
+    assert np.abs(exp_avg_sq.numpy() - expected_sq).max() <= 1e-12
+    assert (exp_avg.data_ptr(), exp_avg_sq.data_ptr()) == where
+
+
+@given(gap=st.integers(1, 50), phase=st.integers(0, 49), first=st.integers(0, 60))
+@settings(max_examples=80, deadline=None)
+def test_refreshes_fall_on_the_multiples_plus_the_phase(gap: int, phase: int, first: int) -> None:
+    phase %= gap
+    refreshed, last = [], -1
+    for step in range(first, first + 4 * gap + 1):
+        if refresh_due(step, last, gap, phase):
+            refreshed.append(step)
+            last = step
+    assert refreshed == [first] + [
+        step for step in range(first + 1, first + 4 * gap + 1) if (step - phase) % gap == 0 and step >= phase
+    ]
+
+
+def test_a_late_refresh_does_not_move_the_next() -> None:
+    assert not refresh_due(109, 107, 100, 10)
+    assert refresh_due(112, 107, 100, 10)  # due since 110
+    assert not refresh_due(209, 112, 100, 10)
+    assert refresh_due(210, 112, 100, 10)
+
+
+@pytest.mark.parametrize("gap", [1, 7, 200])
+def test_stagger_phases_spread_over_the_gap(gap: int) -> None:
+    phases = [stagger_phase(index, gap) for index in range(1000)]
+    assert phases[0] == 0
+    assert all(0 <= phase < gap for phase in phases)
+    for first in (0, 13, 500):
+        counts = np.bincount(phases[first : first + 2 * gap], minlength=gap)
+        assert counts.max() <= 4, "a step has to do more than twice its share"
+    taken = sorted(stagger_phase(index, 10_000) for index in range(0, 160, 8))  # one rank's of eight
+    nearest = min((later - earlier) % 10_000 for earlier, later in zip(taken, taken[1:] + taken[:1], strict=True))
+    assert nearest >= 10_000 / (math.sqrt(5) * 160) - 1
