@@ -1,6 +1,6 @@
 """Energy and time of a subspace refresh by method, on real gradients.
 
-    python -m benchmarks.refresh FOLDER [--models 60m 1b] [--repeats 3] [--no-times] [--json FILE]
+    python -m benchmarks.refresh FOLDER [--models 60m 1b] [--repeats 3] [--no-times | --no-energies] [--json FILE]
 
 FOLDER holds the gradients, or gets them (`benchmarks/gradients.py`). Energy is |P'G|^2 over the largest that a basis of
 the rank can have, the least and the mean over the weights of a shape and over the kept steps. A cold start has no
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-times", action="store_true", help="energies only")
+    parser.add_argument("--no-energies", action="store_true", help="times only, which are few decompositions")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
@@ -123,9 +124,13 @@ def main() -> None:
         timed: dict[tuple[int, int], dict] = {}
         for weight in next(iter(kept.values())):
             series = [grads[weight] for grads in kept.values()]
-            for key, values in energies(series, ranks_of(model)).items():
-                found[key] += values
             shape = (series[0].shape[0], series[0].shape[1])
+            if args.no_energies:
+                ways = (("gram", ""), ("randomized", "cold"), ("randomized", "warm"))
+                found |= {(shape, LLAMAS[model][4], method, start): [math.nan] for method, start in ways}
+            else:
+                for key, values in energies(series, ranks_of(model)).items():
+                    found[key] += values
             if shape not in timed and not args.no_times:
                 timed[shape] = times(series[-2], series[-1], LLAMAS[model][4], args.repeats)
         for (shape, rank, method, start), values in sorted(found.items()):

@@ -58,7 +58,7 @@ def by_shape(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     print(f"product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s")
     print(f"{'model':6}{'shape':>14}{'rank':>6}{'/ floor':>9}" + "".join(f"{'/ ' + name:>12}" for name in peers))
     rows: list[dict[str, Any]] = []
-    settings = {"state_dtype": args.state_dtype, "matmul_precision": args.matmul_precision}
+    settings = {"state_dtype": args.state_dtype, "matmul_precision": args.matmul_precision, "subspace": "randomized"}
     for model in args.models:
         rank = LLAMAS[model][4]
         for shape in llama_shapes(model):

@@ -243,10 +243,10 @@ def limit_growth(square: Tensor, whole: Tensor, previous: Tensor, *, gamma: floa
         max(|S| / (|S_prev| + 1e-8), gamma) / gamma, 1 where there is no history; and |S| after it.
     """
     norm = square.clamp(min=0.0).sqrt_()
-    negligible = norm <= resolution * whole.sqrt()
+    history = norm > resolution * whole.sqrt()
     divisor = torch.div(norm, previous + NORM_EPS).clamp_(min=gamma).div_(gamma)
-    divisor = divisor.masked_fill_(negligible | (previous == 0.0), 1.0)
-    return divisor, torch.where(negligible, 0.0, norm / divisor)
+    divisor.masked_fill_((previous == 0.0).logical_or_(~history), 1.0)
+    return divisor, norm.div_(divisor).mul_(history)
 
 
 def apply_update_(

@@ -265,7 +265,7 @@ def update(task: MatrixTask, metrics: StepMetrics) -> None:
             precision=precision,
         )
         square = torch.where(needed, exact, square)
-    metrics.record_energy(step.low_rank_sq.sum(-1), total, usable)
+    metrics.record_energy(step.low_rank_sq.sum(-1), total, usable, on_host=ops is F and total.device.type == "cpu")
     phi, carried = finish_step(step, square, task.resolution, state, group, usable, metrics)
     ops.apply_update_(
         task.weight,

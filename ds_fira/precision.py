@@ -26,6 +26,9 @@ def matmul_precision(precision: str) -> Iterator[None]:
     """
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = cuda.fp32_precision, cpu.fp32_precision
+    if before == _BACKENDS[precision]:
+        yield
+        return
     cuda.fp32_precision, cpu.fp32_precision = _BACKENDS[precision]
     try:
         yield

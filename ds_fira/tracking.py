@@ -9,7 +9,7 @@ from torch import Tensor
 class StepMetrics:
     """Sums over the matrix steps of one process since its optimizer was built; not part of a checkpoint.
 
-    The sums stay on the device of the matrices until they are asked for.
+    The sums of matrices on a device stay there until they are asked for.
 
     Attributes:
         refreshes: bases computed or received.
@@ -19,9 +19,26 @@ class StepMetrics:
         self.refreshes = 0
         # By device: matrix steps, captured energy, limiter activations.
         self._sums: dict[torch.device, Tensor] = {}
+        self._host = [0.0, 0.0, 0.0]
 
-    def record_energy(self, low_rank_square: Tensor, grad_square: Tensor, usable: Tensor) -> None:
-        """Count steps of matrices with |R|^2, |G|^2 and whether G is finite, each of shape (k,) or 0-dim."""
+    def record_energy(
+        self, low_rank_square: Tensor, grad_square: Tensor, usable: Tensor, on_host: bool = False
+    ) -> None:
+        """Count steps of matrices.
+
+        Args:
+            low_rank_square: |R|^2, (k,) or 0-dim.
+            grad_square: |G|^2.
+            usable: whether G is finite.
+            on_host: whether they are 0-dim and may be read at once.
+        """
+        if on_host:
+            # Quicker to add up than tensors are.
+            low_rank, whole = float(low_rank_square), float(grad_square)
+            if whole > 0.0 and bool(usable):
+                self._host[0] += 1.0
+                self._host[1] += low_rank / whole
+            return
         counted = usable & (grad_square > 0.0)
         sums = self._of(grad_square.device)
         sums[0] += counted.sum()
@@ -61,4 +78,4 @@ class StepMetrics:
         return self._sums[device]
 
     def _total(self, index: int) -> float:
-        return float(sum(float(sums[index]) for sums in self._sums.values()))
+        return self._host[index] + sum(float(sums[index]) for sums in self._sums.values())
