@@ -108,14 +108,14 @@ def randomized_basis(grad: Tensor, rank: int, previous: Tensor | None = None, st
     rows = start(x, inverse, width, previous, long)
     multiply = _product(x, inverse, form_gram=way == "gram")
     for _ in range(products - 1):
-        rows = spread(multiply(rows))
-    image = multiply(rows)
+        rows = spread(multiply(rows).to(grad.dtype))
+    image = multiply(rows).to(grad.dtype)
     ritz = torch.linalg.eigh(rows @ image.t())[1][:, -rank:].flip(1)
     basis = ritz.t() @ image
     if long:
         # They are orthogonal but for rounding, so their lengths are all that has to go before the product.
         lengths = torch.linalg.vector_norm(basis, dim=1, keepdim=True).clamp(min=TINY)
-        basis = across(basis * (inverse / lengths), x)
+        basis = across(basis * (inverse / lengths), x).to(basis.dtype)
     return orthonormal(basis).t().contiguous()
 
 
@@ -161,11 +161,14 @@ def start(x: Tensor, inverse: Tensor, width: int, previous: Tensor | None, long:
     generator = torch.Generator(device=x.device).manual_seed(SEED)
     known = 0 if previous is None else previous.shape[1]
     omega = torch.randn(width - known, x.shape[1], generator=generator, dtype=inverse.dtype, device=x.device)
-    sketch = spread(back(omega * inverse, x)) if width > known else omega.new_zeros(0, x.shape[0])
+    sketch = spread(back(omega * inverse, x).to(omega.dtype)) if width > known else omega.new_zeros(0, x.shape[0])
     if previous is None:
         return sketch
-    kept = previous.t().to(inverse.dtype)
-    return torch.cat([spread(back(kept * inverse, x)) if long else kept, sketch])
+    kept = previous.to(inverse.dtype)
+    if long:
+        return torch.cat([spread(back(kept.t() * inverse, x).to(kept.dtype)), sketch])
+    # Only a factor of the first product, so X's dtype will do.
+    return torch.cat([kept.to(x.dtype).t(), sketch.to(x.dtype)])
 
 
 def gram_matrix(x: Tensor, inverse: Tensor) -> Tensor:
@@ -212,16 +215,15 @@ def orthonormal(rows: Tensor) -> Tensor:
 
 
 def across(rows: Tensor, x: Tensor) -> Tensor:
-    """Rows of the short side, (w, s), to those of the long one, (w, b): W X; the product in X's dtype."""
-    if x.stride(1) == 1:
-        return (rows.to(x.dtype) @ x).to(rows.dtype)
-    # X is a transposed view.
-    return (x.t() @ rows.to(x.dtype).t()).t().to(rows.dtype, memory_format=torch.contiguous_format)
+    """Rows of the short side, (w, s), to those of the long one, (w, b), W X, in X's dtype."""
+    rows = rows.to(x.dtype)
+    # Where X is a transposed view, the product of the two as they lie in memory is the transpose.
+    return rows @ x if x.stride(1) == 1 else (x.t() @ rows.t()).t().contiguous()
 
 
 def back(rows: Tensor, x: Tensor) -> Tensor:
-    """Rows of the long side, (w, b), to those of the short one, (w, s): W X'; the product in X's dtype."""
-    return (rows.to(x.dtype, memory_format=torch.contiguous_format) @ x.t()).to(rows.dtype)
+    """Rows of the long side, (w, b), to those of the short one, (w, s), W X', in X's dtype."""
+    return rows.to(x.dtype, memory_format=torch.contiguous_format) @ x.t()
 
 
 def _unit_gram(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,6 +243,8 @@ def _product(x: Tensor, inverse: Tensor, form_gram: bool) -> Callable[[Tensor], 
     if form_gram:
         gram = gram_matrix(x, inverse)
         return lambda rows: rows @ gram
+    if x.dtype != inverse.dtype:
+        return lambda rows: back(across(rows, x), x)
     return lambda rows: back(across(rows * inverse, x) * inverse, x)
 
 
@@ -252,7 +256,8 @@ def _short(grad: Tensor) -> tuple[Tensor, bool]:
 
 def _inverse_scale(grad: Tensor) -> Tensor:
     """A power of two near 1 / max|G|, 0-dim: exact to multiply with, where the product does not underflow."""
-    low, high = torch.aminmax(grad)
+    # A transposed view would be copied.
+    low, high = torch.aminmax(grad if grad.is_contiguous() else grad.t())
     exponent = torch.frexp(torch.maximum(high, -low)).exponent
     limit = 126 if grad.dtype == torch.float32 else 1022
     return torch.ldexp(torch.ones((), dtype=grad.dtype, device=grad.device), -exponent.clamp(-limit, limit))
