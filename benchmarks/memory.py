@@ -3,9 +3,9 @@
     python -m benchmarks.memory [--models 60m 350m] [--json FILE]
 
 For every distinct matrix shape of a LLaMA, and for its embedding under AdamW: the peak of a step without a refresh,
-less two tensors of the size of R (R itself and the direction; four where states are compressed and both moments are
-decoded), as a share of the matrix; and the peaks of `fira` 1.0.2 and fused AdamW, nothing subtracted. bfloat16 is a
-weight and a gradient in bfloat16 (bf16 master weights).
+less R and the direction, and both moments and the basis in float32 where states are compressed, as a share of the
+matrix; and the peaks of `fira` 1.0.2 and fused AdamW, nothing subtracted. bfloat16 is a weight and a gradient in
+bfloat16 (bf16 master weights).
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def ds_fira_row(
     )
     matrix = shape[0] * shape[1] * dtype.itemsize
     beyond = peak - held * low_rank_bytes(shape, rank)
+    if state_dtype != "float32":
+        beyond -= 4 * min(rank, *shape) * min(shape)  # the basis in float32
     return {
         "shape": shape,
         "rank": rank,

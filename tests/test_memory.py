@@ -63,8 +63,9 @@ def test_adamw_holds_blocks_alone(state_dtype: str) -> None:
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
 def test_compressed_states_are_decoded_for_one_matrix_at_a_time(state_dtype: str) -> None:
     shape, rank = (1024, 2048), 64
-    beyond = peak(shape, rank, torch.float32, torch.float32, state_dtype=state_dtype) - 4 * 4 * rank * 2048
-    assert beyond <= 0.1 * shape[0] * shape[1] * 4
+    low_rank = HELD[state_dtype] * 4 * rank * 2048 + 4 * rank * 1024  # the basis too
+    beyond = peak(shape, rank, torch.float32, torch.float32, state_dtype=state_dtype) - low_rank
+    assert beyond <= 0.05 * shape[0] * shape[1] * 4
 
 
 @pytest.mark.parametrize("shape", [(96, 200), (200, 96)], ids=str)
