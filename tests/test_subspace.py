@@ -174,9 +174,10 @@ def test_a_warm_start_finds_what_the_old_basis_is_blind_to(way: str) -> None:
     assert relative_energy(grad, previous, "left") == 0.0
 
 
-def test_a_warm_start_is_better_than_a_cold_one_of_as_many_products(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    if way == "exact":
-        pytest.skip("the exact way has no start")
+@pytest.mark.parametrize("way", ["gram", "direct", "bfloat16"], indirect=True)
+@pytest.mark.usefixtures("way")
+def test_a_warm_start_is_better_than_a_cold_one_of_as_many_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the ways that have a start."""
     monkeypatch.setattr(decompose, "COLD_PRODUCTS", decompose.WARM_PRODUCTS)
     monkeypatch.setattr(decompose, "OVERSAMPLING", 4)
     monkeypatch.setattr(decompose, "WIDE", 0)
