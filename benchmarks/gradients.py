@@ -3,7 +3,7 @@
     python -m benchmarks.gradients FOLDER [--models 60m 1b]
 
 The models have the widths of the paper's LLaMA 60M and 1B, but few layers and a small vocabulary, and are trained with
-`FiraAdam` on the packaged film reviews (`examples/text_data.py`) in float32. Each batch has more tokens than the
+`FiraAdam` on the packaged film reviews (`pretraining.text_data`) in float32. Each batch has more tokens than the
 shorter side of a weight, for a gradient has no more rank than its batch has tokens. What is made is kept in FOLDER,
 outside the repository, and made again where it is missing.
 """
@@ -25,7 +25,7 @@ import ds_fira
 from benchmarks.partition import LLAMAS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from text_data import TextData, TextRecipe, prepare, training_batches
+from pretraining.text_data import TextData, TextRecipe, prepare, training_batches
 
 SEED = 0
 SEQ_LENGTH = 128

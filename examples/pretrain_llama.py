@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 import datasets
 import deepspeed
 import deepspeed.comm as dist
-import options as command_line
-import report
 import torch
 import transformers
-from text_data import TextData, TextRecipe, prepare
-from training import cosine_schedule, evaluate, train
+from pretraining import options as command_line
+from pretraining import report
+from pretraining.loop import cosine_schedule, evaluate, train
+from pretraining.text_data import TextData, TextRecipe, prepare
 
 import ds_fira
 

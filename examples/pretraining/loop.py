@@ -9,10 +9,11 @@ from typing import Any
 import deepspeed
 import deepspeed.comm as dist
 import torch
-from report import History, perplexity
-from text_data import TextData, shard_indices, training_batches
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+
+from .report import History, perplexity
+from .text_data import TextData, shard_indices, training_batches
 
 LOG_EVERY = 10
 # Steps from the first log on, before a machine's speed is trusted; those before it are slow and would mislead.

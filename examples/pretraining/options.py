@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
-from text_data import BUILDERS
 from transformers import LlamaConfig
 
 from ds_fira.settings import check_params
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from .text_data import BUILDERS
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 # JSON parameter of FiraAdam -> option. A value given on the command line wins over the DeepSpeed JSON.
 FIRA_PARAMS = ("rank", "alpha", "update_proj_gap", "target_modules")
 SHARED_PARAMS = ("lr", "weight_decay")
