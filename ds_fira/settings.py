@@ -139,3 +139,27 @@ def check_params(params: dict[str, Any], where: str = "FiraAdam") -> dict[str, A
         )
     require_library(settings.state_dtype, where)
     return settings.model_dump()
+
+
+def refuse_auto(config: dict[str, Any]) -> None:
+    """Stop if a DeepSpeed config says "auto" outside the optimizer's `params`, which have their own check.
+
+    Only the Hugging Face Trainer and Accelerate know the word. DeepSpeed drops it where a truth value belongs, so that
+    a bf16 training would be one in float32.
+
+    Raises:
+        ValueError: one sentence with the setting and the remedy.
+    """
+    for path, remedy in (
+        (("bf16", "enabled"), "true or false"),
+        (("fp16", "enabled"), "true or false"),
+        (("gradient_clipping",), "a number, such as 1.0, or 0 for none"),
+    ):
+        value: Any = config
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value == "auto":
+            raise ValueError(
+                f"FiraAdam: {'.'.join(path)} = 'auto' in the DeepSpeed config is for the Hugging Face Trainer, which "
+                f"replaces it; give {remedy}."
+            )

@@ -33,7 +33,7 @@ from ds_fira.layout import plan_groups, plan_hash
 from ds_fira.lean import LeanCuts
 from ds_fira.memory import ParamRecord
 from ds_fira.optimizer import FiraAdam
-from ds_fira.settings import check_params
+from ds_fira.settings import check_params, refuse_auto
 from ds_fira.shard import MatrixShard, matrices_of
 
 
@@ -255,6 +255,7 @@ def register() -> None:
     def _do_sanity_check(engine: Any) -> None:
         sanity_check(engine)
         if _uses_fira(engine):
+            refuse_auto(engine._config._param_dict)
             refuse_unsupported(engine)
             if engine.client_optimizer is None:
                 _checked_params(engine)
