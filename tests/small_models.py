@@ -41,6 +41,8 @@ def gpt2() -> nn.Module:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             resid_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
         )
     )
 
