@@ -25,7 +25,8 @@ import ds_fira
 from benchmarks.partition import LLAMAS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from pretraining.text_data import TextData, TextRecipe, prepare, training_batches
+from pretraining.prepared_rows import training_batches
+from pretraining.text_data import TextData, TextRecipe, prepare
 
 SEED = 0
 SEQ_LENGTH = 128

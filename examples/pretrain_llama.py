@@ -23,8 +23,10 @@ import torch
 import transformers
 from pretraining import options as command_line
 from pretraining import report
-from pretraining.loop import cosine_schedule, evaluate, train
-from pretraining.text_data import TextData, TextRecipe, prepare
+from pretraining.data import TrainingData, open_data
+from pretraining.loop import DATA_STATE, cosine_schedule, evaluate, train
+from pretraining.sources import DataError
+from pretraining.text_data import TextRecipe
 
 import ds_fira
 
@@ -35,8 +37,9 @@ def main() -> None:
     quiet_libraries()
     ds_fira.init_distributed()
     transformers.set_seed(options.seed)
-    data = shared_text(options)
-
+    data = training_data(options)
+    if options.vocab_size is None:
+        model_config.vocab_size = data.facts["vocabulary"]
     # Generation stops at these; LlamaConfig's own defaults belong to another tokenizer.
     model_config.bos_token_id, model_config.eos_token_id = data.tokenizer.bos_token_id, data.tokenizer.eos_token_id
     # On a CPU in bf16 the plain attention takes two thirds of the time of the fused kernel, whose backward is slow.
@@ -48,11 +51,15 @@ def main() -> None:
         enable()
     parameters = model.num_parameters()  # before ZeRO-3 could take the model apart
     engine = start_engine(model, options, deepspeed_config)
-    if options.resume:
-        engine.load_checkpoint(str(options.output_dir / "state"))
-    check_start(engine, data, options)
+    client_state = engine.load_checkpoint(str(options.output_dir / "state"))[1] if options.resume else {}
+    check_start(engine, data, client_state, options)
     history = report.History()
-    summary = train(engine, data, options, history)
+    try:
+        summary = train(engine, data, options, history)
+    except DataError as error:
+        data.close()
+        stop(str(error), engine)
+    data.close()
     summary |= final_figures(engine, data, options, history)
     summary |= {"parameters": parameters, "model": model_config.to_diff_dict(), "deepspeed_config": deepspeed_config}
     save_model(engine, data, options.output_dir / "model")
@@ -71,29 +78,28 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def shared_text(options: argparse.Namespace) -> TextData:
-    """The prepared text, made by the first process while the others wait.
+def training_data(options: argparse.Namespace) -> TrainingData:
+    """The data, prepared by the first process while the others wait.
 
     Where it cannot be used, every process ends with the same sentence.
     """
     recipe = TextRecipe(
-        text=options.text, vocab_size=options.vocab_size, seq_length=options.seq_length, seed=options.seed
+        text=options.data,
+        vocab_size=options.vocab_size,
+        seq_length=options.seq_length,
+        seed=options.seed,
+        validation_text=options.validation_data,
+        validation_tokens=options.validation_tokens,
+        tokenizer=options.tokenizer,
+        text_column=options.text_column,
+        streaming=options.streaming,
     )
-    outcome: list[Any] = [None, None]  # folder, error
     if dist.get_rank() == 0:
         print("Preparing the text (about half a minute the first time, then cached) ...", flush=True)
-        try:
-            outcome[0] = prepare(recipe, options.cache_dir)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    folder, error = outcome
-    if error is not None:
-        stop(error)
-    data = TextData.load(folder)
-    if len(data.validation) < dist.get_world_size():
-        stop(f"{len(data.validation)} validation sequences do not reach {dist.get_world_size()} processes")
-    return data
+    try:
+        return open_data(recipe, options.cache_dir, lanes=options.lanes, block_rows=options.block_rows)
+    except DataError as error:
+        stop(str(error))
 
 
 def start_engine(
@@ -109,13 +115,21 @@ def start_engine(
         stop(str(error))
 
 
-def check_start(engine: deepspeed.DeepSpeedEngine, data: TextData, options: argparse.Namespace) -> None:
-    """Stop where the text is too short for one batch, or a resumed run has nothing left to do."""
-    needed = engine.train_micro_batch_size_per_gpu() * dist.get_world_size()
-    if len(data.train) < needed:
-        stop(f"{len(data.train)} training sequences do not fill one batch of {needed}", engine)
+def check_start(
+    engine: deepspeed.DeepSpeedEngine, data: TrainingData, client_state: dict[str, Any], options: argparse.Namespace
+) -> None:
+    """Start the data where the training state left it; stop where it cannot, or where nothing is left to do."""
     if engine.global_steps >= options.steps:
         stop(f"the training state is at step {engine.global_steps} already: raise --steps {options.steps}", engine)
+    try:
+        if options.resume:
+            if DATA_STATE not in client_state:
+                raise DataError("the training state does not say where in the data it stopped: start a new run")
+            data.load_state_dict(client_state[DATA_STATE])
+        data.start(engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps())
+    except DataError as error:
+        data.close()
+        stop(str(error), engine)
 
 
 def stop(sentence: str, engine: deepspeed.DeepSpeedEngine | None = None) -> NoReturn:
@@ -125,7 +139,7 @@ def stop(sentence: str, engine: deepspeed.DeepSpeedEngine | None = None) -> NoRe
 
 
 def final_figures(
-    engine: deepspeed.DeepSpeedEngine, data: TextData, options: argparse.Namespace, history: report.History
+    engine: deepspeed.DeepSpeedEngine, data: TrainingData, options: argparse.Namespace, history: report.History
 ) -> dict[str, Any]:
     """The figures of the summary that need the engine; a collective call."""
     val_loss = evaluate(engine, data)
@@ -149,7 +163,7 @@ def final_figures(
     return figures
 
 
-def save_model(engine: deepspeed.DeepSpeedEngine, data: TextData, folder: Path) -> None:
+def save_model(engine: deepspeed.DeepSpeedEngine, data: TrainingData, folder: Path) -> None:
     """Write model and tokenizer in the Hugging Face form; the first process writes, all take part."""
     model = engine.module
     # Under ZeRO-3 every process holds a part of each parameter, and none the whole.

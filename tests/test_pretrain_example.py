@@ -92,7 +92,11 @@ def test_wrong_options_stop_with_one_sentence(folder: Path) -> None:
     script = str(ROOT / "examples" / "pretrain_llama.py")
     missing = run(["python", script, "--text", "no.txt"], folder)
     assert missing.returncode == 2
-    assert missing.stderr.strip().splitlines()[-1].endswith("the text file no.txt does not exist")
+    assert (
+        missing.stderr.strip()
+        .splitlines()[-1]
+        .endswith("--data no.txt does not exist: it takes a file, a folder, a glob, c4 or a hub's owner/name")
+    )
     contradiction = run(["python", script, *SMALL, "--optimizer", "AdamW"], folder)
     assert contradiction.returncode == 2
     assert "--rank belongs to FiraAdam" in contradiction.stderr

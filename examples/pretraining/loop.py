@@ -12,12 +12,15 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from .data import TrainingData
+from .progress import preparation_bar, progress_bar
 from .report import History, perplexity
-from .text_data import TextData, shard_indices, training_batches
 
 LOG_EVERY = 10
 # Steps from the first log on, before a machine's speed is trusted; those before it are slow and would mislead.
 PROBE_STEPS = 20
+# Key of the data's state in DeepSpeed's checkpoint.
+DATA_STATE = "data"
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, options: argparse.Namespace) -> LambdaLR:
@@ -38,19 +41,12 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, options: argparse.Namespac
 
 
 def train(
-    engine: deepspeed.DeepSpeedEngine, data: TextData, options: argparse.Namespace, history: History
+    engine: deepspeed.DeepSpeedEngine, data: TrainingData, options: argparse.Namespace, history: History
 ) -> dict[str, Any]:
     """Run the training steps, fill `history`, and return the size and the speed of the run."""
     start, world_size = engine.global_steps, dist.get_world_size()
     micro_steps, batch_size = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
-    batches = training_batches(
-        data.train,
-        batch_size=batch_size,
-        seed=options.seed,
-        dp_rank=dist.get_rank(),
-        world_size=world_size,
-        start=start * micro_steps,
-    )
+    batches = data.batches()
     tokens_per_step = batch_size * micro_steps * world_size * options.seq_length
     running = torch.zeros((), device=engine.device)
     began = time.perf_counter()
@@ -59,7 +55,7 @@ def train(
 
     step, logged, requested = start, start, options.steps
     probe_step, probe_time = None, 0.0
-    with progress_bar(options.steps, start) as bar:
+    with training_bar(options.steps, start) as bar:
         while step < options.steps:
             for _ in range(micro_steps):
                 ids = next(batches).to(engine.device)
@@ -93,15 +89,18 @@ def train(
                 write_above(bar, f"step {step}: validation loss {history.validation[-1][1]:.3f}")
                 evaluating += time.perf_counter() - pause
             if options.save_every is not None and step % options.save_every == 0:
-                engine.save_checkpoint(str(options.output_dir / "state"))
+                engine.save_checkpoint(str(options.output_dir / "state"), client_state={DATA_STATE: data.state_dict()})
 
     tokens = (step - start) * tokens_per_step
+    waiting = torch.tensor(data.waiting_seconds, device=engine.device)
+    dist.all_reduce(waiting, op=dist.ReduceOp.MAX)
     return {
         "steps": step,
         "steps_requested": requested,
         "tokens": tokens,
         "tokens_per_second": tokens / stepping,
         "seconds": time.perf_counter() - began,
+        "data_wait_share": waiting.item() / stepping,  # of the process that waited longest
         "world_size": world_size,
     }
 
@@ -126,32 +125,26 @@ def write_above(bar: tqdm, line: str) -> None:
         bar.write(line, file=sys.stderr)
 
 
-def progress_bar(steps: int, start: int) -> tqdm:
-    """A bar on the first process; in a log file, where it cannot redraw itself, one update in ten seconds."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
+def training_bar(steps: int, start: int) -> tqdm:
+    """The bar of the optimizer steps."""
+    return progress_bar(
         total=steps,
         initial=start,
-        disable=dist.get_rank() != 0,
-        mininterval=0.2 if terminal else 10.0,
-        dynamic_ncols=terminal,
         bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
     )
 
 
 @torch.no_grad()
-def evaluate(engine: deepspeed.DeepSpeedEngine, data: TextData, batches: int | None = None) -> float:
+def evaluate(engine: deepspeed.DeepSpeedEngine, data: TrainingData, batches: int | None = None) -> float:
     """Mean validation loss in nats per token over all processes, on `batches` of each or on everything."""
-    rows = shard_indices(len(data.validation), dp_rank=dist.get_rank(), world_size=dist.get_world_size())
-    batch_size = engine.train_micro_batch_size_per_gpu()
-    if batches is not None:
-        rows = rows[: batches * batch_size]
     total = torch.zeros(2, device=engine.device)  # sum of losses, sequences
     engine.eval()
-    for first in range(0, len(rows), batch_size):
-        ids = data.validation[rows[first : first + batch_size]]["input_ids"].long().to(engine.device)
-        loss = engine(input_ids=ids, labels=ids).loss
-        total += torch.stack([loss * len(ids), torch.full_like(loss, len(ids))])
+    with preparation_bar("validating", data.validation_length(batches), unit=" batches") as bar:
+        for ids in data.validation_batches(batches):
+            ids = ids.to(engine.device)
+            loss = engine(input_ids=ids, labels=ids).loss
+            total += torch.stack([loss * len(ids), torch.full_like(loss, len(ids))])
+            bar.update()
     engine.train()
     dist.all_reduce(total)
     return (total[0] / total[1]).item()

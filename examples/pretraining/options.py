@@ -10,7 +10,9 @@ from transformers import LlamaConfig
 
 from ds_fira.settings import check_params
 
-from .text_data import BUILDERS
+from .data import BLOCK_ROWS
+from .sources import find_files
+from .text_data import STREAM_VALIDATION_TOKENS, STREAMING_BYTES, TOKENIZER_DOCUMENTS
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 # JSON parameter of FiraAdam -> option. A value given on the command line wins over the DeepSpeed JSON.
@@ -54,9 +56,43 @@ def build_parser() -> OneSentenceParser:
     model.add_argument("--no-activation-checkpointing", action="store_true", help="faster, with more memory")
 
     text = parser.add_argument_group("text")
-    text.add_argument("--text", type=Path, help="txt, csv, json, jsonl or parquet file (default: the packaged reviews)")
     text.add_argument(
-        "--vocab-size", type=positive, help=f"of the tokenizer (default {VOCAB_SIZE}, or the model config's)"
+        "--data",
+        "--text",
+        metavar="SOURCE",
+        help="a txt, csv, json, jsonl or parquet file, also .gz, a folder or glob of them, c4, or a hub's "
+        "owner/name[:config] (default: the packaged reviews)",
+    )
+    text.add_argument("--text-column", default="text", help="column of the text (default text)")
+    text.add_argument(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        help="tokenise while training runs, instead of preparing the text as a whole (default: for a hub's text and "
+        f"for more than {STREAMING_BYTES // 10**6} MB of files)",
+    )
+    text.add_argument(
+        "--lanes", type=positive, help="parts of a stream, a multiple of the processes (default: one for each)"
+    )
+    text.add_argument(
+        "--block-rows", type=positive, default=BLOCK_ROWS, help="sequences of a stream that are shuffled together"
+    )
+    text.add_argument(
+        "--validation-data", metavar="SOURCE", help="as --data (default: its validation split, or documents held out)"
+    )
+    text.add_argument(
+        "--validation-tokens",
+        type=positive,
+        help=f"(default {STREAM_VALIDATION_TOKENS:,} of a stream, all of a text prepared as a whole)",
+    )
+    text.add_argument(
+        "--tokenizer",
+        help="a hub's name, or a local folder, tokenizer.json or SentencePiece .model (default: a byte-level BPE is "
+        f"trained on the text, of a stream on its first {TOKENIZER_DOCUMENTS:,} documents)",
+    )
+    text.add_argument(
+        "--vocab-size",
+        type=positive,
+        help=f"of the model (default {VOCAB_SIZE}, or as many as --tokenizer has, or the model config's)",
     )
     text.add_argument("--seq-length", type=positive, default=128)
     text.add_argument("--cache-dir", type=Path, default=REPOSITORY / "runs" / "cache", help="keeps prepared text")
@@ -109,11 +145,11 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, LlamaConfi
 
 def check_files(options: argparse.Namespace) -> None:
     """Raise `ValueError` for a file or folder that cannot be used."""
-    if options.text is not None:
-        if options.text.suffix not in BUILDERS:
-            raise ValueError(f"--text takes {', '.join(BUILDERS)} files, not {options.text.name}")
-        if not options.text.is_file():
-            raise ValueError(f"the text file {options.text} does not exist")
+    for source in (options.data, options.validation_data):
+        if source is not None:
+            find_files(source)
+    if options.seed < 0:
+        raise ValueError(f"--seed must be at least 0, not {options.seed}")
     if options.output_dir.exists() and not options.output_dir.is_dir():
         raise ValueError(f"--output-dir {options.output_dir} is a file")
     if options.resume and not (options.output_dir / "state" / "latest").is_file():
@@ -150,7 +186,10 @@ def read_json(path: Path, option: str) -> dict[str, Any]:
 
 
 def build_model_config(options: argparse.Namespace) -> LlamaConfig:
-    """The LLaMA to train, and `options.vocab_size` made to agree with it."""
+    """The LLaMA to train, and `options.vocab_size` made to agree with it.
+
+    `options.vocab_size` stays None where the vocabulary is to be that of `--tokenizer`, which is not open yet.
+    """
     if options.model_config is None:
         shape = {name: getattr(options, name) or SHAPE_DEFAULTS.get(name) for name in SHAPE_OPTIONS}
         values = {
@@ -173,8 +212,9 @@ def build_model_config(options: argparse.Namespace) -> LlamaConfig:
 
     if options.vocab_size not in (None, config.vocab_size):
         raise ValueError(f"--vocab-size {options.vocab_size} contradicts {config.vocab_size} in --model-config")
-    options.vocab_size = config.vocab_size
-    if config.vocab_size < MINIMAL_VOCAB_SIZE:
+    if options.tokenizer is None or options.model_config is not None:
+        options.vocab_size = config.vocab_size
+    if options.tokenizer is None and config.vocab_size < MINIMAL_VOCAB_SIZE:
         raise ValueError(
             f"a vocabulary of {config.vocab_size} cannot hold the 256 bytes and two marks of the tokenizer"
         )

@@ -117,6 +117,7 @@ def summary_table(summary: dict[str, Any], output_dir: Path) -> str:
         ("unigram entropy of the text", f"{summary['unigram_entropy']:.3f} nats per token (model {-gain:+.3f})"),
         ("steps, tokens", f"{steps} and {summary['tokens']:,}, on {summary['world_size']} processes"),
         ("training time", f"{summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens per second"),
+        ("waiting for data", f"{summary['data_wait_share']:.2%} of the training time"),
         ("model", f"{summary['parameters']:,} parameters"),
     ]
     if summary["optimizer"] == "FiraAdam":
