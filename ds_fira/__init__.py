@@ -4,6 +4,7 @@ Importing this package registers `FiraAdam` with DeepSpeed, so that `"optimizer"
 DeepSpeed config.
 """
 
+from ds_fira.activations import checkpoint_activations
 from ds_fira.groups import param_groups
 from ds_fira.memory import state_bytes
 from ds_fira.optimizer import FiraAdam
@@ -17,6 +18,7 @@ register()
 __all__ = [
     "FiraAdam",
     "__version__",
+    "checkpoint_activations",
     "init_distributed",
     "memory_report",
     "metrics",
