@@ -1,4 +1,4 @@
-"""The quickstart's script under real launchers, small: what it leaves behind is complete and opens."""
+"""The quickstart's script without a launcher, small; tests/test_launchers.py has the launchers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from tests.distributed import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(sys.executable).parent
@@ -25,10 +21,15 @@ SMALL = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working folder with a text: this project's own files, of which blank lines make documents."""
-    pages = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "ds_fira").glob("*.py"))]
-    (tmp_path / "text.txt").write_text("\n\n".join(page.read_text() for page in pages))
+    """A working folder with a text."""
+    write_text(tmp_path)
     return tmp_path
+
+
+def write_text(folder: Path) -> None:
+    """Make `folder / "text.txt"` of this project's own files, of which blank lines make documents."""
+    pages = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "ds_fira").glob("*.py"))]
+    (folder / "text.txt").write_text("\n\n".join(page.read_text() for page in pages))
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -42,39 +43,6 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=280,
     )
-
-
-def test_deepspeed_launcher_two_ranks(folder: Path) -> None:
-    """ZeRO-2, bf16 and activation checkpointing on two ranks: summary, plot, checkpoint and sample."""
-    script = str(ROOT / "examples" / "pretrain_llama.py")
-    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
-    done = run([*launcher, script, *SMALL, "--steps", "18"], folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    summary = json.loads((folder / "out" / "summary.json").read_text())
-    assert summary["world_size"] == 2
-    assert summary["steps"] == 18
-    assert summary["tokens"] == 18 * 2 * 4 * 32
-    assert summary["zero_stage"] == 2
-    assert summary["projected_matrices"] == 14
-    assert summary["refreshes"] == 14 * 4  # before steps 1, 6, 11 and 16
-    assert 0.0 < summary["captured_energy"] <= 1.0
-    assert summary["matrix_steps"] == 14 * 18
-    assert 0 <= summary["limiter_activations"] <= summary["matrix_steps"]
-    states = summary["optimizer_state_bytes"]
-    assert len(states) == 2
-    assert max(states) <= 1.1 * sum(states) / 2
-    assert summary["optimizer_state_bytes_paper_formula"] == pytest.approx(sum(states), rel=0.01)
-    assert summary["optimizer_state_bytes_adamw"] > sum(states)
-    first = float((folder / "out" / "history.csv").read_text().splitlines()[1].rpartition(",")[2])
-    assert summary["val_loss"] < first
-    assert summary["val_perplexity"] == pytest.approx(torch.tensor(summary["val_loss"]).double().exp().item())
-    assert summary["sample"]
-    assert (folder / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-    model = AutoModelForCausalLM.from_pretrained(folder / "out" / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "model")
-    ids = tokenizer("the state of a matrix", return_tensors="pt")["input_ids"]
-    assert torch.isfinite(model(ids).logits).all()
 
 
 def test_one_process_without_a_launcher(folder: Path) -> None:
