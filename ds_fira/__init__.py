@@ -12,8 +12,10 @@ from ds_fira.report import memory_report, metrics
 from ds_fira.runtime import init_distributed, shutdown
 from ds_fira.version import __version__
 from ds_fira.zero import register
+from ds_fira.zero_monitor import register_watch
 
 register()
+register_watch()
 
 __all__ = [
     "FiraAdam",

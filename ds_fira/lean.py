@@ -131,11 +131,8 @@ class LeanCuts:
         answers = {}
         for position, part in stepped.items():
             square, whole = scaled[position]
-            if part.share.owns:
-                low_rank_sq = sums[position][0]
-                finite = torch.ones_like(low_rank_sq, dtype=torch.bool)
-                metrics.record_energy(low_rank_sq, low_rank_sq.new_tensor(totals[position]), finite)
-            answers[position] = part.finish(exact.get(position, square), whole, metrics)
+            square = exact.get(position, square)
+            answers[position] = part.finish(square, whole, sums[position][0], totals[position], metrics)
         arrived = self._send_back(param, stepped, answers, self._links)
         for position in usable:
             if position in stepped:

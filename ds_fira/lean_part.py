@@ -201,17 +201,23 @@ class Part:
             )
         return total
 
-    def finish(self, square: Tensor, whole: Tensor, metrics: StepMetrics) -> tuple[Tensor, Tensor] | None:
+    def finish(
+        self, square: Tensor, whole: Tensor, low_rank_square: Tensor, grad_square: float, metrics: StepMetrics
+    ) -> tuple[Tensor, Tensor] | None:
         """The limiter, alike on all sharers; C and phi of the entries kept, None for no entries.
 
         Args:
             square: |S|^2 of the whole matrix, 0-dim.
             whole: |phi * G|^2, likewise.
-            metrics: counts the limiter's activation on the owner.
+            low_rank_square: |R|^2, likewise.
+            grad_square: |G|^2, likewise.
+            metrics: counts the step on the owner.
         """
         usable = torch.ones((), dtype=torch.bool, device=self.grad.device)
-        counted = metrics if self.share.owns else None
-        divisor = limit(square, whole, self.resolution, self.state, self.group, usable, counted)
+        divisor = limit(square, whole, self.resolution, self.state, self.group, usable)
+        if self.share.owns:
+            total = low_rank_square.new_tensor(grad_square)
+            metrics.record(low_rank_square, total, square, divisor, usable, self.group["residual_scale"])
         if self.step is None:
             return None
         phi, carried = carry_step(self.step, divisor, self.state, self.group)

@@ -42,9 +42,12 @@ class LeanRefresh:
         queues: dict[int, list[int]] = defaultdict(list)
         for position in due:
             queues[self.matrices[position].owner].append(position)
+        if not due:
+            return
         # In rounds of one matrix an owner: all owners compute at once, and none holds more than one whole gradient.
-        for turn in zip_longest(*queues.values()):
-            self._turn([p for p in turn if p is not None], param, parts, group, refresher, metrics)
+        with metrics.refreshing(param.device):
+            for turn in zip_longest(*queues.values()):
+                self._turn([p for p in turn if p is not None], param, parts, group, refresher, metrics)
 
     def _turn(
         self,

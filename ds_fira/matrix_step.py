@@ -134,33 +134,6 @@ def scaling_factors(direction_sq: Tensor, low_rank_sq: Tensor, correction: Tenso
     return phi
 
 
-def finish_step(
-    step: LowRankStep,
-    square: Tensor,
-    task_resolution: float,
-    state: MatrixState,
-    group: dict[str, Any],
-    usable: Tensor,
-    metrics: StepMetrics,
-) -> tuple[Tensor, Tensor]:
-    """The limiter, and what is left to do at full size: W <- keep * W - (phi * G + P C).
-
-    Args:
-        step: as `low_rank_step` gives it; its direction is used up.
-        square: |S|^2, summed exactly where the difference of squares would not do.
-        task_resolution: below this share of |phi * G| a residual is rounding.
-        state: its residual norm is updated.
-        group: the param group.
-        usable: whether the gradient is finite.
-        metrics: counts the limiter's activations.
-
-    Returns:
-        phi and C = a N - a phi R, the step size and (1 - lr * weight_decay) folded into both; in the state's dtype.
-    """
-    divisor = limit(square, step.whole, task_resolution, state, group, usable, metrics)
-    return carry_step(step, divisor, state, group)
-
-
 def limit(
     square: Tensor,
     whole: Tensor,
@@ -168,18 +141,16 @@ def limit(
     state: MatrixState,
     group: dict[str, Any],
     usable: Tensor,
-    metrics: StepMetrics | None,
 ) -> Tensor | None:
     """The norm-growth limiter's divisor, None without one; the residual norm in the state is updated.
 
     Args:
-        square: |S|^2.
+        square: |S|^2, summed exactly where the difference of squares would not do.
         whole: |phi * G|^2.
-        task_resolution: as in `finish_step`.
-        state: likewise.
-        group: likewise.
-        usable: likewise.
-        metrics: likewise; None where another process counts this matrix.
+        task_resolution: below this share of |phi * G| a residual is rounding.
+        state: its residual norm is updated.
+        group: the param group.
+        usable: whether the gradient is finite.
     """
     if group["limiter"] != "growth":
         return None
@@ -187,21 +158,22 @@ def limit(
         square, whole, state.residual_norm.double(), gamma=group["gamma"], resolution=task_resolution
     )
     state.residual_norm.copy_(torch.where(usable, norm, state.residual_norm))
-    if metrics is not None:
-        metrics.record_limiter((divisor > 1.0) & usable)
     return divisor
 
 
 def carry_step(
     step: LowRankStep, divisor: Tensor | None, state: MatrixState, group: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """What is left to do at full size: phi and C as `finish_step` returns them.
+    """What is left to do at full size: W <- keep * W - (phi * G + P C).
 
     Args:
         step: its direction is used up.
         divisor: the limiter's, None without one.
         state: of the matrix, or of the part of it that `step` is of.
         group: the param group.
+
+    Returns:
+        phi and C = a N - a phi R, the step size and (1 - lr * weight_decay) folded into both; in the state's dtype.
     """
     paper = group["formulation"] == "paper"
     phi = step.phi * group["residual_scale"]
@@ -265,8 +237,10 @@ def update(task: MatrixTask, metrics: StepMetrics) -> None:
             precision=precision,
         )
         square = torch.where(needed, exact, square)
-    metrics.record_energy(step.low_rank_sq.sum(-1), total, usable, on_host=ops is F and total.device.type == "cpu")
-    phi, carried = finish_step(step, square, task.resolution, state, group, usable, metrics)
+    divisor = limit(square, step.whole, task.resolution, state, group, usable)
+    on_host = ops is F and total.device.type == "cpu"
+    metrics.record(step.low_rank_sq.sum(-1), total, square, divisor, usable, group["residual_scale"], on_host)
+    phi, carried = carry_step(step, divisor, state, group)
     ops.apply_update_(
         task.weight,
         grad,

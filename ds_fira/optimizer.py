@@ -192,6 +192,8 @@ class FiraAdam(Optimizer):
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 _require_dense(param)
+            if params:
+                self.metrics.count_step(params[0])
             if "rank" in group:
                 self._step_projected(params, group)
             else:

@@ -78,11 +78,16 @@ class Refresher:
 
     def refresh(self, due: list[MatrixTask]) -> None:
         """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all."""
-        if self.replicas is None:
-            for task in due:
-                self._adopt(task, self._new_basis(task))
+        if not due:
             return
-        channel = self.replicas
+        with self._metrics.refreshing(due[0].weight.device):
+            if self.replicas is None:
+                for task in due:
+                    self._adopt(task, self._new_basis(task))
+            else:
+                self._refresh_replicas(due, self.replicas)
+
+    def _refresh_replicas(self, due: list[MatrixTask], channel: Channel) -> None:
         # In rounds of one matrix a rank: all ranks compute at once, and none holds more than one new basis.
         for first in range(0, len(due), channel.dp_size):
             turn = due[first : first + channel.dp_size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_fira.memory import adamw_bytes, formula_bytes, state_bytes
+from ds_fira.monitoring import over_ranks
 from ds_fira.zero import fira_of
 
 
@@ -15,26 +16,17 @@ def metrics(engine: Any) -> dict[str, float | int]:
         engine: a DeepSpeed engine (or its optimizer) that trains with FiraAdam.
 
     Returns:
-        `captured_energy`, the mean over matrix steps of |P'G|^2 / |G|^2; `limiter_activations`, matrix steps in which
-        the limiter shrank the residual; `refreshes`, bases computed; `matrix_steps`; `projected_matrices`.
+        `captured_energy`, the mean over matrix steps of |P'G|^2 / |G|^2; `residual_norm`, the root mean square over
+        steps of the norm of all matrices' residuals as they went into the update; `limiter_activations`, matrix steps
+        in which the limiter shrank the residual, and `limiter_share`, of all; `refreshes`, bases computed;
+        `refresh_seconds`, wall time of refreshes on the rank that spent most; `matrix_steps`; `projected_matrices`.
 
     Raises:
         ValueError: the engine does not train with FiraAdam.
     """
     optimizer = fira_of(engine)
-    parts = [optimizer.metrics.totals()]
-    if optimizer.channel is not None:
-        parts = optimizer.channel.gather_objects(parts[0])
-    if optimizer.replicated:
-        parts = parts[:1]  # every rank counted the same steps
-    matrix_steps = sum(part["matrix_steps"] for part in parts)
-    return {
-        "captured_energy": sum(part["captured_energy_sum"] for part in parts) / max(matrix_steps, 1),
-        "limiter_activations": sum(part["limiter_activations"] for part in parts),
-        "refreshes": sum(part["refreshes"] for part in parts),
-        "matrix_steps": matrix_steps,
-        "projected_matrices": sum(record.matrices for record in optimizer.inventory),
-    }
+    together = over_ranks(optimizer, optimizer.metrics.totals())
+    return {**together.figures(), "projected_matrices": sum(record.matrices for record in optimizer.inventory)}
 
 
 def memory_report(engine: Any) -> dict[str, Any]:

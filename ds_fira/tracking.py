@@ -1,9 +1,75 @@
-"""What a run tells of Fira at work: captured energy, limiter activations, refreshes."""
+"""What a run tells of Fira at work: captured energy, residual norm, limiter activations, refreshes and their time."""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over the steps of one process, or of all of them; the difference of two is what happened in between.
+
+    Attributes:
+        steps: optimizer steps made.
+        matrix_steps: matrices stepped with a gradient that is finite and not zero, summed over steps.
+        captured_energy_sum: sum of |P'G|^2 / |G|^2 over those.
+        limiter_activations: those in which the limiter shrank the residual.
+        residual_square_sum: sum of |S|^2 over those; S is the residual of the update after the limiter, times
+            `residual_scale`, before the step size.
+        refreshes: bases computed or received.
+        refresh_seconds: wall time of refreshes, what they send and wait for included.
+    """
+
+    steps: float = 0.0
+    matrix_steps: float = 0.0
+    captured_energy_sum: float = 0.0
+    limiter_activations: float = 0.0
+    residual_square_sum: float = 0.0
+    refreshes: float = 0.0
+    refresh_seconds: float = 0.0
+
+    def __sub__(self, earlier: Totals) -> Totals:
+        return Totals(*(new - old for new, old in zip(astuple(self), astuple(earlier), strict=True)))
+
+    @classmethod
+    def over_ranks(cls, parts: Sequence[Totals], replicated: bool) -> Totals:
+        """What all ranks did together: sums, but all make the same steps, and the slowest rank's refreshes count.
+
+        Args:
+            parts: one of each rank.
+            replicated: whether every rank steps, and counts, the same matrices.
+        """
+        added = {field.name: sum(getattr(part, field.name) for part in parts) for field in fields(cls)}
+        if replicated:
+            added = {field.name: getattr(parts[0], field.name) for field in fields(cls)}
+        added["steps"] = max(part.steps for part in parts)
+        added["refresh_seconds"] = max(part.refresh_seconds for part in parts)
+        return cls(**added)
+
+    def figures(self) -> dict[str, float | int]:
+        """What a user sees of them.
+
+        Returns:
+            `captured_energy`, the mean of |P'G|^2 / |G|^2 over matrix steps; `residual_norm`, the root mean square over
+            steps of sqrt(sum over matrices of |S|^2); `limiter_activations` and `limiter_share`, of the matrix steps;
+            `refreshes`; `refresh_seconds`; `matrix_steps`.
+        """
+        return {
+            "captured_energy": self.captured_energy_sum / max(self.matrix_steps, 1.0),
+            "residual_norm": math.sqrt(self.residual_square_sum / max(self.steps, 1.0)),
+            "limiter_activations": int(self.limiter_activations),
+            "limiter_share": self.limiter_activations / max(self.matrix_steps, 1.0),
+            "refreshes": int(self.refreshes),
+            "refresh_seconds": self.refresh_seconds,
+            "matrix_steps": int(self.matrix_steps),
+        }
 
 
 class StepMetrics:
@@ -17,65 +83,113 @@ class StepMetrics:
 
     def __init__(self) -> None:
         self.refreshes = 0
-        # By device: matrix steps, captured energy, limiter activations.
+        # By parameter, since ZeRO steps one param group in a call.
+        self._steps: dict[Tensor, int] = {}
+        # By device: matrix steps, captured energy, limiter activations, squared residual norms.
         self._sums: dict[torch.device, Tensor] = {}
-        self._host = [0.0, 0.0, 0.0]
+        self._host = [0.0, 0.0, 0.0, 0.0]
+        self._refresh_seconds = 0.0
+        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def record_energy(
-        self, low_rank_square: Tensor, grad_square: Tensor, usable: Tensor, on_host: bool = False
+    def count_step(self, param: Tensor) -> None:
+        """Count a step of a param group; the same parameter stands for the group each time."""
+        self._steps[param] = self._steps.get(param, 0) + 1
+
+    def record(
+        self,
+        low_rank_square: Tensor,
+        grad_square: Tensor,
+        residual_square: Tensor,
+        divisor: Tensor | None,
+        usable: Tensor,
+        residual_scale: float,
+        on_host: bool = False,
     ) -> None:
-        """Count steps of matrices.
+        """Count one step of a matrix, or of k.
 
         Args:
             low_rank_square: |R|^2, (k,) or 0-dim.
             grad_square: |G|^2.
+            residual_square: |S|^2 before the limiter.
+            divisor: the limiter's; None without one.
             usable: whether G is finite.
+            residual_scale: multiplies S in the update.
             on_host: whether they are 0-dim and may be read at once.
         """
         if on_host:
             # Quicker to add up than tensors are.
             low_rank, whole = float(low_rank_square), float(grad_square)
             if whole > 0.0 and bool(usable):
+                shrunk = 1.0 if divisor is None else float(divisor)
                 self._host[0] += 1.0
                 self._host[1] += low_rank / whole
+                self._host[2] += shrunk > 1.0
+                self._host[3] += max(float(residual_square), 0.0) * (residual_scale / shrunk) ** 2
             return
         counted = usable & (grad_square > 0.0)
-        sums = self._of(grad_square.device)
-        sums[0] += counted.sum()
-        sums[1] += torch.where(counted, low_rank_square / grad_square, 0.0).sum()
+        one = torch.ones_like(grad_square)
+        shrunk = one if divisor is None else divisor
+        residual = residual_square.clamp(min=0.0) * (residual_scale / shrunk).square()
+        found = torch.stack([one, low_rank_square / grad_square, shrunk > 1.0, residual])
+        self._of(grad_square.device).add_(torch.where(counted, found, 0.0).view(4, -1).sum(1))
 
-    def record_limiter(self, active: Tensor) -> None:
-        """Count matrix steps in which the limiter shrank the residual."""
-        self._of(active.device)[2] += active.sum()
+    @contextmanager
+    def refreshing(self, device: torch.device) -> Iterator[None]:
+        """Add the time inside the block to that of refreshes; on a GPU by events in its stream, without waiting."""
+        if device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._refresh_seconds += time.perf_counter() - start
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._pending.append((begin, end))
+        while self._pending and self._pending[0][1].query():
+            self._read_oldest()
 
     @property
     def matrix_steps(self) -> int:
         """Matrices stepped with a gradient that is finite and not zero, summed over steps."""
-        return int(self._total(0))
+        return int(self._added()[0])
 
     @property
     def captured_energy_sum(self) -> float:
         """Sum of |P'G|^2 / |G|^2 over those."""
-        return self._total(1)
+        return self._added()[1]
 
     @property
     def limiter_activations(self) -> int:
         """Matrix steps in which the limiter shrank the residual."""
-        return int(self._total(2))
+        return int(self._added()[2])
 
-    def totals(self) -> dict[str, float]:
-        """The sums as plain numbers, for other processes; waits for a GPU."""
-        return {
-            "matrix_steps": self.matrix_steps,
-            "captured_energy_sum": self.captured_energy_sum,
-            "limiter_activations": self.limiter_activations,
-            "refreshes": self.refreshes,
-        }
+    def totals(self) -> Totals:
+        """The sums as plain numbers; waits for a GPU."""
+        while self._pending:
+            self._pending[0][1].synchronize()
+            self._read_oldest()
+        matrix_steps, energy, activations, residual = self._added()
+        return Totals(
+            steps=float(max(self._steps.values(), default=0)),
+            matrix_steps=matrix_steps,
+            captured_energy_sum=energy,
+            limiter_activations=activations,
+            residual_square_sum=residual,
+            refreshes=float(self.refreshes),
+            refresh_seconds=self._refresh_seconds,
+        )
+
+    def _read_oldest(self) -> None:
+        begin, end = self._pending.pop(0)
+        self._refresh_seconds += begin.elapsed_time(end) / 1000.0
 
     def _of(self, device: torch.device) -> Tensor:
         if device not in self._sums:
-            self._sums[device] = torch.zeros(3, dtype=torch.float64, device=device)
+            self._sums[device] = torch.zeros(4, dtype=torch.float64, device=device)
         return self._sums[device]
 
-    def _total(self, index: int) -> float:
-        return self._host[index] + sum(float(sums[index]) for sums in self._sums.values())
+    def _added(self) -> list[float]:
+        """Host and devices together: matrix steps, captured energy, limiter activations, squared residual norms."""
+        on_devices = [sums.tolist() for sums in self._sums.values()]
+        return [sum(values) for values in zip(self._host, *on_devices, strict=True)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,7 +97,8 @@ def test_parts_make_the_step_of_the_whole(
     whole = state_views(allocate_matrices(weight, tuple(basis.shape), low_rank, "float32", ()), side)
     whole.basis.copy_(basis)
     whole.refresh_step.fill_(0)
-    flat, expected, metrics = weight.clone().view(-1), weight.clone(), StepMetrics()
+    flat, expected = weight.clone().view(-1), weight.clone()
+    metrics, counted = StepMetrics(), StepMetrics()
     shares = [Share.of(matrix, 0, 0, rank) for rank, _ in matrix.fragments]
     states = []
     for share in shares:
@@ -123,11 +126,13 @@ def test_parts_make_the_step_of_the_whole(
         if exact:
             exact_square = sum(part.residual_square(*hand_over(parts, kept, rank)) for rank, part in parts.items())
             torch.testing.assert_close(exact_square, scaled[0])
-        answers = {rank: part.finish(*scaled, metrics) for rank, part in parts.items()}
+        total = float(grad.square().sum())
+        answers = {rank: part.finish(*scaled, sums[0], total, counted) for rank, part in parts.items()}
         for rank, part in parts.items():
             part.apply(*hand_over(parts, answers, rank))
         for state in states:
             torch.testing.assert_close(state.residual_norm, whole.residual_norm)
+    assert asdict(counted.totals()) == pytest.approx(asdict(metrics.totals()), rel=1e-6, abs=1e-9)
     # Below this the moments hold rounding alone, and their quotient is of any size.
     if float(whole.exp_avg_sq[""].min()) > 1e-12:
         torch.testing.assert_close(flat.view(m, n), expected, rtol=1e-9, atol=1e-9)
