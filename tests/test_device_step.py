@@ -91,6 +91,9 @@ def test_kernels_make_the_steps_of_the_torch_functions(kind: str, settings: dict
         assert ours.metrics.matrix_steps == theirs.metrics.matrix_steps
         assert ours.metrics.limiter_activations == theirs.metrics.limiter_activations
         assert ours.metrics.captured_energy_sum == pytest.approx(theirs.metrics.captured_energy_sum, rel=1e-5)
+        residuals = [optimizer.metrics.totals().residual_square_sum for optimizer in (ours, theirs)]
+        assert residuals[0] == pytest.approx(residuals[1], rel=tolerance)
+        assert residuals[1] > 0.0
 
 
 class HostReads(TorchDispatchMode):
