@@ -121,6 +121,8 @@ def test_deepspeed(folder: Path, reference: dict[str, Any]) -> None:
     assert 0.0 < summary["captured_energy"] <= 1.0
     assert summary["matrix_steps"] == 14 * STEPS
     assert 0 <= summary["limiter_activations"] <= summary["matrix_steps"]
+    assert summary["residual_norm"] > 0.0
+    assert 0.0 < summary["refresh_seconds"] < summary["seconds"]
     states = summary["optimizer_state_bytes"]
     assert len(states) == 2
     assert max(states) <= 1.1 * sum(states) / 2

@@ -124,10 +124,13 @@ def summary_table(summary: dict[str, Any], output_dir: Path) -> str:
         per_process = ", ".join(size(count) for count in summary["optimizer_state_bytes"])
         formula, adamw = summary["optimizer_state_bytes_paper_formula"], summary["optimizer_state_bytes_adamw"]
         total = sum(summary["optimizer_state_bytes"])
+        refreshing = summary["refresh_seconds"] / summary["seconds"]
         rows += [
             ("projected matrices", f"{summary['projected_matrices']}, {summary['refreshes']} subspace refreshes"),
+            ("refresh time", f"{summary['refresh_seconds']:.1f} s, {refreshing:.1%} of the training time"),
             ("captured energy", f"{summary['captured_energy']:.1%} of the squared gradient norm"),
             ("limiter activations", f"{summary['limiter_activations']:,} in {summary['matrix_steps']:,} matrix steps"),
+            ("residual norm", f"{summary['residual_norm']:.4g}, root mean square over the steps"),
             ("optimizer state per process", per_process),
             ("optimizer state together", f"{size(total)} (formula of the paper {size(formula)}, AdamW {size(adamw)})"),
         ]
