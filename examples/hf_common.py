@@ -1,0 +1,149 @@
+"""What the two Hugging Face examples share: the model, its text, and an end in one sentence on every rank."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import deepspeed.comm as dist
+import torch
+from pretraining.text_data import BUILDERS, TextData, TextRecipe, prepare
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import ds_fira
+from ds_fira.models import NAMES, config_file
+from ds_fira.settings import check_params
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def stop(sentence: str) -> NoReturn:
+    """End every process in good order with one sentence; for errors that all of them know of."""
+    ds_fira.shutdown()
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(sentence.split())}")
+
+
+def one_sentence(error: Exception) -> str:
+    """The message of an error, which for a missing file does not name the file by itself."""
+    return str(error) or type(error).__name__
+
+
+def check_fira(config: dict[str, Any], source: Any) -> None:
+    """Check the optimizer of a DeepSpeed config before anything is loaded.
+
+    Args:
+        config: the DeepSpeed config; values that are still "auto" are those that nobody fills in.
+        source: where it comes from, for the message.
+
+    Raises:
+        ValueError: there is no optimizer, an "auto" is left, a setting of FiraAdam is wrong, or it has no rank.
+    """
+    optimizer = config.get("optimizer")
+    if optimizer is None:
+        raise ValueError(f'{source} has no optimizer; add "optimizer": {{"type": "FiraAdam", "params": {{...}}}}.')
+    params = optimizer.get("params", {})
+    for name, value in params.items():
+        if value == "auto":
+            raise ValueError(f'{source}: optimizer.params.{name} = "auto" is filled in by nobody; give a value.')
+    if optimizer["type"] == "FiraAdam":
+        check_params(params, f"FiraAdam in {source}")
+        if params.get("rank") is None:
+            raise ValueError(
+                f"{source}: optimizer.params.rank is missing, so FiraAdam would project nothing and be AdamW; "
+                "add a rank, such as 128."
+            )
+
+
+def build_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model to train, in float32, and its tokenizer where it is a checkpoint.
+
+    Args:
+        name: a transformers config file or one of `ds_fira.models.NAMES`, for a new model with random weights; or the
+            folder or hub name of a checkpoint to go on from.
+
+    Raises:
+        OSError: there is no such file, model or checkpoint.
+        ValueError: the file holds no model that transformers knows.
+    """
+    # On a CPU the plain attention is faster in training than the fused kernel, whose backward is slow.
+    options = {"attn_implementation": "sdpa" if torch.cuda.is_available() else "eager"}
+    if name in NAMES or name.endswith(".json"):
+        path = config_file(name) if name in NAMES else Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"the model config {path} does not exist")
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
+        return model, None
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def load_text(
+    text: Path | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seq_length: int, cache: Path
+) -> tuple[datasets.Dataset, datasets.Dataset, PreTrainedTokenizerBase]:
+    """Training and validation rows `input_ids` of `seq_length` tokens, and the tokenizer that made them.
+
+    The first process prepares and caches them while the others wait. Where that fails, all of them stop.
+
+    Args:
+        text: a txt, csv, json, jsonl or parquet file; None for the packaged reviews.
+        model: its vocabulary is the size of a new tokenizer.
+        tokenizer: the checkpoint's; None to train one on the text.
+        seq_length: tokens in a row.
+        cache: folder that keeps prepared text.
+    """
+    recipe = TextRecipe(text=text, vocab_size=model.config.vocab_size, seq_length=seq_length, seed=0)
+    outcome: list[Any] = [None, None]  # result, error
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = prepare(recipe, cache) if tokenizer is None else pack(recipe, tokenizer, cache)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            outcome[1] = one_sentence(error)
+    dist.broadcast_object_list(outcome, src=0)
+    folder, error = outcome
+    if error is not None:
+        stop(error)
+    if tokenizer is None:
+        data = TextData.load(folder)
+        return data.train, data.validation, data.tokenizer
+    splits = datasets.load_from_disk(folder).with_format("torch")
+    return splits["train"], splits["test"], tokenizer
+
+
+def pack(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> str:
+    """Cut the documents of `recipe`, in the tokens of a checkpoint, into full rows; returns the folder they are in."""
+    source = recipe.source()
+    if source.suffix not in BUILDERS:
+        raise ValueError(f"the text is a {', '.join(BUILDERS)} file, not {source.name}")
+    if not source.is_file():
+        raise FileNotFoundError(f"the text file {source} does not exist")
+    options = {"sample_by": "paragraph"} if source.suffix == ".txt" else {}
+    documents = datasets.load_dataset(
+        BUILDERS[source.suffix], data_files=str(source), split="train", cache_dir=str(cache), **options
+    )
+    length = recipe.seq_length
+
+    def rows(batch: dict[str, list]) -> dict[str, list]:
+        tokenized = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
+        stream = [token for ids in tokenized for token in [*ids, tokenizer.eos_token_id]]
+        return {"input_ids": [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]}
+
+    splits = documents.train_test_split(test_size=recipe.validation_share, seed=recipe.seed)
+    packed = splits.map(rows, batched=True, remove_columns=documents.column_names)
+    for name, split in packed.items():
+        if len(split) == 0:
+            raise ValueError(f"the {name} split of {source} is shorter than {length} tokens")
+    folder = cache / f"packed-{packed['train']._fingerprint}"
+    packed.save_to_disk(str(folder))
+    return str(folder)
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch for a causal language model, which shifts the labels itself.
+
+    Not `DataCollatorForLanguageModeling`: it takes every pad token out of the loss, and where the end-of-text token
+    pads, as here, a model never learns to end.
+    """
+    ids = torch.stack([row["input_ids"] for row in rows]).long()
+    return {"input_ids": ids, "labels": ids}

@@ -1,0 +1,140 @@
+"""Train a causal language model with the Hugging Face Trainer and FiraAdam from a DeepSpeed JSON.
+
+    deepspeed --num_gpus 2 examples/hf_trainer.py --model llama_60m --bf16 --learning_rate 0.005 --output_dir runs/trainer
+    torchrun --standalone --nproc_per_node 2 examples/hf_trainer.py ... --resume_from_checkpoint last
+
+Every argument of `TrainingArguments` works. `--deepspeed` is ds_configs/zero2_auto.json unless given: its "auto" values
+come from the arguments, FiraAdam's own settings from the file. docs/ecosystem.md tells what to watch.
+"""
+
+# No `from __future__ import annotations`: HfArgumentParser reads the types of the dataclass.
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from hf_common import REPOSITORY, build_model, check_fira, collate, load_text, one_sentence, stop
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import ds_fira  # registers FiraAdam
+
+# Arguments of the Trainer that act through a value of the JSON, and do nothing where the JSON lacks it.
+THROUGH_JSON = {
+    "learning_rate": "optimizer.params.lr",
+    "weight_decay": "optimizer.params.weight_decay",
+    "adam_beta1": "optimizer.params.betas",
+    "adam_beta2": "optimizer.params.betas",
+    "adam_epsilon": "optimizer.params.eps",
+    "max_grad_norm": "gradient_clipping",
+}
+
+
+@dataclasses.dataclass
+class Options:
+    """What to train, and on which text."""
+
+    model: str = dataclasses.field(
+        default="llama_60m",
+        metadata={"help": "a model of ds_fira.models, a transformers config file, or a checkpoint to go on from"},
+    )
+    text: Path | None = dataclasses.field(
+        default=None, metadata={"help": "txt, csv, json, jsonl or parquet file (default: the packaged reviews)"}
+    )
+    seq_length: int = dataclasses.field(default=256, metadata={"help": "tokens in a row"})
+    cache_dir: Path = dataclasses.field(default=REPOSITORY / "runs" / "cache", metadata={"help": "for prepared text"})
+
+
+class Parser(HfArgumentParser):
+    """Stops with one sentence, not with the pages of usage that `TrainingArguments` has."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Options, TrainingArguments]:
+    """The command line, checked against the DeepSpeed JSON it names.
+
+    Raises:
+        ValueError: they contradict each other, or a file does not exist.
+    """
+    parser = Parser((Options, TrainingArguments), allow_abbrev=False)
+    parser.set_defaults(
+        deepspeed=str(REPOSITORY / "ds_configs" / "zero2_auto.json"),
+        # Without a GPU the Trainer takes itself for one process, whatever the launcher, unless it is told.
+        use_cpu=not torch.cuda.is_available(),
+    )
+    options, training = parser.parse_args_into_dataclasses(arguments)
+    if training.hf_deepspeed_config.mismatches:
+        differences = ", ".join(entry.removeprefix("- ") for entry in training.hf_deepspeed_config.mismatches)
+        raise ValueError(f'{training.deepspeed} contradicts the arguments ({differences}); write "auto" there.')
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    for name, key in THROUGH_JSON.items():
+        value = getattr(training, name)
+        if value != defaults[name] and training.hf_deepspeed_config.get_value(key) is None:
+            raise ValueError(f'--{name} {value} does nothing, as {training.deepspeed} has no {key}; write "auto" there.')
+    for name in ("optim", "optim_args", "ddp_timeout"):
+        if getattr(training, name) != defaults[name]:
+            instead = "DEEPSPEED_TIMEOUT in minutes" if name == "ddp_timeout" else f"it in {training.deepspeed}"
+            raise ValueError(f"--{name} does nothing here; set {instead}.")
+    check_fira(training.hf_deepspeed_config.config, training.deepspeed)
+    if training.resume_from_checkpoint == "last":
+        training.resume_from_checkpoint = get_last_checkpoint(training.output_dir)
+        if training.resume_from_checkpoint is None:
+            raise ValueError(f"--resume_from_checkpoint last found no checkpoint in {training.output_dir}.")
+    return options, training
+
+
+def run(options: Options, training: TrainingArguments) -> Any:
+    """Train, validate and save; returns the DeepSpeed engine.
+
+    Leaves in `output_dir` the model and its tokenizer, the Trainer's checkpoints, its log and the last figures.
+    """
+    set_seed(training.seed)
+    try:
+        model, tokenizer = build_model(options.model)
+    except (OSError, ValueError) as error:
+        stop(one_sentence(error))
+    train, validation, tokenizer = load_text(options.text, model, tokenizer, options.seq_length, options.cache_dir)
+    model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=collate,
+    )
+    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+
+    engine = trainer.model_wrapped
+    metrics = trainer.evaluate()
+    metrics["perplexity"] = math.exp(metrics["eval_loss"])
+    if training.hf_deepspeed_config.get_value("optimizer.type") == "FiraAdam":
+        metrics |= ds_fira.metrics(engine)
+        metrics["optimizer_state_bytes"] = sum(ds_fira.memory_report(engine)["optimizer_state_bytes"])
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    return engine
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run under the deepspeed launcher, torchrun, mpirun, or none."""
+    ds_fira.init_distributed()
+    try:
+        options, training = parse(arguments)
+    except (OSError, ValueError) as error:
+        stop(one_sentence(error))
+    engine = run(options, training)
+    # The Trainer is gone with its references to the optimizer: now the processes can end in good order.
+    ds_fira.shutdown(engine)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
