@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import datasets
 import deepspeed.comm as dist
 import torch
-from pretraining.text_data import BUILDERS, TextData, TextRecipe, prepare
+from datasets.fingerprint import Hasher
+from pretraining.text_data import TextData, TextRecipe, prepare
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import ds_fira
@@ -23,11 +24,6 @@ def stop(sentence: str) -> NoReturn:
     """End every process in good order with one sentence; for errors that all of them know of."""
     ds_fira.shutdown()
     sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(sentence.split())}")
-
-
-def one_sentence(error: Exception) -> str:
-    """The message of an error, which for a missing file does not name the file by itself."""
-    return str(error) or type(error).__name__
 
 
 def check_fira(config: dict[str, Any], source: Any) -> None:
@@ -88,55 +84,71 @@ def load_text(
 
     Args:
         text: a txt, csv, json, jsonl or parquet file; None for the packaged reviews.
-        model: its vocabulary is the size of a new tokenizer.
+        model: its vocabulary is the size of a new tokenizer, its positions bound `seq_length`.
         tokenizer: the checkpoint's; None to train one on the text.
         seq_length: tokens in a row.
         cache: folder that keeps prepared text.
     """
-    recipe = TextRecipe(text=text, vocab_size=model.config.vocab_size, seq_length=seq_length, seed=0)
-    outcome: list[Any] = [None, None]  # result, error
+    outcome: list[Any] = [None, None]  # folder, error
     if dist.get_rank() == 0:
         try:
-            outcome[0] = prepare(recipe, cache) if tokenizer is None else pack(recipe, tokenizer, cache)
+            positions = getattr(model.config, "max_position_embeddings", seq_length)
+            if seq_length > positions:
+                raise ValueError(f"rows of {seq_length} tokens exceed the {positions} positions of the model")
+            if tokenizer is None:
+                vocab_size = model.config.vocab_size
+                recipe = TextRecipe(text=text, vocab_size=vocab_size, seq_length=seq_length, seed=0)
+                outcome[0] = str(prepare(recipe, cache))
+            else:
+                outcome[0] = str(pack(text, tokenizer, seq_length, cache))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            outcome[1] = one_sentence(error)
+            outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0)
     folder, error = outcome
     if error is not None:
         stop(error)
     if tokenizer is None:
-        data = TextData.load(folder)
+        data = TextData.load(Path(folder))
         return data.train, data.validation, data.tokenizer
     splits = datasets.load_from_disk(folder).with_format("torch")
     return splits["train"], splits["test"], tokenizer
 
 
-def pack(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, cache: Path) -> str:
-    """Cut the documents of `recipe`, in the tokens of a checkpoint, into full rows; returns the folder they are in."""
-    source = recipe.source()
-    if source.suffix not in BUILDERS:
-        raise ValueError(f"the text is a {', '.join(BUILDERS)} file, not {source.name}")
-    if not source.is_file():
-        raise FileNotFoundError(f"the text file {source} does not exist")
-    options = {"sample_by": "paragraph"} if source.suffix == ".txt" else {}
+def pack(text: Path | None, tokenizer: PreTrainedTokenizerBase, seq_length: int, cache: Path) -> Path:
+    """Cut documents, in the tokens of a checkpoint, into full rows; returns the folder they are in.
+
+    Raises:
+        ValueError: there is no text, too little of it, or no end-of-text token to close a document with.
+        FileNotFoundError: the file does not exist.
+    """
+    if text is None:
+        raise ValueError("a checkpoint to go on from needs --text with the text to train it on")
+    if not text.is_file():
+        raise FileNotFoundError(f"the text file {text} does not exist")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the checkpoint's tokenizer has no eos_token, which closes a document")
+    key = Hasher.hash([str(text.resolve()), text.stat().st_mtime_ns, tokenizer.get_vocab(), seq_length])
+    folder = cache / f"packed-{key}"
+    if folder.exists():
+        return folder
+    # The ending of the file's name tells `datasets` how to read it; the paragraphs of a txt file are its documents.
+    options = {"sample_by": "paragraph"} if text.suffix == ".txt" else {}
     documents = datasets.load_dataset(
-        BUILDERS[source.suffix], data_files=str(source), split="train", cache_dir=str(cache), **options
+        str(text.parent), data_files=text.name, split="train", cache_dir=str(cache), **options
     )
-    length = recipe.seq_length
 
     def rows(batch: dict[str, list]) -> dict[str, list]:
         tokenized = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
         stream = [token for ids in tokenized for token in [*ids, tokenizer.eos_token_id]]
-        return {"input_ids": [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]}
+        return {"input_ids": [stream[i : i + seq_length] for i in range(0, len(stream) - seq_length + 1, seq_length)]}
 
-    splits = documents.train_test_split(test_size=recipe.validation_share, seed=recipe.seed)
+    splits = documents.train_test_split(test_size=0.01, seed=0)
     packed = splits.map(rows, batched=True, remove_columns=documents.column_names)
     for name, split in packed.items():
         if len(split) == 0:
-            raise ValueError(f"the {name} split of {source} is shorter than {length} tokens")
-    folder = cache / f"packed-{packed['train']._fingerprint}"
+            raise ValueError(f"the {name} split of {text} is shorter than {seq_length} tokens")
     packed.save_to_disk(str(folder))
-    return str(folder)
+    return folder
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Train a causal language model with the Hugging Face Trainer and FiraAdam from a DeepSpeed JSON.
 
-    deepspeed --num_gpus 2 examples/hf_trainer.py --model llama_60m --bf16 --learning_rate 0.005 --output_dir runs/trainer
+    deepspeed --num_gpus 2 examples/hf_trainer.py --model llama_60m --bf16 --learning_rate 0.005 --output_dir runs/hf
     torchrun --standalone --nproc_per_node 2 examples/hf_trainer.py ... --resume_from_checkpoint last
 
 Every argument of `TrainingArguments` works. `--deepspeed` is ds_configs/zero2_auto.json unless given: its "auto" values
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from hf_common import REPOSITORY, build_model, check_fira, collate, load_text, one_sentence, stop
+from hf_common import REPOSITORY, build_model, check_fira, collate, load_text, stop
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -75,7 +75,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, TrainingArgument
     for name, key in THROUGH_JSON.items():
         value = getattr(training, name)
         if value != defaults[name] and training.hf_deepspeed_config.get_value(key) is None:
-            raise ValueError(f'--{name} {value} does nothing, as {training.deepspeed} has no {key}; write "auto" there.')
+            raise ValueError(f'--{name} {value} does nothing, as {training.deepspeed} lacks {key}; add it as "auto".')
     for name in ("optim", "optim_args", "ddp_timeout"):
         if getattr(training, name) != defaults[name]:
             instead = "DEEPSPEED_TIMEOUT in minutes" if name == "ddp_timeout" else f"it in {training.deepspeed}"
@@ -97,7 +97,7 @@ def run(options: Options, training: TrainingArguments) -> Any:
     try:
         model, tokenizer = build_model(options.model)
     except (OSError, ValueError) as error:
-        stop(one_sentence(error))
+        stop(str(error))
     train, validation, tokenizer = load_text(options.text, model, tokenizer, options.seq_length, options.cache_dir)
     model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     trainer = Trainer(
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options, training = parse(arguments)
     except (OSError, ValueError) as error:
-        stop(one_sentence(error))
+        stop(str(error))
     engine = run(options, training)
     # The Trainer is gone with its references to the optimizer: now the processes can end in good order.
     ds_fira.shutdown(engine)

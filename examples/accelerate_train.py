@@ -1,0 +1,198 @@
+"""Train a causal language model in a loop of your own with accelerate and FiraAdam from a DeepSpeed JSON.
+
+    accelerate launch --config_file ds_configs/accelerate_zero2.yaml examples/accelerate_train.py --model llama_60m
+    torchrun --standalone --nproc_per_node 2 examples/accelerate_train.py --deepspeed-config ds_configs/zero2_bf16.json
+
+The first takes the JSON that the YAML names, the second makes the DeepSpeedPlugin itself. docs/ecosystem.md tells how
+to pass a FiraAdam object instead, and what to watch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DeepSpeedPlugin,
+    DummyOptim,
+    DummyScheduler,
+    InitProcessGroupKwargs,
+    set_seed,
+)
+from hf_common import REPOSITORY, build_model, check_fira, collate, load_text, stop
+from torch.utils.data import DataLoader
+from transformers import get_cosine_schedule_with_warmup
+
+import ds_fira  # registers FiraAdam
+
+LAUNCHED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # set by `accelerate launch`
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Train with accelerate and FiraAdam.", allow_abbrev=False)
+    parser.add_argument("--model", default="llama_60m", help="name in ds_fira.models, config file or checkpoint")
+    parser.add_argument("--text", type=Path, help="txt, csv, json, jsonl or parquet file (default: packaged reviews)")
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--deepspeed-config", type=Path, help="JSON, without a config file of `accelerate launch`")
+    parser.add_argument("--batch-size", type=int, default=8, help='per process, where the JSON says "auto"')
+    parser.add_argument("--lr", type=float, default=0.005, help='where the JSON says "auto"')
+    parser.add_argument("--weight-decay", type=float, default=0.0, help='where the JSON says "auto"')
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--warmup-steps", type=int, default=100)
+    parser.add_argument("--save-every", type=int, help="steps between states in OUTPUT_DIR/step_N")
+    parser.add_argument("--resume", type=Path, help="a folder step_N to go on from")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=REPOSITORY / "runs" / "accelerate")
+    parser.add_argument("--cache-dir", type=Path, default=REPOSITORY / "runs" / "cache")
+    parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher")
+    return parser.parse_args()
+
+
+def start(options: argparse.Namespace) -> Accelerator:
+    """The accelerator with its DeepSpeed config, "auto" values filled in.
+
+    Raises:
+        ValueError: the config is missing, named twice, or wrong.
+    """
+    if LAUNCHED_CONFIG in os.environ and options.deepspeed_config is not None:
+        raise ValueError(
+            f"--deepspeed-config {options.deepspeed_config} contradicts {os.environ[LAUNCHED_CONFIG]} of `accelerate "
+            "launch`; give one of them."
+        )
+    source = Path(os.environ.get(LAUNCHED_CONFIG) or options.deepspeed_config or "ds_configs/zero2_bf16.json")
+    if not source.is_file():
+        raise ValueError(f"the DeepSpeed config {source} does not exist.")
+    if options.resume is not None and not options.resume.is_dir():
+        raise ValueError(f"--resume {options.resume} does not exist.")
+    accelerator = Accelerator(
+        # Without it accelerate makes one of the file that `accelerate launch` named.
+        deepspeed_plugin=None if LAUNCHED_CONFIG in os.environ else DeepSpeedPlugin(hf_ds_config=str(source)),
+        # One order of the rows for each seed and epoch, so that a resumed run goes on in it.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
+        # Without a GPU accelerate takes itself for one process, whatever the launcher, unless it is told the backend.
+        kwargs_handlers=[] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")],
+    )
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    # accelerate would fill these in from its DummyOptim, and raise at any other "auto" of the optimizer.
+    for name in ("lr", "weight_decay"):
+        if config.get("optimizer", {}).get("params", {}).get(name) == "auto":
+            config["optimizer"]["params"][name] = getattr(options, name)
+    check_fira(config, source)
+    return accelerator
+
+
+def prepare(
+    accelerator: Accelerator, options: argparse.Namespace
+) -> tuple[Any, DummyOptim, DummyScheduler, DataLoader, DataLoader, Any]:
+    """Model, optimizer, scheduler and loaders as `accelerator.prepare` gives them back, and the tokenizer."""
+    model, tokenizer = build_model(options.model)
+    train, validation, tokenizer = load_text(options.text, model, tokenizer, options.seq_length, options.cache_dir)
+    model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    batch_size = accelerator.deepspeed_plugin.get_value("train_micro_batch_size_per_gpu")
+    loaders = [
+        DataLoader(
+            rows,
+            batch_size=options.batch_size if batch_size in (None, "auto") else batch_size,
+            shuffle=rows is train,
+            drop_last=rows is train,
+            collate_fn=collate,
+        )
+        for rows in (train, validation)
+    ]
+    # Stand-ins: DeepSpeed builds the optimizer that the JSON names, and a scheduler over the param groups it makes.
+    optimizer = DummyOptim(model.parameters())
+    schedule = functools.partial(
+        get_cosine_schedule_with_warmup, num_warmup_steps=options.warmup_steps, num_training_steps=options.steps
+    )
+    scheduler = DummyScheduler(optimizer, lr_scheduler_callable=schedule)
+    return *accelerator.prepare(model, optimizer, scheduler, *loaders), tokenizer
+
+
+def train(accelerator: Accelerator, options: argparse.Namespace, model: Any, loader: DataLoader) -> list[float]:
+    """Train up to `options.steps`; returns the loss of every step, mean over the processes.
+
+    Under accelerate's DeepSpeed, `backward` makes the step, too: of the optimizer, of the scheduler, and back to zero
+    gradients. Calls of `optimizer.step` and the like do nothing.
+    """
+    accumulation = accelerator.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(loader) / accumulation)
+    losses: list[float] = []
+    while model.global_steps < options.steps:
+        epoch, done = divmod(model.global_steps, steps_per_epoch)
+        loader.set_epoch(epoch)
+        micro_losses = []
+        for batch in accelerator.skip_first_batches(loader, done * accumulation):
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+            micro_losses.append(loss.detach())
+            if not accelerator.sync_gradients:
+                continue
+            losses.append(accelerator.reduce(torch.stack(micro_losses).mean(), reduction="mean").item())
+            micro_losses.clear()
+            step = model.global_steps
+            accelerator.print(f"step {step}: loss {losses[-1]:.4f}, lr {model.get_lr()[0]:.2e}", flush=True)
+            if options.save_every is not None and step % options.save_every == 0:
+                accelerator.save_state(str(options.output_dir / f"step_{step}"))
+            if step >= options.steps:
+                break
+    return losses
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: Any, loader: DataLoader) -> float:
+    """Mean loss over the validation rows, in nats per token."""
+    model.eval()
+    losses = []
+    for batch in loader:
+        loss = model(**batch).loss.float()
+        losses.append(accelerator.gather_for_metrics(loss.repeat(len(batch["input_ids"]))))
+    model.train()
+    return torch.cat(losses).mean().item()
+
+
+def main() -> None:
+    """Train, validate, save."""
+    options = parse()
+    ds_fira.init_distributed()
+    set_seed(options.seed)
+    try:
+        accelerator = start(options)
+        model, optimizer, scheduler, loader, validation, tokenizer = prepare(accelerator, options)
+    except (OSError, ValueError) as error:
+        stop(str(error))
+    if options.resume is not None:
+        accelerator.load_state(str(options.resume))
+    losses = train(accelerator, options, model, loader)
+
+    val_loss = evaluate(accelerator, model, validation)
+    figures = {"losses": losses, "val_loss": val_loss, "val_perplexity": math.exp(val_loss), **ds_fira.metrics(model)}
+    accelerator.unwrap_model(model).save_pretrained(
+        options.output_dir / "model",
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),
+    )
+    if accelerator.is_main_process:
+        tokenizer.save_pretrained(options.output_dir / "model")
+        (options.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    accelerator.print(f"validation loss {val_loss:.3f}, perplexity {figures['val_perplexity']:.1f}", flush=True)
+
+    # Ends the engine and drops every reference to it, after which the processes can end in good order.
+    model, optimizer, scheduler, loader, validation = accelerator.free_memory(
+        model, optimizer, scheduler, loader, validation
+    )
+    ds_fira.shutdown()
+
+
+if __name__ == "__main__":
+    main()
