@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import save
 from benchmarks.layout import BYTES
-from benchmarks.partition import plan_run
+from benchmarks.partition import plan_llama_run
 from ds_fira.memory import adamw_bytes
 
 # (model, rank)
@@ -78,7 +78,7 @@ class Traffic:
 
 def plan_traffic(model: str, rank: int, ranks: int) -> Traffic:
     """Count what the plan of a LLaMA sends."""
-    run = plan_run(model, ranks, rank=rank)
+    run = plan_llama_run(model, ranks, rank=rank)
     base_step = lean_step = chosen_step = 0.0
     refresh, step = [0] * ranks, [0] * ranks
     cuts = [

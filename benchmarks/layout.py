@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from benchmarks.common import save
-from benchmarks.partition import LLAMAS, plan_run
-from ds_fira.cuts import state_numel
+from benchmarks.partition import LLAMAS, plan_llama_run
 from ds_fira.memory import adamw_bytes, formula_bytes
 
 BYTES = 4  # states are float32
@@ -51,20 +50,12 @@ class Plan:
 def plan_llama(model: str, ranks: int) -> Plan:
     """Plan a LLaMA under ZeRO-2 as the engine would."""
     rank = LLAMAS[model][4]
-    run = plan_run(model, ranks, rank=rank)
-    state = [0] * ranks
-    for group in run.groups:
-        for index in range(ranks):
-            if group.layout is None:
-                state[index] += 2 * group.partition_size
-            else:
-                state[index] += sum(state_numel(matrix.shape, rank) for matrix in group.layout.whole[index])
-                state[index] += sum(matrix.state_numel(index) for matrix in group.layout.cuts)
+    run = plan_llama_run(model, ranks, rank=rank)
     return Plan(
         model=model,
         ranks=ranks,
         cut_matrices=sum(len(group.layout.cuts) for group in run.groups if group.layout is not None),
-        by_rank=[BYTES * held for held in state],
+        by_rank=[BYTES * sum(group.state_elements(index) for group in run.groups) for index in range(ranks)],
         formula=formula_bytes(run.records),
         adamw=adamw_bytes(run.records),
     )

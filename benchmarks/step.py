@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import default_device, device_name, geometric_mean, medians, rates, save, seconds
-from benchmarks.partition import LLAMAS, llama_shapes, plan_run, rank_partition
+from benchmarks.partition import LLAMAS, llama_shapes, plan_llama_run, rank_partition
 from benchmarks.peers import PEERS, available, make_ds_fira
 from ds_fira.subspace import low_rank_shape, projection_side
 
@@ -82,7 +82,7 @@ def by_partition(args: argparse.Namespace, device: torch.device) -> dict[str, An
     print(f"{'model':6}{'ranks':>6}{'rank':>6}{'elements':>11}{columns}{'amortised / AdamW':>19}")
     for model in args.models:
         for rank in args.ranks or [LLAMAS[model][4]]:
-            run = plan_run(
+            run = plan_llama_run(
                 model,
                 args.partition_of,
                 rank=rank,

@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")
+# By name, the subspace rank of the paper's Table 2; 7B at the higher of the two ranks that the paper trains it with.
+PAPER_RANKS = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512, "llama_7b": 1024}
+NAMES = tuple(PAPER_RANKS)
 
 
 def config_file(name: str) -> Path:

@@ -1,0 +1,96 @@
+"""AdamW, GaLore, LoRA and Fira on the same model: which param groups each has, and what states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ds_fira.cuts import state_numel
+from ds_fira.estimate.setup import Setup
+from ds_fira.plan import FlatBuffer, PlannedRun
+from ds_fira.shard import matrices_of
+from ds_fira.state import compute_dtype
+
+METHODS = ("AdamW", "GaLore", "LoRA", "Fira")
+# torch.optim keeps the step count of every tensor that it steps as a float32.
+STEP_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method's memory comes about.
+
+    Attributes:
+        name: one of `METHODS`.
+        buffers: of its param groups.
+        frozen: elements of weights that it does not train.
+        state_bytes: of a rank.
+    """
+
+    name: str
+    buffers: tuple[FlatBuffer, ...]
+    frozen: int
+    state_bytes: Callable[[int], int]
+
+
+def lora_numel(shape: Sequence[int], rank: int) -> int:
+    """Elements of a LoRA adapter of a weight: m r + n r for a matrix, the sum of them for experts."""
+    return sum(min(rank, *matrix.shape) * sum(matrix.shape) for matrix in matrices_of("", tuple(shape)))
+
+
+def galore_numel(shape: Sequence[int], settings: dict[str, Any]) -> int:
+    """Elements of GaLore's state of a weight: m r + 2 n r, Fira's without the limiter's norm."""
+    keys = (settings["rank"], settings["proj_type"], settings["formulation"])
+    return sum(state_numel(matrix.shape, *keys) - 1 for matrix in matrices_of("", tuple(shape)))
+
+
+def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup) -> list[Method]:
+    """The four methods for one model.
+
+    AdamW is DeepSpeed's with one param group and states in the masters' dtype. LoRA trains its adapters alone, with
+    AdamW. Fira is planned with its real partitions. GaLore is taken to have them too, since galore-torch itself has no
+    form under ZeRO-1 or 2: its states are Fira's less one number for each matrix.
+    """
+    trained = [param for param in module.parameters() if param.requires_grad and param.numel() > 0]
+    frozen = sum(param.numel() for param in module.parameters()) - sum(param.numel() for param in trained)
+    adapters = [
+        numel
+        for group in run.groups
+        if "rank" in group.settings
+        for shape in group.shapes
+        for numel in _adapter(shape, group.settings["rank"])
+    ]
+    dtype = setup.master_dtype
+    norm = compute_dtype(dtype).itemsize
+    fira = tuple(group.buffer for group in run.groups)
+
+    def galore_bytes(dp_rank: int) -> int:
+        return run.state_bytes(dp_rank, dtype) - norm * sum(group.matrices(dp_rank) for group in run.groups)
+
+    return [
+        _adamw("AdamW", [param.numel() for param in trained], frozen, setup),
+        Method("GaLore", fira, frozen, galore_bytes),
+        _adamw("LoRA", adapters, frozen + sum(param.numel() for param in trained), setup),
+        Method("Fira", fira, frozen, lambda dp_rank: run.state_bytes(dp_rank, dtype)),
+    ]
+
+
+def _adapter(shape: Sequence[int], rank: int) -> list[int]:
+    """Elements of the two factors of every matrix of a weight, as peft orders them: (r, n), then (m, r)."""
+    factors = []
+    for matrix in matrices_of("", tuple(shape)):
+        m, n = matrix.shape
+        r = min(rank, m, n)
+        factors += [r * n, m * r]
+    return factors
+
+
+def _adamw(name: str, numels: Sequence[int], frozen: int, setup: Setup) -> Method:
+    """torch's AdamW over one param group: two moments in the dtype of what it steps."""
+    buffer = FlatBuffer.of(numels, setup.gpus, setup.sharded)
+    steps = 1 if setup.sharded else len(buffer.numels)
+    held = 2 * setup.master_dtype.itemsize * buffer.partition_size + STEP_BYTES * steps
+    return Method(name, (buffer,), frozen, lambda dp_rank: held)

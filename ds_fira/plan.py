@@ -1,0 +1,209 @@
+"""A model's param groups over ZeRO's ranks, planned as the engine plans them: shapes only, no processes, no memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_fira import compression
+from ds_fira.cuts import CutMatrix, Share, state_numel
+from ds_fira.groups import build_groups, group_defaults
+from ds_fira.layout import GroupLayout, plan_groups
+from ds_fira.memory import ParamRecord
+from ds_fira.optimizer import SMALL_PARAM
+from ds_fira.settings import check_params
+from ds_fira.shard import matrices_of
+from ds_fira.state import STEP, allocate, allocate_matrices, compute_dtype
+
+# ZeRO pads a buffer to a multiple of this many elements for each rank: 4 bytes of a 16-bit dtype.
+ALIGNMENT = 2
+
+
+@dataclass(frozen=True)
+class FlatBuffer:
+    """The flat buffer of one param group.
+
+    Attributes:
+        numels: elements of every parameter, in the buffer's order.
+        ranks: partitions; 1 where the group is not sharded.
+        partition_size: elements in each partition.
+    """
+
+    numels: tuple[int, ...]
+    ranks: int
+    partition_size: int
+
+    @classmethod
+    def of(cls, numels: Iterable[int], ranks: int, sharded: bool) -> FlatBuffer:
+        """The buffer that ZeRO makes of parameters of these sizes; as they are where it does not shard."""
+        numels = tuple(numels)
+        if not sharded:
+            return cls(numels, 1, sum(numels))
+        return cls(numels, ranks, math.ceil(sum(numels) / (ALIGNMENT * ranks)) * ALIGNMENT)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        ends, end = [], 0
+        for numel in self.numels:
+            end += numel
+            ends.append(end)
+        return ends
+
+    def held(self, dp_rank: int) -> int:
+        """Elements of the parameters, each counted whole, that a rank's partition holds any element of.
+
+        That is what ZeRO-2 keeps of the gradients until the step.
+        """
+        if self.ranks == 1:
+            return sum(self.numels)
+        first, last = dp_rank * self.partition_size, (dp_rank + 1) * self.partition_size
+        return sum(
+            numel for numel, end in zip(self.numels, self._ends, strict=True) if end > first and end - numel < last
+        )
+
+    @property
+    def padded(self) -> int:
+        """Elements of the whole buffer."""
+        return self.partition_size * self.ranks
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """One param group of a planned run.
+
+    Attributes:
+        settings: of the group, defaults filled in; with a rank for projected ones.
+        shapes: of its parameters.
+        buffer: of its parameters.
+        layout: of projected groups, None for AdamW's.
+    """
+
+    settings: dict[str, Any]
+    shapes: tuple[tuple[int, ...], ...]
+    buffer: FlatBuffer
+    layout: GroupLayout | None
+
+    @property
+    def partition_size(self) -> int:
+        """Elements that every rank holds of the flat buffer."""
+        return self.buffer.partition_size
+
+    def state_bytes(self, dp_rank: int, dtype: torch.dtype, sharded: bool) -> int:
+        """Bytes of FiraAdam's state that a rank holds of the group: what the optimizer allocates, on the meta device.
+
+        Args:
+            dp_rank: the rank; 0 for all where nothing is sharded.
+            dtype: of the master weights.
+            sharded: whether the group is one flat partition.
+        """
+        weight = torch.empty(0, dtype=dtype, device="meta")
+        kept = self.settings["state_dtype"]
+        if self.layout is None:
+            shapes = [(self.partition_size,)] if sharded else self.shapes
+            return sum(_adamw_bytes(shape, kept, dtype) for shape in shapes)
+        owned = (*self.layout.whole[dp_rank], *self.layout.owned_cuts(dp_rank))
+        held = _bytes(allocate(weight, [matrix.shape for matrix in owned], self.settings, batched=True).values())
+        for matrix in self._lean_parts(dp_rank):
+            low_rank = Share.of(matrix, 0, 0, dp_rank).low_rank_shape
+            held += _bytes(allocate_matrices(weight, matrix.basis_shape(dp_rank), low_rank, kept, ()).values())
+        return held
+
+    def state_elements(self, dp_rank: int) -> int:
+        """Elements of FiraAdam's bases, moments and norms that a rank holds of the group."""
+        if self.layout is None:
+            return 2 * self.partition_size
+        rank, side = self.settings["rank"], (self.settings["proj_type"], self.settings["formulation"])
+        whole = sum(state_numel(matrix.shape, rank, *side) for matrix in self.layout.whole[dp_rank])
+        return whole + sum(matrix.state_numel(dp_rank) for matrix in self.layout.cuts)
+
+    def matrices(self, dp_rank: int) -> int:
+        """How many sets of low-rank state a rank holds."""
+        if self.layout is None:
+            return 0
+        whole = len(self.layout.whole[dp_rank]) + len(self.layout.owned_cuts(dp_rank))
+        return whole + len(self._lean_parts(dp_rank))
+
+    def _lean_parts(self, dp_rank: int) -> list[CutMatrix]:
+        return [matrix for matrix in self.layout.lean_cuts if dp_rank in dict(matrix.fragments)]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A model's param groups over the data-parallel ranks.
+
+    Attributes:
+        ranks: data-parallel ranks.
+        sharded: whether ZeRO partitions the groups (stages 1 and 2).
+        groups: in the optimizer's order.
+        records: every parameter with its settings.
+    """
+
+    ranks: int
+    sharded: bool
+    groups: list[PlannedGroup]
+    records: list[ParamRecord]
+
+    def state_bytes(self, dp_rank: int, dtype: torch.dtype) -> int:
+        """Bytes of FiraAdam's state that a rank holds, for master weights of `dtype`."""
+        return sum(group.state_bytes(dp_rank, dtype, self.sharded) for group in self.groups)
+
+
+def plan_run(module: nn.Module, ranks: int, zero_stage: int = 2, **params: Any) -> PlannedRun:
+    """Plan a model under DeepSpeed as the engine would, with the settings of a JSON `params` block.
+
+    Args:
+        module: on any device; of its parameters only shapes are read.
+        ranks: data-parallel ranks.
+        zero_stage: 0, 1 or 2; 1 and 2 have the same plan.
+        **params: settings of `FiraAdam`.
+
+    Raises:
+        ValueError: a setting is not legal, or nothing is to be projected.
+    """
+    settings = check_params(params)
+    sharded = zero_stage > 0
+    drafts: list[tuple[dict[str, Any], tuple, FlatBuffer, list]] = []
+    records = []
+    for group in build_groups(module, module.parameters(), settings, zero_stage=zero_stage, dp_size=ranks):
+        own = {**group_defaults(settings), **{key: value for key, value in group.items() if key != "params"}}
+        matrices, begin = [], 0
+        for param in group["params"]:
+            records.append(ParamRecord.of("", tuple(param.shape), own))
+            if "rank" in own:
+                matrices += matrices_of(f"matrix {len(records)}", tuple(param.shape), begin)
+            begin += param.numel()
+        buffer = FlatBuffer.of((param.numel() for param in group["params"]), ranks, sharded)
+        drafts.append((own, tuple(tuple(param.shape) for param in group["params"]), buffer, matrices))
+    projected = [(own, buffer, matrices) for own, _, buffer, matrices in drafts if "rank" in own]
+    layouts = iter(
+        plan_groups(
+            [(matrices, buffer.partition_size) for _, buffer, matrices in projected],
+            ranks if sharded else 1,
+            [own for own, _, _ in projected],
+        )
+    )
+    groups = [
+        PlannedGroup(own, shapes, buffer, next(layouts) if "rank" in own else None) for own, shapes, buffer, _ in drafts
+    ]
+    return PlannedRun(ranks, sharded, groups, records)
+
+
+def _adamw_bytes(shape: Sequence[int], state_dtype: str, dtype: torch.dtype) -> int:
+    """Bytes of FiraAdam's state of one AdamW parameter: its two moments and the step count."""
+    kept = state_dtype if math.prod(shape) >= SMALL_PARAM else "float32"
+    moments = [
+        compression.allocate(tuple(shape), (), kept, dtype=compute_dtype(dtype), device="meta", signed=signed)
+        for signed in (True, False)
+    ]
+    step = {STEP: torch.zeros((), dtype=torch.int64, device="meta")}
+    return sum(_bytes(tensors.values()) for tensors in (*moments, step))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
