@@ -1,9 +1,9 @@
 """Memory of training before it begins: per GPU, for AdamW, GaLore, LoRA and Fira under ZeRO 0, 1 and 2.
 
-    from ds_fira.estimate import Setup, available_memory, estimate, require_fit
+from ds_fira.estimate import Setup, available_memory, estimate, require_fit
 
-    found = estimate("llama_1b", Setup(gpus=8, zero_stage=2), rank=512)
-    require_fit(found.methods["Fira"], available_memory())
+found = estimate("llama_1b", Setup(gpus=8, zero_stage=2), rank=512)
+require_fit(found.methods["Fira"], available_memory())
 """
 
 from ds_fira.estimate.cards import CARDS, Available, available_memory, card_memory
