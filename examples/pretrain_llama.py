@@ -1,7 +1,8 @@
-"""Pre-train a small LLaMA on real text with FiraAdam, configured by a DeepSpeed JSON.
+"""Pre-train a LLaMA on real text with FiraAdam, configured by a DeepSpeed JSON: a small one, or one of the paper's.
 
 All of these run it, on CPU or GPU::
 
+    bash launch/run.sh examples/pretrain_llama.py           (under deepspeed, torchrun, mpirun or srun)
     deepspeed --num_gpus 2 examples/pretrain_llama.py
     torchrun --standalone --nproc_per_node 2 examples/pretrain_llama.py
     python examples/pretrain_llama.py
@@ -23,12 +24,15 @@ import torch
 import transformers
 from pretraining import options as command_line
 from pretraining import report
+from pretraining.batch import settle_batch
 from pretraining.data import TrainingData, open_data
 from pretraining.loop import DATA_STATE, cosine_schedule, evaluate, train
+from pretraining.plan import check_memory, describe, estimate_run, own_memory
 from pretraining.sources import DataError
 from pretraining.text_data import TextRecipe
 
 import ds_fira
+from ds_fira.plots import write_page
 
 
 def main() -> None:
@@ -37,6 +41,7 @@ def main() -> None:
     quiet_libraries()
     ds_fira.init_distributed()
     transformers.set_seed(options.seed)
+    plan(options, model_config, deepspeed_config)
     data = training_data(options)
     if options.vocab_size is None:
         model_config.vocab_size = data.facts["vocabulary"]
@@ -45,10 +50,7 @@ def main() -> None:
     # On a CPU in bf16 the plain attention takes two thirds of the time of the fused kernel, whose backward is slow.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
     model = transformers.AutoModelForCausalLM.from_config(model_config, attn_implementation=attention)
-    if not options.no_activation_checkpointing:
-        # Early releases of transformers 5 know it by the second name only.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+    ds_fira.checkpoint_activations(model, deepspeed_config, method=options.activation_checkpointing)
     parameters = model.num_parameters()  # before ZeRO-3 could take the model apart
     engine = start_engine(model, options, deepspeed_config)
     client_state = engine.load_checkpoint(str(options.output_dir / "state"))[1] if options.resume else {}
@@ -68,6 +70,8 @@ def main() -> None:
     ds_fira.shutdown(engine)
     if is_first:
         report.write(options.output_dir, history=history, summary=summary, prompt=options.prompt, seed=options.seed)
+        if options.report:
+            print(f"plots: {write_page([options.output_dir])}", flush=True)
 
 
 def quiet_libraries() -> None:
@@ -76,6 +80,25 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def plan(options: argparse.Namespace, model_config: transformers.LlamaConfig, deepspeed_config: dict[str, Any]) -> None:
+    """Settle the batch and check the memory; end here for `--dry-run`."""
+    try:
+        settle_batch(deepspeed_config, dist.get_world_size(), micro=options.batch_size, total=options.total_batch_size)
+        checkpointing = options.activation_checkpointing != "none"
+        found = estimate_run(model_config, deepspeed_config, options.seq_length, checkpointing)
+        if not options.dry_run:
+            check_memory(found)
+            return
+    except ValueError as error:
+        stop(str(error))
+    available = own_memory()
+    if dist.get_rank() == 0:
+        name = options.model or "LLaMA"
+        print(describe(found, available, name, deepspeed_config, options.steps, options.seq_length), flush=True)
+    ds_fira.shutdown()
+    sys.exit(0)
 
 
 def training_data(options: argparse.Namespace) -> TrainingData:
