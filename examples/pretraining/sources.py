@@ -79,8 +79,8 @@ class Documents:
                     number = index + offset
                     if text is not None and not isinstance(text, str):
                         raise DataError(
-                            f"document {number} of {self.files[file]} holds a {type(text).__name__} in the column "
-                            f"{self.column}, not text"
+                            f"document {number} of {self.files[file]} holds no text in the column {self.column}, "
+                            f"but a value of the type {type(text).__name__}"
                         )
                     if not text or (keep is not None and keep[offset] != self.only[1]):
                         continue
@@ -251,7 +251,7 @@ def open_hub(identifier: str, column: str) -> Source:
     repository, _, config = identifier.partition(":")
     check_hub(
         lambda: HfApi().dataset_info(repository, timeout=HUB_TIMEOUT),
-        what=f"--data {identifier}",
+        what=f"--data {identifier}" + ("" if identifier == C4 else " is no local file or folder, and"),
         remedy="pass --data FOLDER with a local copy of C4 (c4-train.*.json.gz, c4-validation.*.json.gz) or of another "
         "text, or --data FILE (txt, csv, json, jsonl, parquet)",
     )
@@ -288,7 +288,7 @@ def check_hub(ask: Callable[[], object], *, what: str, remedy: str) -> None:
     try:
         ask()
     except RepositoryNotFoundError as error:
-        raise DataError(f"{what}: the hub has no such repository, or none that you may read") from error
+        raise DataError(f"{what} is no repository of the hub, or none that you may read") from error
     except Exception as error:  # of whichever HTTP library the hub's client uses
         raise DataError(
             f"{what} needs the hub, which cannot be reached ({first_line(error)}): {remedy}, or name a mirror that can "

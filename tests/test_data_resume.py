@@ -1,0 +1,86 @@
+"""The quickstart's script over a stream: killed and resumed it trains as if nothing had happened; broken data ends it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data_jobs import CUT_SHORT, write_broken, write_c4
+from tests.test_pretrain_example import ROOT, run
+
+SCRIPT = str(ROOT / "examples" / "pretrain_llama.py")
+# Files of 40 documents hold about 25 batches each: the run meets several, and the end of an epoch.
+OPTIONS = [
+    *("--data", "c4", "--streaming", "--block-rows", "16", "--vocab-size", "300", "--hidden-size", "32"),
+    *("--layers", "1", "--heads", "2", "--seq-length", "32", "--batch-size", "4", "--rank", "8"),
+    *("--update-proj-gap", "5", "--eval-every", "6", "--cache-dir", "cache", "--no-activation-checkpointing"),
+]
+
+
+def history(folder: Path) -> dict[tuple[int, str], float]:
+    """Losses by step and split."""
+    with (folder / "history.csv").open() as file:
+        return {(int(row["step"]), row["split"]): float(row["loss"]) for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working folder with a corpus in C4's layout."""
+    write_c4(tmp_path / "c4", [40, 40, 40])
+    return tmp_path
+
+
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(folder: Path) -> None:
+    """SIGKILL after a training state was written; the losses after the resume are those of the run that went on."""
+    command = ["python", SCRIPT, *OPTIONS, "--save-every", "6"]
+    whole = run([*command, "--steps", "18", "--output-dir", "whole"], folder)
+    assert whole.returncode == 0, whole.stderr[-4000:]
+    killed = subprocess.Popen(
+        [sys.executable, *command[1:], "--steps", "18", "--output-dir", "cut"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    latest = folder / "cut" / "state" / "latest"
+    deadline = time.monotonic() + 200
+    while not latest.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    stopped = int(latest.read_text().removeprefix("global_step"))
+    assert stopped in (6, 12)
+    resumed = run([*command, "--steps", "18", "--output-dir", "cut", "--resume"], folder)
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    expected, found = history(folder / "whole"), history(folder / "cut")
+    assert {step for step, _ in found} == {step for step, _ in expected if step >= stopped}
+    for key in found.keys() - {(10, "train")}:  # its mean begins at the step of the start
+        assert found[key] == expected[key], key
+    summary = json.loads((folder / "cut" / "summary.json").read_text())
+    assert summary["text"]["streaming"]
+    assert 0 <= summary["data_wait_share"] < 1
+
+    other = run([*command, "--steps", "24", "--output-dir", "cut", "--resume", "--seed", "1"], folder)
+    assert other.returncode == 1
+    assert "written with seed 0, and now it is 1: resume with the same data" in other.stderr.strip().splitlines()[-1]
+
+
+def test_broken_data_ends_two_processes(tmp_path: Path) -> None:
+    """A file that one process cannot read in the middle of training ends both, with its sentence and status 1."""
+    seed, broken = write_broken(tmp_path / "c4")
+    command = ["torchrun", "--standalone", "--nproc_per_node", "2", SCRIPT, *OPTIONS, "--seed", str(seed)]
+    done = run([*command, "--steps", "900", "--eval-every", "900", "--output-dir", "out"], tmp_path)
+    assert done.returncode == 1
+    sentence = f"pretrain_llama.py: error: c4/{broken.name} cannot be read: {CUT_SHORT}"
+    assert done.stderr.count(sentence) == 2
+    assert "Traceback" not in done.stderr.partition(sentence)[0]
+    assert re.search(r"\b[1-9]\d*/900 \[", done.stderr), "training had not begun"
