@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -93,7 +94,8 @@ class TextData:
 def prepare(recipe: TextRecipe, cache: Path) -> Path:
     """Write the prepared data under `cache` unless it is already there, and return its folder.
 
-    Call it on one process. The folder appears in one rename, so an interrupted run leaves nothing half-made behind.
+    Call it on one process. The folder appears in one rename, so what lies there is complete, and two runs may prepare
+    the same text at the same time.
 
     Raises:
         DataError: the text or the tokenizer cannot be used.
@@ -105,18 +107,22 @@ def prepare(recipe: TextRecipe, cache: Path) -> Path:
     folder = cache / recipe.cache_name(source, tokenizer)
     if folder.exists():
         return folder
-    scratch = cache / f"{folder.name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     make = prepare_stream if recipe.streams(source) else prepare_whole
     packed, tokenizer, facts = make(recipe, source, tokenizer)
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=".partial", dir=cache))
     for name, rows in packed.items():
         Dataset.from_dict({"input_ids": rows}).save_to_disk(str(scratch / name))
     tokenizer.save_pretrained(scratch / "tokenizer")
     facts = {"source": source.name, **facts, "tokenizer": recipe.tokenizer or "trained on the text"}
     facts |= {"vocabulary": needed_vocabulary(tokenizer), "tokenizer_fingerprint": fingerprint(tokenizer)}
     (scratch / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
-    scratch.rename(folder)
+    try:
+        scratch.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(scratch)  # another run was faster
     return folder
 
 
