@@ -68,3 +68,28 @@ def train(kind: str, ds_config: dict[str, Any], steps: int) -> dict[str, Any]:
     del optimizer
     engine.destroy()
     return result
+
+
+def save(kind: str, ds_config: dict[str, Any], steps: int, folder: str) -> dict[str, Any]:
+    """Train, then save the training state to folder/state and, by rank 0, the module to folder/model.
+
+    Returns:
+        `groups` and `partitions` (this rank's master weights by group), from which the test puts the masters together;
+        `module`, the module's weights; `safe`, what `safe_get_full_fp32_param` gives; `loss` of this rank's last batch.
+    """
+    engine = start(kind, ds_config)
+    tokens = batches(steps, engine.global_rank)
+    advance(engine, tokens)
+    engine.save_checkpoint(f"{folder}/state")
+    if engine.global_rank == 0:
+        engine.module.save_pretrained(f"{folder}/model")
+    named = dict(engine.module.named_parameters())
+    result = {
+        "groups": describe_groups(engine),
+        "partitions": [group["params"][0].detach().clone() for group in fira_of(engine).param_groups],
+        "module": {name: param.detach().clone() for name, param in named.items()},
+        "safe": {name: deepspeed.utils.safe_get_full_fp32_param(param).clone() for name, param in named.items()},
+        "loss": float(loss_of(engine, tokens[-1].to(engine.device)).detach()),
+    }
+    engine.destroy()
+    return result

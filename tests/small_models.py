@@ -9,14 +9,14 @@ VOCABULARY = 24
 SEQUENCE = 8
 
 
-def llama(tied: bool = False) -> nn.Module:
+def llama(tied: bool = False, layers: int = 2) -> nn.Module:
     """Separate projections, all `nn.Linear`; seven matrices a layer."""
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
             intermediate_size=20,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=SEQUENCE,
             tie_word_embeddings=tied,
@@ -25,8 +25,8 @@ def llama(tied: bool = False) -> nn.Module:
 
 
 def llama_tied() -> nn.Module:
-    """A head that is the embedding."""
-    return llama(tied=True)
+    """A head that is the embedding; three layers, so that two ranks cut some matrices."""
+    return llama(tied=True, layers=3)
 
 
 def gpt2() -> nn.Module:
@@ -53,7 +53,7 @@ def mixtral() -> nn.Module:
         transformers.MixtralConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
-            intermediate_size=12,
+            intermediate_size=24,
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,

@@ -18,16 +18,15 @@ RANK = 4
 STEPS = 5
 WORLD_SIZE = 2
 # Refreshed at steps 1 and 4.
-PARAMS = {"lr": 0.01, "rank": RANK, "update_proj_gap": 3, "alpha": 0.5}
+PARAMS = {"lr": 0.01, "rank": RANK, "update_proj_gap": 3, "alpha": 0.5, "exact_cuts": True}
 
-LLAMA = {
-    f"model.layers.{i}.{name}_proj.weight"
-    for i in range(2)
-    for name in (*(f"self_attn.{x}" for x in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
-}
+MLP = ("mlp.gate", "mlp.up", "mlp.down")
+LLAMA = [
+    {f"model.layers.{i}.{name}_proj.weight" for name in (*(f"self_attn.{x}" for x in "qkvo"), *MLP)} for i in range(3)
+]
 PROJECTED = {
-    "llama": LLAMA,
-    "llama_tied": LLAMA,
+    "llama": LLAMA[0] | LLAMA[1],
+    "llama_tied": LLAMA[0] | LLAMA[1] | LLAMA[2],
     "gpt2": {
         f"transformer.h.{i}.{name}.weight"
         for i in range(2)
@@ -94,6 +93,7 @@ def test_one_low_rank_state_for_every_matrix(trained: tuple[str, list[dict[str, 
     assert all(step == STEPS for step in made)
     if kind == "mixtral":
         assert expected == 2 * 4 + 2 * 2 * 3
+    assert any(layout.cuts for layout in results[0]["layouts"]) == (kind == "llama_tied")
     for result in results:
         for basis, moments in result["low_rank_shapes"]:
             assert basis[-1] == RANK
@@ -105,7 +105,7 @@ def test_the_same_steps_as_one_process(trained: tuple[str, list[dict[str, Any]]]
     kind, results = trained
     torch.manual_seed(0)
     model = getattr(small_models, kind)()
-    settings = {key: value for key, value in PARAMS.items() if key not in ("rank", "lr")}
+    settings = {key: value for key, value in PARAMS.items() if key not in ("rank", "lr", "exact_cuts")}
     optimizer = ds_fira.FiraAdam(ds_fira.param_groups(model, RANK, **settings), lr=PARAMS["lr"])
     of_ranks = [batches(STEPS, rank) for rank in range(WORLD_SIZE)]
     losses = []

@@ -189,6 +189,16 @@ def test_activation_checkpointing_changes_no_number(ranks: Pools) -> None:
     assert all(torch.equal(found["module"][name], weight) for name, weight in expected["module"].items())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in COMPLETE if "offload_optimizer" in FILES[name]["zero_optimization"]])
+def test_offloaded_states_leave_the_gpu(ranks: Pools, name: str) -> None:
+    """Every file steps on a CPU; only where master weights and states lie under offload needs a GPU to be seen."""
+    (seen,) = ranks.run(1, "step", module=MODULE, ds_config=shrunk(FILES[name]), steps=STEPS)
+    assert seen["module_devices"] == {"cuda"}
+    assert seen["master_devices"] == seen["state_devices"] == {"cpu"}
+    assert seen["losses"][-1] < seen["losses"][0]
+
+
 ARGUMENTS = {
     "learning_rate": 0.02,
     "weight_decay": 0.1,
