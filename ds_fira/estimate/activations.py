@@ -9,7 +9,8 @@ intermediate width f, a heads, V words, L layers:
 - the loss: logits as computed, and three fp32 copies while its gradient is made, (e + 12) V.
 
 All layers are held where the loss is made. With checkpointing only the input of each is, e h, and one layer is held
-while it is computed again. A layer's backward pass holds e (4 f + h) more for gradients.
+while it is computed again. The logits stay until the backward pass is over; it holds 16 h more in the last norm, and
+e (2 f + h) more in a layer.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def activation_bytes(config: Any, tokens: int, element: int, checkpointing: bool
     if getattr(config, "model_type", None) not in KNOWN:
         return None
     h, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or h // heads
-    queries, keys = heads * head, (config.num_key_value_heads or heads) * head
+    width = getattr(config, "head_dim", None) or h // heads
+    queries, keys = heads * width, (config.num_key_value_heads or heads) * width
     norm = (4 + 2 * element) * h
     layer = 2 * norm + element * (2 * queries + 2 * keys + 4 * f) + 4 * heads
-    loss = norm + (element + 12) * config.vocab_size
-    backward = element * (4 * f + h)
+    logits = element * config.vocab_size
+    head = max(norm + 12 * config.vocab_size, norm + 16 * h)
+    backward = element * (2 * f + h)
     layers = config.num_hidden_layers
     if checkpointing:
-        inputs = layers * element * h
-        return tokens * (inputs + max(loss, element * config.vocab_size + layer + backward))
-    return tokens * (layers * layer + max(loss, element * config.vocab_size + backward))
+        return tokens * (layers * element * h + logits + max(head, layer + backward))
+    return tokens * (layers * layer + logits + max(head, backward))

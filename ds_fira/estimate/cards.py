@@ -54,13 +54,13 @@ def card_memory(card: str) -> int:
     Raises:
         ValueError: the card is not known; one sentence.
     """
+    name = card.lower().replace(" ", "").removeprefix("nvidia")
+    name = f"rtx{name}" if f"rtx{name}" in CARDS else name
+    if name in CARDS:
+        return CARDS[name] * GIB
     try:
         size = float(card)
     except ValueError:
-        name = card.lower().replace(" ", "").removeprefix("nvidia")
-        name = f"rtx{name}" if f"rtx{name}" in CARDS else name
-        if name in CARDS:
-            return CARDS[name] * GIB
         near = difflib.get_close_matches(name, CARDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from ds_fira.estimate.cards import GIB
@@ -140,6 +141,7 @@ def reproduced(method: str) -> dict[tuple[str, ...], list[str]]:
     return found
 
 
+@cache
 def _run(model: str) -> PlannedRun:
     return plan_run(load_model(model), 1, 0, rank=PAPER_RANKS[model])
 

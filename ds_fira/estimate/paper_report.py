@@ -57,7 +57,8 @@ def differences() -> list[str]:
         spread = [own[model].difference("GiB") for model in MODELS]
         lines.append(
             f"{method} and {twin}: no cell follows from the formula, which lies {min(spread):+.1%} to "
-            f"{max(spread):+.1%} from the paper's figures in GiB. Of {tried} conventions tried, {_found(cells)}. {SOURCES[method]}"
+            f"{max(spread):+.1%} from the paper's figures in GiB. Of {tried} conventions tried, {_found(cells)}. "
+            + SOURCES[method]
         )
     lines += [
         "Tried: GB and GiB; vocabularies of 32000, 32100 and 32128; tied and untied heads; weights as they are, by the "
