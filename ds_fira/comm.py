@@ -127,11 +127,12 @@ class Channel:
 
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         """As many numbers of every rank, float64, in order of rank; for reports, in one small collective."""
-        device = self._wire_device()
-        own = torch.tensor(numbers, dtype=torch.float64, device=device)
-        gathered = torch.empty(self.dp_size * len(numbers), dtype=torch.float64, device=device)
-        dist.all_gather_into_tensor(gathered, own, group=self.group)
-        return gathered.view(self.dp_size, -1).tolist()
+        # A sum in which every rank fills its own row: torch is renaming the gathering collectives.
+        rows = torch.zeros(self.dp_size, len(numbers), dtype=torch.float64)
+        rows[self.dp_rank] = torch.tensor(numbers, dtype=torch.float64)
+        rows = rows.to(self._wire_device())
+        dist.all_reduce(rows, group=self.group)
+        return rows.tolist()
 
     def require_same(self, digest: str) -> None:
         """Stop on every rank unless all of them hold the same plan.
