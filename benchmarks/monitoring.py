@@ -3,8 +3,9 @@
     torchrun --standalone --nproc_per_node 2 -m benchmarks.monitoring [--steps 40]
 
 The engines take turns step by step, so that a busy machine slows all of them alike; medians are over the steps, on the
-first rank, which writes the files. No refresh is among the steps that are timed. A step between events writes
-DeepSpeed's own lr, and nothing of Fira's.
+first rank, which writes the files. CPU time is the process's own, and says more than wall time where others work on the
+machine. No refresh is among the steps that are timed. A step between events writes DeepSpeed's own lr, and nothing of
+Fira's.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ def build(folder: str, interval: int | None) -> Any:
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
-def timed_step(engine: Any, tokens: torch.Tensor) -> tuple[float, float]:
-    """Seconds of a training step, and of `engine.step()` in it."""
+def timed_step(engine: Any, tokens: torch.Tensor) -> tuple[float, float, float]:
+    """Seconds of a training step, of `engine.step()` in it, and of CPU time in that."""
     begin = time.perf_counter()
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-    middle = time.perf_counter()
+    middle, used = time.perf_counter(), time.process_time()
     engine.step()
     if tokens.is_cuda:
         torch.cuda.synchronize()
     end = time.perf_counter()
-    return end - begin, end - middle
+    return end - begin, end - middle, time.process_time() - used
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
     variants = {"no monitor": None, "csv, between events": 10**6, "csv, at an event": 1}
     with tempfile.TemporaryDirectory() as folder:
         engines = {name: build(folder, interval) for name, interval in variants.items()}
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+        times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in variants}
         for step in range(WARMUP + args.steps):
             tokens = torch.randint(0, SHAPE["vocab_size"], (8, SEQ_LENGTH), device=device)
             for name, engine in engines.items():
@@ -75,11 +76,13 @@ def main() -> None:
                     times[name].append(found)
         if deepspeed.comm.get_rank() == 0:
             print(f"{device_name(device)}, {deepspeed.comm.get_world_size()} processes")
-            print(f"{'':22}{'training step ms':>18}{'engine.step ms':>16}{'more per step, ms':>19}")
-            for name, pairs in times.items():
-                whole, inner = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
-                more = [1e3 * (mine[1] - base[1]) for mine, base in zip(pairs, times["no monitor"], strict=True)]
-                print(f"{name:22}{whole:>18.1f}{inner:>16.2f}{statistics.median(more):>19.2f}", flush=True)
+            print(f"{'milliseconds':22}{'training step':>15}{'engine.step':>13}{'its CPU time':>14}{'more of it':>12}")
+            for name, rows in times.items():
+                whole, wall, cpu = (1e3 * statistics.median(column) for column in zip(*rows, strict=True))
+                more = 1e3 * statistics.median(
+                    mine[2] - base[2] for mine, base in zip(rows, times["no monitor"], strict=True)
+                )
+                print(f"{name:22}{whole:>15.1f}{wall:>13.1f}{cpu:>14.2f}{more:>12.2f}", flush=True)
         for engine in engines.values():
             engine.destroy()
     engines.clear()
