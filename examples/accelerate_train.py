@@ -27,7 +27,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     set_seed,
 )
-from hf_common import REPOSITORY, build_model, check_fira, collate, load_text, stop
+from hf_common import REPOSITORY, Task, check_fira, collate, load, stop
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
@@ -36,16 +36,16 @@ import ds_fira  # registers FiraAdam
 LAUNCHED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # set by `accelerate launch`
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train with accelerate and FiraAdam.", allow_abbrev=False)
     parser.add_argument("--model", default="llama_60m", help="name in ds_fira.models, config file or checkpoint")
     parser.add_argument("--text", type=Path, help="txt, csv, json, jsonl or parquet file (default: packaged reviews)")
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--deepspeed-config", type=Path, help="JSON, without a config file of `accelerate launch`")
-    parser.add_argument("--batch-size", type=int, default=8, help='per process, where the JSON says "auto"')
-    parser.add_argument("--lr", type=float, default=0.005, help='where the JSON says "auto"')
-    parser.add_argument("--weight-decay", type=float, default=0.0, help='where the JSON says "auto"')
+    parser.add_argument("--batch-size", type=int, help='per process, where the JSON says "auto"')
+    parser.add_argument("--lr", type=float, help='where the JSON says "auto"')
+    parser.add_argument("--weight-decay", type=float, help='where the JSON says "auto"')
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--save-every", type=int, help="steps between states in OUTPUT_DIR/step_N")
@@ -54,67 +54,64 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=REPOSITORY / "runs" / "accelerate")
     parser.add_argument("--cache-dir", type=Path, default=REPOSITORY / "runs" / "cache")
     parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def start(options: argparse.Namespace) -> Accelerator:
-    """The accelerator with its DeepSpeed config, "auto" values filled in.
+    """The accelerator with its DeepSpeed config, "auto" values filled in from the options.
 
     Raises:
-        ValueError: the config is missing, named twice, or wrong.
+        ValueError: the config is missing, named twice, contradicted by an option, or wrong.
     """
-    if LAUNCHED_CONFIG in os.environ and options.deepspeed_config is not None:
+    launched = os.environ.get(LAUNCHED_CONFIG)
+    if launched is not None and options.deepspeed_config is not None:
         raise ValueError(
-            f"--deepspeed-config {options.deepspeed_config} contradicts {os.environ[LAUNCHED_CONFIG]} of `accelerate "
-            "launch`; give one of them."
+            f"--deepspeed-config {options.deepspeed_config} contradicts {launched} of `accelerate launch`; give one."
         )
-    source = Path(os.environ.get(LAUNCHED_CONFIG) or options.deepspeed_config or "ds_configs/zero2_bf16.json")
-    if not source.is_file():
-        raise ValueError(f"the DeepSpeed config {source} does not exist.")
-    if options.resume is not None and not options.resume.is_dir():
-        raise ValueError(f"--resume {options.resume} does not exist.")
-    accelerator = Accelerator(
-        # Without it accelerate makes one of the file that `accelerate launch` named.
-        deepspeed_plugin=None if LAUNCHED_CONFIG in os.environ else DeepSpeedPlugin(hf_ds_config=str(source)),
+    source = Path(launched or options.deepspeed_config or REPOSITORY / "ds_configs" / "zero2_bf16.json")
+    for path in (source, options.resume):
+        if path is not None and not path.exists():
+            raise ValueError(f"{path} does not exist.")
+    config = json.loads(source.read_text())
+    params = config.get("optimizer", {}).get("params", {})
+    for block, key, option in (
+        (params, "lr", "lr"),
+        (params, "weight_decay", "weight_decay"),
+        (config, "train_micro_batch_size_per_gpu", "batch_size"),
+    ):
+        value, flag = getattr(options, option), "--" + option.replace("_", "-")
+        if block.get(key) == "auto":
+            if value is None:
+                raise ValueError(f'{source} has "auto" for {key}; give {flag}.')
+            block[key] = value
+        elif value is not None:
+            raise ValueError(f'{flag} {value} contradicts {key} = {block.get(key)} in {source}; write "auto" there.')
+    check_fira(config, source)
+    return Accelerator(
+        # A script that fills nothing in needs no plugin: accelerate makes one of the file in the YAML.
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        gradient_accumulation_steps=config.get("gradient_accumulation_steps", 1),
         # One order of the rows for each seed and epoch, so that a resumed run goes on in it.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
         # Without a GPU accelerate takes itself for one process, whatever the launcher, unless it is told the backend.
         kwargs_handlers=[] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")],
     )
-    config = accelerator.deepspeed_plugin.deepspeed_config
-    # accelerate would fill these in from its DummyOptim, and raise at any other "auto" of the optimizer.
-    for name in ("lr", "weight_decay"):
-        if config.get("optimizer", {}).get("params", {}).get(name) == "auto":
-            config["optimizer"]["params"][name] = getattr(options, name)
-    check_fira(config, source)
-    return accelerator
 
 
-def prepare(
-    accelerator: Accelerator, options: argparse.Namespace
-) -> tuple[Any, DummyOptim, DummyScheduler, DataLoader, DataLoader, Any]:
-    """Model, optimizer, scheduler and loaders as `accelerator.prepare` gives them back, and the tokenizer."""
-    model, tokenizer = build_model(options.model)
-    train, validation, tokenizer = load_text(options.text, model, tokenizer, options.seq_length, options.cache_dir)
-    model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+def prepare(accelerator: Accelerator, options: argparse.Namespace, task: Task) -> tuple[Any, DataLoader, DataLoader]:
+    """The DeepSpeed engine and the loaders of its training and validation rows."""
     batch_size = accelerator.deepspeed_plugin.get_value("train_micro_batch_size_per_gpu")
-    loaders = [
-        DataLoader(
-            rows,
-            batch_size=options.batch_size if batch_size in (None, "auto") else batch_size,
-            shuffle=rows is train,
-            drop_last=rows is train,
-            collate_fn=collate,
-        )
-        for rows in (train, validation)
-    ]
-    # Stand-ins: DeepSpeed builds the optimizer that the JSON names, and a scheduler over the param groups it makes.
-    optimizer = DummyOptim(model.parameters())
+    loader = DataLoader(task.train, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+    validation = DataLoader(task.validation, batch_size, collate_fn=collate)
+    # Stand-ins: DeepSpeed builds the optimizer that the JSON names, and the scheduler over the param groups it makes.
+    params = accelerator.deepspeed_plugin.deepspeed_config["optimizer"]["params"]
+    optimizer = DummyOptim(task.model.parameters(), lr=params["lr"])
     schedule = functools.partial(
         get_cosine_schedule_with_warmup, num_warmup_steps=options.warmup_steps, num_training_steps=options.steps
     )
     scheduler = DummyScheduler(optimizer, lr_scheduler_callable=schedule)
-    return *accelerator.prepare(model, optimizer, scheduler, *loaders), tokenizer
+    engine, _, _, loader, validation = accelerator.prepare(task.model, optimizer, scheduler, loader, validation)
+    return engine, loader, validation
 
 
 def train(accelerator: Accelerator, options: argparse.Namespace, model: Any, loader: DataLoader) -> list[float]:
@@ -160,22 +157,17 @@ def evaluate(accelerator: Accelerator, model: Any, loader: DataLoader) -> float:
     return torch.cat(losses).mean().item()
 
 
-def main() -> None:
-    """Train, validate, save."""
-    options = parse()
-    ds_fira.init_distributed()
-    set_seed(options.seed)
-    try:
-        accelerator = start(options)
-        model, optimizer, scheduler, loader, validation, tokenizer = prepare(accelerator, options)
-    except (OSError, ValueError) as error:
-        stop(str(error))
+def run(accelerator: Accelerator, options: argparse.Namespace, task: Task) -> None:
+    """Train, validate, save the model and the figures."""
+    model, loader, validation = prepare(accelerator, options, task)
     if options.resume is not None:
         accelerator.load_state(str(options.resume))
     losses = train(accelerator, options, model, loader)
 
     val_loss = evaluate(accelerator, model, validation)
-    figures = {"losses": losses, "val_loss": val_loss, "val_perplexity": math.exp(val_loss), **ds_fira.metrics(model)}
+    figures = {"losses": losses, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)}
+    if accelerator.deepspeed_plugin.get_value("optimizer.type") == "FiraAdam":
+        figures |= ds_fira.metrics(model)
     accelerator.unwrap_model(model).save_pretrained(
         options.output_dir / "model",
         is_main_process=accelerator.is_main_process,
@@ -183,14 +175,24 @@ def main() -> None:
         state_dict=accelerator.get_state_dict(model),
     )
     if accelerator.is_main_process:
-        tokenizer.save_pretrained(options.output_dir / "model")
+        task.tokenizer.save_pretrained(options.output_dir / "model")
         (options.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     accelerator.print(f"validation loss {val_loss:.3f}, perplexity {figures['val_perplexity']:.1f}", flush=True)
 
-    # Ends the engine and drops every reference to it, after which the processes can end in good order.
-    model, optimizer, scheduler, loader, validation = accelerator.free_memory(
-        model, optimizer, scheduler, loader, validation
-    )
+
+def main() -> None:
+    """Run under `accelerate launch`, the deepspeed launcher, torchrun, or none."""
+    options = parse()
+    ds_fira.init_distributed()
+    try:
+        accelerator = start(options)
+        set_seed(options.seed)
+        task = load(options.model, options.text, options.seq_length, options.cache_dir)
+    except (OSError, ValueError) as error:
+        stop(str(error))
+    run(accelerator, options, task)
+    # Ends the engine and drops accelerate's references to it, after which the processes can end in good order.
+    accelerator.free_memory()
     ds_fira.shutdown()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,20 +76,30 @@ def build_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | N
     return model, AutoTokenizer.from_pretrained(name)
 
 
-def load_text(
-    text: Path | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seq_length: int, cache: Path
-) -> tuple[datasets.Dataset, datasets.Dataset, PreTrainedTokenizerBase]:
-    """Training and validation rows `input_ids` of `seq_length` tokens, and the tokenizer that made them.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A model, the rows `input_ids` it is trained and validated on, and the tokenizer that made them."""
 
-    The first process prepares and caches them while the others wait. Where that fails, all of them stop.
+    model: PreTrainedModel
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load(name: str, text: Path | None, seq_length: int, cache: Path) -> Task:
+    """The model and its text, which the first process prepares and caches while the others wait.
 
     Args:
+        name: see `build_model`. A new model gets a tokenizer of its vocabulary's size, trained on the text.
         text: a txt, csv, json, jsonl or parquet file; None for the packaged reviews.
-        model: its vocabulary is the size of a new tokenizer, its positions bound `seq_length`.
-        tokenizer: the checkpoint's; None to train one on the text.
         seq_length: tokens in a row.
         cache: folder that keeps prepared text.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: the model or the text cannot be used; on every process, with the same sentence.
     """
+    model, tokenizer = build_model(name)
     outcome: list[Any] = [None, None]  # folder, error
     if dist.get_rank() == 0:
         try:
@@ -106,12 +117,14 @@ def load_text(
     dist.broadcast_object_list(outcome, src=0)
     folder, error = outcome
     if error is not None:
-        stop(error)
+        raise ValueError(error)
     if tokenizer is None:
         data = TextData.load(Path(folder))
-        return data.train, data.validation, data.tokenizer
+        # Generation stops at these; the config's own belong to another tokenizer.
+        model.config.bos_token_id, model.config.eos_token_id = data.tokenizer.bos_token_id, data.tokenizer.eos_token_id
+        return Task(model, data.train, data.validation, data.tokenizer)
     splits = datasets.load_from_disk(folder).with_format("torch")
-    return splits["train"], splits["test"], tokenizer
+    return Task(model, splits["train"], splits["test"], tokenizer)
 
 
 def pack(text: Path | None, tokenizer: PreTrainedTokenizerBase, seq_length: int, cache: Path) -> Path:

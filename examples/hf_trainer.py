@@ -10,12 +10,11 @@ come from the arguments, FiraAdam's own settings from the file. docs/ecosystem.m
 # No `from __future__ import annotations`: HfArgumentParser reads the types of the dataclass.
 import dataclasses
 import math
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from hf_common import REPOSITORY, build_model, check_fira, collate, load_text, stop
+from hf_common import REPOSITORY, check_fira, collate, load, stop
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -79,7 +78,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, TrainingArgument
     for name in ("optim", "optim_args", "ddp_timeout"):
         if getattr(training, name) != defaults[name]:
             instead = "DEEPSPEED_TIMEOUT in minutes" if name == "ddp_timeout" else f"it in {training.deepspeed}"
-            raise ValueError(f"--{name} does nothing here; set {instead}.")
+            raise ValueError(f"--{name} {getattr(training, name)} does nothing here; set {instead}.")
     check_fira(training.hf_deepspeed_config.config, training.deepspeed)
     if training.resume_from_checkpoint == "last":
         training.resume_from_checkpoint = get_last_checkpoint(training.output_dir)
@@ -88,27 +87,26 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, TrainingArgument
     return options, training
 
 
-def run(options: Options, training: TrainingArguments) -> Any:
-    """Train, validate and save; returns the DeepSpeed engine.
-
-    Leaves in `output_dir` the model and its tokenizer, the Trainer's checkpoints, its log and the last figures.
-    """
+def build(options: Options, training: TrainingArguments) -> Trainer:
+    """The Trainer with its model and its text; raises as `hf_common.load`."""
     set_seed(training.seed)
-    try:
-        model, tokenizer = build_model(options.model)
-    except (OSError, ValueError) as error:
-        stop(str(error))
-    train, validation, tokenizer = load_text(options.text, model, tokenizer, options.seq_length, options.cache_dir)
-    model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    trainer = Trainer(
-        model=model,
+    task = load(options.model, options.text, options.seq_length, options.cache_dir)
+    return Trainer(
+        model=task.model,
         args=training,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        processing_class=task.tokenizer,
         data_collator=collate,
     )
-    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+
+
+def run(trainer: Trainer) -> dict[str, float]:
+    """Train, validate and save; returns the figures of the last validation.
+
+    Leaves in `output_dir` the model and its tokenizer, the Trainer's checkpoints, its log and the figures.
+    """
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
@@ -116,25 +114,27 @@ def run(options: Options, training: TrainingArguments) -> Any:
     engine = trainer.model_wrapped
     metrics = trainer.evaluate()
     metrics["perplexity"] = math.exp(metrics["eval_loss"])
-    if training.hf_deepspeed_config.get_value("optimizer.type") == "FiraAdam":
+    if trainer.args.hf_deepspeed_config.get_value("optimizer.type") == "FiraAdam":
         metrics |= ds_fira.metrics(engine)
         metrics["optimizer_state_bytes"] = sum(ds_fira.memory_report(engine)["optimizer_state_bytes"])
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
-    return engine
+    return metrics
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Run under the deepspeed launcher, torchrun, mpirun, or none."""
     ds_fira.init_distributed()
     try:
-        options, training = parse(arguments)
+        trainer = build(*parse())
     except (OSError, ValueError) as error:
         stop(str(error))
-    engine = run(options, training)
-    # The Trainer is gone with its references to the optimizer: now the processes can end in good order.
-    ds_fira.shutdown(engine)
+    run(trainer)
+    # Ends the engine; with the Trainer gone nothing holds its optimizer, and the processes can end in good order.
+    trainer.accelerator.free_memory()
+    del trainer
+    ds_fira.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
