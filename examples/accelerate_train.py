@@ -40,7 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train with accelerate and FiraAdam.", allow_abbrev=False)
     parser.add_argument("--model", default="llama_60m", help="name in ds_fira.models, config file or checkpoint")
-    parser.add_argument("--text", type=Path, help="txt, csv, json, jsonl or parquet file (default: packaged reviews)")
+    parser.add_argument(
+        "--text", help="file, folder or glob of txt, csv, json, jsonl, parquet (default: the packaged reviews)"
+    )
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--deepspeed-config", type=Path, help="JSON, without a config file of `accelerate launch`")
     parser.add_argument("--batch-size", type=int, help='per process, where the JSON says "auto"')

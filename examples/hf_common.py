@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import datasets
 import deepspeed.comm as dist
 import torch
-from datasets.fingerprint import Hasher
+from datasets import Dataset
 from pretraining.text_data import TextData, TextRecipe, prepare
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import ds_fira
 from ds_fira.models import NAMES, config_file
@@ -53,8 +52,8 @@ def check_fira(config: dict[str, Any], source: Any) -> None:
             )
 
 
-def build_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model to train, in float32, and its tokenizer where it is a checkpoint.
+def build_model(name: str) -> tuple[PreTrainedModel, str | None]:
+    """The model to train, in float32, and where its tokenizer is if it is a checkpoint.
 
     Args:
         name: a transformers config file or one of `ds_fira.models.NAMES`, for a new model with random weights; or the
@@ -72,8 +71,7 @@ def build_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | N
             raise FileNotFoundError(f"the model config {path} does not exist")
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
         return model, None
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-    return model, AutoTokenizer.from_pretrained(name)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options), name
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +79,17 @@ class Task:
     """A model, the rows `input_ids` it is trained and validated on, and the tokenizer that made them."""
 
     model: PreTrainedModel
-    train: datasets.Dataset
-    validation: datasets.Dataset
+    train: Dataset
+    validation: Dataset
     tokenizer: PreTrainedTokenizerBase
 
 
-def load(name: str, text: Path | None, seq_length: int, cache: Path) -> Task:
+def load(name: str, text: str | None, seq_length: int, cache: Path) -> Task:
     """The model and its text, which the first process prepares and caches while the others wait.
 
     Args:
-        name: see `build_model`. A new model gets a tokenizer of its vocabulary's size, trained on the text.
-        text: a txt, csv, json, jsonl or parquet file; None for the packaged reviews.
+        name: see `build_model`. A checkpoint brings its tokenizer; a new model gets one trained on the text.
+        text: a file, folder or glob of txt, csv, json, jsonl or parquet files; None for the packaged reviews.
         seq_length: tokens in a row.
         cache: folder that keeps prepared text.
 
@@ -100,68 +98,30 @@ def load(name: str, text: Path | None, seq_length: int, cache: Path) -> Task:
         ValueError: the model or the text cannot be used; on every process, with the same sentence.
     """
     model, tokenizer = build_model(name)
+    positions = getattr(model.config, "max_position_embeddings", seq_length)
+    if seq_length > positions:
+        raise ValueError(f"rows of {seq_length} tokens exceed the {positions} positions of the model")
+    recipe = TextRecipe(
+        text=text, vocab_size=model.config.vocab_size, seq_length=seq_length, seed=0, tokenizer=tokenizer
+    )
     outcome: list[Any] = [None, None]  # folder, error
     if dist.get_rank() == 0:
         try:
-            positions = getattr(model.config, "max_position_embeddings", seq_length)
-            if seq_length > positions:
-                raise ValueError(f"rows of {seq_length} tokens exceed the {positions} positions of the model")
-            if tokenizer is None:
-                vocab_size = model.config.vocab_size
-                recipe = TextRecipe(text=text, vocab_size=vocab_size, seq_length=seq_length, seed=0)
-                outcome[0] = str(prepare(recipe, cache))
-            else:
-                outcome[0] = str(pack(text, tokenizer, seq_length, cache))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            if recipe.streams(recipe.open()):
+                raise ValueError(
+                    f"{text} is too large to be prepared as a whole; examples/pretrain_llama.py streams it"
+                )
+            outcome[0] = str(prepare(recipe, cache))
+        except (OSError, ValueError) as error:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0)
     folder, error = outcome
     if error is not None:
         raise ValueError(error)
-    if tokenizer is None:
-        data = TextData.load(Path(folder))
-        # Generation stops at these; the config's own belong to another tokenizer.
-        model.config.bos_token_id, model.config.eos_token_id = data.tokenizer.bos_token_id, data.tokenizer.eos_token_id
-        return Task(model, data.train, data.validation, data.tokenizer)
-    splits = datasets.load_from_disk(folder).with_format("torch")
-    return Task(model, splits["train"], splits["test"], tokenizer)
-
-
-def pack(text: Path | None, tokenizer: PreTrainedTokenizerBase, seq_length: int, cache: Path) -> Path:
-    """Cut documents, in the tokens of a checkpoint, into full rows; returns the folder they are in.
-
-    Raises:
-        ValueError: there is no text, too little of it, or no end-of-text token to close a document with.
-        FileNotFoundError: the file does not exist.
-    """
-    if text is None:
-        raise ValueError("a checkpoint to go on from needs --text with the text to train it on")
-    if not text.is_file():
-        raise FileNotFoundError(f"the text file {text} does not exist")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the checkpoint's tokenizer has no eos_token, which closes a document")
-    key = Hasher.hash([str(text.resolve()), text.stat().st_mtime_ns, tokenizer.get_vocab(), seq_length])
-    folder = cache / f"packed-{key}"
-    if folder.exists():
-        return folder
-    # The ending of the file's name tells `datasets` how to read it; the paragraphs of a txt file are its documents.
-    options = {"sample_by": "paragraph"} if text.suffix == ".txt" else {}
-    documents = datasets.load_dataset(
-        str(text.parent), data_files=text.name, split="train", cache_dir=str(cache), **options
-    )
-
-    def rows(batch: dict[str, list]) -> dict[str, list]:
-        tokenized = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
-        stream = [token for ids in tokenized for token in [*ids, tokenizer.eos_token_id]]
-        return {"input_ids": [stream[i : i + seq_length] for i in range(0, len(stream) - seq_length + 1, seq_length)]}
-
-    splits = documents.train_test_split(test_size=0.01, seed=0)
-    packed = splits.map(rows, batched=True, remove_columns=documents.column_names)
-    for name, split in packed.items():
-        if len(split) == 0:
-            raise ValueError(f"the {name} split of {text} is shorter than {seq_length} tokens")
-    packed.save_to_disk(str(folder))
-    return folder
+    data = TextData.load(Path(folder))
+    # Generation stops at these; a new model's config has those of another tokenizer.
+    model.config.bos_token_id, model.config.eos_token_id = data.tokenizer.bos_token_id, data.tokenizer.eos_token_id
+    return Task(model, data.train, data.validation, data.tokenizer)
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -39,8 +39,9 @@ class Options:
         default="llama_60m",
         metadata={"help": "a model of ds_fira.models, a transformers config file, or a checkpoint to go on from"},
     )
-    text: Path | None = dataclasses.field(
-        default=None, metadata={"help": "txt, csv, json, jsonl or parquet file (default: the packaged reviews)"}
+    text: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "file, folder or glob of txt, csv, json, jsonl, parquet (default: the packaged reviews)"},
     )
     seq_length: int = dataclasses.field(default=256, metadata={"help": "tokens in a row"})
     cache_dir: Path = dataclasses.field(default=REPOSITORY / "runs" / "cache", metadata={"help": "for prepared text"})
