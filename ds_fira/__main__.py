@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ds_fira import plots
 from ds_fira.estimate import command as estimate
 
 # Each has `register(commands)`, which adds a parser whose default `run` is called with the parsed arguments and raises
 # ValueError, with one sentence, for arguments that are not legal.
-COMMANDS = (estimate,)
+COMMANDS = (estimate, plots)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"python -m ds_fira {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""A page of plots of one run or several, from their csv files: `python -m ds_fira.plots RUN_FOLDER [-o page.html]`.
+"""A page of plots of one run or several, from their csv files: `python -m ds_fira report RUN_FOLDER [-o page.html]`.
 
 One HTML file with the plots inside, which opens anywhere. `docs/monitoring.md` says what the figures are.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -157,12 +156,14 @@ def _figures(run: Run) -> dict[str, str]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the arguments that `run` reads."""
+def register(commands: Any) -> None:
+    """Add the sub-command to argparse's `commands`."""
+    parser = commands.add_parser("report", help="a page of plots of a run, from its csv files", description=__doc__)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="output folder of a run; several overlay"
     )
     parser.add_argument("-o", "--output", type=Path, help=f"the page (default: {PAGE} in the first folder)")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -172,17 +173,3 @@ def run(args: argparse.Namespace) -> None:
         ValueError: as `write_page`.
     """
     print(write_page(args.runs, args.output))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line; an error is one sentence and status 1."""
-    parser = argparse.ArgumentParser(prog="python -m ds_fira.plots", description="Plots of a run, from its csv files.")
-    add_arguments(parser)
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(f"ds_fira report: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ds_fira.plots import main, write_page
+from ds_fira.__main__ import main
+from ds_fira.plots import write_page
 from ds_fira.run_csv import read_runs
 from tests.distributed import Pools
 from tests.test_monitor import PARAMS, SHAPES, monitored, read
@@ -171,20 +172,20 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, capsys: pytest.Capt
         "words": "line 2 is '4,high'",
         "bare": "has no Train_Samples_lr.csv",
     }.items():
-        with pytest.raises(SystemExit) as stopped:
-            main([str(tmp_path / name)])
-        assert re.fullmatch(rf"ds_fira report: [^\n]*{said}[^\n]*\.", stopped.value.code)
-    assert capsys.readouterr().out == ""
+        assert main(["report", str(tmp_path / name)]) == 2
+        told = capsys.readouterr()
+        assert re.fullmatch(rf"python -m ds_fira report: [^\n]*{said}[^\n]*\.\n", told.err)
+        assert told.out == ""
 
 
 def test_command_line_and_a_missing_matplotlib(
     written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command prints where the page is; without matplotlib it says what to install."""
-    main([str(written), "-o", str(tmp_path / "page.html")])
+    assert main(["report", str(written), "-o", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match=r"ds_fira report: matplotlib is missing, .*; pip install matplotlib"):
-        main([str(written), "-o", str(tmp_path / "none.html")])
+    assert main(["report", str(written), "-o", str(tmp_path / "none.html")]) == 2
+    assert re.search(r"report: matplotlib is missing, .*; pip install matplotlib", capsys.readouterr().err)
     assert not (tmp_path / "none.html").exists()
