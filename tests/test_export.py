@@ -155,3 +155,12 @@ def test_stage_1_with_fp32_accumulation_has_no_fp32_export(ranks: Pools, tmp_pat
     for result in results:
         assert all(torch.equal(weight, expected[name]) for name, weight in result["safe"].items())
     continues(loaded(tmp_path / "model", torch.float32), results)
+
+
+def test_round_robin_gradients_mislead_readers_of_a_running_engine(ranks: Pools, tmp_path: Path) -> None:
+    """Why ds_configs leave it off: the export is right, DeepSpeed's `safe_get_full_fp32_param` is not."""
+    results = train_and_save(ranks, tmp_path, ("llama", 2, {"zero_round_robin_gradients": True}))
+    expected = masters(results)
+    exported = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "state"))
+    assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
+    assert not all(torch.equal(results[0]["safe"][name], weight) for name, weight in expected.items())
