@@ -8,7 +8,6 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
-from torch import nn
 
 import ds_fira
 from ds_fira.zero import fira_of
@@ -22,21 +21,12 @@ def fixed_tokens(batch: int, rank: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (batch, SEQUENCE), generator=generator)
 
 
-def checkpoint_activations(model: nn.Module, ds_config: dict[str, Any]) -> None:
-    """Let every layer keep its input only, through DeepSpeed's function, as the config's block says."""
-    deepspeed.checkpointing.configure(None, deepspeed_config=ds_config)
-    model.gradient_checkpointing_enable()
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module._gradient_checkpointing_func = deepspeed.checkpointing.checkpoint
-
-
 def step(ds_config: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train a LLaMA on one fixed batch until `steps` steps are made; returns what `look_into` sees and the losses."""
     torch.manual_seed(0)
     model = small_models.llama()
     if "activation_checkpointing" in ds_config:
-        checkpoint_activations(model, ds_config)
+        ds_fira.checkpoint_activations(model, ds_config)
     forwards: list[int] = []
     model.model.layers[0].mlp.register_forward_hook(lambda *_: forwards.append(1))
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)[0]
