@@ -40,6 +40,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(900)  # three runs of the script, for machines that are busy
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(folder: Path) -> None:
     """SIGKILL after a training state was written; the losses after the resume are those of the run that went on."""
     command = ["python", SCRIPT, *OPTIONS, "--save-every", "6"]

@@ -71,7 +71,7 @@ def sample(checkpoint: Path, prompt: str, seed: int) -> str:
     if loading["missing_keys"] or loading["unexpected_keys"]:
         raise RuntimeError(f"{checkpoint} does not fit its own configuration: {loading}")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    ids = tokenizer(tokenizer.bos_token + prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = tokenizer((tokenizer.bos_token or "") + prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     torch.manual_seed(seed)
     length = max(1, min(SAMPLE_TOKENS, model.config.max_position_embeddings - ids.shape[1]))
     output = model.generate(
