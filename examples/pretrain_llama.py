@@ -149,6 +149,8 @@ def check_start(
             if DATA_STATE not in client_state:
                 raise DataError("the training state does not say where in the data it stopped: start a new run")
             data.load_state_dict(client_state[DATA_STATE])
+            if dist.get_rank() == 0:
+                print("Going back to the place in the data where the run stopped ...", flush=True)
         data.start(engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps())
     except DataError as error:
         data.close()

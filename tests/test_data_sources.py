@@ -70,6 +70,7 @@ def test_a_folder_is_sorted_into_splits_by_names(tmp_path: Path) -> None:
     for file, name in enumerate(source.train.files):
         assert found[file] == [text for _, text in open_source(name).train.read(0)]
     assert len(list(source.validation.read_all())) == 12
+    assert source.left_out == (str(tmp_path / "test-0.jsonl"),)
     globbed: Source = open_source(str(tmp_path / "c4-train.*"))
     assert (len(globbed.train.files), globbed.validation) == (2, None)
 

@@ -119,6 +119,7 @@ class Source:
         train: the training documents; where `validation` is None, some of them are still to be held out.
         validation: the validation documents.
         size: bytes on disk, None for a hub's.
+        left_out: files that are named for a test split.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Source:
     train: Documents
     validation: Documents | None
     size: int | None
+    left_out: tuple[str, ...] = ()
 
 
 def open_source(data: str | None, column: str = "text") -> Source:
@@ -216,6 +218,7 @@ def split_files(name: str, paths: list[Path], column: str, *, by_name: bool) -> 
         train=open_files(splits["train"], column),
         validation=open_files(splits["validation"], column) if splits["validation"] else None,
         size=sum(path.stat().st_size for path in splits["train"]),
+        left_out=tuple(map(str, splits["test"])),
     )
 
 

@@ -101,6 +101,8 @@ def prepare(recipe: TextRecipe, cache: Path) -> Path:
         DataError: the text or the tokenizer cannot be used.
     """
     source = recipe.open()
+    if source.left_out:
+        print(f"Left out, for their names say test: {', '.join(source.left_out)}", flush=True)
     tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     if tokenizer and recipe.vocab_size:
         check_vocabulary(tokenizer, recipe.vocab_size)
