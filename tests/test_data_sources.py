@@ -61,7 +61,9 @@ def test_a_folder_is_sorted_into_splits_by_names(tmp_path: Path) -> None:
     content = write_c4(tmp_path, [3, 2])
     write(tmp_path / "b.parquet", ["parquet"])
     write(tmp_path / "test-0.jsonl", ["test"])
-    (tmp_path / "sub").mkdir()
+    for folder in ("sub", ".hidden"):
+        (tmp_path / folder).mkdir()
+    write(tmp_path / ".hidden" / "kept.jsonl", ["what a program keeps for itself"])
     write(tmp_path / "sub" / "contestants.jsonl", ["a word that only holds test"])
     (tmp_path / "README.md").write_text("no text of the corpus")
     source = open_source(str(tmp_path))
@@ -110,7 +112,7 @@ def test_missing_sources_get_one_sentence(tmp_path: Path) -> None:
     assert "does not exist: it takes a file" in message(lambda: open_source(str(tmp_path / "none.txt")))
     assert "--data takes .txt, .csv" in message(lambda: open_source(str(write_md(tmp_path))))
     assert "holds no .txt, .csv" in message(lambda: open_source(str(tmp_path)))
-    assert "matches no .txt, .csv" in message(lambda: open_source(str(tmp_path / "*.gz")))
+    assert "holds no .txt, .csv" in message(lambda: open_source(str(tmp_path / "*.gz")))
     write(tmp_path / "validation.txt", ["a"])
     assert "holds no file for training" in message(lambda: open_source(str(tmp_path)))
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 
+CLOSE_SECONDS = 10.0
+
+
 class Prefetcher:
     """Runs an endless iterator in a thread, a bounded number of items ahead.
 
@@ -43,9 +46,10 @@ class Prefetcher:
         return item
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread; one that hangs, in a slow network say, is left to end with its process."""
         self._stop.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
             # Where it waits for room, let it find some.
             try:
                 self._queue.get_nowait()

@@ -164,19 +164,18 @@ def find_files(data: str) -> list[Path] | None:
             raise DataError(f"--data takes {types} files, also with .gz, not {path.name}")
         return [path]
     if path.is_dir():
-        paths = [found for found in path.rglob("*") if found.is_file() and builder_of(found)]
-        if not paths:
-            raise DataError(f"--data {data} holds no {types} file, also none with .gz")
+        # Hidden ones hold what programs keep for themselves, such as the hub's client.
+        found = (file for file in path.rglob("*") if not re.search(r"(^|/)\.", file.relative_to(path).as_posix()))
     elif glob.has_magic(data):
-        matches = (Path(found) for found in glob.glob(data, recursive=True))
-        paths = [found for found in matches if found.is_file() and builder_of(found)]
-        if not paths:
-            raise DataError(f"--data {data} matches no {types} file, also none with .gz")
+        found = map(Path, glob.glob(data, recursive=True))
     elif data == "c4" or (HUB_NAME.fullmatch(data) and builder_of(path) is None):
         return None
     else:
         raise DataError(f"--data {data} does not exist: it takes a file, a folder, a glob, c4 or a hub's owner/name")
-    return sorted(paths)
+    paths = sorted(file for file in found if builder_of(file) and file.is_file())
+    if not paths:
+        raise DataError(f"--data {data} holds no {types} file, also none with .gz")
+    return paths
 
 
 def reviews_file() -> Path:
