@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def ds_config(method: str, setup: dict[str, Any], params: dict[str, Any]) -> dic
     }
     if setup["dtype"] != "fp32":
         config[setup["dtype"]] = {"enabled": True}
+    if setup["dtype"] == "fp16":
+        config["fp16"]["initial_scale_power"] = 8  # so that no step is skipped
     if setup.get("master_weights") == "bf16":
         config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     if "accumulation_dtype" in setup:
@@ -184,7 +187,8 @@ def compare(case: Case, own: list[dict[str, int]], live: list[dict[str, int]]) -
     """The rank and figures of a case where estimate and measurement differ most."""
 
     def off(rank: int) -> float:
-        return max(abs(own[rank][name] / live[rank][name] - 1) if live[rank][name] else 0.0 for name in CATEGORIES)
+        pairs = [(own[rank][name], live[rank][name]) for name in CATEGORIES]
+        return max(abs(a / b - 1) if b else math.inf if a else 0.0 for a, b in pairs)
 
     worst = max(range(len(own)), key=off)
     return {

@@ -17,6 +17,7 @@ from ds_fira.estimate.model import load_model
 from ds_fira.estimate.setup import Setup
 from ds_fira.memory import adamw_bytes, formula_bytes
 from ds_fira.plan import PlannedRun, plan_run
+from ds_fira.settings import check_params
 
 # Share of a card left to the CUDA context, the allocator's gaps and an optimizer step's own temporaries.
 MARGIN = 0.05
@@ -122,7 +123,7 @@ def estimate(
     config = getattr(module, "config", None)
     sequence = activation_bytes(config, setup.seq_length, setup.weight_bytes, setup.activation_checkpointing)
     found = {}
-    for method in compare_methods(module, run, setup):
+    for method in compare_methods(module, run, setup, check_params(params)):
         if method.name not in methods:
             continue
         by_rank = tuple(

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ds_fira.cuts import state_numel
 from ds_fira.estimate.setup import Setup
 from ds_fira.plan import FlatBuffer, PlannedRun
+from ds_fira.selection import find_projected_weights
 from ds_fira.shard import matrices_of
 from ds_fira.state import compute_dtype
 
@@ -41,14 +41,8 @@ def lora_numel(shape: Sequence[int], rank: int) -> int:
     return sum(min(rank, *matrix.shape) * sum(matrix.shape) for matrix in matrices_of("", tuple(shape)))
 
 
-def galore_numel(shape: Sequence[int], settings: dict[str, Any]) -> int:
-    """Elements of GaLore's state of a weight: m r + 2 n r, Fira's without the limiter's norm."""
-    keys = (settings["rank"], settings["proj_type"], settings["formulation"])
-    return sum(state_numel(matrix.shape, *keys) - 1 for matrix in matrices_of("", tuple(shape)))
-
-
-def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup) -> list[Method]:
-    """The four methods for one model.
+def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: dict[str, Any]) -> list[Method]:
+    """The four methods for one model, with checked settings of FiraAdam.
 
     AdamW is DeepSpeed's with one param group and states in the masters' dtype. LoRA trains its adapters alone, with
     AdamW. Fira is planned with its real partitions. GaLore is taken to have them too, since galore-torch itself has no
@@ -56,12 +50,10 @@ def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup) -> list[Me
     """
     trained = [param for param in module.parameters() if param.requires_grad and param.numel() > 0]
     frozen = sum(param.numel() for param in module.parameters()) - sum(param.numel() for param in trained)
+    projected = find_projected_weights(module, params["target_modules"])
+    # In the module's order: what a boundary cuts depends on it.
     adapters = [
-        numel
-        for group in run.groups
-        if "rank" in group.settings
-        for shape in group.shapes
-        for numel in _adapter(shape, group.settings["rank"])
+        numel for param in trained if id(param) in projected for numel in _adapter(tuple(param.shape), params["rank"])
     ]
     dtype = setup.master_dtype
     norm = compute_dtype(dtype).itemsize
