@@ -3,7 +3,7 @@
     python -m benchmarks.estimate [--json FILE]                             # one rank
     torchrun --nproc-per-node 2 -m benchmarks.estimate [--json FILE]        # two
 
-Trains a LLaMA of 3.4 million weights for two steps with each of `CASES` and prints, for the rank that differs most,
+Trains a LLaMA of 3.1 million weights for two steps with each of `CASES` and prints, for the rank that differs most,
 estimated and measured megabytes by category; measured is every tensor that the engine holds in the second backward
 pass, each storage once.
 """
