@@ -38,7 +38,7 @@ def launch(
     arguments: list[str],
     settings: list[dict[str, str]],
     hosts: NetHosts | None = None,
-    limit: float = 240,
+    limit: float = 280,
 ) -> list[tuple[int, str]]:
     """Run launch/run.sh once for every entry of `settings`, all at a time; return exit statuses and outputs.
 
