@@ -21,15 +21,14 @@ from ds_fira.zero import fira_of
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 PROGRAMS = Path(sys.executable).parent
-LETTERS = 500  # of a document
 MODEL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 MATRICES = 14  # seven in each of the two layers
 
 
-def write_inputs(folder: Path) -> None:
-    """Into an empty folder: `model.json`, and `text.txt` with this project's own words, of two epochs in six steps."""
-    text = " ".join((ROOT / "docs" / "design.md").read_text().split())[: 11 * LETTERS]
-    documents = [text[start : start + LETTERS] for start in range(0, len(text), LETTERS)]
+def write_inputs(folder: Path, letters: int = 500) -> None:
+    """Into an empty folder: `model.json`, and `text.txt`, eleven documents of so many letters by this project."""
+    text = " ".join((ROOT / "docs" / "design.md").read_text().split())[: 11 * letters]
+    documents = [text[start : start + letters] for start in range(0, len(text), letters)]
     (folder / "text.txt").write_text("\n\n".join(documents))
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
     config = json.loads((ROOT / "ds_fira" / "models" / "llama_60m.json").read_text())

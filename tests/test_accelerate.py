@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from tests.distributed import Pools
 from tests.hf_jobs import EXAMPLES, MATRICES, ROOT, launch, optimizer_states, write_config, write_inputs
 
-STEPS, SAVED = 7, 4
+# An epoch is four steps, the last of them of one micro-batch.
+STEPS, SAVED = 7, 5
 JOBS = "tests.hf_jobs"
 TOP = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
 
@@ -24,7 +25,7 @@ TOP = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder as a user's: a model, a text and, where the YAML looks for it, a DeepSpeed config."""
     folder = tmp_path_factory.mktemp("accelerate")
-    write_inputs(folder)
+    write_inputs(folder, letters=150)
     (folder / "ds_configs").mkdir()
     write_config(folder / "ds_configs" / "zero2_bf16.json", "zero2_bf16.json", TOP)
     return folder
@@ -56,7 +57,7 @@ def whole(ranks: Pools, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def resumed(whole: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """New processes of `accelerate launch` with the repository's YAML go on from step four; their figures."""
+    """New processes of `accelerate launch` with the repository's YAML go on from step five; their figures."""
     launcher = ["accelerate", "launch", "--config_file", str(ROOT / "ds_configs" / "accelerate_zero2.yaml")]
     script = ["--main_process_port", "0", str(EXAMPLES / "accelerate_train.py")]
     state = {"resume": folder / "whole" / f"step_{SAVED}", "save-every": STEPS}
