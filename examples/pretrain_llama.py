@@ -39,7 +39,10 @@ def main() -> None:
     """Prepare the text, train, validate, save, and report."""
     options, model_config, deepspeed_config = command_line.parse()
     quiet_libraries()
-    ds_fira.init_distributed()
+    try:
+        ds_fira.init_distributed()
+    except ValueError as error:
+        stop(str(error))
     transformers.set_seed(options.seed)
     plan(options, model_config, deepspeed_config)
     data = training_data(options)

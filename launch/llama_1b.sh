@@ -7,5 +7,6 @@
 # The paper's validation perplexity: 14.31, with Adam 15.56 (Table 2).
 # Processes, machines and launchers: launch/run.sh. To go on after an end of any kind: the same command with --resume.
 set -euo pipefail
+# shellcheck source=launch/recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 recipe llama_1b llama_1b 100000 "$@"

@@ -7,5 +7,6 @@
 # The paper's validation perplexity: 31.06, with Adam 34.06 (Table 2).
 # Processes, machines and launchers: launch/run.sh. To go on after an end of any kind: the same command with --resume.
 set -euo pipefail
+# shellcheck source=launch/recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 recipe llama_60m llama_60m 10000 "$@"

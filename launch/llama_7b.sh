@@ -7,5 +7,6 @@
 # The paper shows Fira at rank 64 beside GaLore at 64 and 512 (Figure 5); 1024 is the rank of GaLore's own 7B run.
 # Processes, machines and launchers: launch/run.sh. To go on after an end of any kind: the same command with --resume.
 set -euo pipefail
+# shellcheck source=launch/recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 recipe llama_7b llama_7b 150000 "$@"

@@ -7,5 +7,6 @@
 # The paper shows the loss curve (Figure 5).
 # Processes, machines and launchers: launch/run.sh. To go on after an end of any kind: the same command with --resume.
 set -euo pipefail
+# shellcheck source=launch/recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 recipe llama_7b llama_7b_rank64 10000 "$@"

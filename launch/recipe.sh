@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the recipes beside it; not a command of its own.
 #
 #   recipe MODEL CONFIG STEPS [options]   pre-train a LLaMA of the paper on C4

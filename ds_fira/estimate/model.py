@@ -9,6 +9,9 @@ import torch
 
 from ds_fira.models import NAMES, config_file
 
+# How long the hub may take to answer at all.
+HUB_SECONDS = 10.0
+
 
 def load_model(model: str | Path) -> Any:
     """Build a causal language model on the meta device: shapes, no memory.
@@ -34,7 +37,9 @@ def load_model(model: str | Path) -> Any:
     if not local and source.suffix == ".json":
         raise ValueError(f"--model = {str(model)!r} is a config file that does not exist; {_choices()}.")
     try:
-        config = AutoConfig.from_pretrained(str(source if local else model))
+        config = AutoConfig.from_pretrained(
+            str(source if local else model), local_files_only=local or not _hub_answers(str(model))
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"--model = {str(model)!r} "
@@ -49,6 +54,20 @@ def load_model(model: str | Path) -> Any:
             f"--model = {str(model)!r} is no causal language model that transformers can build "
             f"({_first_line(error)}); {_choices()}."
         ) from None
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be asked; transformers would try for minutes, and then look into its cache all the same."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        return True  # it answers, if only that there is no such model
+    except Exception:  # of whichever HTTP library the hub's client uses
+        return False
+    return True
 
 
 def _choices() -> str:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-
 CLOSE_SECONDS = 10.0
 
 
