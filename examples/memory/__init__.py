@@ -1,0 +1,1 @@
+"""The parts of the memory experiment: its grid, the measurement of one cell, its processes, table and plot."""

@@ -1,0 +1,174 @@
+"""Measure what every way to save memory saves: FiraAdam beside AdamW, with all of DeepSpeed's that combine with it.
+
+    python examples/memory_savings.py                          # 48 combinations of a small LLaMA, on CPU or GPUs
+    python examples/memory_savings.py --quick                  # a tiny one
+    python examples/memory_savings.py --model llama_7b --seq-length 2048 --micro-batch 1 --ranks 1 \
+        --stages 2 --checkpointing on --offload off --masters bf16        # one GPU of 80 GB
+
+The grid is {AdamW, FiraAdam} x {ZeRO-0, 1, 2} x {activation checkpointing off, on} x {offload off, on} x {fp32, bf16
+master weights}, the model in bf16. Every combination trains in fresh processes; what DeepSpeed or FiraAdam refuses, and
+what runs out of memory, stands in the table with the reason. It leaves `memory.md`, `memory.png` and `memory.json`.
+
+Peak bytes are those of one whole training step, the one of a refresh, as torch's allocators count them, on the rank
+that has most. On a CPU, where all memory is the host's, "host" is what offload moves there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+# The benchmarks lie beside the examples.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from memory.grid import OWN_MODELS, Run, cells, model_config
+from memory.processes import run_cell
+from memory.report import markdown, plot, terminal
+from tqdm import tqdm
+
+from benchmarks.common import default_device, device_name, save
+from ds_fira.models import NAMES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SWITCH = {"on": True, "off": False}
+STAGES = ("0", "1", "2")
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """Stops with one sentence, not with a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least one."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def build_parser() -> OneSentenceParser:
+    """The options."""
+    parser = OneSentenceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ", ".join((*OWN_MODELS, *NAMES))
+    parser.add_argument("--model", default=None, help=f"{known}, or a LLaMA's config file (default small)")
+    parser.add_argument("--seq-length", type=positive, default=None, help="default 256")
+    parser.add_argument("--micro-batch", type=positive, default=2, help="sequences of a rank in a step")
+    parser.add_argument("--steps", type=positive, default=2, help="that are timed")
+    parser.add_argument("--rank", type=positive, default=None, help="of FiraAdam (default a quarter of the width)")
+    parser.add_argument(
+        "--state-dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="FiraAdam's, fp32 masters"
+    )
+    parser.add_argument("--method", choices=("transformers", "deepspeed"), default="transformers", help="checkpointing")
+    parser.add_argument("--cpu-adam", action="store_true", help="AdamW under offload is DeepSpeedCPUAdam (compiles)")
+    parser.add_argument("--ranks", type=positive, default=None, help="processes (default all GPUs, or 2 on a CPU)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one combination")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, 64 tokens, one timed step")
+    parser.add_argument("--output-dir", type=Path, default=REPOSITORY / "runs" / "memory_savings")
+    grid = parser.add_argument_group("grid", "each option keeps some of its axis")
+    grid.add_argument("--optimizers", nargs="+", choices=("AdamW", "FiraAdam"), default=["AdamW", "FiraAdam"])
+    grid.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    grid.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"])
+    grid.add_argument("--offload", nargs="+", choices=("off", "on"), default=["off", "on"])
+    grid.add_argument("--masters", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    return parser
+
+
+def build_run(parser: OneSentenceParser, options: argparse.Namespace) -> Run:
+    """What all cells share; a contradiction ends the program with one sentence."""
+    gpus = torch.cuda.device_count()
+    processes = options.ranks or gpus or 2
+    if gpus and processes > gpus:
+        parser.error(f"--ranks {processes} is more than the {gpus} GPUs here; give at most {gpus}")
+    seq_length = options.seq_length or (64 if options.quick else 256)
+    if seq_length < 2:
+        parser.error("--seq-length must be at least 2: the first token of a sequence is not predicted")
+    if options.output_dir.exists() and not options.output_dir.is_dir():
+        parser.error(f"--output-dir {options.output_dir} is a file; name a folder")
+    try:
+        model = model_config(options.model or ("tiny" if options.quick else "small"), seq_length)
+    except ValueError as error:
+        parser.error(str(error))
+    return Run(
+        model=model,
+        seq_length=seq_length,
+        micro_batch=options.micro_batch,
+        steps=1 if options.quick else options.steps,
+        rank=options.rank or max(1, model.get("hidden_size", 4096) // 4),
+        state_dtype=options.state_dtype,
+        method=options.method,
+        cpu_adam=options.cpu_adam,
+        processes=processes,
+        seed=options.seed,
+    )
+
+
+def main() -> None:
+    """Measure the grid, and write table, plot and JSON."""
+    parser = build_parser()
+    options = parser.parse_args()
+    run = build_run(parser, options)
+    # The processes of a cell find the parts of this script, whatever the working folder.
+    paths = (str(REPOSITORY), str(REPOSITORY / "examples"), os.environ.get("PYTHONPATH"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    grid = cells(
+        options.optimizers,
+        [int(stage) for stage in options.stages],
+        [SWITCH[word] for word in options.checkpointing],
+        [SWITCH[word] for word in options.offload],
+        options.masters,
+    )
+    logs = options.output_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    with tqdm(grid, unit="cell", mininterval=0.2 if sys.stderr.isatty() else 10.0) as bar:
+        for cell in bar:
+            bar.set_postfix_str(cell.name)
+            log = logs / f"{cell.name}.log"
+            log.unlink(missing_ok=True)
+            row = dataclasses.asdict(cell) | flatten(run_cell(cell, run, log, options.timeout))
+            rows.append(row)
+            if row["status"] in ("failed", "out of memory"):
+                bar.write(f"{cell.name}: {row['status']}: {row['reason']} (log: {log})", file=sys.stderr)
+            # After every cell, so that a run that is stopped leaves what it has.
+            write(options.output_dir, rows, run, seconds=time.perf_counter() - began)
+    print(terminal(rows))
+    print(f"\n{device_name(default_device())}; table, plot and figures: {options.output_dir}")
+    if not any(row["status"] == "ok" for row in rows):
+        sys.exit(f"{parser.prog}: error: none of the {len(rows)} combinations ran; the table has the reasons")
+
+
+def flatten(outcome: dict[str, Any]) -> dict[str, Any]:
+    """Of all ranks the one with the highest peak on its device."""
+    if outcome["status"] != "ok":
+        return outcome
+    return {"status": "ok", **max(outcome["ranks"], key=lambda rank: rank["device"]["peak_bytes"])}
+
+
+def write(folder: Path, rows: list[dict[str, Any]], run: Run, seconds: float) -> None:
+    """Leave what has been measured so far."""
+    settings = dataclasses.asdict(run)
+    shape = f"{run.processes} ranks, {run.micro_batch} x {run.seq_length} tokens each, rank {run.rank}"
+    (folder / "memory.md").write_text(markdown(rows))
+    plot(rows, f"Peak memory of a training step: {shape}\n{device_name(default_device())}", folder / "memory.png")
+    # The path of the interpreter and of the script belong to a machine.
+    command = shlex.join(["python", "examples/memory_savings.py", *sys.argv[1:]])
+    save(str(folder / "memory.json"), default_device(), command=command, seconds=seconds, settings=settings, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
