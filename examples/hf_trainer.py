@@ -77,12 +77,14 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, TrainingArgument
         if value != defaults[name] and training.hf_deepspeed_config.get_value(key) is None:
             raise ValueError(f'--{name} {value} does nothing, as {training.deepspeed} lacks {key}; add it as "auto".')
     for name in ("optim", "optim_args", "ddp_timeout"):
-        if getattr(training, name) != defaults[name]:
+        value = getattr(training, name)
+        if value != defaults[name]:
             instead = "DEEPSPEED_TIMEOUT in minutes" if name == "ddp_timeout" else f"it in {training.deepspeed}"
-            raise ValueError(f"--{name} {getattr(training, name)} does nothing here; set {instead}.")
+            raise ValueError(f"--{name} {getattr(value, 'value', value)} does nothing here; set {instead}.")
     check_fira(training.hf_deepspeed_config.config, training.deepspeed)
     if training.resume_from_checkpoint == "last":
-        training.resume_from_checkpoint = get_last_checkpoint(training.output_dir)
+        folder = Path(training.output_dir)
+        training.resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
         if training.resume_from_checkpoint is None:
             raise ValueError(f"--resume_from_checkpoint last found no checkpoint in {training.output_dir}.")
     return options, training
