@@ -21,7 +21,7 @@ from tests.test_pretrain_example import ROOT, run
 SCRIPT = str(ROOT / "examples" / "pretrain_llama.py")
 # Files of 40 documents hold about 25 batches each: the run meets several, and the end of an epoch.
 OPTIONS = [
-    *("--data", "c4", "--streaming", "--block-rows", "16", "--vocab-size", "300", "--hidden-size", "32"),
+    *("--data", "./c4", "--streaming", "--block-rows", "16", "--vocab-size", "300", "--hidden-size", "32"),
     *("--layers", "1", "--heads", "2", "--seq-length", "32", "--batch-size", "4", "--rank", "8"),
     *("--update-proj-gap", "5", "--eval-every", "6", "--cache-dir", "cache", "--no-activation-checkpointing"),
 ]

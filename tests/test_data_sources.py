@@ -123,10 +123,12 @@ def write_md(folder: Path) -> Path:
     return folder / "a.md"
 
 
-def test_without_the_hub_the_local_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hub_the_local_options_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing answers, the sentence comes at once, and says what works without."""
     # No machine has this name, whether there is a network or not.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.invalid")
+    monkeypatch.chdir(tmp_path)
+    write_c4(tmp_path / "c4", [2])  # which is ./c4
     told = message(lambda: open_source("c4"))
     assert told.startswith("--data allenai/c4:en needs the hub, which cannot be reached (")
     for part in ("--data FOLDER with a local copy of C4 (c4-train.*.json.gz", "--data FILE", "HF_ENDPOINT"):

@@ -134,7 +134,8 @@ def open_source(data: str | None, column: str = "text") -> Source:
     """What `--data` names.
 
     Args:
-        data: None for the packaged reviews; `c4`; a file; a folder; a glob; or `owner/name[:config]` of a hub.
+        data: None for the packaged reviews; `c4` for the hub's; a file, folder or glob; or `owner/name[:config]` of a
+            hub, where no local folder has that name.
         column: of the text; a txt file's paragraphs are its documents.
 
     Raises:
@@ -158,6 +159,8 @@ def find_files(data: str) -> list[Path] | None:
     Raises:
         DataError: there are none.
     """
+    if data == "c4":
+        return None
     path, types = Path(data), ", ".join(BUILDERS)
     if path.is_file():
         if builder_of(path) is None:
@@ -168,7 +171,7 @@ def find_files(data: str) -> list[Path] | None:
         found = (file for file in path.rglob("*") if not re.search(r"(^|/)\.", file.relative_to(path).as_posix()))
     elif glob.has_magic(data):
         found = map(Path, glob.glob(data, recursive=True))
-    elif data == "c4" or (HUB_NAME.fullmatch(data) and builder_of(path) is None):
+    elif HUB_NAME.fullmatch(data) and builder_of(path) is None:
         return None
     else:
         raise DataError(f"--data {data} does not exist: it takes a file, a folder, a glob, c4 or a hub's owner/name")

@@ -96,23 +96,18 @@ class Lane:
         """
         seq_length = self.recipe.seq_length
         pending: deque[tuple[Position, np.ndarray]] = deque()
-        tokens, after = 0, start  # the tokens of `pending`, and where the text goes on behind them
+        tokens = 0  # of `pending`
         stream = self._encoded(start)
         while True:
-            begin = pending[0][0] if pending else after
             while tokens < self.recipe.block_rows * seq_length:
                 position, ids = next(stream)
-                if ids is None:  # the end of an epoch
-                    after = position
-                    if tokens >= seq_length:
-                        break
-                    continue
-                if not pending:
-                    begin = position
-                pending.append((position, ids))
-                tokens += len(ids)
-                after = Position(position.epoch, position.slot, position.document + 1, 0)
+                if ids is not None:
+                    pending.append((position, ids))
+                    tokens += len(ids)
+                elif tokens >= seq_length:  # the end of an epoch
+                    break
             rows = min(self.recipe.block_rows, tokens // seq_length)
+            begin = pending[0][0]
             pieces = self._take(pending, rows * seq_length)
             tokens -= rows * seq_length
             yield begin, np.concatenate(pieces).reshape(rows, seq_length)
