@@ -61,7 +61,7 @@ def test_a_recording_tells_what_every_byte_was_for() -> None:
     gradient = torch.zeros(3000)
     recording.label("gradients", [gradient, None])
     recording.phase("second")
-    temporary = gradient[:2000] + 1
+    temporary = gradient[:2000].clone()
     del gradient
     later = torch.zeros(100)
     recording.end()
@@ -129,7 +129,9 @@ def test_refused_combinations_say_why(ranks: Pools) -> None:
 def test_deepspeeds_checkpointing_saves_as_much(ranks: Pools, figures: dict) -> None:
     cell = ("FiraAdam", 2, True, False, "bf16")
     (found,) = ranks.run(2, "measured", "tests.memory_jobs", cells=[cell], method="deepspeed")[0]
-    assert found["device"]["peak_bytes"] == pytest.approx(figures[cell]["device"]["peak_bytes"], rel=0.15)
+    # The pool's processes hold what is left of the engines before.
+    peaks = [one["device"]["peak_bytes"] - one["device"]["categories"]["other"] for one in (found, figures[cell])]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
 
 
 def run_script(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

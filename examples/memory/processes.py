@@ -121,8 +121,9 @@ def _rank(rank: int, port: int, cell: Cell, run: Run, log: str, connection: Conn
 
 
 def one_sentence(text: str) -> str:
-    """The first sentence of a message, without the name that FiraAdam puts in front of its own."""
-    return text.removeprefix("FiraAdam: ").split("\n")[0].split(". ")[0].rstrip(".")
+    """The sentence of a message that tells most: what could not be allocated, or else the first one."""
+    sentences = text.removeprefix("FiraAdam: ").split("\n")[0].split(". ")
+    return next((words for words in sentences if "allocate" in words), sentences[0]).rstrip(".")
 
 
 def _free_port() -> int:
