@@ -96,7 +96,8 @@ class Recording:
         blocks: all of them.
         phases: number of the event from which on a phase ran, and its name.
         unexplained_bytes: what the replay holds in the end beyond the tensors that Python holds then, on the CPU: 0
-            unless something of the above happened.
+            unless something of the above happened, or a thread freed a block that the profiler does not watch. Such a
+            block counts as freed at the end of the phase that made it.
     """
 
     def __init__(self) -> None:
@@ -128,11 +129,16 @@ class Recording:
         self._note("end", "", ())
         after = live_storages()
         self._profiler.stop()
-        self._replay(_events(self._profiler))
+        live = self._replay(_events(self._profiler))
         self._profiler, self._before = None, {}
         # On CUDA the allocator rounds sizes up, and the walk does not.
-        held = sum(block.bytes for block in self.blocks if block.died is None and block.device == CPU)
+        held = sum(block.bytes for (device, _), block in live.items() if device == CPU)
         self.unexplained_bytes = held - sum(size for (device, _), size in after.items() if device == CPU)
+        for (device, address), block in live.items():
+            if device == CPU and block.born > 0 and (device, address) not in after:
+                # Freed by a thread that the profiler does not watch, as gloo's do with what they have sent. When is
+                # not known; what is sent is temporary, so not after the phase it was made in.
+                block.died = next((start for start, _ in self.phases if start > block.born), None)
 
     def peak(self, category: Callable[[Block], str | None]) -> Peak:
         """The peak of the blocks that have a category; the others do not count."""
@@ -157,7 +163,8 @@ class Recording:
         with record_function(f"{_MARK}{len(self._marks) - 1}"):
             pass
 
-    def _replay(self, events: list[dict[str, Any]]) -> None:
+    def _replay(self, events: list[dict[str, Any]]) -> dict[tuple[int, int], Block]:
+        """Make the blocks from the events; returns those that nothing has freed."""
         live: dict[tuple[int, int], Block] = {}
         counting, phase = False, ""
         for number, event in enumerate(events, 1):
@@ -171,7 +178,7 @@ class Recording:
                     phase = name
                     self.phases.append((number, name))
                 elif kind == "end":
-                    return
+                    return live
                 for key in keys:
                     if key in live and live[key].label is None:
                         live[key].label = name
@@ -184,6 +191,7 @@ class Recording:
                 if event["args"]["Bytes"] > 0:
                     live[key] = Block(event["args"]["Bytes"], key[0], number, phase=phase)
                     self.blocks.append(live[key])
+        return live
 
 
 def live_storages() -> dict[tuple[int, int], int]:

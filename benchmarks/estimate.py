@@ -120,16 +120,16 @@ def add_lora(model: nn.Module, rank: int) -> None:
         setattr(model.get_submodule(parent), child, LoRALinear(model.get_submodule(name), rank))
 
 
-def live_bytes() -> int:
-    """Bytes of all tensors that this process holds, each storage once."""
+def live_storages() -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors that this process holds, by address."""
     gc.collect()
     storages = {}
     for item in gc.get_objects():
         # By type: lazy proxies answer isinstance by importing what they stand for.
         if issubclass(type(item), Tensor) and item.device.type == "cpu" and item.layout == torch.strided:
             storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+            storages[storage.data_ptr()] = storage
+    return storages
 
 
 def measure(cases: list[tuple[dict[str, Any], int | None]], config_file: str) -> list[dict[str, int]]:
@@ -145,7 +145,8 @@ def measure(cases: list[tuple[dict[str, Any], int | None]], config_file: str) ->
     """
     results = []
     for ds_config, lora_rank in cases:
-        before = live_bytes()
+        # Kept for as long as it is compared with, so that nothing of it is freed meanwhile and no address comes again.
+        before = live_storages()
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config_file))
         if lora_rank is not None:
@@ -161,7 +162,9 @@ def measure(cases: list[tuple[dict[str, Any], int | None]], config_file: str) ->
         for step in range(STEPS):
             measured = backward_bytes(engine, backward)
             if step == STEPS - 1:
-                measured["all"] = live_bytes() - before
+                added = live_storages()
+                measured["all"] = sum(added[address].nbytes() for address in added.keys() - before.keys())
+                del added
             engine.step()
         results.append(measured)
         engine.destroy()

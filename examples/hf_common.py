@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import deepspeed.comm as dist
 import torch
 from datasets import Dataset
+from pretraining.data import agreed
+from pretraining.sources import DataError
 from pretraining.text_data import TextData, TextRecipe, prepare
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -104,21 +105,13 @@ def load(name: str, text: str | None, seq_length: int, cache: Path) -> Task:
     recipe = TextRecipe(
         text=text, vocab_size=model.config.vocab_size, seq_length=seq_length, seed=0, tokenizer=tokenizer
     )
-    outcome: list[Any] = [None, None]  # folder, error
-    if dist.get_rank() == 0:
-        try:
-            if recipe.streams(recipe.open()):
-                raise ValueError(
-                    f"{text} is too large to be prepared as a whole; examples/pretrain_llama.py streams it"
-                )
-            outcome[0] = str(prepare(recipe, cache))
-        except (OSError, ValueError) as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    folder, error = outcome
-    if error is not None:
-        raise ValueError(error)
-    data = TextData.load(Path(folder))
+
+    def prepared() -> Path:
+        if recipe.streams(recipe.open()):
+            raise DataError(f"{text} is too large to be prepared as a whole; examples/pretrain_llama.py streams it")
+        return prepare(recipe, cache)
+
+    data = TextData.load(agreed(prepared, only_first=True))
     # Generation stops at these; a new model's config has those of another tokenizer.
     model.config.bos_token_id, model.config.eos_token_id = data.tokenizer.bos_token_id, data.tokenizer.eos_token_id
     return Task(model, data.train, data.validation, data.tokenizer)

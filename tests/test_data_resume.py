@@ -23,7 +23,7 @@ SCRIPT = str(ROOT / "examples" / "pretrain_llama.py")
 OPTIONS = [
     *("--data", "./c4", "--streaming", "--block-rows", "16", "--vocab-size", "300", "--hidden-size", "32"),
     *("--layers", "1", "--heads", "2", "--seq-length", "32", "--batch-size", "4", "--rank", "8"),
-    *("--update-proj-gap", "5", "--eval-every", "6", "--cache-dir", "cache", "--no-activation-checkpointing"),
+    *("--update-proj-gap", "5", "--eval-every", "6", "--cache-dir", "cache", "--activation-checkpointing", "none"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,25 @@ def test_wrong_options_stop_with_one_sentence(folder: Path) -> None:
     contradiction = run(["python", script, *SMALL, "--optimizer", "AdamW"], folder)
     assert contradiction.returncode == 2
     assert "--rank belongs to FiraAdam" in contradiction.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--hidden-size", "16384", "--layers", "400"], "the model needs about .* GiB for each process with Fira and"),
+        (["--total-batch-size", "5"], "a batch of 5 sequences .* does not divide by 2 processes: .* 6$"),
+    ],
+    ids=["memory", "batch"],
+)
+def test_what_cannot_run_stops_every_process(folder: Path, options: list[str], sentence: str) -> None:
+    """A model too large for the memory, and processes that do not divide the batch: one sentence from each process."""
+    script = str(ROOT / "examples" / "pretrain_llama.py")
+    shape = ("--hidden-size", "32", "--layers", "2")
+    small = SMALL if "--layers" not in options else [item for item in SMALL if item not in shape]
+    done = run(["torchrun", "--standalone", "--nproc_per_node", "2", script, *small, *options], folder)
+    assert done.returncode != 0
+    told = re.findall(rf"pretrain_llama.py: error: {sentence}", done.stderr, re.MULTILINE)
+    # torchrun ends the other processes as soon as it sees one end, perhaps before they have printed theirs.
+    assert 1 <= len(told) <= 2, done.stderr[-3000:]
+    assert "Traceback (most recent call last)" not in done.stderr.partition("torch.distributed.elastic")[0]
+    assert not (folder / "cache").exists()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_fira import models
 from examples.pretraining.batch import settle_batch
+from tests.test_pretrain_example import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,6 +60,45 @@ def test_config_has_the_papers_values(name: str) -> None:
     found = (params["rank"], params["lr"], params["alpha"], params["update_proj_gap"], config["gradient_clipping"])
     assert found == RECIPES[name][:5]
     assert config["train_batch_size"] == 512  # of 256 tokens: the paper's 131K
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_command_names_the_recipe(name: str) -> None:
+    """Each command has its model, its config and the paper's number of steps."""
+    script = (ROOT / "launch" / f"{name}.sh").read_text()
+    model = name.removesuffix("_rank64")
+    assert re.search(rf'^recipe {model} {name} {RECIPES[name][5]} "\$@"$', script, re.MULTILINE)
+    assert f"{RECIPES[name][5]:,} steps" in script
+
+
+def test_recipe_trains(tmp_path: Path) -> None:
+    """LLaMA 60M itself takes two steps on two processes, with a smaller batch and another text; what it has is kept."""
+    write_text(tmp_path)
+    options = ["--data", "text.txt", "--tokenizer", "train", "--cache-dir", "cache", "--output-dir", "out"]
+    options += ["--steps", "2", "--batch-size", "1", "--total-batch-size", "4", "--eval-batches", "1", "--report"]
+    options += ["--validation-tokens", "1024"]
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "llama_60m.sh"), *options],
+        cwd=tmp_path,
+        env={**os.environ, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "NPROC": "2", "LAUNCHER": "torchrun"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["parameters"] == 58_073_600
+    assert summary["projected_matrices"] == 56
+    assert (summary["steps"], summary["tokens"]) == (2, 2 * 4 * 256)
+    config = summary["deepspeed_config"]
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (4, 2)
+    assert config["gradient_clipping"] == 0.0
+    assert config["optimizer"]["params"]["rank"] == 128
+    assert summary["refreshes"] == 56
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Residual norm" in page
+    assert "Captured energy" in page
+    assert sorted(path.name for path in (tmp_path / "out" / "model").glob("*.safetensors")) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ds_fira.zero_memory import held_tensors, is_offloaded
 
 from .grid import Cell, Run, deepspeed_config
 
-STATE_LABELS = ("master weights", "optimizer states", "host gradients")
+STATE_LABELS = ("master weights", "optimizer states", "host gradients", "host buffers")
 # Label of what an engine holds, by the names of `held_tensors`.
 LABELS = {
     "parameters": "parameters",
@@ -28,6 +28,7 @@ LABELS = {
     "host_gradients": "host gradients",
     "buffers": "gradients",
     "host_gradient_buffers": "host gradients",
+    "host_parameter_buffers": "host buffers",
 }
 
 
@@ -195,7 +196,7 @@ def on_host(block: Block, engine: deepspeed.DeepSpeedEngine) -> bool:
 def category_of(block: Block) -> str:
     """What a block is for."""
     if block.label is not None:
-        return "gradients" if block.label == "host gradients" else block.label
+        return {"host gradients": "gradients", "host buffers": "other"}.get(block.label, block.label)
     if block.born == 0:
         return "other"
     return "activations" if block.phase in ("forward", "backward") else "temporary"

@@ -84,8 +84,8 @@ def build_parser() -> OneSentenceParser:
     )
     text.add_argument(
         "--tokenizer",
-        help="a hub's name, or a local folder, tokenizer.json or SentencePiece .model (default: a byte-level BPE is "
-        f"trained on the text, of a stream on its first {TOKENIZER_DOCUMENTS:,} documents)",
+        help="a hub's name, or a local folder, tokenizer.json or SentencePiece .model (default, or `train`: a "
+        f"byte-level BPE is trained on the text, of a stream on its first {TOKENIZER_DOCUMENTS:,} documents)",
     )
     text.add_argument(
         "--vocab-size",
@@ -141,6 +141,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, LlamaConfi
     """
     parser = build_parser()
     options = parser.parse_args(argv)
+    if options.tokenizer == "train":
+        options.tokenizer = None  # over a recipe's
     if options.report:
         options.monitor = list(dict.fromkeys([*options.monitor, "csv"]))
     try:
