@@ -22,7 +22,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # The benchmarks lie beside the examples.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,6 +31,7 @@ import torch
 from memory.grid import OWN_MODELS, Run, cells, model_config
 from memory.processes import run_cell
 from memory.report import markdown, plot, terminal
+from pretraining.arguments import OneSentenceParser, positive
 from tqdm import tqdm
 
 from benchmarks.common import default_device, device_name, save
@@ -39,22 +40,6 @@ from ds_fira.models import NAMES
 REPOSITORY = Path(__file__).resolve().parent.parent
 SWITCH = {"on": True, "off": False}
 STAGES = ("0", "1", "2")
-
-
-class OneSentenceParser(argparse.ArgumentParser):
-    """Stops with one sentence, not with a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least one."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 def build_parser() -> OneSentenceParser:

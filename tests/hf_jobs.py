@@ -7,7 +7,6 @@ import gc
 import importlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,19 +44,6 @@ def write_config(path: Path, base: str, top: dict[str, Any] | None = None, **par
             del config["optimizer"]["params"][name]
     path.write_text(json.dumps(config))
     return path
-
-
-def launch(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program of the environment in a folder, as a user would."""
-    environment = {**os.environ, "PATH": f"{PROGRAMS}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(PROGRAMS / command[0]), *command[1:]],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 def optimizer_states(folder: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.distributed import Pools
-from tests.hf_jobs import EXAMPLES, MATRICES, ROOT, launch, optimizer_states, write_config, write_inputs
+from tests.hf_jobs import EXAMPLES, MATRICES, ROOT, optimizer_states, write_config, write_inputs
+from tests.programs import run
 
 # An epoch is four steps, the last of them of one micro-batch.
 STEPS, SAVED = 7, 5
@@ -61,7 +62,7 @@ def resumed(whole: dict[str, Any], folder: Path) -> dict[str, Any]:
     launcher = ["accelerate", "launch", "--config_file", str(ROOT / "ds_configs" / "accelerate_zero2.yaml")]
     script = ["--main_process_port", "0", str(EXAMPLES / "accelerate_train.py")]
     state = {"resume": folder / "whole" / f"step_{SAVED}", "save-every": STEPS}
-    done = launch([*launcher, *script, *arguments(folder, "resumed", **state)], folder)
+    done = run([*launcher, *script, *arguments(folder, "resumed", **state)], folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("validation loss") == 1, "each process took itself for the only one"
     return json.loads((folder / "resumed" / "figures.json").read_text())

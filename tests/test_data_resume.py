@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.data_jobs import CUT_SHORT, write_broken, write_c4
-from tests.test_pretrain_example import ROOT, run
+from tests.programs import ROOT, run
 
 SCRIPT = str(ROOT / "examples" / "pretrain_llama.py")
 # Files of 40 documents hold about 25 batches each: the run meets several, and the end of an epoch.

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed import Pools, free_port
-from tests.hf_jobs import EXAMPLES, MATRICES, launch, optimizer_states, states_files, write_config, write_inputs
+from tests.hf_jobs import EXAMPLES, MATRICES, optimizer_states, states_files, write_config, write_inputs
+from tests.programs import run
 
 LR, WARMUP, STEPS, HALF = 0.005, 2, 6, 3
 JOBS = "tests.hf_jobs"
@@ -70,7 +71,7 @@ def resumed(whole: dict[str, Any], folder: Path) -> Path:
     output = folder / "resumed"
     shutil.copytree(folder / "whole" / f"checkpoint-{HALF}", output / f"checkpoint-{HALF}")
     launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), str(EXAMPLES / "hf_trainer.py")]
-    done = launch([*launcher, *arguments(folder, "resumed", resume_from_checkpoint="last")], folder)
+    done = run([*launcher, *arguments(folder, "resumed", resume_from_checkpoint="last")], folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "perplexity" in done.stdout
     return output

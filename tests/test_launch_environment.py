@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from ds_fira.launchers import complete_environment
-from tests.test_pretrain_example import PROGRAMS
+from tests.programs import PROGRAMS
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}

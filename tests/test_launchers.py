@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed import free_port
 from tests.net_hosts import NetHosts, unavailable
-from tests.test_pretrain_example import PROGRAMS, ROOT, SMALL, write_text
+from tests.programs import PROGRAMS, ROOT, write_text
+from tests.test_pretrain_example import SMALL
 
 STEPS = 18
 SCRIPT = str(ROOT / "examples" / "pretrain_llama.py")

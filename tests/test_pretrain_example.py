@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = Path(sys.executable).parent
+from tests.programs import ROOT, run, write_text
+
 SMALL = [
     *("--text", "text.txt", "--vocab-size", "300", "--hidden-size", "32", "--layers", "2", "--heads", "2"),
     *("--seq-length", "32", "--batch-size", "4", "--rank", "8", "--update-proj-gap", "5", "--eval-every", "6"),
@@ -25,25 +22,6 @@ def folder(tmp_path: Path) -> Path:
     """A working folder with a text."""
     write_text(tmp_path)
     return tmp_path
-
-
-def write_text(folder: Path) -> None:
-    """Make `folder / "text.txt"` of this project's own files, of which blank lines make documents."""
-    pages = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "ds_fira").glob("*.py"))]
-    (folder / "text.txt").write_text("\n\n".join(page.read_text() for page in pages))
-
-
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program of the environment in a folder, as a user would."""
-    environment = {**os.environ, "PATH": f"{PROGRAMS}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(PROGRAMS / command[0]), *command[1:]],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 def test_one_process_without_a_launcher(folder: Path) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_fira import models
 from examples.pretraining.batch import settle_batch
-from tests.test_pretrain_example import write_text
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.programs import ROOT, run, write_text
 
 # Table 5 (heads and layers of 1B the right way round): hidden, intermediate, heads, layers, and millions of weights.
 TABLE_5 = {
@@ -77,14 +73,8 @@ def test_recipe_trains(tmp_path: Path) -> None:
     options = ["--data", "text.txt", "--tokenizer", "train", "--cache-dir", "cache", "--output-dir", "out"]
     options += ["--steps", "2", "--batch-size", "1", "--total-batch-size", "4", "--eval-batches", "1", "--report"]
     options += ["--validation-tokens", "1024"]
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "llama_60m.sh"), *options],
-        cwd=tmp_path,
-        env={**os.environ, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "NPROC": "2", "LAUNCHER": "torchrun"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    command = ["bash", str(ROOT / "launch" / "llama_60m.sh"), *options]
+    done = run(command, tmp_path, VIRTUAL_ENV=sys.prefix, NPROC="2", LAUNCHER="torchrun")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["parameters"] == 58_073_600

@@ -2,13 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import LlamaConfig
 
 from ds_fira import models
 from ds_fira.activations import METHODS as CHECKPOINTING
 
+from .arguments import OneSentenceParser, positive
 from .configs import ADAMW_LR, MONITORS, SHAPE_DEFAULTS, VOCAB_SIZE, build_deepspeed_config, build_model_config
 from .data import BLOCK_ROWS
 from .sources import find_files
@@ -17,22 +18,6 @@ from .text_data import STREAM_VALIDATION_TOKENS, STREAMING_BYTES, TOKENIZER_DOCU
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 WARMUP_SHARE = 0.1
 MIN_LR_RATIO = 0.1
-
-
-class OneSentenceParser(argparse.ArgumentParser):
-    """Stops with one sentence, not with a page of usage: every process of the launcher prints it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least one."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 def build_parser() -> OneSentenceParser:
