@@ -53,19 +53,19 @@ def test_wrong_options_stop_with_one_sentence(folder: Path) -> None:
     ("options", "sentence"),
     [
         (["--hidden-size", "16384", "--layers", "400"], "the model needs about .* GiB for each process with Fira and"),
-        (["--total-batch-size", "5"], "a batch of 5 sequences .* does not divide by 2 processes: .* 6$"),
+        (["--total-batch-size", "5"], "a batch of 5 sequences .* does not divide by 2 processes: .*batch-size 6$"),
     ],
     ids=["memory", "batch"],
 )
 def test_what_cannot_run_stops_every_process(folder: Path, options: list[str], sentence: str) -> None:
     """A model too large for the memory, and processes that do not divide the batch: one sentence from each process."""
     script = str(ROOT / "examples" / "pretrain_llama.py")
-    shape = ("--hidden-size", "32", "--layers", "2")
-    small = SMALL if "--layers" not in options else [item for item in SMALL if item not in shape]
-    done = run(["torchrun", "--standalone", "--nproc_per_node", "2", script, *small, *options], folder)
+    # A later option wins over an earlier one of the same name.
+    done = run(["torchrun", "--standalone", "--nproc_per_node", "2", script, *SMALL, *options], folder)
     assert done.returncode != 0
     told = re.findall(rf"pretrain_llama.py: error: {sentence}", done.stderr, re.MULTILINE)
     # torchrun ends the other processes as soon as it sees one end, perhaps before they have printed theirs.
     assert 1 <= len(told) <= 2, done.stderr[-3000:]
-    assert "Traceback (most recent call last)" not in done.stderr.partition("torch.distributed.elastic")[0]
+    # torchrun's own traceback is there, the script's is not.
+    assert f'File "{script}", line' not in done.stderr
     assert not (folder / "cache").exists()
