@@ -10,4 +10,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh
 VIRTUAL_ENV=$PWD/.venv exec bash launch/run.sh examples/pretrain_llama.py \
-  --deepspeed-config ds_configs/zero2_bf16.json --output-dir runs/quickstart --time-budget 240 "$@"
+  --deepspeed-config ds_configs/zero2_bf16.json --output-dir runs/quickstart --time-budget 240 --report "$@"
