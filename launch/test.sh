@@ -5,4 +5,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh --test
 # One thread per process: the tests start several processes at a time.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@"
