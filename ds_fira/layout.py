@@ -110,7 +110,12 @@ def plan_groups(
 
 def plan_hash(layouts: Iterable[GroupLayout]) -> str:
     """A digest of the plan, to be equal on all ranks."""
-    return hashlib.sha256(repr(list(layouts)).encode()).hexdigest()
+    return digest(list(layouts))
+
+
+def digest(*parts: Any) -> str:
+    """A digest of anything whose `repr` says all there is to it."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def split_evenly(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ds_fira import compression, kernels
 from ds_fira import functional as F
@@ -25,16 +24,15 @@ from ds_fira.layout import GroupLayout
 from ds_fira.matrix_step import MatrixTask, update
 from ds_fira.memory import ParamRecord
 from ds_fira.refresh import Refresher
+from ds_fira.resumable import Resumable, settings_of
 from ds_fira.settings import GROUP_SETTINGS, check_params
 from ds_fira.shard import matrices_of
 from ds_fira.state import (
-    BASIS,
     EXP_AVG,
     EXP_AVG_SQ,
     STEP,
     allocate,
     compute_dtype,
-    host_key,
     matrix_states,
     stored_moment,
 )
@@ -44,7 +42,7 @@ from ds_fira.tracking import StepMetrics
 SMALL_PARAM = 4096
 
 
-class FiraAdam(Optimizer):
+class FiraAdam(Resumable):
     """Adam with low-rank states, full-rank updates: Fira (arXiv 2410.01623, Algorithm 1) with AdamW for the rest.
 
     Param groups with a `rank` key are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
@@ -109,6 +107,7 @@ class FiraAdam(Optimizer):
         settings = check_params(given)
         params = [params] if isinstance(params, Tensor) else list(params)
         self._reset_runtime()
+        self.given: list[dict[str, Any]] = []
         if settings["rank"] is not None and params:
             if not isinstance(params[0], dict):
                 params = split_flat_list(params, settings["rank"], settings["target_modules"])
@@ -129,15 +128,19 @@ class FiraAdam(Optimizer):
         self.layouts: list[GroupLayout] = []
         self.inventory_of_module: list[ParamRecord] | None = None
         self.gradient_dtypes: dict[Tensor, torch.dtype] = {}
+        self._reset_places()
         self._bindings: dict[Tensor, Binding] = {}
         self._alone: dict[Tensor, Binding] = {}
         self._refresher = Refresher(self.metrics)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by load_state_dict, on an optimizer that knows its place already.
-        if "_bindings" not in self.__dict__:
+        fresh = "_bindings" not in self.__dict__
+        if fresh:
             self._reset_runtime()
         super().__setstate__(state)
+        if fresh:
+            self.given = [settings_of(group) for group in self.param_groups]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in `torch.optim`, its own settings checked.
@@ -153,6 +156,8 @@ class FiraAdam(Optimizer):
             del param_group["rank"]
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        # Kept apart from the group, whose values a scheduler or the user may change in the course of a run.
+        self.given.append(settings_of(group))
         for param in group["params"]:
             if param.is_complex():
                 raise ValueError(
@@ -244,17 +249,38 @@ class FiraAdam(Optimizer):
     def _tasks(
         self, param: Tensor, pairs: list[tuple[Tensor, Tensor]], binding: Binding, group: dict[str, Any]
     ) -> list[MatrixTask]:
-        state = self.state[param]
-        if not state:
-            state.update(allocate(param, binding.shapes, group, binding.batched))
-            if binding.lean is not None:
-                state.update(binding.lean.allocate(param, group))
+        state = self._state_of(param, group)
         states = matrix_states(state, binding.shapes, group, binding.batched)
         resolution = self._resolution(param)
         return [
             MatrixTask(weight, grad, matrix, group, resolution)
             for (weight, grad), matrix in zip(pairs, states, strict=True)
         ]
+
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of one parameter, allocated."""
+        state = self.state[param]
+        if state:
+            return state
+        if "rank" in group:
+            binding = self._binding(param)
+            state.update(allocate(param, binding.shapes, group, binding.batched))
+            if binding.lean is not None:
+                state.update(binding.lean.allocate(param, group))
+            return state
+        state[STEP] = torch.zeros((), dtype=torch.int64)
+        state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
+        for key, signed in ((EXP_AVG, True), (EXP_AVG_SQ, False)):
+            stored = compression.allocate(
+                tuple(param.shape),
+                (),
+                state_dtype,
+                dtype=compute_dtype(param.dtype),
+                device=param.device,
+                signed=signed,
+            )
+            state.update({key + suffix: value for suffix, value in stored.items()})
+        return state
 
     def _resolution(self, param: Tensor) -> float:
         return F.negligible_share(self.gradient_dtypes.get(param, param.grad.dtype))
@@ -277,16 +303,8 @@ class FiraAdam(Optimizer):
         return batches
 
     def _step_adamw(self, param: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
+        state = self._state_of(param, group)
         dtype = compute_dtype(param.dtype)
-        if not state:
-            state[STEP] = torch.zeros((), dtype=torch.int64)
-            state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
-            for key, signed in ((EXP_AVG, True), (EXP_AVG_SQ, False)):
-                stored = compression.allocate(
-                    tuple(param.shape), (), state_dtype, dtype=dtype, device=param.device, signed=signed
-                )
-                state.update({key + suffix: value for suffix, value in stored.items()})
         state[STEP] += 1
         step_adamw_(
             param,
@@ -312,24 +330,6 @@ class FiraAdam(Optimizer):
     def replicated(self) -> bool:
         """Whether other ranks hold the same parameters and states."""
         return self._refresher.replicas is not None
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict as in `torch.optim`, every state in the dtype it was saved in.
-
-        `torch.optim.Optimizer` casts floating state to the parameter's dtype and moves counters to its device.
-        """
-        super().load_state_dict(state_dict)
-        self._refresher.forget_counts()
-        saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            saved = state_dict["state"].get(saved_id, {})
-            for key, value in saved.items():
-                if isinstance(value, Tensor):
-                    # AdamW counts every step, so its count is the host's.
-                    on_host = host_key(key) or (key == STEP and BASIS not in saved)
-                    device = torch.device("cpu") if on_host else param.device
-                    self.state[param][key] = value.detach().to(device=device, copy=True)
 
 
 def _require_dense(param: Tensor) -> None:

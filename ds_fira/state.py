@@ -137,17 +137,27 @@ def matrix_states(
         runs: [first, last) positions in `shapes` to be taken as one batch; matrices of one shape with nothing but each
             other between them. None: every matrix by itself, without a leading dimension.
     """
-    rows: dict[tuple[int, int], int] = defaultdict(int)
-    row_of = []
-    for shape in shapes:
-        row_of.append(rows[shape])
-        rows[shape] += 1
+    places = positions(shapes)
     result = []
     for first, last in runs if runs is not None else [(i, None) for i in range(len(shapes))]:
-        shape = shapes[first]
-        index: Any = row_of[first] if last is None else slice(row_of[first], row_of[first] + last - first)
-        side = projection_side(shape, group["proj_type"], group["formulation"])
-        result.append(state_views(state, side, _mark(shape, shapes), index if batched else ...))
+        mark, row = places[first]
+        index: Any = row if last is None else slice(row, row + last - first)
+        side = projection_side(shapes[first], group["proj_type"], group["formulation"])
+        result.append(state_views(state, side, mark, index if batched else ...))
+    return result
+
+
+def positions(shapes: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
+    """For every matrix of a parameter, what the keys of its states end in and its row in them.
+
+    Args:
+        shapes: as in `allocate`.
+    """
+    rows: dict[tuple[int, int], int] = defaultdict(int)
+    result = []
+    for shape in shapes:
+        result.append((_mark(shape, shapes), rows[shape]))
+        rows[shape] += 1
     return result
 
 

@@ -29,12 +29,14 @@ from torch import Tensor, nn
 from ds_fira.binding import Binding
 from ds_fira.comm import Channel, CutExchange
 from ds_fira.groups import build_groups, group_defaults
-from ds_fira.layout import plan_groups, plan_hash
+from ds_fira.layout import digest, plan_groups, plan_hash
 from ds_fira.lean import LeanCuts
 from ds_fira.memory import ParamRecord
 from ds_fira.optimizer import FiraAdam
+from ds_fira.places import Piece
 from ds_fira.settings import check_params, refuse_auto
 from ds_fira.shard import MatrixShard, matrices_of
+from ds_fira.zero_checkpoint import normalized, register_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,16 @@ class FlatGroup:
     offsets: list[int]  # of every lp parameter in the buffer
     partition_size: int
 
+    def pieces(self, dp_rank: int) -> list[tuple[int, int, int, int]]:
+        """What a rank's partition holds: (number of the lp parameter, offset in the partition, first element, end)."""
+        begin, end = dp_rank * self.partition_size, (dp_rank + 1) * self.partition_size
+        found = []
+        for index, (param, offset) in enumerate(zip(self.lp_params, self.offsets, strict=True)):
+            first, last = max(begin, offset), min(end, offset + param.numel())
+            if first < last:
+                found.append((index, first - begin, first - offset, last - offset))
+        return found
+
 
 def attach(engine: Any) -> None:
     """Tell the engine's FiraAdam what lies where, once the engine has built its optimizer wrapper.
@@ -55,11 +67,19 @@ def attach(engine: Any) -> None:
     """
     optimizer: FiraAdam = engine.basic_optimizer
     optimizer.channel = Channel(engine.seq_data_parallel_group)
-    names = {id(param): name for name, param in engine.module.named_parameters()}
+    names = {id(param): name for name, param in normalized(dict(engine.module.named_parameters())).items()}
     if engine.zero_optimization_stage() == 0:
-        lp_groups = _attach_replicated(engine, optimizer)
+        lp_groups, held = _attach_replicated(engine, optimizer, names), []
     else:
-        lp_groups = _attach_sharded(engine, optimizer, names)
+        lp_groups, held = _attach_sharded(engine, optimizer, names)
+    optimizer.members = [[(names.get(id(param), ""), tuple(param.shape)) for param in params] for params in lp_groups]
+    structure = [(group.get("rank"), group["proj_type"], group["formulation"]) for group in optimizer.param_groups]
+    kinds = [
+        (group["state_dtype"], *{str(param.dtype) for param in params})
+        for group, params in zip(optimizer.param_groups, lp_groups, strict=True)
+    ]
+    where = (engine.zero_optimization_stage(), type(engine.optimizer).__name__, optimizer.channel.dp_size)
+    optimizer.layout_digest = digest(where, optimizer.members, held, optimizer.layouts, structure, kinds)
     optimizer.inventory_of_module = [
         ParamRecord.of(names.get(id(param), ""), tuple(param.shape), group)
         for group, params in zip(optimizer.param_groups, lp_groups, strict=True)
@@ -67,7 +87,7 @@ def attach(engine: Any) -> None:
     ]
 
 
-def _attach_replicated(engine: Any, optimizer: FiraAdam) -> list[list[Tensor]]:
+def _attach_replicated(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> list[list[Tensor]]:
     """Stage 0: every rank steps every matrix; returns the module's parameters by param group."""
     lp_groups = getattr(engine.optimizer, "fp16_groups", None)
     if lp_groups is None:
@@ -76,11 +96,18 @@ def _attach_replicated(engine: Any, optimizer: FiraAdam) -> list[list[Tensor]]:
     for group, lp_params in zip(optimizer.param_groups, lp_groups, strict=True):
         for param, lp_param in zip(group["params"], lp_params, strict=True):
             optimizer.gradient_dtypes[param] = lp_param.dtype
+            optimizer.pieces[param] = (Piece(names.get(id(lp_param), ""), 0, 0, param.numel()),)
     return lp_groups
 
 
-def _attach_sharded(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> list[list[Tensor]]:
-    """Stages 1 and 2: plan every group with a rank, bind its flat partition; returns as `_attach_replicated`."""
+def _attach_sharded(
+    engine: Any, optimizer: FiraAdam, names: dict[int, str]
+) -> tuple[list[list[Tensor]], list[list[list[tuple[int, int, int, int]]]]]:
+    """Stages 1 and 2: plan every group with a rank, bind its flat partition.
+
+    Returns:
+        The module's parameters by param group, and by group and rank what lies in its partition (`FlatGroup.pieces`).
+    """
     channel = optimizer.channel
     flat_groups = _flat_groups(engine.optimizer)
     projected = [pair for pair in zip(optimizer.param_groups, flat_groups, strict=True) if "rank" in pair[0]]
@@ -96,7 +123,12 @@ def _attach_sharded(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> 
         optimizer.bind(flat.hp_partition, Binding(layout.whole[channel.dp_rank], indices, exchange, lean))
         optimizer.gradient_dtypes[flat.hp_partition] = flat.lp_params[0].dtype
     optimizer.layouts = layouts
-    return [flat.lp_params for flat in flat_groups]
+    held = [[flat.pieces(dp_rank) for dp_rank in range(channel.dp_size)] for flat in flat_groups]
+    for flat, by_rank in zip(flat_groups, held, strict=True):
+        optimizer.pieces[flat.hp_partition] = tuple(
+            Piece(names.get(id(flat.lp_params[index]), ""), *place) for index, *place in by_rank[channel.dp_rank]
+        )
+    return [flat.lp_params for flat in flat_groups], held
 
 
 def _flat_groups(wrapper: Any) -> list[FlatGroup]:
@@ -247,6 +279,7 @@ def register() -> None:
     if FiraAdam in ZERO_SUPPORTED_OPTIMIZERS:
         return
     ZERO_SUPPORTED_OPTIMIZERS.append(FiraAdam)
+    register_checkpoint()
     sanity_check = DeepSpeedEngine._do_sanity_check
     configure_basic = DeepSpeedEngine._configure_basic_optimizer
     configure = DeepSpeedEngine._configure_optimizer

@@ -112,12 +112,31 @@ def test_a_copy_is_whole_and_independent(kind, copier):
 
 def test_the_group_settings_travel_in_the_state_dict():
     _, optimizer = build("matrix")
-    saved = optimizer.state_dict()["param_groups"][0]
+    optimizer.param_groups[0]["weight_decay"] = 0.25  # as a user may change it in the course of a run
     parameter = nn.Parameter(make_weight((10, 14)))
-    other = FiraAdam([{"params": [parameter], "rank": 2, "update_proj_gap": 9}], lr=0.5)
-    other.load_state_dict(optimizer.state_dict())
-    for key in ("lr", "rank", "update_proj_gap", "alpha", "weight_decay"):
-        assert other.param_groups[0][key] == saved[key] == {"lr": LR, **FIRA_GROUP}[key]
+    other = FiraAdam([{"params": [parameter], **FIRA_GROUP, "alpha": 0.125}], lr=0.5)
+    with pytest.warns(UserWarning, match=r"alpha = 0\.125 where the checkpoint had .*; lr goes on|lr goes on .*alpha"):
+        other.load_state_dict(optimizer.state_dict())
+    loaded = other.param_groups[0]
+    assert loaded["weight_decay"] == 0.25
+    assert loaded["lr"] == LR
+    assert loaded["update_proj_gap"] == FIRA_GROUP["update_proj_gap"]
+    assert loaded["alpha"] == 0.125
+
+
+@pytest.mark.parametrize(("name", "value"), [("rank", 2), ("proj_type", "right")])
+def test_a_state_of_another_structure_is_refused(name, value):
+    _, optimizer = build("matrix")
+    other = FiraAdam([{"params": [nn.Parameter(make_weight((10, 14)))], **FIRA_GROUP, name: value}], lr=LR)
+    with pytest.raises(ValueError, match=f"{name} = {value!r} for 0, whose state .* to resume"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_another_name_of_the_same_side_is_no_other_structure():
+    _, optimizer = build("matrix")
+    other = FiraAdam([{"params": [nn.Parameter(make_weight((10, 14)))], **FIRA_GROUP, "proj_type": "left"}], lr=LR)
+    with pytest.warns(UserWarning, match="proj_type = 'left' where the checkpoint had 'std'"):
+        other.load_state_dict(optimizer.state_dict())
 
 
 def test_step_runs_the_closure_and_returns_its_loss():

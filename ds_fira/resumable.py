@@ -1,0 +1,166 @@
+"""An optimizer whose state knows what it is the state of, so that it can be saved and taken up anywhere."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ds_fira.binding import Binding
+from ds_fira.carry_over import Members, carry_values, refuse_changed_structure
+from ds_fira.checkpoint import KEY, Places, SavedState, describe, described, restore
+from ds_fira.comm import Channel
+from ds_fira.places import Piece, matrix_places
+from ds_fira.refresh import Refresher
+from ds_fira.settings import GROUP_SETTINGS
+from ds_fira.state import BASIS, STEP, host_key
+
+
+def settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of FiraAdam that a param group has."""
+    return {name: group[name] for name in GROUP_SETTINGS if name in group}
+
+
+class Resumable(Optimizer):
+    """What of `FiraAdam` saves and loads its state.
+
+    Attributes:
+        given: of every param group, the settings it was made with.
+        members: of every param group, names and shapes of its parameters over all ranks; empty where no engine says.
+        pieces: by stepped tensor, what it holds of them.
+        layout_digest: of what lies where on all ranks; "" where no engine says.
+    """
+
+    given: list[dict[str, Any]]
+    channel: Channel | None
+    _bindings: dict[Tensor, Binding]
+    _refresher: Refresher
+
+    def _reset_places(self) -> None:
+        self.members: list[Members] = []
+        self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
+        self.layout_digest = ""
+
+    def _binding(self, param: Tensor) -> Binding:
+        raise NotImplementedError
+
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in `torch.optim`, with a description of what the tensors hold; tensors, numbers, strings, lists, dicts."""
+        result = super().state_dict()
+        places = [self._places(param, group) for group in self.param_groups for param in group["params"]]
+        result[KEY] = describe(self.layout_digest, self.given, self._members(), places)
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict as in `torch.optim`, every state in the dtype it was saved in.
+
+        `torch.optim.Optimizer` casts floating state to the parameter's dtype and moves counters to its device. Values
+        of param groups are those saved, but for settings that this optimizer was given otherwise than the one that
+        saved: these keep their new values, with a warning. Another `state_dtype` converts the states.
+
+        Raises:
+            ValueError: the state was made with another rank, side or shape of a matrix, or for other ranks.
+        """
+        given = [dict(group) for group in self.param_groups]
+        saved, convert = None, False
+        if KEY in state_dict:
+            plain = described(state_dict)
+            saved = SavedState()
+            saved.add(state_dict)
+            members = [[(name, tuple(shape)) for name, shape in group] for group in plain["members"]]
+            if len(members) == len(self.param_groups):
+                # By position, as torch does: alone, names are only positions.
+                refuse_changed_structure(saved.groups, self.param_groups, self._renamed(members))
+            if plain["layout"] != self.layout_digest:
+                raise ValueError(
+                    "FiraAdam: this state dict is a rank's share of a run on other ranks, or with other settings; "
+                    "load it through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."
+                )
+            convert = any(
+                group["state_dtype"] != before["state_dtype"]
+                for group, before in zip(self.given, plain["settings"], strict=False)
+            )
+        super().load_state_dict(state_dict)
+        self._refresher.forget_counts()
+        if saved is not None:
+            for group, own in zip(self.param_groups, given, strict=True):
+                params = group.pop("params")
+                group.update({**own, "params": params})
+            self.carry_groups(saved, [list(group.members.items()) for group in saved.groups])
+        if convert:
+            self.restore(saved, weights=False)
+            return
+        saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for saved_id, param in zip(saved_ids, params, strict=True):
+            values = state_dict["state"].get(saved_id, {})
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    # AdamW counts every step, so its count is the host's.
+                    on_host = host_key(key) or (key == STEP and BASIS not in values)
+                    device = torch.device("cpu") if on_host else param.device
+                    self.state[param][key] = value.detach().to(device=device, copy=True)
+
+    def restore(self, saved: SavedState, *, weights: bool) -> None:
+        """Take over what a run had learned, on whatever ranks it ran; its structure has been checked.
+
+        Args:
+            saved: read from the state dicts of all its ranks.
+            weights: whether the stepped tensors are filled too.
+
+        Raises:
+            ValueError: a part of it is missing.
+        """
+        owners = {param: group for group in self.param_groups for param in group["params"]}
+        self.state.clear()
+        restore(
+            saved,
+            [(param, self._places(param, group)) for param, group in owners.items()],
+            lambda param: self._state_of(param, owners[param]),
+            weights=weights,
+        )
+        self._refresher.forget_counts()
+
+    def carry_groups(self, saved: SavedState, members: list[Any] | None = None) -> None:
+        """Give the param groups the values they had, and say which settings keep a new value instead."""
+        notes = carry_values(saved.groups, self.param_groups, members or self._members(), self.given)
+        if notes and (self.channel is None or self.channel.dp_rank == 0):
+            warnings.warn(f"FiraAdam: the resumed run has other settings: {'; '.join(notes)}.", stacklevel=3)
+
+    def _members(self) -> list[list[tuple[str, tuple[int, ...]]]]:
+        """By group, names and shapes of its parameters; alone without names, their numbers in the state dict."""
+        if self.members:
+            return self.members
+        found: list[list[tuple[str, tuple[int, ...]]]] = []
+        for group in self.param_groups:
+            first = sum(len(listed) for listed in found)
+            names = group.get("param_names") or [str(first + i) for i in range(len(group["params"]))]
+            found.append([(name, tuple(p.shape)) for name, p in zip(names, group["params"], strict=True)])
+        return found
+
+    def _renamed(self, members: list[Any]) -> list[Any]:
+        """Own members under the names of saved ones, position by position."""
+        own = self._members()
+        return [
+            [(theirs[0], mine[1]) for theirs, mine in zip(a, b, strict=False)] + list(b[len(a) :])
+            for a, b in zip(members, own, strict=True)
+        ]
+
+    def _places(self, param: Tensor, group: dict[str, Any]) -> Places:
+        pieces = self.pieces.get(param)
+        if pieces is None:
+            # Alone the names are found by position.
+            listed = zip(self.param_groups, self._members(), strict=True)
+            names = {id(p): name for g, members in listed for p, (name, _) in zip(g["params"], members, strict=True)}
+            pieces = (Piece(names[id(param)], 0, 0, param.numel()),)
+        if "rank" not in group:
+            return Places(pieces, ())
+        # Where the binding is of one parameter, it does not know the name.
+        prefix = "" if param in self._bindings else pieces[0].name
+        return Places(pieces, tuple(matrix_places(self._binding(param), group, prefix)))

@@ -1,0 +1,333 @@
+"""Resume anywhere: `engine.load_checkpoint` for a run that was saved by other ranks, another ZeRO stage or dtype.
+
+Reads DeepSpeed's own checkpoint files, of all ranks that saved, mapped into memory, and copies what this rank needs.
+Where nothing but time has passed (the same ranks, stage, dtype and settings), DeepSpeed loads its files itself.
+
+What it relies on, of DeepSpeed 0.19.8: the names and keys of the checkpoint files (`_load_checkpoint`, the `state_dict`
+methods of its optimizer wrappers); `update_lp_params` and `_link_all_hp_params` of stages 1 and 2; the flat groups and
+their partitioned parameters of stage 3.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger
+from torch import Tensor, nn
+
+from ds_fira.carry_over import carry_schedule, refuse_changed_structure
+from ds_fira.checkpoint import KEY, SavedState
+from ds_fira.comm import Channel
+from ds_fira.optimizer import FiraAdam
+
+# Keys of DeepSpeed's files.
+OUTER = "optimizer_state_dict"
+BASE_OPTIMIZER = ("base_optimizer_state", "optimizer_state_dict")  # stages 1 and 2; stage 3 and the wrapper of stage 0
+MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
+OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_00_model_states\.pt")
+# What a dynamic loss scaler counts, in every wrapper that has one.
+SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """The files of one tag.
+
+    Attributes:
+        models: with the module's weights: one, or under stage 3 one a rank.
+        optimizers: one a rank; none at stage 0, where the states are in the model's file.
+    """
+
+    models: tuple[Path, ...]
+    optimizers: tuple[Path, ...]
+
+    @classmethod
+    def find(cls, folder: Path) -> CheckpointFiles:
+        """The files in the folder of a tag, as many as the run that saved it had ranks.
+
+        Raises:
+            ValueError: some are missing.
+        """
+        models = _by_rank(folder, MODEL_FILE)
+        if not models:
+            return cls((), ())
+        # A folder that was saved into twice, in bf16 and not, has two sets; the newer one counts.
+        found = [_by_rank(folder, OPTIMIZER_FILE, prefix) for prefix in ("bf16_", None)]
+        optimizers = max(found, key=lambda files: max((path.stat().st_mtime for path in files.values()), default=0.0))
+        if optimizers:
+            ranks = int(load(next(iter(models.values())))["dp_world_size"])
+            absent = [rank for rank in range(ranks) if rank not in optimizers]
+            if absent:
+                raise ValueError(
+                    f"FiraAdam: {folder} lacks the optimizer states of ranks {absent} of the {ranks} that saved it; "
+                    "to resume on other ranks all of its files must be in one folder that every node can read."
+                )
+            optimizers = {rank: optimizers[rank] for rank in range(ranks)}
+        return cls(tuple(models.values()), tuple(optimizers.values()))
+
+    def optimizer_state(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a rank's wrapper has saved, and in it the state dict of FiraAdam."""
+        wrapper = load(self.optimizers[number])[OUTER] if self.optimizers else load(self.models[0])["optimizer"]
+        for key in BASE_OPTIMIZER:
+            if key in wrapper:
+                return wrapper, wrapper[key]
+        return wrapper, wrapper
+
+    def read(self) -> SavedState:
+        """Everything the run had learned, of all ranks."""
+        saved = SavedState()
+        for number in range(max(1, len(self.optimizers))):
+            wrapper, state_dict = self.optimizer_state(number)
+            weights = next((wrapper[key] for key in MASTERS if key in wrapper), None)
+            if weights is None and "fp32_groups" in wrapper:
+                weights = [tensor for group in wrapper["fp32_groups"] for tensor in group]
+            elif weights is None:
+                # Stage 0 in float32 steps the module's own weights.
+                module = normalized(load(self.models[0])["module"])
+                weights = [module[name] for group in state_dict[KEY]["members"] for name, _ in group]
+            saved.add(state_dict, weights)
+        return saved
+
+
+def _by_rank(folder: Path, pattern: re.Pattern[str], prefix: str | None = "") -> dict[int, Path]:
+    matches = [(pattern.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    found = {
+        int(match.groups()[-1] or 0): path for match, path in matches if match and prefix in ("", match.groups()[0])
+    }
+    return dict(sorted(found.items()))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """One of DeepSpeed's files, its tensors mapped, not read.
+
+    Like DeepSpeed's own loader it unpickles: the files hold its loss scaler.
+    """
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+
+
+def normalized(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Names without what `torch.compile` puts in front of them."""
+    return {name.replace("_orig_mod.", ""): value for name, value in named.items()}
+
+
+def saved_elsewhere(engine: Any, folder: Path) -> bool:
+    """Whether a checkpoint of FiraAdam was saved by other ranks, another stage, dtype or settings; alike on all ranks.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    optimizer: FiraAdam = engine.basic_optimizer
+    layout, error = None, None
+    if optimizer.channel.dp_rank == 0:
+        try:
+            files = CheckpointFiles.find(folder)
+            if files.models:
+                _, state_dict = files.optimizer_state(0)
+                layout = (state_dict or {}).get(KEY, {}).get("layout")
+        except Exception as raised:
+            error = raised
+    agree(optimizer.channel, error)
+    layout = optimizer.channel.gather_objects(layout)[0]
+    return layout is not None and layout != optimizer.layout_digest
+
+
+def agree(channel: Channel, error: Exception | None) -> None:
+    """Stop on every rank if any has failed.
+
+    Raises:
+        ValueError: with the text of the first rank that failed.
+    """
+    texts = channel.gather_objects(None if error is None else str(error))
+    failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+    if failed:
+        rank, text = failed[0]
+        text = text if text.startswith("FiraAdam") else f"FiraAdam: rank {rank} could not load the checkpoint: {text}"
+        raise ValueError(text) from error
+
+
+def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: dict[str, Any]) -> Any:
+    """Load a checkpoint that was saved by other ranks, another stage, dtype or settings.
+
+    Args:
+        engine: of any stage; its module, optimizer, loss scale and counters are set.
+        folder: of the tag.
+        load_engine_state: DeepSpeed's `_load_checkpoint` of this engine, which does the rest.
+        options: its keyword arguments.
+
+    Returns:
+        What DeepSpeed's returns: the path and the client state.
+
+    Raises:
+        ValueError: the checkpoint does not fit, the same on every rank.
+    """
+    optimizer: FiraAdam = engine.basic_optimizer
+    channel, stage = optimizer.channel, engine.zero_optimization_stage()
+    error, saved, rest = None, None, {}
+    try:
+        files = CheckpointFiles.find(folder)
+        saved = files.read()
+        refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
+        with stepped_params(engine):
+            optimizer.restore(saved, weights=True)
+        optimizer.carry_groups(saved)
+        rest = _untrained(files)
+    except Exception as raised:
+        error = raised
+    agree(channel, error)
+    simple = stage < 3 and len(files.models) == 1 and not _is_partitioned(files)
+    with _overridden(
+        engine,
+        _get_all_ckpt_names=lambda *_: [str(files.models[0])],
+        **({} if simple else {"load_module_state_dict": lambda **_: _load_untrained(engine, rest)}),
+    ):
+        # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
+        path, client_state = load_engine_state(
+            **{**options, "load_optimizer_states": stage > 0, "load_lr_scheduler_states": False}
+        )
+    model = load(files.models[0])
+    if options.get("load_lr_scheduler_states", True) and engine.lr_scheduler is not None and model["lr_scheduler"]:
+        schedule = engine.lr_scheduler.state_dict()
+        engine.lr_scheduler.load_state_dict(
+            carry_schedule(model["lr_scheduler"], schedule, saved.groups, optimizer.members)
+        )
+    write_back(engine)
+    _carry_loss_scale(engine.optimizer, files.optimizer_state(0)[0])
+    for key in ("optimizer", "lr_scheduler"):
+        client_state.pop(key, None)
+    if channel.dp_rank == 0:
+        logger.info(
+            f"FiraAdam: resumed at step {engine.global_steps} on {channel.dp_size} ranks at ZeRO stage {stage} from "
+            f"{max(1, len(files.optimizers))} files of optimizer states"
+        )
+    return path, client_state
+
+
+@contextmanager
+def stepped_params(engine: Any) -> Iterator[None]:
+    """Where stage 3 keeps the stepped tensors out of the param groups, put them there for a while."""
+    wrapper = engine.optimizer
+    if not hasattr(wrapper, "_set_fp32_optimizer_param_groups"):
+        yield
+        return
+    wrapper._set_fp32_optimizer_param_groups()
+    try:
+        yield
+    finally:
+        wrapper._clear_fp32_optimizer_param_groups()
+
+
+@contextmanager
+def _overridden(engine: Any, **methods: Any) -> Iterator[None]:
+    for name, method in methods.items():
+        setattr(engine, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(engine, name)
+
+
+def write_back(engine: Any) -> None:
+    """Give the module the weights of the master copies, as a step does; a collective call."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "update_lp_params"):  # stages 1 and 2
+        wrapper.update_lp_params()
+        wrapper._link_all_hp_params()
+    elif hasattr(wrapper, "fp16_partitioned_groups_flat"):  # stage 3
+        for flat, master, parts in zip(
+            wrapper.fp16_partitioned_groups_flat,
+            wrapper.fp32_partitioned_groups_flat,
+            wrapper.fp16_partitioned_groups,
+            strict=True,
+        ):
+            flat.data.copy_(master.data)
+            for part, values in zip(parts, wrapper.unflatten(flat, parts), strict=True):
+                part.data = values.data
+        if wrapper.persistent_parameters:
+            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+    elif hasattr(wrapper, "fp32_groups"):  # stage 0 in bf16 and fp16
+        for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for param, master in zip(group, masters, strict=True):
+                param.data.copy_(master.data)
+
+
+def _carry_loss_scale(wrapper: Any, saved: dict[str, Any]) -> None:
+    """Go on with the loss scale, and with the steps counted towards the next change of it, if both runs have one."""
+    source: Any = saved.get("loss_scaler", saved)
+    target = getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
+    if target is None or not saved.get("dynamic_loss_scale") or not getattr(wrapper, "dynamic_loss_scale", True):
+        return
+    for name in SCALE_FIELDS:
+        value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+        if value is not None and hasattr(target, name):
+            setattr(target, name, value)
+
+
+def _is_partitioned(files: CheckpointFiles) -> bool:
+    """Whether stage 3 saved it: its model files hold no weights."""
+    return MODEL_FILE.fullmatch(files.models[0].name).groups()[0] is not None
+
+
+def _untrained(files: CheckpointFiles) -> dict[str, Tensor]:
+    """Buffers and frozen weights by name, whole."""
+    models = [load(path) for path in files.models] if _is_partitioned(files) else [load(files.models[0])]
+    found = {name: value for name, value in models[0]["module"].items() if isinstance(value, Tensor)}
+    shapes = models[0].get("frozen_param_shapes") or {}
+    if _is_partitioned(files):
+        for name, shape in shapes.items():
+            whole = torch.cat([model["frozen_param_fragments"][name].reshape(-1) for model in models])
+            found[name] = whole[: shape.numel()].view(shape)
+    return normalized(found)
+
+
+def _load_untrained(engine: Any, values: Mapping[str, Tensor]) -> None:
+    """Set the buffers and the frozen weights; what is trained comes from the master copies. A collective call."""
+    module: nn.Module = engine.module
+    trained = {name for group in engine.basic_optimizer.members for name, _ in group}
+    kept = normalized(module.state_dict(keep_vars=True)).keys()
+    for name, buffer in normalized(dict(module.named_buffers())).items():
+        if name in kept and name in values:
+            buffer.data.copy_(values[name])
+    for name, param in normalized(dict(module.named_parameters())).items():
+        if name not in trained and name in values:
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                if param.numel() == values[name].numel():
+                    param.data.copy_(values[name])
+
+
+def register_checkpoint() -> None:
+    """Extend DeepSpeed's loading for engines that train with FiraAdam; again without effect."""
+    load_checkpoint, load_zero = DeepSpeedEngine._load_checkpoint, DeepSpeedEngine._load_zero_checkpoint
+    if hasattr(load_zero, "__wrapped__"):
+        return
+
+    @functools.wraps(load_checkpoint)
+    def _load_checkpoint(engine: Any, load_dir: str, tag: str, **options: Any) -> Any:
+        engine.fira_has_loaded = False
+        optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
+        if isinstance(engine.basic_optimizer, FiraAdam) and optimizer_too:
+            folder = Path(load_dir, str(tag))
+            if saved_elsewhere(engine, folder):
+                loaded = load_elsewhere(
+                    engine, folder, functools.partial(load_checkpoint, engine, load_dir, tag), options
+                )
+                engine.fira_has_loaded = True
+                return loaded
+        return load_checkpoint(engine, load_dir, tag, **options)
+
+    @functools.wraps(load_zero)
+    def _load_zero_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> bool:
+        return True if engine.fira_has_loaded else load_zero(engine, *args, **kwargs)
+
+    DeepSpeedEngine._load_checkpoint = _load_checkpoint
+    DeepSpeedEngine._load_zero_checkpoint = _load_zero_checkpoint
