@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the parameters: the only file that touches DeepSpeed's private attributes.
+"""Where DeepSpeed keeps the parameters: only the files `zero*.py` touch DeepSpeed's private attributes.
 
 Written against DeepSpeed 0.19.8. What it relies on:
 
@@ -24,7 +24,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import logger
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_fira.binding import Binding
 from ds_fira.comm import Channel, CutExchange
@@ -37,6 +37,7 @@ from ds_fira.places import Piece
 from ds_fira.settings import check_params, refuse_auto
 from ds_fira.shard import MatrixShard, matrices_of
 from ds_fira.zero_checkpoint import normalized, register_checkpoint
+from ds_fira.zero_refuse import refuse_unsupported, refuse_unsupported_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,66 +171,6 @@ def _numbers(matrices: list[MatrixShard], names: Iterable[str]) -> dict[str, int
     order = {name: position for position, name in enumerate(names)}
     in_order = sorted(matrices, key=lambda matrix: order.get(matrix.name.partition("[")[0], len(order)))
     return {matrix.name: number for number, matrix in enumerate(in_order)}
-
-
-def refuse_unsupported(engine: Any) -> None:
-    """Stop before the engine does any work if FiraAdam does not support its config.
-
-    Raises:
-        ValueError: names the setting, its value and what to use instead.
-    """
-    stage = engine.zero_optimization_stage()
-    if stage > 2:
-        raise ValueError(
-            f"FiraAdam: zero_optimization.stage = {stage} is not supported yet, because it cuts every matrix over all "
-            "ranks; use stage 2, with optimizer offload if memory is short."
-        )
-    if engine.pipeline_parallelism:
-        raise ValueError(
-            f"FiraAdam: {type(engine).__name__} is not supported yet, because its stages hold different layers; give "
-            "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2."
-        )
-    tensor_parallel = max(engine.autotp_size(), _model_parallel_size(engine.mpu))
-    if tensor_parallel > 1:
-        raise ValueError(
-            f"FiraAdam: tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not "
-            "supported yet, because a rank would see a part of every matrix; set it to 1."
-        )
-    if engine.zero_elastic_checkpoint():
-        raise ValueError(
-            "FiraAdam: zero_optimization.elastic_checkpoint = True is not supported, because it gives every rank rank "
-            "0's low-rank state on loading; set it to false."
-        )
-    if engine._config.zero_config.zenflow is not None:
-        raise ValueError(
-            "FiraAdam: zero_optimization.zenflow is not supported, because it steps its own Adam; remove it."
-        )
-
-
-def refuse_unsupported_module(module: nn.Module, has_moe_layers: bool) -> None:
-    """Stop if the module gives gradients that FiraAdam cannot take.
-
-    Raises:
-        ValueError: the module has sparse embeddings, complex parameters or DeepSpeed MoE layers.
-    """
-    if has_moe_layers:
-        raise ValueError(
-            "FiraAdam: DeepSpeed MoE layers are not supported yet, because their experts have process groups of their "
-            "own; use a dense model, or one whose experts are ordinary parameters, such as transformers' Mixtral."
-        )
-    for name, submodule in module.named_modules():
-        if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
-            raise ValueError(f"FiraAdam: {name}.sparse = True gives sparse gradients; build it with sparse=False.")
-    for name, param in module.named_parameters():
-        if param.is_complex():
-            raise ValueError(f"FiraAdam: {name} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
-
-
-def _model_parallel_size(mpu: Any) -> int:
-    for name in ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"):
-        if hasattr(mpu, name):
-            return int(getattr(mpu, name)())
-    return 1
 
 
 def skip_shared_memory_op() -> None:
