@@ -5,6 +5,7 @@ DeepSpeed config.
 """
 
 from ds_fira.activations import checkpoint_activations
+from ds_fira.foreign import load_released_state
 from ds_fira.groups import param_groups
 from ds_fira.memory import state_bytes
 from ds_fira.optimizer import FiraAdam
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "checkpoint_activations",
     "init_distributed",
+    "load_released_state",
     "memory_report",
     "metrics",
     "param_groups",

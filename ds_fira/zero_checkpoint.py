@@ -215,7 +215,7 @@ def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: d
 @contextmanager
 def stepped_params(engine: Any) -> Iterator[None]:
     """Where stage 3 keeps the stepped tensors out of the param groups, put them there for a while."""
-    wrapper = engine.optimizer
+    wrapper = getattr(engine, "optimizer", None)
     if not hasattr(wrapper, "_set_fp32_optimizer_param_groups"):
         yield
         return

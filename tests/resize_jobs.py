@@ -93,6 +93,8 @@ def run(
         engine.save_checkpoint(save, client_state={"note": "kept"})
     result["weights"] = module_weights(engine)
     result["lr"] = lr_by_parameter(engine)
+    params = ds_config["optimizer"]["params"]
+    result["settings"] = {key: value for key, value in fira_of(engine).param_groups[0].items() if key in params}
     result["wrapper"] = type(engine.optimizer).__name__
     result["ways"] = [cut.way for layout in fira_of(engine).layouts for cut in layout.cuts]
     engine.destroy()
