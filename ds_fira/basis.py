@@ -9,7 +9,7 @@ from torch import Tensor
 from ds_fira import compression
 from ds_fira.matrix_step import MatrixTask, store_moments
 from ds_fira.state import MatrixState
-from ds_fira.subspace import align_signs, compute_basis, rotate_moments_
+from ds_fira.subspace import align_signs, change_moments_, compute_basis
 
 
 def new_basis(task: MatrixTask) -> Tensor | None:
@@ -39,7 +39,7 @@ def adopt_basis(task: MatrixTask, basis: Tensor) -> None:
     if int(state.refresh_step) >= 0:
         previous = state.basis.to(state.dtype)
         basis = aligned_basis(basis, previous, group)
-        carry_moments(state, group, basis, previous)
+        carry_moments(state, group, basis_change(basis, previous, group))
     state.basis.copy_(basis)
     state.refresh_step.copy_(state.step)
 
@@ -52,20 +52,24 @@ def aligned_basis(basis: Tensor, previous: Tensor, group: dict[str, Any]) -> Ten
     return basis if group["subspace"] == "svd" else align_signs(basis, previous)
 
 
-def carry_moments(state: MatrixState, group: dict[str, Any], basis: Tensor, previous: Tensor | None) -> None:
+def basis_change(basis: Tensor, previous: Tensor, group: dict[str, Any]) -> Tensor | None:
+    """C = P_new' P_old, (r, r), where `refresh_moments` needs it; else None."""
+    return basis.t() @ previous if group["refresh_moments"] == "rotate" else None
+
+
+def carry_moments(state: MatrixState, group: dict[str, Any], change: Tensor | None) -> None:
     """Bring the moments from the old basis to the new one as `refresh_moments` says.
 
     Args:
-        state: of one matrix, or of some rows of R on the right; its moments are changed.
+        state: of one matrix, or of a part of R that has all its rank-long rows or columns; its moments are changed.
         group: the param group.
-        basis: the new P, whole, in the state's dtype.
-        previous: the old one; read only by "rotate".
+        change: as `basis_change`; read only by "rotate".
     """
     if group["refresh_moments"] == "keep":
         return
     moments = [compression.read(stored, state.dtype) for stored in (state.exp_avg, state.exp_avg_sq)]
     if group["refresh_moments"] == "rotate":
-        rotate_moments_(*moments, basis, previous, state.side)
+        change_moments_(*moments, change, state.side)
     else:
         moments = [moment.zero_() for moment in moments]
     store_moments(state, *moments)

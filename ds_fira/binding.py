@@ -24,22 +24,27 @@ class Binding:
         whole: the matrices that lie whole in the parameter.
         indices: for every matrix stepped whole here, its number among all projected matrices of the model, by which
             `stagger` goes.
-        exchange: carries the cut ones of its param group that are stepped whole; None where there are none on any rank.
+        exchanges: carry the cut ones of its param group that are stepped whole, one after the other; empty where there
+            are none on any rank.
         lean: steps the cut ones that are stepped where they lie; None where there are none on any rank.
         batched: whether the states have a leading dimension.
     """
 
     whole: tuple[MatrixShard, ...]
     indices: tuple[int, ...]
-    exchange: CutExchange | None = None
+    exchanges: tuple[CutExchange, ...] = ()
     lean: LeanCuts | None = None
     batched: bool = True
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(m, n) of every matrix stepped whole here, those that lie whole first, then the cut ones."""
-        cuts = self.exchange.owned if self.exchange is not None else ()
+        cuts = [matrix for exchange in self.exchanges for matrix in exchange.owned]
         return [matrix.shape for matrix in (*self.whole, *cuts)]
+
+    def first_of(self, turn: int) -> int:
+        """The position in `shapes` of the first matrix that is stepped in a turn, with the exchange of that number."""
+        return len(self.whole) + sum(len(exchange.owned) for exchange in self.exchanges[:turn]) if turn else 0
 
 
 def batch_runs(binding: Binding, ready: Sequence[bool]) -> list[tuple[int, int]]:
@@ -47,13 +52,13 @@ def batch_runs(binding: Binding, ready: Sequence[bool]) -> list[tuple[int, int]]
 
     Args:
         binding: of the parameter.
-        ready: for every matrix owned, whether it can be stepped together with others.
+        ready: for the first matrices of the binding, whether they can be stepped together with others.
 
     Returns:
-        Runs of at most `MAX_BATCH` matrices that cover all positions in order; cut matrices are runs of one.
+        Runs of at most `MAX_BATCH` matrices that cover the positions in order; cut matrices are runs of one.
     """
     runs: list[tuple[int, int]] = []
-    for position in range(len(binding.shapes)):
+    for position in range(len(ready)):
         first, last = runs[-1] if runs else (0, 0)
         joins = 0 < last - first < MAX_BATCH and position < len(binding.whole)
         if joins and ready[position] and ready[position - 1]:

@@ -74,19 +74,24 @@ class Channel:
         return received.to(sent.device)
 
     def deliver(
-        self, messages: Sequence[Message], parcels: Mapping[Hashable, Sequence[Tensor]], like: Tensor
+        self,
+        messages: Sequence[Message],
+        parcels: Mapping[Hashable, Sequence[Tensor]],
+        like: Tensor,
+        needed: bool | None = None,
     ) -> dict[Hashable, Tensor]:
         """Exchange messages in one all_to_all; none where there is no message at all.
 
         Args:
-            messages: of all ranks, the same on every rank.
+            messages: of all ranks, or those that this rank sends or receives; in one order on every rank.
             parcels: by key, the tensors that make up each message this rank sends, of `like`'s dtype.
             like: gives dtype and device, also to a rank that sends nothing.
+            needed: whether any rank has a message; None where `messages` are of all ranks.
 
         Returns:
             By key, each message sent to this rank, 1-D.
         """
-        if not messages:
+        if not (messages if needed is None else needed):
             return {}
         sent = sorted((m for m in messages if m.source == self.dp_rank), key=lambda message: message.target)
         received = sorted((m for m in messages if m.target == self.dp_rank), key=lambda message: message.source)

@@ -9,15 +9,20 @@ and its rows on the right, where each row of R = GP belongs to one row of G. The
 their moments, by one sharer: on the left all of them by the owner, on the right each by the sharer that holds the
 beginning of its row. A sharer that touches an entry which another keeps *borrows* it: it sends its part of R and of the
 squared norm, and gets the step's phi and C for it.
+
+*Spread*, under ZeRO-3, where every matrix is cut over all ranks: no state exists twice, and every sharer has an even
+share of it. On the left the columns of R are kept by all sharers alike, not by the owner alone. On the right the rows
+of P are spread alike, and borrowed for the time of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
-from ds_fira.pieces import RowPiece, column_span, kept_rows, row_pieces, touched_rows
+from ds_fira.pieces import column_span, common, hull, kept_rows, touched_rows
 from ds_fira.shard import MatrixShard
 from ds_fira.subspace import Side, basis_shape, effective_rank, low_rank_shape, projection_side
 
@@ -41,12 +46,12 @@ def state_numel(shape: tuple[int, int], rank: int, proj_type: str = "std", formu
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Entries of R along its axis that one sharer borrows of another.
+    """Entries of R along its axis, or rows of P, that one sharer borrows of another.
 
     Attributes:
         borrower: the dp_rank that touches them.
         keeper: the dp_rank that keeps them.
-        entries: columns of R on the left, rows on the right.
+        entries: of R columns on the left, rows on the right; rows of P.
     """
 
     borrower: int
@@ -54,7 +59,7 @@ class Link:
     entries: range
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CutMatrix:
     """A matrix that partition boundaries cut, with its owner.
 
@@ -63,10 +68,11 @@ class CutMatrix:
         shape: (m, n).
         fragments: (dp_rank, fragment) in ascending order of rank; the fragments tile the matrix.
         owner: the base way: the dp_rank that holds the state and makes the step. The lean way: the one that computes
-            the basis, and on the left keeps R and its moments.
+            the basis, and on the left, unless spread, keeps R and its moments.
         side: the projected side.
         rank: r = min(rank asked for, m, n).
         way: how it is stepped.
+        spread: whether the lean way keeps no state twice, and the same share of it on every sharer.
     """
 
     name: str
@@ -76,63 +82,127 @@ class CutMatrix:
     side: Side
     rank: int
     way: Way = "base"
+    spread: bool = False
+
+    @cached_property
+    def by_rank(self) -> dict[int, MatrixShard]:
+        """The fragments by dp_rank."""
+        return dict(self.fragments)
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {holder: place for place, (holder, _) in enumerate(self.fragments)}
+
+    def _even_share(self, dp_rank: int, count: int) -> range:
+        """Of `count` entries those that fall to a sharer where all sharers take as many."""
+        place, sharers = self._places[dp_rank], len(self.fragments)
+        return range(place * count // sharers, (place + 1) * count // sharers)
 
     def kept(self, dp_rank: int) -> range:
         """The entries of R that a sharer keeps, the lean way."""
-        if self.side == "left":
-            return range(self.shape[1] if dp_rank == self.owner else 0)
-        return kept_rows(dict(self.fragments)[dp_rank])
+        if self.side == "right":
+            return kept_rows(self.by_rank[dp_rank])
+        if self.spread:
+            return self._even_share(dp_rank, self.shape[1])
+        return range(self.shape[1] if dp_rank == self.owner else 0)
 
     def touched(self, dp_rank: int) -> range:
         """The entries of R that a sharer's fragment needs, the lean way."""
-        fragment = dict(self.fragments)[dp_rank]
+        fragment = self.by_rank[dp_rank]
         return column_span(fragment) if self.side == "left" else touched_rows(fragment)
 
-    def links(self) -> list[Link]:
-        """What is borrowed, in ascending order of borrower; no sharer borrows twice."""
+    def region(self, dp_rank: int) -> range:
+        """The entries of R that a sharer works on: those that it touches and those that it keeps."""
+        return hull(self.touched(dp_rank), self.kept(dp_rank))
+
+    def links(self) -> Iterator[Link]:
+        """What is borrowed of R, in ascending order of borrower, then of keeper."""
         if self.side == "left":
-            return [
-                Link(holder, self.owner, self.touched(holder)) for holder, _ in self.fragments if holder != self.owner
-            ]
-        keeper, found = -1, []
+            keepers = [holder for holder, _ in self.fragments] if self.spread else [self.owner]
+            yield from self._borrowed(self.touched, self.kept, keepers)
+            return
+        keeper = -1
         for holder, fragment in self.fragments:
             row = fragment.start // self.shape[1]
             if fragment.start % self.shape[1]:
-                found.append(Link(holder, keeper, range(row, row + 1)))
+                yield Link(holder, keeper, range(row, row + 1))
             if len(kept_rows(fragment)):
                 keeper = holder  # of the row that the next fragment may begin in
-        return found
+
+    def basis_links(self) -> Iterator[Link]:
+        """Rows of P that are borrowed for every step, in the order of `links`; none unless spread and on the right."""
+        if self.spread and self.side == "right":
+            yield from self._borrowed(self.basis_span, self.basis_rows, [holder for holder, _ in self.fragments])
+
+    def _borrowed(self, needed: Any, held: Any, keepers: list[int]) -> Iterator[Link]:
+        parts = [(keeper, held(keeper)) for keeper in keepers]
+        for holder, _ in self.fragments:
+            span = needed(holder)
+            for keeper, part in parts:
+                entries = common(span, part)
+                if keeper != holder and len(entries):
+                    yield Link(holder, keeper, entries)
+
+    def basis_rows(self, dp_rank: int) -> range:
+        """The rows of P that a sharer holds, the lean way: on the left those of its fragment's rows.
+
+        On the right every sharer multiplies rows of G with all of P. Unless the rows of P are spread, the copies cost
+        n x r for each sharer beyond one.
+        """
+        if self.side == "left":
+            return self.touched_rows(dp_rank)
+        return self._even_share(dp_rank, self.shape[1]) if self.spread else range(self.shape[1])
+
+    def basis_span(self, dp_rank: int) -> range:
+        """The rows of P that a sharer's step needs."""
+        if self.side == "right" and self.spread:
+            return column_span(self.by_rank[dp_rank])
+        return self.basis_rows(dp_rank)
 
     def basis_shape(self, dp_rank: int) -> tuple[int, int]:
-        """Shape of the part of P that a sharer holds, the lean way: its fragment's rows on the left, all on the right.
-
-        On the right every sharer multiplies rows of G with all of P, so the copies cost n x r for each beyond one.
-        """
-        rows = len(self.touched_rows(dp_rank)) if self.side == "left" else self.shape[1]
-        return rows, self.rank
+        """Shape of the part of P that a sharer holds, the lean way."""
+        return len(self.basis_rows(dp_rank)), self.rank
 
     def touched_rows(self, dp_rank: int) -> range:
         """The rows of the matrix that a sharer's fragment touches."""
-        return touched_rows(dict(self.fragments)[dp_rank])
+        return touched_rows(self.by_rank[dp_rank])
 
     def state_numel(self, dp_rank: int) -> int:
         """Elements of basis, moments and limiter's norm that a rank holds; 0 for one that holds none of them."""
         if self.way == "base":
             return state_numel(self.shape, self.rank, self.side) if dp_rank == self.owner else 0
-        if dp_rank not in dict(self.fragments):
+        if dp_rank not in self.by_rank:
             return 0
         rows, r = self.basis_shape(dp_rank)
         return rows * r + 2 * len(self.kept(dp_rank)) * r + 1
 
+    def step_numel(self) -> int:
+        """Elements that a step of the lean way needs beyond the state, on the sharer that needs most: R, borrowed P."""
+        borrows = self.spread and self.side == "right"
+        return self.rank * max(
+            len(self.region(holder)) + borrows * len(self.basis_span(holder)) for holder, _ in self.fragments
+        )
+
     def base_elements(self, dp_rank: int) -> int:
         """Elements that a rank sends in one step of the base way."""
-        lent = {holder: fragment.numel for holder, fragment in self.fragments if holder != self.owner}
-        return sum(lent.values()) if dp_rank == self.owner else 2 * lent.get(dp_rank, 0)
+        if dp_rank == self.owner:
+            return sum(fragment.numel for holder, fragment in self.fragments if holder != dp_rank)
+        return 2 * self.by_rank[dp_rank].numel if dp_rank in self.by_rank else 0
 
     def lean_elements(self, dp_rank: int) -> int:
         """Float32 elements that a rank, sharer or not, sends in one step of the lean way without a refresh."""
-        borrowed = sum(len(link.entries) for link in self.links() if dp_rank in (link.borrower, link.keeper))
-        return borrowed * (self.rank + 1) + 2 * (GRADIENT_SUMS + LOW_RANK_SUMS)
+        return self.lean_elements_by_rank.get(dp_rank, 0) + 2 * (GRADIENT_SUMS + LOW_RANK_SUMS)
+
+    @cached_property
+    def lean_elements_by_rank(self) -> dict[int, int]:
+        """Elements that every sharer sends to others in a step of the lean way."""
+        sent = dict.fromkeys(self.by_rank, 0)
+        for link in self.links():
+            for end in (link.borrower, link.keeper):
+                sent[end] += len(link.entries) * (self.rank + 1)
+        for link in self.basis_links():
+            sent[link.keeper] += len(link.entries) * self.rank
+        return sent
 
     def refresh_elements(self, dp_rank: int, settings: Mapping[str, Any]) -> int:
         """Elements that a rank sends in one refresh of the lean way: gradients to the owner, the basis back.
@@ -141,15 +211,25 @@ class CutMatrix:
             dp_rank: the rank.
             settings: of the param group.
         """
-        others = [(holder, fragment) for holder, fragment in self.fragments if holder != self.owner]
         if dp_rank == self.owner:
-            return sum(1 + rows * r for rows, r in (self.basis_shape(holder) for holder, _ in others))
-        old = self.side == "left" and needs_old_basis(settings)
-        return sum(
-            fragment.numel + (old * len(self.touched_rows(holder)) * self.rank)
-            for holder, fragment in others
-            if holder == dp_rank
-        )
+            return sum(self.answer_numel(holder, settings) for holder, _ in self.fragments if holder != dp_rank)
+        if dp_rank not in self.by_rank:
+            return 0
+        old = needs_old_basis(settings) and (self.spread or self.side == "left")
+        return self.by_rank[dp_rank].numel + old * len(self.basis_rows(dp_rank)) * self.rank
+
+    def answer_numel(self, dp_rank: int, settings: Mapping[str, Any]) -> int:
+        """Elements of what the owner sends another sharer at a refresh.
+
+        Whether there is a basis, the part of it that the sharer holds, and, where that is not enough to bring moments
+        over, C of `ds_fira.basis.basis_change`.
+        """
+        rows, r = self.basis_shape(dp_rank)
+        return 1 + rows * r + r * r * self.sends_change(settings)
+
+    def sends_change(self, settings: Mapping[str, Any]) -> bool:
+        """Whether sharers that keep moments have no whole bases to bring them over with."""
+        return self.spread and settings["refresh_moments"] == "rotate"
 
     def cheaper_way(self, ranks: int, settings: Mapping[str, Any]) -> Way:
         """The way that sends fewer elements per step over all ranks, refreshes spread over the steps between them.
@@ -166,71 +246,14 @@ class CutMatrix:
         return "lean" if lean + refresh / settings["update_proj_gap"] < base else "base"
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one rank has to do with a lean matrix, as the plan says.
-
-    Attributes:
-        matrix: the cut matrix.
-        position: its number among the cuts of its group; marks its states and messages.
-        number: its number in the model; `stagger` goes by it.
-        dp_rank: the rank.
-        fragment: what the rank holds of it.
-        pieces: the fragment in blocks of rows.
-        region: the entries of R that the rank works on.
-        kept: those of them that it keeps, with their moments.
-        borrowed: those that it borrows, None for none.
-        lent: those that others borrow of it.
-    """
-
-    matrix: CutMatrix
-    position: int
-    number: int
-    dp_rank: int
-    fragment: MatrixShard
-    pieces: tuple[RowPiece, ...]
-    region: range
-    kept: range
-    borrowed: Link | None
-    lent: tuple[Link, ...]
-
-    @classmethod
-    def of(cls, matrix: CutMatrix, position: int, number: int, dp_rank: int) -> Share:
-        """The share of a rank that holds a fragment of the matrix."""
-        fragment, kept, links = dict(matrix.fragments)[dp_rank], matrix.kept(dp_rank), matrix.links()
-        return cls(
-            matrix=matrix,
-            position=position,
-            number=number,
-            dp_rank=dp_rank,
-            fragment=fragment,
-            pieces=row_pieces(fragment),
-            region=kept if matrix.side == "left" and len(kept) else matrix.touched(dp_rank),
-            kept=kept,
-            borrowed=next((link for link in links if link.borrower == dp_rank), None),
-            lent=tuple(link for link in links if link.keeper == dp_rank),
-        )
-
-    @property
-    def owns(self) -> bool:
-        """Whether this rank computes the basis, and counts the matrix in the metrics."""
-        return self.dp_rank == self.matrix.owner
-
-    @property
-    def low_rank_shape(self) -> tuple[int, int] | None:
-        """Shape of the moments that the rank keeps, None for none."""
-        kept, r = len(self.kept), self.matrix.rank
-        if not kept:
-            return None
-        return (r, kept) if self.matrix.side == "left" else (kept, r)
-
-
 def needs_old_basis(settings: Mapping[str, Any]) -> bool:
     """Whether a refresh reads the basis it replaces: to start from, to align signs with, or to rotate moments from."""
     return settings["subspace"] != "svd" or settings["refresh_moments"] == "rotate"
 
 
-def plan_cut(fragments: Mapping[int, MatrixShard], owner: int, ranks: int, settings: Mapping[str, Any]) -> CutMatrix:
+def plan_cut(
+    fragments: Mapping[int, MatrixShard], owner: int, ranks: int, settings: Mapping[str, Any], spread: bool = False
+) -> CutMatrix:
     """The cut matrix of given fragments and owner, in the way that sends less.
 
     Args:
@@ -238,10 +261,10 @@ def plan_cut(fragments: Mapping[int, MatrixShard], owner: int, ranks: int, setti
         owner: one of them.
         ranks: data-parallel ranks.
         settings: of the param group.
+        spread: as in `CutMatrix`.
     """
     first = next(iter(fragments.values()))
     side = projection_side(first.shape, settings["proj_type"], settings["formulation"])
     r = effective_rank(first.shape, settings["rank"])
-    parts = tuple(fragments.items())
-    way = CutMatrix(first.name, first.shape, parts, owner, side, r).cheaper_way(ranks, settings)
-    return CutMatrix(first.name, first.shape, parts, owner, side, r, way)
+    matrix = CutMatrix(first.name, first.shape, tuple(fragments.items()), owner, side, r, spread=spread)
+    return replace(matrix, way=matrix.cheaper_way(ranks, settings))

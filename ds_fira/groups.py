@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from ds_fira.layout import split_by_size, split_evenly
 from ds_fira.selection import find_projected_weights, projected_weights, undecayed_weights
 from ds_fira.settings import GROUP_SETTINGS, check_params
+from ds_fira.zero_shapes import numel_of, shape_of
 
 
 def param_groups(
@@ -90,7 +91,7 @@ def split_flat_list(
     bare = _parameters(params)
     owners = _owners(bare)
     owned = {id(param) for owner in owners for param in owner.parameters()}
-    projected = {id(param) for param in bare if param.ndim == 2 and id(param) not in owned}
+    projected = {id(param) for param in bare if len(shape_of(param)) == 2 and id(param) not in owned}
     if target_modules is not None and not owners:
         raise ValueError(
             f"FiraAdam: target_modules = {list(target_modules)!r} need the model that owns the parameters, and none is "
@@ -144,9 +145,9 @@ def build_groups(
     """Param groups for a FiraAdam that DeepSpeed builds from its JSON config.
 
     A user's groups are kept apart, with their keys. If any of them has a rank, those say what is projected; otherwise
-    the JSON rank applies to the weights that `projected_weights` names. Under ZeRO each is then split by shape, so
-    that partition boundaries fall between matrices where the number of ranks allows it, and no group's partition is
-    larger than `max_group_bytes`, unless by a single parameter on each rank.
+    the JSON rank applies to the weights that `projected_weights` names. Under ZeRO-1 and 2 each is then split by
+    shape, so that partition boundaries fall between matrices where the number of ranks allows it. Under any ZeRO no
+    group's partition is larger than `max_group_bytes`, unless by a single parameter on each rank.
 
     Args:
         module: the engine's module.
@@ -173,18 +174,21 @@ def build_groups(
     groups = []
     for user_group in user_groups:
         own = {key: value for key, value in user_group.items() if key != "params"}
-        params = [p for p in _parameters(user_group["params"]) if p.requires_grad and p.numel() > 0]
+        params = [p for p in _parameters(user_group["params"]) if p.requires_grad and numel_of(p) > 0]
         chosen = [param for param in params if "rank" in own or id(param) in projected]
         chosen_ids = {id(param) for param in chosen}
         rest = [param for param in params if id(param) not in chosen_ids]
         parts, rests = [chosen], [rest]
-        if zero_stage > 0:
-            # ZeRO makes a float32 copy of the gradients of one group's partition at a time.
-            most = settings["max_group_bytes"] // 4
+        # ZeRO makes a float32 copy of the gradients of one group's partition at a time.
+        most = settings["max_group_bytes"] // 4
+        if zero_stage in (1, 2):
             parts = split_evenly(
-                [(tuple(p.shape), p) for p in chosen], dp_size, lambda shape, most=most: most // math.prod(shape)
+                [(shape_of(p), p) for p in chosen], dp_size, lambda shape, most=most: most // math.prod(shape)
             )
-            rests = split_by_size([(p.numel(), p) for p in rest], most * dp_size)
+        elif zero_stage == 3:  # which cuts every parameter by itself, whatever the groups
+            parts = split_by_size([(numel_of(p), p) for p in chosen], most * dp_size)
+        if zero_stage > 0:
+            rests = split_by_size([(numel_of(p), p) for p in rest], most * dp_size)
         groups += [{"rank": rank, **own, "params": part} for part in parts if part]
         groups += [{**own, "params": part} for part in rests if part]
     if rank is not None and not any("rank" in group for group in groups):

@@ -8,15 +8,21 @@ owns it, and needs no communication ever. A matrix with several is cut, and step
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from ds_fira.cuts import CutMatrix, plan_cut, state_numel
-from ds_fira.shard import MatrixShard, cut
+from ds_fira.shard import MatrixShard
 
 T = TypeVar("T")
+# Most state that one rank may hold where it is spread, over an even share.
+LARGEST_SHARE = 1.25
+# Elements of cut matrices that an owner assembles at a time, or one matrix: gradient and weight of it, 512 MiB.
+MAX_TURN_NUMEL = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,18 @@ class GroupLayout:
     def base_cuts(self) -> tuple[CutMatrix, ...]:
         """The cut matrices that are stepped whole on their owners."""
         return tuple(matrix for matrix in self.cuts if matrix.way == "base")
+
+    @property
+    def base_turns(self) -> list[GroupLayout]:
+        """Layouts that share the base cuts out over turns, so that no owner assembles many at a time.
+
+        Every owner meets its matrices in the order of `cuts`, and all owners are at work in the first turns.
+        """
+        queues: dict[int, list[tuple[int, CutMatrix]]] = defaultdict(list)
+        for matrix in self.base_cuts:
+            queues[matrix.owner].append((math.prod(matrix.shape), matrix))
+        turns = zip_longest(*(split_by_size(queue, MAX_TURN_NUMEL) for queue in queues.values()), fillvalue=[])
+        return [replace(self, cuts=tuple(matrix for owned in turn for matrix in owned)) for turn in turns]
 
     @property
     def lean_cuts(self) -> tuple[CutMatrix, ...]:
@@ -64,48 +82,85 @@ class GroupLayout:
 
 
 def plan_groups(
-    groups: Sequence[tuple[Sequence[MatrixShard], int]], ranks: int, settings: Sequence[Mapping[str, Any]]
+    groups: Sequence[tuple[Sequence[Mapping[int, MatrixShard]], int]],
+    ranks: int,
+    settings: Sequence[Mapping[str, Any]],
+    spread: bool = False,
 ) -> list[GroupLayout]:
-    """Cut the matrices of every group at its partition boundaries; give every cut matrix an owner and a way.
+    """Give every matrix that lies on several ranks an owner and a way.
 
     Owners balance the state: the largest matrices first, each to the least loaded of the ranks that share it, counting
     what is whole on a rank as its load from the start. The way is the one that sends less (`CutMatrix.cheaper_way`).
+    Where states are spread, an owner of a matrix that is stepped the lean way only computes its bases, and these are
+    dealt out evenly; and the fullest rank gives matrices up to the lean way until no rank holds more than
+    `LARGEST_SHARE` of an even share.
 
     Args:
-        groups: for every group its matrices, whole, `offset` counted in the group's buffer, and its partition size.
-        ranks: partitions in each buffer.
+        groups: for every group the fragments of its matrices by dp_rank, `offset` counted in the rank's partition, and
+            the elements of a partition.
+        ranks: partitions of each group.
         settings: of every group: `rank`, `proj_type`, `formulation`, `update_proj_gap`, `subspace`, `refresh_moments`
             and `exact_cuts`.
+        spread: whether no state of cut matrices may exist twice (ZeRO-3, which cuts all of them).
     """
-    load = [0] * ranks
+    load, work = [0] * ranks, [0] * ranks
     whole = [[[] for _ in range(ranks)] for _ in groups]
-    cuts: list[tuple[int, int, dict[int, MatrixShard]]] = []  # (state elements, group, fragments)
-    for index, (matrices, partition_size) in enumerate(groups):
+    cuts: list[tuple[int, int, Mapping[int, MatrixShard]]] = []  # (state elements, group, fragments)
+    for index, (matrices, _) in enumerate(groups):
         chosen = settings[index]
-        for matrix in matrices:
-            fragments = cut(matrix, partition_size, ranks)
-            size = state_numel(matrix.shape, chosen["rank"], chosen["proj_type"], chosen["formulation"])
+        for fragments in matrices:
+            holder, first = next(iter(fragments.items()))
+            size = state_numel(first.shape, chosen["rank"], chosen["proj_type"], chosen["formulation"])
             if len(fragments) == 1:
-                holder, fragment = next(iter(fragments.items()))
-                whole[index][holder].append(fragment)
+                whole[index][holder].append(first)
                 load[holder] += size
             else:
                 cuts.append((size, index, fragments))
-    owned: dict[int, list[tuple[int, CutMatrix]]] = defaultdict(list)
+    planned: dict[int, tuple[int, CutMatrix]] = {}  # by position among the cuts: group, matrix
     for position, (_, index, fragments) in sorted(enumerate(cuts), key=lambda item: -item[1][0]):
         owner = min(fragments, key=lambda holder: (load[holder], holder))
-        matrix = plan_cut(fragments, owner, ranks, settings[index])
+        matrix = plan_cut(fragments, owner, ranks, settings[index], spread)
+        if spread and matrix.way == "lean":
+            matrix = replace(matrix, owner=min(fragments, key=lambda holder: (work[holder], holder)))
+        work[matrix.owner] += math.prod(matrix.shape) * min(matrix.shape)
         for holder in fragments:
             load[holder] += matrix.state_numel(holder)
-        owned[index].append((position, matrix))
+        planned[position] = (index, matrix)
+    if spread:
+        _relieve(planned, load, [chosen["exact_cuts"] for chosen in settings])
     return [
         GroupLayout(
             whole=tuple(tuple(held) for held in whole[index]),
-            cuts=tuple(matrix for _, matrix in sorted(owned[index], key=lambda item: item[0])),
+            cuts=tuple(matrix for _, (group, matrix) in sorted(planned.items()) if group == index),
             partition_size=partition_size,
         )
         for index, (_, partition_size) in enumerate(groups)
     ]
+
+
+def _relieve(planned: dict[int, tuple[int, CutMatrix]], load: list[int], exact: Sequence[bool]) -> None:
+    """Step matrices of the fullest rank the lean way until it holds no more than `LARGEST_SHARE` of an even share.
+
+    Args:
+        planned: group and matrix by position, changed.
+        load: elements of state on every rank, changed.
+        exact: of every group `exact_cuts`, which allows no lean way.
+    """
+    while max(load) * len(load) > LARGEST_SHARE * sum(load):
+        fullest = load.index(max(load))
+        owned = [
+            (state_numel(matrix.shape, matrix.rank, matrix.side), position)
+            for position, (index, matrix) in planned.items()
+            if matrix.way == "base" and matrix.owner == fullest and not exact[index]
+        ]
+        if not owned:
+            return
+        _, position = max(owned)
+        index, before = planned[position]
+        after = replace(before, way="lean")
+        planned[position] = (index, after)
+        for holder in before.by_rank:
+            load[holder] += after.state_numel(holder) - before.state_numel(holder)
 
 
 def plan_hash(layouts: Iterable[GroupLayout]) -> str:

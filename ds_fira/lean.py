@@ -4,18 +4,21 @@ A step of a param group, on all ranks of the channel and in this order:
 
 1. sum |G|^2 over the ranks: is the gradient finite, is a refresh due;
 2. where one is due: gradients to the owners, bases back, in rounds of one matrix an owner;
-3. parts of R and of the squared norms to the ranks that keep the entries; these update the moments;
-4. sum |R|^2 and the squares for the limiter;
-5. rarely: R and phi back, and the sum of the residual itself;
-6. C and phi back to the ranks that touch the entries; every rank updates its own weights.
+3. where they are spread, rows of P to the ranks that work with them, for this step;
+4. parts of R and of the squared norms to the ranks that keep the entries; these update the moments;
+5. sum |R|^2 and the squares for the limiter;
+6. rarely: R and phi back, and the sum of the residual itself;
+7. C and phi back to the ranks that touch the entries; every rank updates its own weights.
 
-All ranks see the same sums, so step counts, refreshes and the limiter are the same on all that share a matrix without
-being sent. A rank that holds no part takes part in the same collectives. Sizes are known from the plan, and what the
-plan leaves empty is not sent at all.
+From 3 on, as many matrices go together as `MAX_STEP_NUMEL` allows, so that what a step needs beside the state does not
+grow with the group. All ranks see the same sums, so step counts, refreshes and the limiter are the same on all that
+share a matrix without being sent. A rank that holds no part takes part in the same collectives. Sizes are known from
+the plan, and what the plan leaves empty is not sent at all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,15 +27,19 @@ from torch import Tensor
 
 from ds_fira import functional as F
 from ds_fira.comm import Channel, Message
-from ds_fira.cuts import GRADIENT_SUMS, LOW_RANK_SUMS, Link, Share
-from ds_fira.layout import GroupLayout
+from ds_fira.cuts import GRADIENT_SUMS, LOW_RANK_SUMS, Link
+from ds_fira.layout import GroupLayout, split_by_size
 from ds_fira.lean_part import Part, empty_like_state
 from ds_fira.lean_refresh import LeanRefresh
 from ds_fira.matrix_step import inner_alpha
 from ds_fira.refresh import Refresher, phase
+from ds_fira.share import Share
 from ds_fira.state import STEP, allocate_matrices, compute_dtype, state_views
 from ds_fira.subspace import refresh_due
 from ds_fira.tracking import StepMetrics
+
+# Elements of R and of borrowed bases that one rank works on at a time: 64 MiB in float32. A step holds a few as large.
+MAX_STEP_NUMEL = 2**24
 
 
 class LeanCuts:
@@ -55,7 +62,11 @@ class LeanCuts:
             if rank in dict(matrix.fragments)
         ]
         self._refresh = LeanRefresh(self._matrices, channel)
-        self._links = {position: matrix.links() for position, matrix in self._matrices.items()}
+        sizes = [(matrix.step_numel(), position) for position, matrix in self._matrices.items()]
+        self._turns = split_by_size(sizes, MAX_STEP_NUMEL)
+        # Whether any rank borrows of a matrix at all.
+        self._lends = {position: any(True for _ in matrix.links()) for position, matrix in self._matrices.items()}
+        self._spreads = {p: any(True for _ in matrix.basis_links()) for p, matrix in self._matrices.items()}
 
     def allocate(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Zero state for this rank's parts; the keys of a matrix end in ".cut" and its number among the group's cuts.
@@ -114,117 +125,153 @@ class LeanCuts:
         totals, due = self._decide(param, parts, group)
         # NaN compares as false.
         limit = torch.finfo(compute_dtype(param.dtype)).max
-        usable = [position for position, total in totals.items() if total < limit]
-        possible = [position for position in usable if position in due and totals[position] > 0.0]
+        usable = {position: total for position, total in totals.items() if total < limit}
+        possible = [position for position in due if usable.get(position, 0.0) > 0.0]
         self._refresh.refresh(possible, param, parts, group, refresher, metrics)
+        for turn in self._turns:
+            mine = {position: parts.pop(position) for position in turn if position in parts}
+            self._step_together(turn, mine, usable, param, group, metrics)
+
+    def _step_together(
+        self,
+        turn: Sequence[int],
+        parts: dict[int, Part],
+        usable: Mapping[int, float],
+        param: Tensor,
+        group: dict[str, Any],
+        metrics: StepMetrics,
+    ) -> None:
+        """Everything but the refresh, for the matrices at some positions; a collective call.
+
+        Args:
+            turn: the positions.
+            parts: this rank's, by position.
+            usable: |G|^2 of every lean matrix of the group whose gradient is finite.
+            param: the flat parameter.
+            group: the param group.
+            metrics: counts on the owner of each matrix.
+        """
+        self._borrow_bases(turn, param, parts)
         for part in parts.values():
-            if part.low_rank is None:
-                part.project()
-        self._collect(param, parts)
-        stepped = {position: parts[position] for position in usable if position in parts and parts[position].known}
+            part.project()
+        self._collect(turn, param, parts)
+        stepped = {position: part for position, part in parts.items() if position in usable and part.known}
         sums = self._sum(
-            param, LOW_RANK_SUMS, {position: torch.stack(part.advance()) for position, part in stepped.items()}
+            turn, param, LOW_RANK_SUMS, {position: torch.stack(part.advance()) for position, part in stepped.items()}
         )
-        squares = squares_of(sums, totals, group)
+        squares = squares_of(sums, usable, group)
         scaled = {position: part.scale(sums[position], squares[position]) for position, part in stepped.items()}
         exact = self._exact_squares(param, stepped, squares, group)
         answers = {}
         for position, part in stepped.items():
             square, whole = scaled[position]
             square = exact.get(position, square)
-            answers[position] = part.finish(square, whole, sums[position][0], totals[position], metrics)
-        arrived = self._send_back(param, stepped, answers, self._links)
-        for position in usable:
+            answers[position] = part.finish(square, whole, sums[position][0], usable[position], metrics)
+        arrived = self._send_back(turn, param, parts, answers)
+        for position, part in parts.items():
             if position in stepped:
-                part = stepped[position]
-                part.apply(*part.complete(answers[position], arrived.get((position, self.channel.dp_rank))))
-            elif position in parts:
-                parts[position].decay()
+                part.apply(*part.complete(answers[position], arrived[position]))
+            elif position in usable:
+                part.decay()
 
-    def _sum(self, param: Tensor, width: int, rows: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Sum a few float64 of every lean matrix over all ranks.
+    def _sum(self, positions: Sequence[int], param: Tensor, width: int, rows: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Sum a few float64 of some matrices over all ranks.
 
         Args:
+            positions: of the matrices.
             param: gives the device.
             width: numbers for each matrix.
             rows: by position, this rank's part of them, (width,); nothing is added for the others.
 
         Returns:
-            By position, for all lean matrices, the sums, (width,).
+            By position the sums, (width,).
         """
         none = torch.zeros(width, dtype=torch.float64, device=param.device)
-        added = self.channel.all_reduce(torch.stack([rows.get(position, none) for position in self._matrices]))
-        return dict(zip(self._matrices, added, strict=True))
+        added = self.channel.all_reduce(torch.stack([rows.get(position, none) for position in positions]))
+        return dict(zip(positions, added, strict=True))
 
     def _decide(
         self, param: Tensor, parts: dict[int, Part], group: dict[str, Any]
     ) -> tuple[dict[int, float], list[int]]:
-        """|G|^2 of every lean matrix by position, and the positions of those whose refresh is due; alike on all ranks.
-
-        Leaves R of this rank's part where no refresh is due, since the norms come with it.
-        """
+        """|G|^2 of every lean matrix by position, and the positions whose refresh is due; the same on all ranks."""
         rows = {}
         for position, part in parts.items():
             moved = phase(group, part.share.number)
             last = int(part.state.refresh_step)
             waits = refresh_due(int(part.state.step), last, group["update_proj_gap"], moved)
-            if not waits:
-                part.project()
             square = part.grad_square()
             rows[position] = torch.stack([square, torch.full_like(square, waits and part.share.owns)])
-        found = torch.stack(list(self._sum(param, GRADIENT_SUMS, rows).values())).tolist()
+        found = torch.stack(list(self._sum(list(self._matrices), param, GRADIENT_SUMS, rows).values())).tolist()
         totals = {position: total for position, (total, _) in zip(self._matrices, found, strict=True)}
         return totals, [position for position, (_, due) in zip(self._matrices, found, strict=True) if due]
 
-    def _collect(self, param: Tensor, parts: dict[int, Part]) -> None:
+    def _borrow_bases(self, turn: Sequence[int], param: Tensor, parts: dict[int, Part]) -> None:
+        """Put the rows of P that the parts need together; nothing is sent where every rank holds those it needs."""
+        messages, parcels = [], {}
+        for position, part in parts.items():
+            share = part.share
+            for link in (*share.basis_borrowed, *share.basis_lent):
+                numel = len(link.entries) * share.matrix.rank
+                messages.append(Message(link.keeper, link.borrower, (position, link), numel))
+            parcels |= {(position, link): part.basis_parcel(link) for link in share.basis_lent}
+        needed = any(self._spreads[position] for position in turn)
+        arrived = self.channel.deliver(messages, parcels, empty_like_state(param), needed)
+        for position, part in parts.items():
+            part.borrow_basis({link: arrived[position, link] for link in part.share.basis_borrowed})
+
+    def _collect(self, turn: Sequence[int], param: Tensor, parts: dict[int, Part]) -> None:
         """Add up R and the squared norms of the entries where they are kept."""
-        messages = [
-            Message(link.borrower, link.keeper, (position, link.borrower), self._numel(position, link))
-            for position, links in self._links.items()
-            for link in links
-        ]
         parcels = {}
         for position, part in parts.items():
-            if part.share.borrowed is not None:
-                # Norms, not squares: those of small gradients would underflow in float32.
-                norms = part.grad_sq.sqrt()
-                parcels[position, self.channel.dp_rank] = part.parcel(
-                    part.share.borrowed, part.low_rank, norms, part.share.region
-                )
-        arrived = self.channel.deliver(messages, parcels, empty_like_state(param))
+            # Norms, not squares: those of small gradients would underflow in float32.
+            norms = part.grad_sq.sqrt()
+            for link in part.share.borrowed:
+                parcels[position, link] = part.parcel(link, part.low_rank, norms, part.share.region)
+        arrived = self._exchange(turn, param, parts, parcels, to_keepers=True)
         for position, part in parts.items():
             for link in part.share.lent:
-                part.add(link, arrived[position, link.borrower])
+                part.add(link, arrived[position, link])
 
     def _send_back(
         self,
+        turn: Sequence[int],
         param: Tensor,
-        stepped: dict[int, Part],
+        parts: dict[int, Part],
         kept: Mapping[int, tuple[Tensor, Tensor] | None],
-        links: Mapping[int, Sequence[Link]],
-    ) -> dict[Any, Tensor]:
+    ) -> dict[int, dict[Link, Tensor]]:
         """Send what belongs to the entries kept to those who borrow them.
 
         Args:
+            turn: positions of the matrices; the same on all ranks.
             param: gives dtype and device.
-            stepped: the parts that are stepped; for the others zeros are sent.
-            kept: by position, of those, a tensor like R and one number for each entry, over the entries kept.
-            links: by position, those to be served; the same on all ranks.
+            parts: this rank's parts of them.
+            kept: by position, of those stepped, a tensor like R and one number for each entry, over the entries kept.
+                For the others zeros are sent.
 
         Returns:
-            By position and this rank, the parcels for it.
+            By position of this rank's parts, the parcels for it.
         """
-        like = empty_like_state(param)
-        messages, parcels = [], {}
-        for position, link in ((position, link) for position, many in links.items() for link in many):
-            key, numel = (position, link.borrower), self._numel(position, link)
-            messages.append(Message(link.keeper, link.borrower, key, numel))
-            if link.keeper == self.channel.dp_rank:
-                part = stepped.get(position)
-                parcels[key] = (
-                    [like.new_zeros(numel)] if part is None else part.parcel(link, *kept[position], part.share.kept)
-                )
-        return self.channel.deliver(messages, parcels, like)
+        parcels = {
+            (position, link): part.parcel(link, *kept[position], part.share.kept)
+            if position in kept
+            else [part.low_rank.new_zeros(_numel(part, link))]
+            for position, part in parts.items()
+            for link in part.share.lent
+        }
+        arrived = self._exchange(turn, param, parts, parcels, to_keepers=False)
+        return {p: {link: arrived[p, link] for link in part.share.borrowed} for p, part in parts.items()}
+
+    def _exchange(
+        self, turn: Sequence[int], param: Tensor, parts: dict[int, Part], parcels: dict[Any, Any], to_keepers: bool
+    ) -> dict[Any, Tensor]:
+        """Send parcels over the links of R, by (position, link), to those who keep the entries or from them."""
+        messages = []
+        for position, part in parts.items():
+            for link in (*part.share.borrowed, *part.share.lent):
+                ends = (link.borrower, link.keeper) if to_keepers else (link.keeper, link.borrower)
+                messages.append(Message(*ends, (position, link), _numel(part, link)))
+        needed = any(self._lends[position] for position in turn)
+        return self.channel.deliver(messages, parcels, empty_like_state(param), needed)
 
     def _exact_squares(
         self, param: Tensor, stepped: dict[int, Part], squares: dict[int, Tensor], group: dict[str, Any]
@@ -240,23 +287,17 @@ class LeanCuts:
         needed = [position for position, flag in zip(squares, flags, strict=True) if flag]
         if not needed:
             return {}
-        kept = {position: part.kept_residual() for position, part in stepped.items()}
-        links = {position: self._links[position] for position in needed}
-        arrived = self._send_back(param, stepped, kept, links)
+        concerned = {position: stepped[position] for position in needed if position in stepped}
+        kept = {position: part.kept_residual() for position, part in concerned.items()}
+        arrived = self._send_back(needed, param, concerned, kept)
         rows = {}
-        for position in needed:
-            if position in stepped:
-                part = stepped[position]
-                complete = part.complete(kept[position], arrived.get((position, self.channel.dp_rank)))
-                rows[position] = part.residual_square(*complete).unsqueeze(0)
-        sums = self._sum(param, 1, rows)
+        for position, part in concerned.items():
+            rows[position] = part.residual_square(*part.complete(kept[position], arrived[position])).unsqueeze(0)
+        sums = self._sum(needed, param, 1, rows)
         return {position: sums[position][0] for position in needed}
 
-    def _numel(self, position: int, link: Link) -> int:
-        return (self._matrices[position].rank + 1) * len(link.entries)
 
-
-def squares_of(sums: dict[int, Tensor], totals: dict[int, float], group: dict[str, Any]) -> dict[int, Tensor]:
+def squares_of(sums: dict[int, Tensor], totals: Mapping[int, float], group: dict[str, Any]) -> dict[int, Tensor]:
     """|S|^2 as a difference of squares and |phi * G|^2 by position, (2,): as summed, or with phi = 1 from |R|^2.
 
     With one scaling factor for a matrix its squares are found without it, so that ranks which hold no part of the
@@ -266,10 +307,16 @@ def squares_of(sums: dict[int, Tensor], totals: dict[int, float], group: dict[st
         return {position: part[1:] for position, part in sums.items()}
     alpha, found = inner_alpha(group), {}
     for position, part in sums.items():
-        pair = F.difference_of_squares(part.new_tensor([totals[position]]), part[:1], torch.ones_like(part[:1]), alpha)
+        total = part.new_tensor([totals.get(position, math.nan)])
+        pair = F.difference_of_squares(total, part[:1], torch.ones_like(total), alpha)
         found[position] = torch.stack(pair)
     return found
 
 
 def _mark(share: Share) -> str:
     return f".cut{share.position}"
+
+
+def _numel(part: Part, link: Link) -> int:
+    """Elements of a parcel: R and one number for each entry."""
+    return (part.share.matrix.rank + 1) * len(link.entries)

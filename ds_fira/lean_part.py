@@ -7,6 +7,7 @@ C for it; `Part.parcel` and `Part.complete` are the two ends of that.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_fira import functional as F
-from ds_fira.basis import aligned_basis, carry_moments
-from ds_fira.cuts import Link, Share
+from ds_fira.cuts import Link
 from ds_fira.matrix_step import (
     LowRankStep,
     adam_direction,
@@ -27,9 +27,9 @@ from ds_fira.matrix_step import (
     scaling_factors,
     total_square,
 )
-from ds_fira.pieces import RowPiece, inside
+from ds_fira.pieces import RowPiece, common, inside
+from ds_fira.share import Share
 from ds_fira.state import MatrixState, compute_dtype
-from ds_fira.subspace import compute_basis
 from ds_fira.tracking import StepMetrics
 
 
@@ -72,9 +72,27 @@ class Part:
 
     def grad_square(self) -> Tensor:
         """|G|^2 of the fragment, float64, 0-dim."""
-        if self.grad_sq is not None:
-            return self.grad_sq.sum()
         return sum(total_square(piece.view(self.grad), self.state) for piece in self.share.pieces)
+
+    def basis_parcel(self, link: Link) -> tuple[Tensor]:
+        """The rows of P that go over a link of `Share.basis_lent`."""
+        return (self.state.basis[inside(link.entries, self.share.basis_rows)].to(self.state.dtype),)
+
+    def borrow_basis(self, arrived: Mapping[Link, Tensor]) -> None:
+        """Put the rows of P that the step needs together: those held and those borrowed; `project` comes after it.
+
+        Args:
+            arrived: the parcels of `Share.basis_borrowed`.
+        """
+        share, state = self.share, self.state
+        self._basis = state.basis.to(state.dtype)
+        if share.basis_span == share.basis_rows:
+            return
+        held, own = self._basis, common(share.basis_rows, share.basis_span)
+        self._basis = held.new_empty(len(share.basis_span), share.matrix.rank)
+        self._basis[inside(own, share.basis_span)] = held[inside(own, share.basis_rows)]
+        for link, rows in arrived.items():
+            self._basis[inside(link.entries, share.basis_span)] = rows.view(len(link.entries), -1)
 
     def project(self) -> None:
         """This rank's part of R and of the squared norms, over its region; zero while there is no basis."""
@@ -84,7 +102,6 @@ class Part:
         self.grad_sq = torch.zeros(len(region), dtype=torch.float64, device=state.basis.device)
         if not self.known:
             return
-        self._basis = state.basis.to(state.dtype)
         for piece in self.share.pieces:
             part, squares = F.project(
                 piece.view(self.grad), self._basis_of(piece), state.side, self.group["matmul_precision"]
@@ -118,20 +135,26 @@ class Part:
         self._entries(self.low_rank, along).add_(values)
         self.grad_sq[along] += norms.double().square()
 
-    def complete(self, kept: tuple[Tensor, Tensor] | None, arrived: Tensor | None) -> tuple[Tensor, Tensor]:
+    def complete(self, kept: tuple[Tensor, Tensor] | None, arrived: Mapping[Link, Tensor]) -> tuple[Tensor, Tensor]:
         """Like R and one number for each entry, over the region: the entries kept and those borrowed put together.
 
         Args:
             kept: of the entries kept; None where this rank keeps none.
-            arrived: the parcel of those borrowed; None where it borrows none.
+            arrived: the parcels of those borrowed.
         """
-        parts = [] if arrived is None else [self.unpack(self.share.borrowed, arrived)]
+        share, state = self.share, self.state
+        if kept is not None and share.kept == share.region:
+            return kept
+        parts = [(link.entries, *self.unpack(link, parcel)) for link, parcel in arrived.items()]
         if kept is not None:
-            parts.append(kept)  # a borrowed row lies before the kept ones
-        if len(parts) == 1:
-            return parts[0]
-        values, scales = zip(*parts, strict=True)
-        return torch.cat(values, self._axis), torch.cat([scale.to(self.state.dtype) for scale in scales])
+            parts.append((share.kept, *kept))
+        values = torch.zeros_like(self.low_rank)
+        scales = torch.zeros(len(share.region), dtype=state.dtype, device=values.device)
+        for entries, part, scale in parts:
+            along = inside(entries, share.region)
+            self._entries(values, along).copy_(part)
+            scales[along] = scale.to(state.dtype)
+        return values, scales
 
     def advance(self) -> list[Tensor]:
         """Count the step and update the moments with R; the gradient is finite and R complete over the entries kept.
@@ -244,42 +267,6 @@ class Part:
         """Weight decay alone, while there is no basis."""
         self.weight.mul_(keep_share(self.group))
 
-    def new_basis(self, grad: Tensor, previous: Tensor | None) -> Tensor:
-        """The basis of the whole gradient, on the owner.
-
-        Args:
-            grad: G, (m, n), finite and not zero.
-            previous: the basis before, whole; None where there is none or nothing needs it.
-
-        Raises:
-            torch.linalg.LinAlgError: the decomposition failed.
-        """
-        state, group = self.state, self.group
-        strict = group["matmul_precision"] == "float32"
-        basis = compute_basis(grad.to(state.dtype), group["rank"], state.side, group["subspace"], previous, strict)
-        return basis if previous is None else aligned_basis(basis, previous, group)
-
-    def basis_for(self, basis: Tensor, holder: int) -> Tensor:
-        """The part of a whole basis that a sharer holds."""
-        if self.state.side == "right":
-            return basis
-        rows = self.share.matrix.touched_rows(holder)
-        return basis[rows.start : rows.stop]
-
-    def adopt(self, own: Tensor, whole: Tensor | None, previous: Tensor | None) -> None:
-        """Take the new basis and bring the moments over; the refresh is done.
-
-        Args:
-            own: the part of the new P that this rank holds.
-            whole: all of it; None on a rank that keeps no moments.
-            previous: the whole basis before; None where there is none or nothing needs it.
-        """
-        state = self.state
-        if self.known and len(self.share.kept):
-            carry_moments(state, self.group, whole, previous)
-        state.basis.copy_(own)
-        state.refresh_step.copy_(state.step)
-
     def _along(self, piece: RowPiece) -> slice:
         """Where a piece lies along the axis of R, in the region."""
         return inside(piece.columns if self.state.side == "left" else piece.rows, self.share.region)
@@ -289,9 +276,8 @@ class Part:
 
     def _basis_of(self, piece: RowPiece) -> Tensor:
         """The rows of P that a piece is multiplied with."""
-        if self.state.side == "right":
-            return self._basis[piece.columns.start : piece.columns.stop]
-        return self._basis[inside(piece.rows, self.share.matrix.touched_rows(self.share.dp_rank))]
+        rows = piece.rows if self.state.side == "left" else piece.columns
+        return self._basis[inside(rows, self.share.basis_span)]
 
 
 def empty_like_state(param: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ds_fira.basis import aligned_basis, basis_change, carry_moments
 from ds_fira.comm import Channel, Message
 from ds_fira.cuts import CutMatrix, needs_old_basis
 from ds_fira.lean_part import Part, empty_like_state
 from ds_fira.refresh import Refresher
 from ds_fira.shard import MatrixShard
+from ds_fira.subspace import compute_basis
 from ds_fira.tracking import StepMetrics
 
 
@@ -64,30 +66,26 @@ class LeanRefresh:
         if needs_old_basis(group):
             previous = self._assemble_bases(turn, parts, empty_like_state(param))
         parcels, adopted = {}, {}
+        like = empty_like_state(param)
         for position, grad in grads.items():
             part, old = parts[position], previous.get(position)
-            basis = refresher.attempt(lambda p=part, g=grad, o=old: p.new_basis(g, o), group["subspace"])
+            basis = refresher.attempt(lambda p=part, g=grad, o=old: _new_basis(p, g, o), group["subspace"])
+            change = None
             if basis is not None:
-                adopted[position] = (part.basis_for(basis, self.channel.dp_rank), basis, old)
+                change = None if old is None else basis_change(basis, old, group)
+                adopted[position] = (_held(part, basis, self.channel.dp_rank), change)
                 metrics.refreshes += 1
-            flag = empty_like_state(param).new_full((1,), float(basis is not None))
             for holder, _ in part.share.matrix.fragments:
-                shape = part.share.matrix.basis_shape(holder)
-                own = flag.new_zeros(shape) if basis is None else part.basis_for(basis, holder)
-                parcels[position, holder] = [flag, own]
+                parcels[position, holder] = _answer(part, basis, change, holder, like)
         messages = [
-            Message(matrix.owner, holder, (position, holder), 1 + rows * r)
+            Message(matrix.owner, holder, (position, holder), matrix.answer_numel(holder, group))
             for position, matrix, holder, _ in self._others(turn)
-            for rows, r in (matrix.basis_shape(holder),)
         ]
-        for (position, _), arrived in self.channel.deliver(messages, parcels, empty_like_state(param)).items():
-            part = parts[position]
+        for (position, _), arrived in self.channel.deliver(messages, parcels, like).items():
             if arrived[0]:
-                own = arrived[1:].view_as(part.state.basis)
-                # On the right a sharer has both bases whole; on the left one that is not the owner keeps no moments.
-                adopted[position] = (own, own, part.state.basis.to(own.dtype))
+                adopted[position] = _unpacked(parts[position], arrived[1:])
         for position, bases in adopted.items():
-            parts[position].adopt(*bases)
+            _adopt(parts[position], *bases)
 
     def _others(self, turn: list[int]) -> Iterator[tuple[int, CutMatrix, int, MatrixShard]]:
         """(position, matrix, holder, fragment) of all sharers that are not the owner."""
@@ -117,11 +115,11 @@ class LeanRefresh:
         return whole
 
     def _assemble_bases(self, turn: list[int], parts: dict[int, Part], like: Tensor) -> dict[int, Tensor]:
-        """The whole bases of the matrices that this rank owns and that have one; on the right nothing is sent."""
+        """The whole bases of the matrices that this rank owns and that have one; nothing is sent where all hold P."""
         messages = [
-            Message(holder, matrix.owner, (position, holder), len(matrix.touched_rows(holder)) * matrix.rank)
+            Message(holder, matrix.owner, (position, holder), len(matrix.basis_rows(holder)) * matrix.rank)
             for position, matrix, holder, _ in self._others(turn)
-            if matrix.side == "left"
+            if matrix.side == "left" or matrix.spread
         ]
         rank = self.channel.dp_rank
         held = {position: part.state.basis.to(like.dtype) for position, part in parts.items() if position in turn}
@@ -131,12 +129,71 @@ class LeanRefresh:
             matrix, part = self.matrices[position], parts[position]
             if matrix.owner != rank or not part.known:
                 continue
-            if matrix.side == "right":
+            if matrix.side == "right" and not matrix.spread:
                 whole[position] = own
                 continue
-            whole[position] = like.new_empty(matrix.shape[0], matrix.rank)
+            whole[position] = like.new_empty(matrix.shape[matrix.side == "right"], matrix.rank)
             for holder, _ in matrix.fragments:
-                rows = matrix.touched_rows(holder)
+                rows = matrix.basis_rows(holder)
                 basis = own if holder == rank else arrived[position, holder].view(len(rows), matrix.rank)
                 whole[position][rows.start : rows.stop] = basis
         return whole
+
+
+def _new_basis(part: Part, grad: Tensor, previous: Tensor | None) -> Tensor:
+    """The basis of a whole gradient, on the owner.
+
+    Args:
+        part: the owner's.
+        grad: G, (m, n), finite and not zero.
+        previous: the basis before, whole; None where there is none or nothing needs it.
+
+    Raises:
+        torch.linalg.LinAlgError: the decomposition failed.
+    """
+    state, group = part.state, part.group
+    strict = group["matmul_precision"] == "float32"
+    basis = compute_basis(grad.to(state.dtype), group["rank"], state.side, group["subspace"], previous, strict)
+    return basis if previous is None else aligned_basis(basis, previous, group)
+
+
+def _held(part: Part, basis: Tensor, holder: int) -> Tensor:
+    """The part of a whole basis that a sharer holds."""
+    rows = part.share.matrix.basis_rows(holder)
+    return basis[rows.start : rows.stop]
+
+
+def _answer(part: Part, basis: Tensor | None, change: Tensor | None, holder: int, like: Tensor) -> list[Tensor]:
+    """What the owner sends a sharer, as long with a new basis as without; see `CutMatrix.answer_numel`."""
+    matrix = part.share.matrix
+    if basis is None:
+        return [like.new_zeros(matrix.answer_numel(holder, part.group))]
+    answer = [like.new_ones(1), _held(part, basis, holder)]
+    if matrix.sends_change(part.group):
+        # Before the first basis there are no moments to bring over.
+        answer.append(like.new_zeros(matrix.rank, matrix.rank) if change is None else change)
+    return answer
+
+
+def _unpacked(part: Part, arrived: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The part of the new basis that a sharer holds, and C where it needs it and moments are rotated."""
+    matrix, state = part.share.matrix, part.state
+    own = arrived[: state.basis.numel()].view_as(state.basis)
+    if matrix.sends_change(part.group):
+        return own, arrived[state.basis.numel() :].view(matrix.rank, matrix.rank)
+    # Otherwise a sharer has both bases whole on the right; on the left one that is not the owner keeps no moments.
+    return own, basis_change(own, state.basis.to(own.dtype), part.group) if state.side == "right" else None
+
+
+def _adopt(part: Part, basis: Tensor, change: Tensor | None) -> None:
+    """Take the new basis and bring the moments over; the refresh is done.
+
+    Args:
+        part: its state is changed.
+        basis: the part of the new P that this rank holds.
+        change: C of `ds_fira.basis.basis_change`; None where moments are not rotated.
+    """
+    if part.known and len(part.share.kept):
+        carry_moments(part.state, part.group, change)
+    part.state.basis.copy_(basis)
+    part.state.refresh_step.copy_(part.state.step)

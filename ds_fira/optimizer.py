@@ -37,6 +37,7 @@ from ds_fira.state import (
     stored_moment,
 )
 from ds_fira.tracking import StepMetrics
+from ds_fira.zero_shapes import shape_of
 
 # AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
 SMALL_PARAM = 4096
@@ -164,7 +165,7 @@ class FiraAdam(Resumable):
                     f"FiraAdam: a parameter of dtype {param.dtype} cannot be optimized; use its torch.view_as_real."
                 )
             if "rank" in group:
-                matrices_of("", tuple(param.shape))
+                matrices_of("", shape_of(param))
 
     def bind(self, param: Tensor, binding: Binding) -> None:
         """Say which matrices lie in a flat parameter; called once the parameter is final, before its first step."""
@@ -207,34 +208,45 @@ class FiraAdam(Resumable):
         return loss
 
     def _step_projected(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Step the matrices of a group: gather what is cut, refresh what is due, update, give back what was cut."""
+        """Step the matrices of a group: those stepped whole, in as many turns as they are gathered; then the rest."""
+        turns = max((len(self._binding(param).exchanges) for param in params), default=0)
+        for turn in range(max(1, turns)):
+            self._step_whole(params, group, turn)
+        for param in params:
+            lean = self._binding(param).lean
+            if lean is not None:
+                lean.step(param, self.state[param], group, self._resolution(param), self._refresher, self.metrics)
+
+    def _step_whole(self, params: list[Tensor], group: dict[str, Any], turn: int) -> None:
+        """One turn: gather what is cut, refresh what is due, update, give back what was cut."""
         tasks: list[list[MatrixTask]] = []
         due: list[MatrixTask] = []
         borrowed: list[tuple[CutExchange, Tensor, list[Tensor]]] = []
         for param in params:
             binding = self._binding(param)
-            if param in self._bindings:
-                pairs = [(shard.matrix(param), shard.matrix(param.grad)) for shard in binding.whole]
-            else:
-                # By dimension rather than through a flat view: a parameter or gradient may have any strides.
-                pairs = [(param, param.grad)] if param.ndim == 2 else list(zip(param, param.grad, strict=True))
-            if binding.exchange is not None:
-                assembled = binding.exchange.to_owners(param, param.grad)
-                borrowed.append((binding.exchange, param, [weight for weight, _ in assembled]))
+            pairs = self._whole_pairs(param, binding) if turn == 0 else []
+            if turn < len(binding.exchanges):
+                exchange = binding.exchanges[turn]
+                assembled = exchange.to_owners(param, param.grad)
+                borrowed.append((exchange, param, [weight for weight, _ in assembled]))
                 pairs += [(weight, grad) for weight, grad in assembled]
-            tasks.append(self._tasks(param, pairs, binding, group))
-            due += self._refresher.due(param, tasks[-1], binding.indices)
+            first = binding.first_of(turn)
+            tasks.append(self._tasks(param, pairs, binding, group, first))
+            due += self._refresher.due(param, tasks[-1], binding.indices, first)
         self._refresher.refresh(due)
         for param, singles in zip(params, tasks, strict=True):
-            together = kernels.usable(param) and group["state_dtype"] == "float32"
+            together = turn == 0 and kernels.usable(param) and group["state_dtype"] == "float32"
             for task in self._batches(param, singles) if together else singles:
                 update(task, self.metrics)
         for exchange, param, weights in borrowed:
             exchange.to_holders(param, weights)
-        for param in params:
-            lean = self._binding(param).lean
-            if lean is not None:
-                lean.step(param, self.state[param], group, self._resolution(param), self._refresher, self.metrics)
+
+    def _whole_pairs(self, param: Tensor, binding: Binding) -> list[tuple[Tensor, Tensor]]:
+        """Weight and gradient of the matrices that lie whole in a parameter."""
+        if param in self._bindings:
+            return [(shard.matrix(param), shard.matrix(param.grad)) for shard in binding.whole]
+        # By dimension rather than through a flat view: a parameter or gradient may have any strides.
+        return [(param, param.grad)] if param.ndim == 2 else list(zip(param, param.grad, strict=True))
 
     def _binding(self, param: Tensor) -> Binding:
         if param in self._bindings:
@@ -247,10 +259,10 @@ class FiraAdam(Resumable):
         return self._alone[param]
 
     def _tasks(
-        self, param: Tensor, pairs: list[tuple[Tensor, Tensor]], binding: Binding, group: dict[str, Any]
+        self, param: Tensor, pairs: list[tuple[Tensor, Tensor]], binding: Binding, group: dict[str, Any], first: int
     ) -> list[MatrixTask]:
         state = self._state_of(param, group)
-        states = matrix_states(state, binding.shapes, group, binding.batched)
+        states = matrix_states(state, binding.shapes, group, binding.batched)[first : first + len(pairs)]
         resolution = self._resolution(param)
         return [
             MatrixTask(weight, grad, matrix, group, resolution)
@@ -324,7 +336,7 @@ class FiraAdam(Resumable):
         """The parameters that are optimized, over all ranks."""
         if self.inventory_of_module is not None:
             return self.inventory_of_module
-        return [ParamRecord.of("", tuple(p.shape), group) for group in self.param_groups for p in group["params"]]
+        return [ParamRecord.of("", shape_of(p), group) for group in self.param_groups for p in group["params"]]
 
     @property
     def replicated(self) -> bool:

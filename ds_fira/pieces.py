@@ -79,6 +79,19 @@ def column_span(fragment: MatrixShard) -> range:
     return range(min(piece.columns.start for piece in pieces), max(piece.columns.stop for piece in pieces))
 
 
+def common(first: range, second: range) -> range:
+    """What two ranges have in common."""
+    start = max(first.start, second.start)
+    return range(start, max(start, min(first.stop, second.stop)))
+
+
+def hull(first: range, second: range) -> range:
+    """The smallest range with both in it; an empty one has no place."""
+    if not len(first) or not len(second):
+        return first if len(first) else second
+    return range(min(first.start, second.start), max(first.stop, second.stop))
+
+
 def inside(part: range, whole: range) -> slice:
     """Where `part` lies in a tensor whose entries stand for `whole`, of which it is a part."""
     return slice(part.start - whole.start, part.stop - whole.start)

@@ -99,7 +99,7 @@ def matrix_places(binding: Binding, group: dict[str, Any], prefix: str = "") -> 
         group: its param group.
         prefix: put before the names of matrices; the parameter's name where the binding does not know it.
     """
-    owned = binding.exchange.owned if binding.exchange is not None else ()
+    owned = [matrix for exchange in binding.exchanges for matrix in exchange.owned]
     places = []
     for matrix, (mark, row) in zip((*binding.whole, *owned), positions(binding.shapes), strict=True):
         side = projection_side(matrix.shape, group["proj_type"], group["formulation"])
@@ -123,8 +123,7 @@ def matrix_places(binding: Binding, group: dict[str, Any], prefix: str = "") -> 
 
 def _share_place(share: Share) -> MatrixPlace:
     matrix = share.matrix
-    rows = matrix.touched_rows(share.dp_rank) if matrix.side == "left" else range(matrix.shape[1])
-    mark = f".cut{share.position}"
+    mark, rows = f".cut{share.position}", matrix.basis_rows(share.dp_rank)
     return MatrixPlace(matrix.name, matrix.shape, matrix.side, matrix.rank, mark, None, rows, share.kept)
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ds_fira import compression
-from ds_fira.cuts import CutMatrix, Share, state_numel
+from ds_fira.cuts import CutMatrix, state_numel
 from ds_fira.groups import build_groups, group_defaults
 from ds_fira.layout import GroupLayout, plan_groups
 from ds_fira.memory import ParamRecord
 from ds_fira.optimizer import SMALL_PARAM
 from ds_fira.settings import check_params
-from ds_fira.shard import matrices_of
+from ds_fira.shard import Partitioning, matrices_of
+from ds_fira.share import Share
 from ds_fira.state import STEP, allocate, allocate_matrices, compute_dtype
 
 # ZeRO pads a buffer to a multiple of this many elements for each rank: 4 bytes of a 16-bit dtype.
@@ -33,19 +34,31 @@ class FlatBuffer:
         numels: elements of every parameter, in the buffer's order.
         ranks: partitions; 1 where the group is not sharded.
         partition_size: elements in each partition.
+        sliced: whether every parameter is cut by itself (ZeRO-3).
     """
 
     numels: tuple[int, ...]
     ranks: int
     partition_size: int
+    sliced: bool = False
 
     @classmethod
-    def of(cls, numels: Iterable[int], ranks: int, sharded: bool) -> FlatBuffer:
-        """The buffer that ZeRO makes of parameters of these sizes; as they are where it does not shard."""
+    def of(cls, numels: Iterable[int], ranks: int, zero_stage: int) -> FlatBuffer:
+        """The buffer that ZeRO makes of parameters of these sizes; as they are at stage 0."""
         numels = tuple(numels)
-        if not sharded:
+        if zero_stage == 0:
             return cls(numels, 1, sum(numels))
+        if zero_stage == 3:
+            return cls(numels, ranks, Partitioning.of_slices(numels, ranks).partition_size, sliced=True)
         return cls(numels, ranks, math.ceil(sum(numels) / (ALIGNMENT * ranks)) * ALIGNMENT)
+
+    @property
+    def partitioning(self) -> Partitioning:
+        """Where the parameters lie."""
+        if self.sliced:
+            return Partitioning.of_slices(self.numels, self.ranks)
+        offsets = tuple(end - numel for numel, end in zip(self.numels, self._ends, strict=True))
+        return Partitioning(self.numels, offsets, self.partition_size, self.ranks, sliced=False)
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -60,6 +73,7 @@ class FlatBuffer:
 
         That is what ZeRO-2 keeps of the gradients until the step.
         """
+        assert not self.sliced
         if self.ranks == 1:
             return sum(self.numels)
         first, last = dp_rank * self.partition_size, (dp_rank + 1) * self.partition_size
@@ -139,7 +153,7 @@ class PlannedRun:
 
     Attributes:
         ranks: data-parallel ranks.
-        sharded: whether ZeRO partitions the groups (stages 1 and 2).
+        sharded: whether ZeRO partitions the groups (stages 1 to 3).
         groups: in the optimizer's order.
         records: every parameter with its settings.
     """
@@ -160,7 +174,7 @@ def plan_run(module: nn.Module, ranks: int, zero_stage: int = 2, **params: Any) 
     Args:
         module: on any device; of its parameters only shapes are read.
         ranks: data-parallel ranks.
-        zero_stage: 0, 1 or 2; 1 and 2 have the same plan.
+        zero_stage: 0 to 3; 1 and 2 have the same plan.
         **params: settings of `FiraAdam`.
 
     Raises:
@@ -172,20 +186,22 @@ def plan_run(module: nn.Module, ranks: int, zero_stage: int = 2, **params: Any) 
     records = []
     for group in build_groups(module, module.parameters(), settings, zero_stage=zero_stage, dp_size=ranks):
         own = {**group_defaults(settings), **{key: value for key, value in group.items() if key != "params"}}
-        matrices, begin = [], 0
-        for param in group["params"]:
-            records.append(ParamRecord.of("", tuple(param.shape), own))
+        shapes = tuple(tuple(param.shape) for param in group["params"])
+        buffer = FlatBuffer.of(map(math.prod, shapes), ranks, zero_stage)
+        matrices, partitioning = [], buffer.partitioning
+        for index, shape in enumerate(shapes):
+            records.append(ParamRecord.of("", shape, own))
             if "rank" in own:
-                matrices += matrices_of(f"matrix {len(records)}", tuple(param.shape), begin)
-            begin += param.numel()
-        buffer = FlatBuffer.of((param.numel() for param in group["params"]), ranks, sharded)
-        drafts.append((own, tuple(tuple(param.shape) for param in group["params"]), buffer, matrices))
+                found = matrices_of(f"matrix {len(records)}", shape)
+                matrices += [partitioning.fragments(index, matrix) for matrix in found]
+        drafts.append((own, shapes, buffer, matrices))
     projected = [(own, buffer, matrices) for own, _, buffer, matrices in drafts if "rank" in own]
     layouts = iter(
         plan_groups(
             [(matrices, buffer.partition_size) for _, buffer, matrices in projected],
             ranks if sharded else 1,
             [own for own, _, _ in projected],
+            spread=zero_stage == 3,
         )
     )
     groups = [

@@ -51,22 +51,23 @@ class Refresher:
         """Say that step counts have changed otherwise than by steps."""
         self._bounds.clear()
 
-    def due(self, param: Tensor, tasks: list[MatrixTask], indices: Sequence[int]) -> list[MatrixTask]:
-        """The matrices of a parameter that need a new basis before the step that is about to be made.
+    def due(self, param: Tensor, tasks: list[MatrixTask], indices: Sequence[int], first: int = 0) -> list[MatrixTask]:
+        """Those of some matrices of a parameter that need a new basis before the step that is about to be made.
 
         The device's count is read only where a refresh may be due by its upper bound: no step between refreshes waits
         for a GPU.
 
         Args:
-            param: the parameter, asked about once in every step.
-            tasks: its matrices, one each.
-            indices: their numbers in the model.
+            param: the parameter; each of its matrices is asked about once in every step.
+            tasks: the matrices, one each.
+            indices: of all matrices of the parameter, their numbers in the model.
+            first: the place of the first of `tasks` among all.
         """
-        bounds = self._bounds.setdefault(param, [None] * len(tasks))
+        bounds = self._bounds.setdefault(param, [None] * len(indices))
         found = []
-        for row, (task, index) in enumerate(zip(tasks, indices, strict=True)):
+        for row, task in enumerate(tasks, first):
             gap = task.group["update_proj_gap"]
-            moved = phase(task.group, index)
+            moved = phase(task.group, indices[row])
             last = int(task.state.refresh_step)
             bound = bounds[row]
             if bound is None or refresh_due(bound, last, gap, moved):

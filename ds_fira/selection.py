@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ds_fira.zero_shapes import shape_of
+
 # Names that model code gives to the layer that makes logits, where nothing else tells it apart.
 HEAD_NAMES = frozenset({"lm_head", "embed_out", "output_projection", "score", "classifier"})
 _NORM_SUFFIXES = ("norm", "norm1", "norm2", "ln_f", "ln_1", "ln_2")
@@ -20,7 +22,7 @@ def _expert_tensors(name: str, module: nn.Module) -> list[str]:
     """Names of the 3-D expert weights that a module holds directly."""
     if isinstance(module, nn.modules.conv._ConvNd) or "expert" not in f"{name} {type(module).__name__}".lower():
         return []
-    return [key for key, param in module.named_parameters(recurse=False) if param.ndim == 3]
+    return [key for key, param in module.named_parameters(recurse=False) if len(shape_of(param)) == 3]
 
 
 def _head_and_embeddings(model: nn.Module) -> set[int]:
@@ -35,7 +37,7 @@ def _head_and_embeddings(model: nn.Module) -> set[int]:
     linears = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
     excluded |= {id(module.weight) for name, module in linears if name.rpartition(".")[2] in HEAD_NAMES}
     # A model of one's own: its last linear layer, shaped as an embedding, maps back to the vocabulary.
-    if linears and any(linears[-1][1].weight.shape == weight.shape for weight in embeddings):
+    if linears and any(shape_of(linears[-1][1].weight) == shape_of(weight) for weight in embeddings):
         excluded.add(id(linears[-1][1].weight))
     return excluded
 
@@ -95,6 +97,6 @@ def undecayed_weights(model: nn.Module) -> set[int]:
     for name, module in model.named_modules():
         is_norm = type(module).__name__.lower().endswith("norm") or name.rpartition(".")[2].endswith(_NORM_SUFFIXES)
         for key, param in module.named_parameters(recurse=False):
-            if is_norm or key.endswith("bias") or param.ndim < 2:
+            if is_norm or key.endswith("bias") or len(shape_of(param)) < 2:
                 undecayed.add(id(param))
     return undecayed

@@ -7,6 +7,11 @@ rank. A partition boundary falls between two matrices, or anywhere inside one:
     partitions  [0 . . . . . . . . . )[1 . . . . . . . . . . . )
                  A whole     B left   B right    C whole
 
+ZeRO-3 cuts every parameter by itself instead, and a rank's partition is its slices back to back:
+
+    parameters  | A A A A A A | B B B B |
+    partitions  [0: A A A B B )[1: A A A B B )
+
 `MatrixShard` is one matrix's overlap with one partition. It holds no tensor, no process group and no state.
 Bounds are half-open and count elements in row-major order.
 """
@@ -14,7 +19,8 @@ Bounds are half-open and count elements in row-major order.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -110,3 +116,70 @@ def cut(matrix: MatrixShard, partition_size: int, partitions: int) -> dict[int, 
             matrix.name, matrix.shape, left - index * partition_size, left - begin, right - begin
         )
     return fragments
+
+
+class Piece(NamedTuple):
+    """Elements of one parameter that lie in one partition.
+
+    Attributes:
+        index: of the parameter in its flat group.
+        offset: of the first element in the partition.
+        start: of the first element in the flattened parameter.
+        stop: one past the last element in the flattened parameter.
+    """
+
+    index: int
+    offset: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Partitioning:
+    """Where ZeRO puts the parameters of one flat group.
+
+    Attributes:
+        numels: elements of every parameter.
+        offsets: where every parameter begins: in the buffer, or, sliced, in every partition.
+        partition_size: elements in each partition, padding included.
+        ranks: partitions.
+        sliced: whether every parameter is cut by itself (ZeRO-3), not the buffer of all (ZeRO-1 and 2).
+    """
+
+    numels: tuple[int, ...]
+    offsets: tuple[int, ...]
+    partition_size: int
+    ranks: int
+    sliced: bool
+
+    @classmethod
+    def of_slices(cls, numels: tuple[int, ...], ranks: int) -> Partitioning:
+        """ZeRO-3's: of every parameter ceil(numel / ranks) elements on each rank, those of the last ones padded."""
+        sizes = [-(-numel // ranks) for numel in numels]
+        offsets = tuple(sum(sizes[:index]) for index in range(len(sizes)))
+        return cls(numels, offsets, sum(sizes), ranks, sliced=True)
+
+    def fragments(self, index: int, matrix: MatrixShard) -> dict[int, MatrixShard]:
+        """Cut a whole matrix of a parameter.
+
+        Args:
+            index: of the parameter.
+            matrix: whole, with `offset` counted from the start of the parameter.
+
+        Returns:
+            As `cut`.
+        """
+        begin = self.offsets[index]
+        if not self.sliced:
+            return cut(replace(matrix, offset=begin + matrix.offset), self.partition_size, self.ranks)
+        found = cut(matrix, -(-self.numels[index] // self.ranks), self.ranks)
+        return {rank: replace(fragment, offset=begin + fragment.offset) for rank, fragment in found.items()}
+
+    def pieces(self, dp_rank: int) -> list[Piece]:
+        """What lies in a rank's partition, in the order of the parameters; those with nothing there are left out."""
+        found = []
+        for index, numel in enumerate(self.numels):
+            fragment = self.fragments(index, MatrixShard("", (1, numel), 0, 0, numel)).get(dp_rank)
+            if fragment is not None:
+                found.append(Piece(index, fragment.offset, fragment.start, fragment.stop))
+        return found

@@ -139,7 +139,7 @@ def align_signs(basis: Tensor, previous: Tensor) -> Tensor:
     return basis * torch.where(overlap < 0, -1.0, 1.0).to(basis.dtype)
 
 
-def rotate_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, new_basis: Tensor, old_basis: Tensor, side: Side) -> None:
+def change_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, change: Tensor, side: Side) -> None:
     """Carry both moments over to a new basis, in place, with C = P_new' P_old.
 
     The first moment is linear in the gradient: M <- C M on the left, M C' on the right, exact for the part of it that
@@ -147,13 +147,11 @@ def rotate_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, new_basis: Tensor, old_
     V (C * C)', which is never negative.
 
     Args:
-        exp_avg: M, (r, n) on the left, (m, r) on the right.
+        exp_avg: M, or some columns of it on the left, some rows on the right.
         exp_avg_sq: V, the same shape.
-        new_basis: (m, r) or (n, r).
-        old_basis: the same shape.
+        change: C, (r, r).
         side: the projected side.
     """
-    change = new_basis.t() @ old_basis
     if side == "left":
         exp_avg.copy_(change @ exp_avg)
         exp_avg_sq.copy_(change.square() @ exp_avg_sq)

@@ -1,11 +1,7 @@
-"""Where DeepSpeed keeps the parameters: only the files `zero*.py` touch DeepSpeed's private attributes.
+"""How FiraAdam comes into a DeepSpeed engine; with `ds_fira.zero_*` the only code that touches its private attributes.
 
-Written against DeepSpeed 0.19.8. What it relies on:
+Written against DeepSpeed 0.19.8. What it relies on, beside what `ds_fira.zero_groups` does:
 
-- `DeepSpeedZeroOptimizer` (stages 1 and 2): the flat buffer of group i holds `round_robin_bit16_groups[i]` at
-  `round_robin_bit16_offsets[i]`; this rank's master partition is `single_partition_of_fp32_groups[i]`.
-- `BF16_Optimizer` (stage 1, bf16 with fp32 accumulation): `bf16_groups[i]` back to back in
-  `fp32_groups_flat_partition[i]`.
 - stage 0: `FP16_UnfusedOptimizer` keeps an fp32 copy `fp32_groups[i][j]` of every parameter `fp16_groups[i][j]`; in
   fp32 the optimizer steps the module's own parameters.
 
@@ -16,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,35 +24,17 @@ from torch import Tensor
 from ds_fira.binding import Binding
 from ds_fira.comm import Channel, CutExchange
 from ds_fira.groups import build_groups, group_defaults
-from ds_fira.layout import digest, plan_groups, plan_hash
+from ds_fira.layout import plan_groups, plan_hash
 from ds_fira.lean import LeanCuts
 from ds_fira.memory import ParamRecord
 from ds_fira.optimizer import FiraAdam
 from ds_fira.places import Piece
 from ds_fira.settings import check_params, refuse_auto
-from ds_fira.shard import MatrixShard, matrices_of
+from ds_fira.shard import Partitioning
 from ds_fira.zero_checkpoint import normalized, register_checkpoint
+from ds_fira.zero_groups import flat_groups
 from ds_fira.zero_refuse import refuse_unsupported, refuse_unsupported_module
-
-
-@dataclass(frozen=True, slots=True)
-class FlatGroup:
-    """One of ZeRO's param groups: its flat master partition on this rank and what lies in the whole buffer."""
-
-    hp_partition: Tensor
-    lp_params: list[Tensor]
-    offsets: list[int]  # of every lp parameter in the buffer
-    partition_size: int
-
-    def pieces(self, dp_rank: int) -> list[tuple[int, int, int, int]]:
-        """What a rank's partition holds: (number of the lp parameter, offset in the partition, first element, end)."""
-        begin, end = dp_rank * self.partition_size, (dp_rank + 1) * self.partition_size
-        found = []
-        for index, (param, offset) in enumerate(zip(self.lp_params, self.offsets, strict=True)):
-            first, last = max(begin, offset), min(end, offset + param.numel())
-            if first < last:
-                found.append((index, first - begin, first - offset, last - offset))
-        return found
+from ds_fira.zero_shapes import shape_of
 
 
 def attach(engine: Any) -> None:
@@ -73,23 +50,26 @@ def attach(engine: Any) -> None:
         lp_groups, held = _attach_replicated(engine, optimizer, names), []
     else:
         lp_groups, held = _attach_sharded(engine, optimizer, names)
-    optimizer.members = [[(names.get(id(param), ""), tuple(param.shape)) for param in params] for params in lp_groups]
+    optimizer.members = [
+        [(names.get(id(p), ""), shape_of(p)) for number, params in lp_groups if number == group for p in params]
+        for group in range(len(optimizer.param_groups))
+    ]
     structure = [(group.get("rank"), group["proj_type"], group["formulation"]) for group in optimizer.param_groups]
     kinds = [
-        (group["state_dtype"], *{str(param.dtype) for param in params})
-        for group, params in zip(optimizer.param_groups, lp_groups, strict=True)
+        (number, optimizer.param_groups[number]["state_dtype"], sorted({str(param.dtype) for param in params}))
+        for number, params in lp_groups
     ]
     where = (engine.zero_optimization_stage(), type(engine.optimizer).__name__, optimizer.channel.dp_size)
     optimizer.layout_digest = digest(where, optimizer.members, held, optimizer.layouts, structure, kinds)
     optimizer.inventory_of_module = [
-        ParamRecord.of(names.get(id(param), ""), tuple(param.shape), group)
-        for group, params in zip(optimizer.param_groups, lp_groups, strict=True)
+        ParamRecord.of(names.get(id(param), ""), shape_of(param), optimizer.param_groups[group])
+        for group, params in lp_groups
         for param in params
     ]
 
 
-def _attach_replicated(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> list[list[Tensor]]:
-    """Stage 0: every rank steps every matrix; returns the module's parameters by param group."""
+def _attach_replicated(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> list[tuple[int, list[Tensor]]]:
+    """Stage 0: every rank steps every matrix; returns param groups by number with the module's parameters in them."""
     lp_groups = getattr(engine.optimizer, "fp16_groups", None)
     if lp_groups is None:
         lp_groups = [list(group["params"]) for group in optimizer.param_groups]
@@ -98,79 +78,47 @@ def _attach_replicated(engine: Any, optimizer: FiraAdam, names: dict[int, str]) 
         for param, lp_param in zip(group["params"], lp_params, strict=True):
             optimizer.gradient_dtypes[param] = lp_param.dtype
             optimizer.pieces[param] = (Piece(names.get(id(lp_param), ""), 0, 0, param.numel()),)
-    return lp_groups
+    return list(enumerate(lp_groups))
 
 
 def _attach_sharded(
     engine: Any, optimizer: FiraAdam, names: dict[int, str]
-) -> tuple[list[list[Tensor]], list[list[list[tuple[int, int, int, int]]]]]:
-    """Stages 1 and 2: plan every group with a rank, bind its flat partition.
+) -> tuple[list[tuple[int, list[Tensor]]], list[Partitioning]]:
+    """Stages 1 to 3: plan every group with a rank, bind its flat partitions.
 
     Returns:
-        The module's parameters by param group, and by group and rank what lies in its partition (`FlatGroup.pieces`).
+        As `_attach_replicated`, and what lies where in each of the flat tensors.
     """
     channel = optimizer.channel
-    flat_groups = _flat_groups(engine.optimizer)
-    projected = [pair for pair in zip(optimizer.param_groups, flat_groups, strict=True) if "rank" in pair[0]]
-    buffers = [(_matrices(flat, names), flat.partition_size) for _, flat in projected]
-    layouts = plan_groups(buffers, channel.dp_size, [group for group, _ in projected])
+    flats = flat_groups(engine.optimizer, channel.dp_size)
+    projected = [flat for flat in flats if "rank" in optimizer.param_groups[flat.group]]
+    buffers = [(flat.matrices(names), flat.partitioning.partition_size) for flat in projected]
+    settings = [optimizer.param_groups[flat.group] for flat in projected]
+    layouts = plan_groups(buffers, channel.dp_size, settings, spread=engine.zero_optimization_stage() == 3)
     channel.require_same(plan_hash(layouts))
-    numbers = _numbers([matrix for matrices, _ in buffers for matrix in matrices], names.values())
-    for (_, flat), layout in zip(projected, layouts, strict=True):
-        exchange = CutExchange(layout, channel) if layout.base_cuts else None
+    first_fragments = [next(iter(fragments.values())) for matrices, _ in buffers for fragments in matrices]
+    numbers = _numbers([fragment.name for fragment in first_fragments], names.values())
+    for flat, layout in zip(projected, layouts, strict=True):
+        exchanges = tuple(CutExchange(turn, channel) for turn in layout.base_turns)
         lean = LeanCuts(layout, channel, numbers) if layout.lean_cuts else None
         owned = (*layout.whole[channel.dp_rank], *layout.owned_cuts(channel.dp_rank))
         indices = tuple(numbers[matrix.name] for matrix in owned)
-        optimizer.bind(flat.hp_partition, Binding(layout.whole[channel.dp_rank], indices, exchange, lean))
+        optimizer.bind(flat.hp_partition, Binding(layout.whole[channel.dp_rank], indices, exchanges, lean))
         optimizer.gradient_dtypes[flat.hp_partition] = flat.lp_params[0].dtype
     optimizer.layouts = layouts
-    held = [[flat.pieces(dp_rank) for dp_rank in range(channel.dp_size)] for flat in flat_groups]
-    for flat, by_rank in zip(flat_groups, held, strict=True):
+    for flat in flats:
         optimizer.pieces[flat.hp_partition] = tuple(
-            Piece(names.get(id(flat.lp_params[index]), ""), *place) for index, *place in by_rank[channel.dp_rank]
+            Piece(names.get(id(flat.lp_params[piece.index]), ""), piece.offset, piece.start, piece.stop)
+            for piece in flat.pieces(channel.dp_rank)
         )
-    return [flat.lp_params for flat in flat_groups], held
+    return [(flat.group, flat.lp_params) for flat in flats], [flat.partitioning for flat in flats]
 
 
-def _flat_groups(wrapper: Any) -> list[FlatGroup]:
-    """The param groups of a ZeRO optimizer wrapper, in the optimizer's order."""
-    if hasattr(wrapper, "single_partition_of_fp32_groups"):
-        return [
-            FlatGroup(hp_partition, list(params), list(offsets), int(size))
-            for hp_partition, params, offsets, size in zip(
-                wrapper.single_partition_of_fp32_groups,
-                wrapper.round_robin_bit16_groups,
-                wrapper.round_robin_bit16_offsets,
-                wrapper.partition_size,
-                strict=True,
-            )
-        ]
-    if hasattr(wrapper, "fp32_groups_flat_partition"):
-        groups = []
-        for hp_partition, params in zip(wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, strict=True):
-            sizes = [param.numel() for param in params]
-            offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-            groups.append(FlatGroup(hp_partition, list(params), offsets, hp_partition.numel()))
-        return groups
-    raise RuntimeError(
-        f"FiraAdam: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose layout is not known; use ZeRO "
-        "stage 0, 1 or 2 of a supported DeepSpeed version."
-    )
-
-
-def _matrices(flat: FlatGroup, names: dict[int, str]) -> list[MatrixShard]:
-    return [
-        matrix
-        for param, offset in zip(flat.lp_params, flat.offsets, strict=True)
-        for matrix in matrices_of(names.get(id(param), f"parameter at {offset}"), tuple(param.shape), offset)
-    ]
-
-
-def _numbers(matrices: list[MatrixShard], names: Iterable[str]) -> dict[str, int]:
+def _numbers(matrices: list[str], names: Iterable[str]) -> dict[str, int]:
     """A number for every projected matrix by name, in the module's order: the same on any number of ranks."""
     order = {name: position for position, name in enumerate(names)}
-    in_order = sorted(matrices, key=lambda matrix: order.get(matrix.name.partition("[")[0], len(order)))
-    return {matrix.name: number for number, matrix in enumerate(in_order)}
+    in_order = sorted(matrices, key=lambda matrix: order.get(matrix.partition("[")[0], len(order)))
+    return {matrix: number for number, matrix in enumerate(in_order)}
 
 
 def skip_shared_memory_op() -> None:

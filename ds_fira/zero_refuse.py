@@ -13,12 +13,7 @@ def refuse_unsupported(engine: Any) -> None:
     Raises:
         ValueError: names the setting, its value and what to use instead.
     """
-    stage = engine.zero_optimization_stage()
-    if stage > 2:
-        raise ValueError(
-            f"FiraAdam: zero_optimization.stage = {stage} is not supported yet, because it cuts every matrix over all "
-            "ranks; use stage 2, with optimizer offload if memory is short."
-        )
+    _refuse_offload(engine._config.zero_config)
     if engine.pipeline_parallelism:
         raise ValueError(
             f"FiraAdam: {type(engine).__name__} is not supported yet, because its stages hold different layers; give "
@@ -38,6 +33,27 @@ def refuse_unsupported(engine: Any) -> None:
     if engine._config.zero_config.zenflow is not None:
         raise ValueError(
             "FiraAdam: zero_optimization.zenflow is not supported, because it steps its own Adam; remove it."
+        )
+
+
+def _refuse_offload(zero: Any) -> None:
+    """Stop where DeepSpeed would keep, or step, FiraAdam's states in ways that know only AdamW's."""
+    optimizer, params = zero.offload_optimizer, zero.offload_param
+    for block, found in (("offload_optimizer", optimizer), ("offload_param", params)):
+        if found is not None and found.device == "nvme":
+            raise ValueError(
+                f"FiraAdam: zero_optimization.{block}.device = 'nvme' is not supported yet, because low-rank states "
+                "are not swapped; use 'cpu'."
+            )
+    if optimizer is not None and optimizer.super_offload:
+        raise ValueError(
+            "FiraAdam: zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its "
+            "own Adam; set it to false."
+        )
+    if optimizer is not None and zero.stage == 3 and optimizer.ratio != 1.0:
+        raise ValueError(
+            f"FiraAdam: zero_optimization.offload_optimizer.ratio = {optimizer.ratio} is not supported, because the "
+            "part that stays on the GPU is stepped by torch's AdamW; set it to 1.0."
         )
 
 

@@ -84,10 +84,10 @@ def test_stage_2_by_hand() -> None:
 
 def test_gradients_held_are_of_the_parameters_that_touch_a_partition() -> None:
     """Ten elements on two ranks, padded to twelve: the boundary at six cuts the middle parameter."""
-    buffer = FlatBuffer.of((4, 4, 2), ranks=2, sharded=True)
+    buffer = FlatBuffer.of((4, 4, 2), ranks=2, zero_stage=2)
     assert (buffer.partition_size, buffer.padded) == (6, 12)
     assert [buffer.held(0), buffer.held(1)] == [8, 6]
-    assert FlatBuffer.of((4, 4, 2), ranks=2, sharded=False).held(0) == 10
+    assert FlatBuffer.of((4, 4, 2), ranks=2, zero_stage=0).held(0) == 10
 
 
 @pytest.mark.parametrize("gpus", [2, 3, 8])

@@ -13,7 +13,7 @@ from ds_fira.cuts import CutMatrix
 from ds_fira.layout import plan_groups, plan_hash
 from ds_fira.pieces import inside, touched_rows
 from ds_fira.settings import check_params
-from ds_fira.shard import matrices_of
+from ds_fira.shard import cut, matrices_of
 from tests.distributed import Pools
 from tests.test_zero_parity import replay
 from tests.zero_jobs import config
@@ -262,7 +262,7 @@ def test_measured_state(ranks: Pools) -> None:
 
 def test_exact_cuts_takes_the_base_way() -> None:
     """The setting is part of the plan, and of its hash."""
-    buffers = [(matrices_of("w", (12, 40)), 160)]
+    buffers = [([cut(matrix, 160, 3) for matrix in matrices_of("w", (12, 40))], 160)]
     plans = [plan_groups(buffers, 3, [check_params({"rank": 3, "exact_cuts": exact})]) for exact in (False, True)]
     assert [plan[0].cuts[0].way for plan in plans] == ["lean", "base"]
     assert plan_hash(plans[0]) != plan_hash(plans[1])

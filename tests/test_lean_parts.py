@@ -11,26 +11,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_fira.cuts import CutMatrix, Share, plan_cut, state_numel
+from ds_fira.cuts import CutMatrix, plan_cut, state_numel
 from ds_fira.lean import squares_of
 from ds_fira.lean_part import Part
 from ds_fira.matrix_step import MatrixTask, update
 from ds_fira.pieces import inside, row_pieces
 from ds_fira.settings import check_params
 from ds_fira.shard import MatrixShard, cut
+from ds_fira.share import Share
 from ds_fira.state import allocate_matrices, state_views
 from ds_fira.subspace import basis_shape, low_rank_shape
 from ds_fira.tracking import StepMetrics
 
 
-def planned(shape: tuple[int, int], begin: int, size: int, changed: dict[str, Any]) -> CutMatrix | None:
+def planned(
+    shape: tuple[int, int], begin: int, size: int, changed: dict[str, Any], spread: bool = False
+) -> CutMatrix | None:
     """A matrix at an offset of a buffer in partitions of a size, None where it is not cut."""
     partitions = -(-(begin + math.prod(shape)) // size)
     fragments = cut(MatrixShard("w", shape, begin, 0, math.prod(shape)), size, partitions)
     if len(fragments) == 1:
         return None
     owner = max(fragments, key=lambda holder: (holder * 7) % 5)
-    return plan_cut(fragments, owner, partitions, check_params({"rank": 2, **changed}))
+    return plan_cut(fragments, owner, partitions, check_params({"rank": 2, **changed}), spread)
 
 
 sizes = (
@@ -43,10 +46,10 @@ sizes = (
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(*sizes)
-def test_pieces_and_links_cover_the_matrix(m: int, n: int, begin: int, size: int, side: str) -> None:
-    """Pieces tile the fragments and alias them; every entry of R is kept once, and lent by its keeper."""
-    matrix = planned((m, n), begin, size, {"proj_type": side})
+@given(*sizes, st.booleans())
+def test_pieces_and_links_cover_the_matrix(m: int, n: int, begin: int, size: int, side: str, spread: bool) -> None:
+    """Pieces tile the fragments and alias them; every entry of R is kept once, and lent by its keeper; P likewise."""
+    matrix = planned((m, n), begin, size, {"proj_type": side}, spread)
     if matrix is None:
         return
     numbers = torch.arange(m * n).view(m, n)
@@ -66,28 +69,44 @@ def test_pieces_and_links_cover_the_matrix(m: int, n: int, begin: int, size: int
         share = Share.of(matrix, 0, 0, rank)
         assert keepers[inside(share.kept, entries)].eq(-1).all()
         keepers[inside(share.kept, entries)] = rank
-        borrowed = share.borrowed.entries if share.borrowed is not None else range(0)
-        assert set(share.region) == set(borrowed) | set(share.kept) >= set(matrix.touched(rank))
-        assert not set(borrowed) & set(share.kept)
+        borrowed = [entry for link in share.borrowed for entry in link.entries]
+        needed = set(matrix.touched(rank)) | set(share.kept)
+        assert set(borrowed) | set(share.kept) == needed <= set(share.region)
+        assert len({*borrowed, *share.kept}) == len(borrowed) + len(share.kept)
+        rows = [row for link in share.basis_borrowed for row in link.entries]
+        assert set(share.basis_span) <= {*rows, *share.basis_rows}
+        assert len({*rows, *share.basis_rows}) == len(rows) + len(share.basis_rows)
+        assert {row for piece in share.pieces for row in (piece.rows if side == "left" else piece.columns)} <= set(
+            share.basis_span
+        )
     assert covered.eq(1).all()
     assert keepers.ge(0).all()
     for link in matrix.links():
         assert keepers[inside(link.entries, entries)].eq(link.keeper).all()
         assert link.borrower != link.keeper
-    held = sum(matrix.state_numel(rank) for rank, _ in matrix.fragments)
-    assert held == state_numel((m, n), 2, side) if matrix.way == "base" else held > state_numel((m, n), 2, side)
+    held, once = sum(matrix.state_numel(rank) for rank, _ in matrix.fragments), state_numel((m, n), 2, side)
+    if matrix.way == "base":
+        assert held == once
+    elif spread:  # but |S|, and rows of P on the left whose row of the matrix is cut
+        twice = [f.start % n != 0 for _, f in matrix.fragments] if side == "left" else []
+        assert held == once + len(matrix.fragments) - 1 + sum(twice) * matrix.rank
+    else:
+        assert held > once
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    *sizes, st.sampled_from([{}, {"formulation": "paper"}, {"scaling": "matrix"}, {"scaling": "none"}]), st.booleans()
+    *sizes,
+    st.sampled_from([{}, {"formulation": "paper"}, {"scaling": "matrix"}, {"scaling": "none"}]),
+    st.booleans(),
+    st.booleans(),
 )
 def test_parts_make_the_step_of_the_whole(
-    m: int, n: int, begin: int, size: int, side: str, changed: dict[str, Any], exact: bool
+    m: int, n: int, begin: int, size: int, side: str, changed: dict[str, Any], exact: bool, spread: bool
 ) -> None:
     """In float64 and without processes: what parts give each other is the step of `matrix_step.update`, any cut."""
     changed = {**changed, "proj_type": side, "lr": 0.1, "weight_decay": 0.1, "alpha": 0.5}
-    matrix, group = planned((m, n), begin, size, changed), check_params({"rank": 2, **changed})
+    matrix, group = planned((m, n), begin, size, changed, spread), check_params({"rank": 2, **changed})
     if matrix is None:
         return
     generator = torch.Generator().manual_seed(m * 100 + n)
@@ -104,8 +123,8 @@ def test_parts_make_the_step_of_the_whole(
     for share in shares:
         shape = matrix.basis_shape(share.dp_rank)
         state = state_views(allocate_matrices(weight, shape, share.low_rank_shape, "float32", ()), side)
-        rows = matrix.touched_rows(share.dp_rank)
-        state.basis.copy_(basis[rows.start : rows.stop] if side == "left" else basis)
+        rows = matrix.basis_rows(share.dp_rank)
+        state.basis.copy_(basis[rows.start : rows.stop])
         state.refresh_step.fill_(0)
         states.append(state)
     for grad in grads:
@@ -114,7 +133,11 @@ def test_parts_make_the_step_of_the_whole(
         for share, state in zip(shares, states, strict=True):
             bounds = slice(share.fragment.start, share.fragment.stop)
             parts[share.dp_rank] = Part(share, flat[bounds], grad.view(-1)[bounds], state, group, 1e-4)
-            parts[share.dp_rank].project()
+        for part in parts.values():
+            part.borrow_basis(
+                {link: parts[link.keeper].basis_parcel(link)[0].reshape(-1) for link in part.share.basis_borrowed}
+            )
+            part.project()
         for link in matrix.links():
             giver = parts[link.borrower]
             parcel = giver.parcel(link, giver.low_rank, giver.grad_sq.sqrt(), giver.share.region)
@@ -140,10 +163,9 @@ def test_parts_make_the_step_of_the_whole(
 
 def hand_over(parts: dict[int, Part], kept: dict[int, Any], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What one rank has of its region once its keeper has answered."""
-    part, arrived = parts[rank], None
-    link = part.share.borrowed
-    if link is not None:
+    part, arrived = parts[rank], {}
+    for link in part.share.borrowed:
         keeper = parts[link.keeper]
         parcel = keeper.parcel(link, *kept[link.keeper], keeper.share.kept)
-        arrived = torch.cat([tensor.reshape(-1) for tensor in parcel])
+        arrived[link] = torch.cat([tensor.reshape(-1) for tensor in parcel])
     return part.complete(kept[rank], arrived)

@@ -58,11 +58,12 @@ def test_fragments_tile_every_matrix_and_alias_the_buffer(shapes: list[tuple[int
 @given(st.lists(shapes, min_size=1, max_size=3), ranks)
 def test_plans_place_every_matrix_once(groups: list[list[tuple[int, int]]], ranks: int) -> None:
     """Whole on one rank or cut with one owner among the sharers; what is sent is received."""
-    buffers = [buffer_of(group, ranks) for group in groups]
+    whole = [buffer_of(group, ranks) for group in groups]
+    buffers = [([cut(matrix, size, ranks) for matrix in matrices], size) for matrices, size in whole]
     chosen = [check_params({"rank": 2, "exact_cuts": True})] * len(groups)
     layouts = plan_groups(buffers, ranks, chosen)
     assert plan_hash(layouts) == plan_hash(plan_groups(buffers, ranks, chosen))
-    for (matrices, _), layout in zip(buffers, layouts, strict=True):
+    for (matrices, _), layout in zip(whole, layouts, strict=True):
         placed = [shard.name for held in layout.whole for shard in held] + [matrix.name for matrix in layout.cuts]
         assert sorted(placed) == sorted(matrix.name for matrix in matrices)
         owned = [matrix for rank in range(ranks) for matrix in layout.owned_cuts(rank)]

@@ -82,7 +82,7 @@ def _adapter(shape: Sequence[int], rank: int) -> list[int]:
 
 def _adamw(name: str, numels: Sequence[int], frozen: int, setup: Setup) -> Method:
     """AdamW of torch over one param group: two moments in the dtype of what it steps."""
-    buffer = FlatBuffer.of(numels, setup.gpus, setup.sharded)
+    buffer = FlatBuffer.of(numels, setup.gpus, setup.zero_stage)
     steps = 1 if setup.sharded else len(buffer.numels)
     held = 2 * setup.master_dtype.itemsize * buffer.partition_size + STEP_BYTES * steps
     return Method(name, (buffer,), frozen, lambda dp_rank: held)

@@ -57,9 +57,7 @@ class Setup:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"--{flag} = {value!r} is not legal; give a whole number of at least 1.")
         if self.zero_stage == 3:
-            raise ValueError(
-                "--zero-stage = 3 is not estimated, because FiraAdam does not support it yet; choose 0, 1 or 2."
-            )
+            raise ValueError("--zero-stage = 3 is not estimated yet, though FiraAdam trains at it; choose 0, 1 or 2.")
         if self.zero_stage not in (0, 1, 2):
             raise ValueError(f"--zero-stage = {self.zero_stage!r} is not legal; choose 0, 1 or 2.")
         if self.dtype not in DTYPES:
