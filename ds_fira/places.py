@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_fira.binding import Binding
-from ds_fira.cuts import Share
+from ds_fira.share import Share
 from ds_fira.state import positions
 from ds_fira.subspace import Side, basis_shape, effective_rank, low_rank_shape, projection_side
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ds_fira.binding import Binding
 from ds_fira.comm import Channel, CutExchange
 from ds_fira.groups import build_groups, group_defaults
-from ds_fira.layout import plan_groups, plan_hash
+from ds_fira.layout import digest, plan_groups, plan_hash
 from ds_fira.lean import LeanCuts
 from ds_fira.memory import ParamRecord
 from ds_fira.optimizer import FiraAdam

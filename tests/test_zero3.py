@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 import ds_fira
 from ds_fira.binding import Binding
-from ds_fira.settings import check_params
 from ds_fira.shard import matrices_of
 from tests.distributed import Pools
 from tests.zero_jobs import config
@@ -31,7 +29,9 @@ def run(ranks: Pools, world_size: int, dtype: str = "fp32", **changed: Any) -> l
     for key in ("shapes", "steps", "kind", "frozen", "init", "as_object", "faults", "limits"):
         if key in changed:
             job[key] = changed.pop(key)
-    extra = {k: changed.pop(k) for k in list(changed) if k.startswith("zero_") or k.startswith("gradient_") or k == "bf16"}
+    extra = {
+        k: changed.pop(k) for k in list(changed) if k.startswith("zero_") or k.startswith("gradient_") or k == "bf16"
+    }
     ds_config = config(3, dtype, {**PARAMS, **changed}, **extra)
     if "as_object" in job:
         del ds_config["optimizer"]
