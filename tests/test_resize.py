@@ -80,8 +80,8 @@ def test_another_number_of_ranks(ranks: Pools, folders: Path, before: int, after
     assert_same_run(found, whole(ranks))
 
 
-@pytest.mark.parametrize("after", [0, 1, 2])
-@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
 def test_another_stage(ranks: Pools, folders: Path, before: int, after: int) -> None:
     folder = saved(ranks, folders, 2, before)
     found = job(ranks, 3, after, first=SAVED, last=END, load=str(folder), seed=7)
