@@ -51,7 +51,7 @@ class FiraAdam(Resumable):
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; groups may set every argument but
-            `target_modules` for themselves.
+            `target_modules` and `check_sync_every` for themselves.
         lr: learning rate.
         betas: decay rates of the moments.
         eps: added to sqrt(V).
@@ -73,6 +73,8 @@ class FiraAdam(Resumable):
         exact_cuts: inside ZeRO, whether a matrix that a partition cuts is stepped whole on its owner, equal to the bit
             to a matrix that is not cut, even where exchanging low-rank data is cheaper.
         target_modules: for a flat list with a rank, substrings of the names of the modules to project.
+        check_sync_every: inside an engine, steps from one comparison of the replicated weights over the ranks to the
+            next (`ds_fira.zero_sync`); 0 for none.
 
     Raises:
         ValueError: a value is out of range, nothing is to be projected, or a parameter cannot be.
@@ -102,6 +104,7 @@ class FiraAdam(Resumable):
         matmul_precision: str = "tf32",
         exact_cuts: bool = False,
         target_modules: Sequence[str] | str | None = None,
+        check_sync_every: int = 0,
     ) -> None:
         # Every argument by its own name, as a JSON config gives them.
         given = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
@@ -109,6 +112,7 @@ class FiraAdam(Resumable):
         params = [params] if isinstance(params, Tensor) else list(params)
         self._reset_runtime()
         self.given: list[dict[str, Any]] = []
+        self.check_sync_every = settings["check_sync_every"]
         if settings["rank"] is not None and params:
             if not isinstance(params[0], dict):
                 params = split_flat_list(params, settings["rank"], settings["target_modules"])
@@ -123,6 +127,7 @@ class FiraAdam(Resumable):
     def _reset_runtime(self) -> None:
         """What does not travel with a state dict, a pickle or a copy."""
         self.suspended = False
+        self.check_sync_every = 0
         self.metrics = StepMetrics()
         # Set where the optimizer runs inside an engine.
         self.channel: Channel | None = None

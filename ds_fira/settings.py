@@ -36,6 +36,7 @@ REMEDIES = {
     "matmul_precision": "choose 'float32', 'tf32' or 'bfloat16'",
     "exact_cuts": "give true or false",
     "max_group_bytes": "give a whole number of bytes of at least 1, such as 1073741824",
+    "check_sync_every": "give a whole number of steps, such as 100, or 0 for no check",
     "target_modules": "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer",
 }
 
@@ -50,7 +51,8 @@ class Settings(BaseModel):
     `formulation`, `subspace` (how a basis is computed), `refresh_moments` (what a refresh does to the moments),
     `stagger` (matrices refresh on different steps), `state_dtype`, `matmul_precision`, `exact_cuts` (whole steps for
     cut matrices) and `target_modules` (substrings of the names of the modules to project). `max_group_bytes` caps the
-    float32 gradients of one param group on one rank, which ZeRO copies at a time.
+    float32 gradients of one param group on one rank, which ZeRO copies at a time. `check_sync_every` is the number of
+    steps from one comparison of the replicated weights over the ranks to the next, 0 for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -75,9 +77,10 @@ class Settings(BaseModel):
     matmul_precision: Literal["float32", "tf32", "bfloat16"] = "tf32"
     exact_cuts: StrictBool = False
     max_group_bytes: int = Field(2**30, ge=1)
+    check_sync_every: int = Field(0, ge=0)
     target_modules: tuple[str, ...] | None = None
 
-    @field_validator("rank", "update_proj_gap", "lr", "max_group_bytes", mode="before")
+    @field_validator("rank", "update_proj_gap", "lr", "max_group_bytes", "check_sync_every", mode="before")
     @classmethod
     def _no_bool(cls, value: Any) -> Any:
         # JSON's true would otherwise pass as the number 1.
@@ -101,8 +104,8 @@ class Settings(BaseModel):
 LEGAL = tuple(Settings.model_fields)
 # What other libraries call a setting, where the spelling alone would suggest another.
 OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "wd": "weight_decay"}
-# What a param group may set for itself; the others act before there are groups.
-GROUP_SETTINGS = tuple(name for name in LEGAL if name not in ("target_modules", "max_group_bytes"))
+# What a param group may set for itself; the others act before there are groups, or on the whole training.
+GROUP_SETTINGS = tuple(name for name in LEGAL if name not in ("target_modules", "max_group_bytes", "check_sync_every"))
 
 
 def check_params(params: dict[str, Any], where: str = "FiraAdam") -> dict[str, Any]:

@@ -194,7 +194,7 @@ def register() -> None:
             logger.warning(
                 "FiraAdam: no rank is set, so nothing is projected: this is AdamW. Set optimizer.params.rank."
             )
-        optimizer = FiraAdam(groups, **group_defaults(settings))
+        optimizer = FiraAdam(groups, **group_defaults(settings), check_sync_every=settings["check_sync_every"])
         optimizer.suspended = True
         return optimizer
 
