@@ -14,11 +14,13 @@ from ds_fira.runtime import init_distributed, shutdown
 from ds_fira.version import __version__
 from ds_fira.zero import register
 from ds_fira.zero_monitor import register_watch
+from ds_fira.zero_resume import register_resume
 from ds_fira.zero_sync import register_sync
 
 register()
 register_watch()
 register_sync()
+register_resume()
 
 __all__ = [
     "FiraAdam",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Totals:
 
 
 class StepMetrics:
-    """Sums over the matrix steps of one process since its optimizer was built; not part of a checkpoint.
+    """Sums over the matrix steps of one process since its optimizer was built, or since the run began that it resumes.
 
     The sums of matrices on a device stay there until they are asked for.
 
@@ -85,9 +86,12 @@ class StepMetrics:
         self.refreshes = 0
         # By parameter, since ZeRO steps one param group in a call.
         self._steps: dict[Tensor, int] = {}
+        self._steps_before = 0
         # By device: matrix steps, captured energy, limiter activations, squared residual norms.
         self._sums: dict[torch.device, Tensor] = {}
         self._host = [0.0, 0.0, 0.0, 0.0]
+        # By type of device, sums loaded that no matrix on such a device has continued yet.
+        self._loaded: dict[str, list[float]] = {}
         self._refresh_seconds = 0.0
         self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -171,7 +175,7 @@ class StepMetrics:
             self._read_oldest()
         matrix_steps, energy, activations, residual = self._added()
         return Totals(
-            steps=float(max(self._steps.values(), default=0)),
+            steps=float(self._steps_made()),
             matrix_steps=matrix_steps,
             captured_energy_sum=energy,
             limiter_activations=activations,
@@ -180,16 +184,59 @@ class StepMetrics:
             refresh_seconds=self._refresh_seconds,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sums in plain Python, kept apart where they are added up apart; waits for a GPU."""
+        totals = self.totals()
+        devices = {**self._loaded, **{device.type: sums.tolist() for device, sums in self._sums.items()}}
+        return {
+            "steps": int(totals.steps),
+            "refreshes": self.refreshes,
+            "refresh_seconds": totals.refresh_seconds,
+            "host": list(self._host),
+            "devices": devices,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the sums of `state_dict`: further steps give the same bits as if there had been no pause."""
+        self._steps, self._steps_before = {}, int(state["steps"])
+        self.refreshes = int(state["refreshes"])
+        self._refresh_seconds, self._pending = float(state["refresh_seconds"]), []
+        self._host, self._sums = list(state["host"]), {}
+        self._loaded = {kind: list(values) for kind, values in state["devices"].items()}
+
+    @staticmethod
+    def shared_out(states: Sequence[dict[str, Any]], replicated: bool, rank: int) -> dict[str, Any]:
+        """What one process goes on from where others counted: the sums on the first, or on all replicas.
+
+        Args:
+            states: of the processes of the run that was saved, in order of rank.
+            replicated: whether every rank counts the same matrices, in that run and in this one.
+            rank: of the process that goes on.
+        """
+        counted = states[:1] if replicated else states if rank == 0 else []
+        rows = [row for state in counted for row in (state["host"], *state["devices"].values())]
+        return {
+            "steps": max(state["steps"] for state in states),
+            "refreshes": sum(state["refreshes"] for state in counted),
+            "refresh_seconds": max(state["refresh_seconds"] for state in states),
+            "host": [sum(column) for column in zip(*rows, strict=True)] or [0.0] * 4,
+            "devices": {},
+        }
+
+    def _steps_made(self) -> int:
+        return self._steps_before + max(self._steps.values(), default=0)
+
     def _read_oldest(self) -> None:
         begin, end = self._pending.pop(0)
         self._refresh_seconds += begin.elapsed_time(end) / 1000.0
 
     def _of(self, device: torch.device) -> Tensor:
         if device not in self._sums:
-            self._sums[device] = torch.zeros(4, dtype=torch.float64, device=device)
+            start = self._loaded.pop(device.type, [0.0] * 4)
+            self._sums[device] = torch.tensor(start, dtype=torch.float64, device=device)
         return self._sums[device]
 
     def _added(self) -> list[float]:
         """Host and devices together: matrix steps, captured energy, limiter activations, squared residual norms."""
-        on_devices = [sums.tolist() for sums in self._sums.values()]
+        on_devices = [*self._loaded.values(), *(sums.tolist() for sums in self._sums.values())]
         return [sum(values) for values in zip(self._host, *on_devices, strict=True)]

@@ -78,6 +78,11 @@ def _watch_of(engine: Any) -> Watch | None:
     return vars(engine)[_WATCH]
 
 
+def forget_watch(engine: Any) -> None:
+    """Begin a new interval of events at the next step, because the counters were set to those of a checkpoint."""
+    vars(engine).pop(_WATCH, None)
+
+
 def _own_norm(engine: Any) -> Tensor | None:
     """The gradient's norm before clipping where no wrapper keeps it: at stage 0 in fp32; None elsewhere."""
     if engine.optimizer is not engine.basic_optimizer:
