@@ -205,15 +205,15 @@ class StepMetrics:
         self._loaded = {kind: list(values) for kind, values in state["devices"].items()}
 
     @staticmethod
-    def shared_out(states: Sequence[dict[str, Any]], replicated: bool, rank: int) -> dict[str, Any]:
-        """What one process goes on from where others counted: the sums on the first, or on all replicas.
+    def together(states: Sequence[dict[str, Any]], replicated: bool, counts: bool) -> dict[str, Any]:
+        """What one process goes on from where another number of them counted.
 
         Args:
             states: of the processes of the run that was saved, in order of rank.
-            replicated: whether every rank counts the same matrices, in that run and in this one.
-            rank: of the process that goes on.
+            replicated: whether each of them counted the same matrices.
+            counts: whether this process takes the sums over; the others of a run with shares begin at zero.
         """
-        counted = states[:1] if replicated else states if rank == 0 else []
+        counted = states[:1] if replicated and counts else states if counts else []
         rows = [row for state in counted for row in (state["host"], *state["devices"].values())]
         return {
             "steps": max(state["steps"] for state in states),

@@ -62,20 +62,23 @@ def register_resume() -> None:
     DeepSpeedEngine.load_checkpoint = load_checkpoint
 
 
-def _state_of_all(engine: Any) -> dict[str, list[Any]]:
+def _state_of_all(engine: Any) -> dict[str, Any]:
     """Generators and counters of every rank, in order of rank; a collective call."""
     optimizer = engine.basic_optimizer
     own = {"rng": rng_state(), "metrics": optimizer.metrics.state_dict()}
-    return {"ranks": optimizer.channel.gather_objects(own)}
+    return {"ranks": optimizer.channel.gather_objects(own), "replicated": optimizer.replicated}
 
 
-def _restore(engine: Any, saved: dict[str, list[Any]]) -> None:
+def _restore(engine: Any, saved: dict[str, Any]) -> None:
     optimizer, ranks = engine.basic_optimizer, saved["ranks"]
     rank, size = optimizer.channel.dp_rank, optimizer.channel.dp_size
     if rank < len(ranks):
         set_rng_state(ranks[rank]["rng"])
     counters = [part["metrics"] for part in ranks]
-    own = counters[rank] if size == len(ranks) else StepMetrics.shared_out(counters, optimizer.replicated, rank)
+    if size == len(ranks):
+        own = counters[rank]
+    else:
+        own = StepMetrics.together(counters, saved["replicated"], counts=optimizer.replicated or rank == 0)
     optimizer.metrics.load_state_dict(own)
     # It has counted the steps before the load, which belong to another run or are to be made again.
     forget_watch(engine)
