@@ -34,6 +34,7 @@ from ds_fira.shard import Partitioning
 from ds_fira.zero_checkpoint import normalized, register_checkpoint
 from ds_fira.zero_groups import flat_groups
 from ds_fira.zero_refuse import refuse_unsupported, refuse_unsupported_module
+from ds_fira.zero_save import guard_checkpoints
 from ds_fira.zero_shapes import shape_of
 
 
@@ -220,3 +221,4 @@ def register() -> None:
     DeepSpeedEngine._do_sanity_check = _do_sanity_check
     DeepSpeedEngine._configure_basic_optimizer = _configure_basic_optimizer
     DeepSpeedEngine._configure_optimizer = _configure_optimizer
+    guard_checkpoints(_uses_fira)

@@ -1,0 +1,283 @@
+"""`engine.save_checkpoint` and `load_checkpoint` that survive a crash, for engines that train with FiraAdam.
+
+DeepSpeed 0.19.8 writes every file straight to its final place, truncates `latest` and writes it anew, lets a rank that
+cannot write leave the others in a barrier, and loads whatever is there. Here it writes under the tag of a staging
+folder, as if the user had asked for that; `ds_fira/tags.py` does the rest, on the ranks that own a storage.
+
+What this relies on in DeepSpeed: `save_checkpoint` writes through `checkpoint_engine.save` and `_copy_recovery_script`
+and ends with the epilogue of stage 3, if any, and one barrier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import secrets
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger
+
+from ds_fira import tags
+from ds_fira.comm import Channel
+from ds_fira.tags import CheckpointError
+
+_PROBE = 1 << 20  # bytes
+_warned: set[str] = set()
+
+
+def guard_checkpoints(uses_fira: Callable[[Any], bool]) -> None:
+    """Extend the two methods of `DeepSpeedEngine`; once in a process.
+
+    Args:
+        uses_fira: whether an engine trains with FiraAdam; others keep DeepSpeed's own methods.
+    """
+    save, load = DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint
+
+    @functools.wraps(save)
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        call = _bind(save, args, kwargs)
+        engine = call.arguments["self"]
+        if uses_fira(engine) and call.arguments["save_dir"] and _can_stage(engine):
+            return _Save(engine, call).run(save)
+        return save(*args, **kwargs)
+
+    @functools.wraps(load)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        call = _bind(load, args, kwargs)
+        engine = call.arguments["self"]
+        if uses_fira(engine) and _can_stage(engine) and not engine.load_universal_checkpoint():
+            call.arguments["tag"] = _choose(engine, call)
+        return load(*call.args, **call.kwargs)
+
+    DeepSpeedEngine.save_checkpoint = save_checkpoint
+    DeepSpeedEngine.load_checkpoint = load_checkpoint
+
+
+def _bind(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    call = inspect.signature(method).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call
+
+
+def _can_stage(engine: Any) -> bool:
+    """Whether the engine's files are all written when `save_checkpoint` returns; warns once where they may not be."""
+    kind = type(engine.checkpoint_engine)
+    if kind is TorchCheckpointEngine:
+        return True
+    if kind.__name__ not in _warned and dist.get_rank() == 0:
+        logger.warning(
+            f"FiraAdam: {kind.__name__} writes checkpoints in its own way, so they are neither protected against "
+            "crashes nor verified; remove checkpoint.writer, nebula or datastates_ckpt from the DeepSpeed config."
+        )
+    _warned.add(kind.__name__)
+    return False
+
+
+def _owns_storage(engine: Any) -> bool:
+    """Whether this rank moves the files of its storage: rank 0, or the first of each node."""
+    return (engine.local_rank if engine.use_node_local_storage() else engine.global_rank) == 0
+
+
+def _require_all(channel: Channel, error: str | None, item: Any = None) -> list[Any]:
+    """`item` of every rank.
+
+    Raises:
+        CheckpointError: some rank has an error; on every rank with the same sentence.
+    """
+    answers = channel.gather_objects((error, item))
+    errors = {rank: text for rank, (text, _) in enumerate(answers) if text is not None}
+    if errors:
+        rank, text = min(errors.items())
+        others = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
+        raise CheckpointError(f"FiraAdam: rank {rank}{others} {text}")
+    return [item for _, item in answers]
+
+
+class _Save:
+    """One call of `save_checkpoint` on one rank."""
+
+    def __init__(self, engine: Any, call: inspect.BoundArguments) -> None:
+        given = call.arguments
+        self.engine, self.call, self.channel = engine, call, Channel()
+        self.folder = Path(given["save_dir"])
+        self.tag = f"global_step{engine.global_steps}" if given["tag"] is None else str(given["tag"])
+        self.save_latest: bool = given["save_latest"]
+        self.owner = _owns_storage(engine)
+        self.staging = self.folder / tags.staging_tag(self.tag)
+        self.error: str | None = None
+        self.cause: Exception | None = None
+        self.written: list[Path] = []
+
+    def run(self, save: Callable[..., Any]) -> Any:
+        """Save; raises `CheckpointError` on every rank where one cannot."""
+        try:
+            token = self._prepare()
+            done = self._let_deepspeed_write(save)
+            records: dict[str, tags.Record] = {}
+            with self._caught():
+                for path in self.written if self.error is None else ():
+                    records[path.relative_to(self.staging).as_posix()] = tags.record_file(path)
+            answers = _require_all(self.channel, self.error, (token, records))
+            shared = {name: record for other, part in answers if other == token for name, record in part.items()}
+            details = {"world_size": self.channel.dp_size, "global_steps": self.engine.global_steps}
+            self._as_owner(tags.seal, self.folder, self.tag, shared, details, self.save_latest)
+            self._as_owner(tags.publish, self.folder, self.tag, self.save_latest)
+        except CheckpointError as error:
+            if self.owner:
+                tags.discard(self.folder, self.tag)
+            raise error from self.cause
+        return done
+
+    def _as_owner(self, function: Callable[..., None], *args: Any) -> None:
+        """Call a function of `tags` on the ranks that own a storage, and agree on how it went."""
+        with self._caught():
+            if self.owner:
+                function(*args)
+        _require_all(self.channel, self.error)
+
+    @contextlib.contextmanager
+    def _caught(self, path: Path | None = None) -> Iterator[None]:
+        """Keep an error for the ranks to agree on: raised here, it would leave the others waiting."""
+        try:
+            yield
+        except Exception as error:
+            self._keep(error, path)
+
+    def _keep(self, error: Exception, path: Path | None = None) -> None:
+        if self.error is None:
+            self.error, self.cause = self._sentence(error, path), error
+
+    def _sentence(self, error: Exception, path: Path | None) -> str:
+        """What went wrong on this rank, with the file, the reason and the remedy."""
+        found = _os_error(error, path)
+        kept = f"the save of {self.tag!r} was given up and earlier checkpoints are as they were"
+        if found is None:
+            where = f" {path}" if path else f" checkpoint {self.tag!r}"
+            return f"could not save{where}: {type(error).__name__}: {error}; {kept}."
+        where = found.filename or path or self.folder
+        return (
+            f"could not write {where}: {found.strerror or found}; {kept}: make room or mend the folder and save "
+            "again, or give save_checkpoint another folder."
+        )
+
+    def _prepare(self) -> str:
+        """Make the staging folder; returns the token of the storage that this rank writes to."""
+        token = secrets.token_hex(8)
+        with self._caught():
+            if self.owner:
+                tags.prepare(self.folder, self.tag, token)
+        names = _require_all(self.channel, self.error, self.tag)
+        if len(set(names)) > 1:
+            self.error = f"saves under the tag {names[0]!r}, others under {sorted(set(names) - {names[0]})}: give all "
+            self.error += "ranks the same tag."
+        elif not self.owner:
+            try:
+                token = tags.token_of(self.folder, self.tag)
+            except OSError as error:
+                self.error = (
+                    f"does not see the folder {self.staging} that another rank made ({error.strerror}): save to a "
+                    'file system that all machines share, or set "checkpoint": {"use_node_local_storage": true}.'
+                )
+        _require_all(self.channel, self.error)
+        return token
+
+    def _let_deepspeed_write(self, save: Callable[..., Any]) -> Any:
+        """DeepSpeed's own save into the staging folder; its errors go to `self.error`."""
+        self.call.arguments |= {"tag": tags.staging_tag(self.tag), "save_latest": False}
+        writer, copy = self.engine.checkpoint_engine, self.engine._copy_recovery_script
+
+        def write(state_dict: Any, path: str) -> None:
+            if self.error is None:
+                with self._caught(Path(path)):
+                    type(writer).save(writer, state_dict, path)
+                    self.written.append(Path(path))
+
+        def copy_script(folder: str) -> None:
+            with self._caught(self.staging):
+                copy(str(self.staging))
+
+        writer.save, self.engine._copy_recovery_script = write, copy_script
+        try:
+            return save(*self.call.args, **self.call.kwargs)
+        except Exception as error:
+            self._keep(error)
+            # The others are on their way to the end of DeepSpeed's function: meet them there.
+            if self.engine._optimizer_has_ckpt_event_epilogue():
+                self.engine.optimizer.checkpoint_event_epilogue()
+            dist.barrier()
+            return None
+        finally:
+            del writer.save, self.engine._copy_recovery_script
+
+
+def _os_error(error: Exception, path: Path | None) -> OSError | None:
+    """The operating system's error behind one of torch.save, which drops it: the system is asked again."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        seen = seen.__context__
+    if path is None or not isinstance(error, RuntimeError):
+        return None
+    probe = path if path.exists() else path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        with probe.open("ab") as file:
+            file.write(bytes(_PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as found:
+        return OSError(found.errno, found.strerror, str(path))
+    return None
+
+
+def _choose(engine: Any, call: inspect.BoundArguments) -> str | None:
+    """The tag to load, the same on every rank; None leaves it to DeepSpeed, which finds nothing.
+
+    Raises:
+        CheckpointError: the tag that was asked for is not complete, or none is where there should be one.
+    """
+    given, channel = call.arguments, Channel()
+    folder, explicit = Path(given["load_dir"]), given["tag"] is not None
+    partial = given["load_module_only"] or not given["load_optimizer_states"]
+    model_only = partial and engine.zero_optimization_stage() < 3
+    owner = _owns_storage(engine)
+    # Of rank 0: DeepSpeed alone writes `latest` on the first node only.
+    wanted = channel.gather_objects(str(given["tag"]) if explicit else tags.read_latest(folder))[0]
+    views: list[dict[str, str | None]] = []
+    if owner:
+        views = [{tag: tags.find_fault(folder / tag, model_only) for tag in tags.in_order(folder, wanted, explicit)}]
+    views = [view for part in channel.gather_objects(views) for view in part]
+    faults = {tags.LATEST: "it is empty"} if wanted == "" else {}
+    for tag in views[0]:
+        found = [view.get(tag, "it is missing on a node") for view in views]
+        if not any(found):
+            # Contents are read by all processes of a storage, each file by one.
+            share = (0, 1) if engine.use_node_local_storage() else (channel.dp_rank, channel.dp_size)
+            reads = owner or not engine.use_node_local_storage()
+            found = channel.gather_objects(tags.find_damage(folder / tag, model_only, *share) if reads else None)
+        if not any(found):
+            _warn(folder, faults, f"loading {tag!r} instead" if faults else "")
+            return tag
+        faults[tag] = next(fault for fault in found if fault)
+    if explicit or wanted is not None or any(not tags.is_leftover(tag) for tag in faults):
+        told = "; ".join(f"{folder / tag}: {fault}" for tag, fault in faults.items())
+        others = [tag for tag in tags.in_order(folder, None) if tags.find_fault(folder / tag) is None]
+        remedy = f"load another tag, such as {others[0]!r}" if others else "load from another folder"
+        raise CheckpointError(f"FiraAdam: no complete checkpoint to load ({told}): {remedy}.")
+    _warn(folder, faults, "there is no complete one")
+    return None
+
+
+def _warn(folder: Path, faults: dict[str, str], outcome: str) -> None:
+    """Name the checkpoints that are not taken, and why."""
+    if faults and dist.get_rank() == 0:
+        told = "; ".join(f"{tag}: {fault}" for tag, fault in faults.items())
+        logger.warning(f"FiraAdam: in {folder} not every checkpoint is complete ({told}): {outcome}.")
