@@ -4,33 +4,58 @@ from __future__ import annotations
 
 import gc
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed
 from deepspeed import comm as dist
+from torch.distributed import distributed_c10d
 
 from ds_fira import launchers
+from ds_fira.contact import tell_lost_contact
 from ds_fira.zero import skip_shared_memory_op
 
 
-def init_distributed() -> None:
+def init_distributed(timeout: float | None = None) -> None:
     """Start torch.distributed through DeepSpeed under any launcher, or none.
 
     Fills in what the launcher did not set (`ds_fira.launchers.complete_environment`): under `mpirun` and `srun` from
     their own variables, under `mpirun` the meeting point with mpi4py, in a plain `python` for one process. On a CPU it
-    keeps DeepSpeed from compiling its shared-memory collectives.
+    keeps DeepSpeed from compiling its shared-memory collectives. A process that an error of communication ends says so
+    in one sentence after the traceback.
+
+    Args:
+        timeout: seconds after which a collective operation that some process does not join ends with an error, in the
+            groups that DeepSpeed makes as well. Default: DeepSpeed's, 10 minutes or the environment's
+            DEEPSPEED_TIMEOUT in minutes, and torch's for groups made later, 10 minutes with NCCL, 30 with gloo.
 
     Raises:
-        ValueError: the variables of the launcher contradict each other, or several processes were started and
+        ValueError: `timeout` is not positive, or torch.distributed has started already; the variables of the launcher contradict each other, or several processes were started and
             MASTER_ADDR or MASTER_PORT is missing and cannot be found.
     """
+    tell_lost_contact()
+    if timeout is not None:
+        _set_timeout(timeout)
     if not torch.distributed.is_initialized():
         launchers.complete_environment(os.environ)
     if not torch.cuda.is_available():
         skip_shared_memory_op()
     if not dist.is_initialized():
-        dist.init_distributed(auto_mpi_discovery=False, verbose=False)
+        limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+        dist.init_distributed(auto_mpi_discovery=False, verbose=False, **limit)
+
+
+def _set_timeout(seconds: float) -> None:
+    """Give the groups that are made from here on a timeout: DeepSpeed makes them without one."""
+    if seconds <= 0:
+        raise ValueError(f"init_distributed: timeout = {seconds} seconds must be positive.")
+    if torch.distributed.is_initialized():
+        raise ValueError(
+            f"init_distributed: timeout = {seconds} comes too late, because torch.distributed has started: call it "
+            "before anything else that starts it."
+        )
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
 
 
 def shutdown(engine: Any = None) -> None:

@@ -27,6 +27,7 @@ from deepspeed.utils import logger
 
 from ds_fira import tags
 from ds_fira.comm import Channel
+from ds_fira.contact import tell_lost_contact
 from ds_fira.tags import CheckpointError
 
 _PROBE = 1 << 20  # bytes
@@ -34,12 +35,13 @@ _warned: set[str] = set()
 
 
 def guard_checkpoints(uses_fira: Callable[[Any], bool]) -> None:
-    """Extend the two methods of `DeepSpeedEngine`; once in a process.
+    """Extend these methods of `DeepSpeedEngine`; once in a process.
 
     Args:
         uses_fira: whether an engine trains with FiraAdam; others keep DeepSpeed's own methods.
     """
     save, load = DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint
+    configure = DeepSpeedEngine._configure_checkpointing
 
     @functools.wraps(save)
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
@@ -57,6 +59,13 @@ def guard_checkpoints(uses_fira: Callable[[Any], bool]) -> None:
             call.arguments["tag"] = _choose(engine, call)
         return load(*call.args, **call.kwargs)
 
+    @functools.wraps(configure)
+    def _configure_checkpointing(engine: Any) -> None:
+        configure(engine)
+        if uses_fira(engine):
+            tell_lost_contact()
+
+    DeepSpeedEngine._configure_checkpointing = _configure_checkpointing
     DeepSpeedEngine.save_checkpoint = save_checkpoint
     DeepSpeedEngine.load_checkpoint = load_checkpoint
 
