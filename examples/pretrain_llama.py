@@ -33,6 +33,7 @@ from pretraining.text_data import TextRecipe
 
 import ds_fira
 from ds_fira.plots import write_page
+from ds_fira.tags import CheckpointError
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     options, model_config, deepspeed_config = command_line.parse()
     quiet_libraries()
     try:
-        ds_fira.init_distributed()
+        ds_fira.init_distributed(timeout=options.timeout)
     except ValueError as error:
         stop(str(error))
     transformers.set_seed(options.seed)
@@ -56,7 +57,7 @@ def main() -> None:
     ds_fira.checkpoint_activations(model, deepspeed_config, method=options.activation_checkpointing)
     parameters = model.num_parameters()  # before ZeRO-3 could take the model apart
     engine = start_engine(model, options, deepspeed_config)
-    client_state = engine.load_checkpoint(str(options.output_dir / "state"))[1] if options.resume else {}
+    client_state = load_state(engine, options)
     check_start(engine, data, client_state, options)
     history = report.History()
     try:
@@ -141,14 +142,36 @@ def start_engine(
         stop(str(error))
 
 
+def load_state(engine: deepspeed.DeepSpeedEngine, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Go on from the newest complete training state as `--resume` says; None where the run starts anew."""
+    if options.resume is None:
+        return None
+    folder = options.output_dir / command_line.STATE
+    try:
+        loaded, client_state = engine.load_checkpoint(str(folder))
+    except CheckpointError as error:
+        stop(str(error), engine)
+    if loaded is not None:
+        return client_state
+    if options.resume == "last":
+        stop(f"--resume found no complete training state in {folder}", engine)
+    if dist.get_rank() == 0:
+        print(f"No complete training state in {folder}: starting anew ...", flush=True)
+    return None
+
+
 def check_start(
-    engine: deepspeed.DeepSpeedEngine, data: TrainingData, client_state: dict[str, Any], options: argparse.Namespace
+    engine: deepspeed.DeepSpeedEngine,
+    data: TrainingData,
+    client_state: dict[str, Any] | None,
+    options: argparse.Namespace,
 ) -> None:
     """Start the data where the training state left it; stop where it cannot, or where nothing is left to do."""
-    if engine.global_steps >= options.steps:
+    # A run that was killed behind its last step has its last validation, model and report still to make.
+    if engine.global_steps > options.steps or (engine.global_steps == options.steps and options.resume != "auto"):
         stop(f"the training state is at step {engine.global_steps} already: raise --steps {options.steps}", engine)
     try:
-        if options.resume:
+        if client_state is not None:
             if DATA_STATE not in client_state:
                 raise DataError("the training state does not say where in the data it stopped: start a new run")
             data.load_state_dict(client_state[DATA_STATE])

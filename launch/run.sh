@@ -14,6 +14,8 @@
 #   MASTER_ADDR    address of machine 0 that the others reach; needed with NODE_RANK
 #   MASTER_PORT    free port there; on one machine one is found
 #   LAUNCHER_ARGS  further options of the launcher, split at spaces
+#   MAX_RESTARTS   how often a run that failed is started again, default 0; the script has to go on where it stopped,
+#                  as examples/pretrain_llama.py does with --save-every N --resume auto
 set -euo pipefail
 
 fail() {
@@ -26,7 +28,7 @@ launcher=${LAUNCHER:-deepspeed}
   fail "LAUNCHER=$launcher is none of deepspeed, torchrun, mpirun, srun, python"
 [[ $# -gt 0 ]] || fail "no script given, as in: bash launch/run.sh examples/pretrain_llama.py --steps 100"
 [[ -f $1 ]] || fail "the script $1 does not exist"
-for name in NPROC NNODES NODE_RANK MASTER_PORT; do
+for name in NPROC NNODES NODE_RANK MASTER_PORT MAX_RESTARTS; do
   [[ ${!name:-0} =~ ^[0-9]+$ ]] || fail "$name=${!name} is not a number"
 done
 [[ ${NPROC:-1} -ge 1 ]] || fail "NPROC must be at least 1"
@@ -40,6 +42,22 @@ if [[ ${NNODES:-1} -gt 1 ]]; then
   [[ -n ${NODE_RANK:-} && -n ${MASTER_ADDR:-} && -n ${MASTER_PORT:-} ]] ||
     fail "torchrun on NNODES=$NNODES machines needs NODE_RANK, MASTER_ADDR and MASTER_PORT on each"
   [[ $NODE_RANK -lt $NNODES ]] || fail "NODE_RANK=$NODE_RANK is not below NNODES=$NNODES"
+fi
+
+if [[ ${MAX_RESTARTS:-0} -gt 0 ]]; then
+  # The same again, in a process of its own: free ports and visible GPUs are looked up anew.
+  trap 'trap "" TERM INT; kill -TERM "$run" 2>/dev/null; wait "$run"; exit 143' TERM INT
+  for ((restart = 1; ; restart++)); do
+    # In the background, or a signal would wait for the training to end.
+    MAX_RESTARTS=0 bash "${BASH_SOURCE[0]}" "$@" &
+    run=$!
+    status=0
+    wait "$run" || status=$?
+    # 2 is a wrong setting or option, which would be as wrong the next time.
+    [[ $status -ne 0 && $status -ne 2 && $restart -le $MAX_RESTARTS ]] || exit "$status"
+    echo "launch/run.sh: the run ended with status $status: restart $restart of $MAX_RESTARTS" >&2
+    sleep 1
+  done
 fi
 
 # Programs of the active environment, else of the one that launch/setup.sh made, else of PATH.

@@ -157,7 +157,9 @@ def train(folder: str) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     state = [{key: value.clone() for key, value in optimizer.state[param].items()} for param in params]
     module = {name: param.detach().clone() for name, param in engine.module.named_parameters()}
-    torch.save({"weights": [p.detach().clone() for p in params], "state": state, "module": module}, f"{folder}/f.{rank}")
+    torch.save(
+        {"weights": [p.detach().clone() for p in params], "state": state, "module": module}, f"{folder}/f.{rank}"
+    )
     os.replace(f"{folder}/f.{rank}", f"{folder}/final-{rank}.pt")
     del optimizer
     engine.destroy()

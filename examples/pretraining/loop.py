@@ -12,7 +12,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from ds_fira.tags import prune
+
 from .data import TrainingData
+from .options import STATE
 from .progress import preparation_bar, progress_bar
 from .report import History, perplexity
 
@@ -54,7 +57,7 @@ def train(
     evaluating = time.perf_counter() - began
 
     step, logged, requested = start, start, options.steps
-    probe_step, probe_time = None, 0.0
+    probe_step, probe_time, stepping = None, 0.0, 0.0
     with training_bar(options.steps, start) as bar:
         while step < options.steps:
             for _ in range(micro_steps):
@@ -89,7 +92,7 @@ def train(
                 write_above(bar, f"step {step}: validation loss {history.validation[-1][1]:.3f}")
                 evaluating += time.perf_counter() - pause
             if options.save_every is not None and step % options.save_every == 0:
-                engine.save_checkpoint(str(options.output_dir / "state"), client_state={DATA_STATE: data.state_dict()})
+                save_state(engine, data, options)
 
     tokens = (step - start) * tokens_per_step
     waiting = torch.tensor(data.waiting_seconds, device=engine.device)
@@ -98,11 +101,19 @@ def train(
         "steps": step,
         "steps_requested": requested,
         "tokens": tokens,
-        "tokens_per_second": tokens / stepping,
+        "tokens_per_second": tokens / stepping if tokens else 0.0,
         "seconds": time.perf_counter() - began,
-        "data_wait_share": waiting.item() / stepping,  # of the process that waited longest
+        "data_wait_share": waiting.item() / stepping if tokens else 0.0,  # of the process that waited longest
         "world_size": world_size,
     }
+
+
+def save_state(engine: deepspeed.DeepSpeedEngine, data: TrainingData, options: argparse.Namespace) -> None:
+    """Save the training state, then delete old ones; a collective call."""
+    folder = options.output_dir / STATE
+    engine.save_checkpoint(str(folder), client_state={DATA_STATE: data.state_dict()})
+    if options.keep_checkpoints is not None and dist.get_rank() == 0:
+        prune(folder, options.keep_checkpoints)
 
 
 def fit_to_budget(options: argparse.Namespace, bar: tqdm, *, affordable: int, requested: int) -> None:

@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 
 from ds_fira import models
 from ds_fira.activations import METHODS as CHECKPOINTING
+from ds_fira.tags import find_complete
 
 from .arguments import OneSentenceParser, positive
 from .configs import ADAMW_LR, MONITORS, SHAPE_DEFAULTS, VOCAB_SIZE, build_deepspeed_config, build_model_config
@@ -16,6 +17,7 @@ from .sources import find_files
 from .text_data import STREAM_VALIDATION_TOKENS, STREAMING_BYTES, TOKENIZER_DOCUMENTS
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+STATE = "state"  # folder of the training states in the output directory
 WARMUP_SHARE = 0.1
 MIN_LR_RATIO = 0.1
 
@@ -93,7 +95,24 @@ def build_parser() -> OneSentenceParser:
     training.add_argument("--eval-batches", type=positive, default=8, help="per process; the last validation uses all")
     training.add_argument("--time-budget", type=float, help="seconds of training: a slow machine takes fewer steps")
     training.add_argument("--save-every", type=positive, help="steps between training states, for --resume")
-    training.add_argument("--resume", action="store_true", help="go on from the last state in the output directory")
+    training.add_argument(
+        "--keep-checkpoints",
+        type=positive,
+        metavar="N",
+        help="delete all but the N last training states (default: none)",
+    )
+    training.add_argument(
+        "--resume",
+        nargs="?",
+        const="last",
+        choices=("last", "auto"),
+        help="go on from the last complete state in the output directory; auto starts anew where there is none",
+    )
+    training.add_argument(
+        "--timeout",
+        type=positive,
+        help="seconds to wait for a process that does not answer (default: DeepSpeed's, 600)",
+    )
 
     optimizer = parser.add_argument_group("optimizer", "defaults come from the DeepSpeed JSON")
     optimizer.add_argument("--optimizer", choices=("FiraAdam", "AdamW"))
@@ -149,8 +168,12 @@ def check_files(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be at least 0, not {options.seed}")
     if options.output_dir.exists() and not options.output_dir.is_dir():
         raise ValueError(f"--output-dir {options.output_dir} is a file")
-    if options.resume and not (options.output_dir / "state" / "latest").is_file():
-        raise ValueError(f"--resume found no training state in {options.output_dir / 'state'}: was --save-every set?")
+    if options.keep_checkpoints is not None and options.save_every is None:
+        raise ValueError(f"--keep-checkpoints {options.keep_checkpoints} keeps nothing without --save-every")
+    if options.resume == "last" and find_complete(options.output_dir / STATE) is None:
+        raise ValueError(
+            f"--resume found no complete training state in {options.output_dir / STATE}: was --save-every set?"
+        )
 
 
 def check_schedule(options: argparse.Namespace, deepspeed_config: dict[str, Any]) -> None:
