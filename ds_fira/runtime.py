@@ -31,8 +31,9 @@ def init_distributed(timeout: float | None = None) -> None:
             DEEPSPEED_TIMEOUT in minutes, and torch's for groups made later, 10 minutes with NCCL, 30 with gloo.
 
     Raises:
-        ValueError: `timeout` is not positive, or torch.distributed has started already; the variables of the launcher contradict each other, or several processes were started and
-            MASTER_ADDR or MASTER_PORT is missing and cannot be found.
+        ValueError: `timeout` is not positive, or torch.distributed has started already; the variables of the launcher
+            contradict each other, or several processes were started and MASTER_ADDR or MASTER_PORT is missing and
+            cannot be found.
     """
     tell_lost_contact()
     if timeout is not None:

@@ -99,7 +99,7 @@ def build_parser() -> OneSentenceParser:
         "--keep-checkpoints",
         type=positive,
         metavar="N",
-        help="delete all but the N last training states (default: none)",
+        help="delete all but the last N training states (default: keep all)",
     )
     training.add_argument(
         "--resume",
