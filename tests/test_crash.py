@@ -86,6 +86,7 @@ def kill_from_outside(run: Run, victims: list[int], share: float, duration: floa
         run.processes[rank].kill()
 
 
+@pytest.mark.timeout(200 + 60 * KILLS)
 def test_killed_runs_continue_to_the_same_weights(whole: Run, duration: float, tmp_path: Path) -> None:
     """Whatever was killed, and when: the rest ends in time with a sentence, and the next run ends as the whole one."""
     chance = random.Random(SEED)
