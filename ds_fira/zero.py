@@ -32,6 +32,7 @@ from ds_fira.places import Piece
 from ds_fira.settings import check_params, refuse_auto
 from ds_fira.shard import Partitioning
 from ds_fira.zero_checkpoint import normalized, register_checkpoint
+from ds_fira.zero_fp16 import mend_loss_scaling
 from ds_fira.zero_groups import flat_groups
 from ds_fira.zero_refuse import refuse_unsupported, refuse_unsupported_module
 from ds_fira.zero_save import guard_checkpoints
@@ -216,6 +217,7 @@ def register() -> None:
             configure(engine, suspend(client_optimizer), model_parameters)
         if isinstance(engine.basic_optimizer, FiraAdam):
             attach(engine)
+            mend_loss_scaling(engine)
             engine.basic_optimizer.suspended = False
 
     DeepSpeedEngine._do_sanity_check = _do_sanity_check

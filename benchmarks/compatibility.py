@@ -1,0 +1,210 @@
+"""Which DeepSpeed configs FiraAdam trains under, and how exactly: every combination, run, and the page that says so.
+
+    python -m benchmarks.compatibility [--stages 0 1 2] [--results FILE] [--page FILE] [--page-only]
+
+Every combination of ZeRO stage, dtype, offload, ZeRO's options, clipping and accumulation trains a small net for 5
+steps, with refreshes, on 2 real processes over gloo; its gradients and weights are held against one process
+(`tests/compatibility_jobs.py`). A combination that DeepSpeed refuses with torch's AdamW too is DeepSpeed's refusal.
+Features beside these options are tried one by one (`tests/feature_jobs.py`). Writes the results, and from them
+docs/compatibility.md; `--page-only` writes the page from the results that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import describe
+from benchmarks.compatibility_page import write_page
+from tests.compatibility_jobs import PARAMS
+from tests.distributed import Pools
+from tests.zero_jobs import config
+
+RESULTS = Path("benchmarks/results/compatibility.json")
+PAGE = Path("docs/compatibility.md")
+RANKS = 2
+BATCH = 32  # combinations a job: a pool gives up on a job after two minutes
+
+# What a dtype adds to the config of `tests.zero_jobs.config`. The first word is the dtype of the module.
+DTYPES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {},
+    "bf16, fp32 accumulation": {"data_types": {"grad_accum_dtype": "fp32"}},
+    "bf16, bf16 masters": {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+    "bf16, bf16 masters, fp32 states": {"bf16": {"bf16_master_weights_and_grads": True}},
+    "fp16": {},
+    "fp16, fp32 accumulation": {"data_types": {"grad_accum_dtype": "fp32"}},
+    "fp16, fp16 masters": {"fp16": {"fp16_master_weights_and_grads": True}},
+}
+# Options of zero_optimization that every stage from the first listed on reads, with the values tried.
+ZERO_OPTIONS: dict[str, tuple[bool, ...]] = {
+    "round_robin_gradients": (False, True),
+    "reduce_scatter": (True, False),
+    "overlap_comm": (False, True),
+    "contiguous_gradients": (True, False),
+}
+# By stage the options that it reads; stage 0 reads none of them.
+STAGES: dict[int, dict[str, tuple[bool, ...]]] = {0: {}, 1: ZERO_OPTIONS, 2: ZERO_OPTIONS}
+TOP_OPTIONS: dict[str, tuple[float | int, ...]] = {
+    "gradient_clipping": (0.0, 1.0),
+    "gradient_accumulation_steps": (1, 2),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination.
+
+    Attributes:
+        stage: ZeRO stage.
+        dtype: key of `DTYPES`.
+        offload: device of the optimizer, "none" or "cpu".
+        options: (name, value) of the options of the stage and of `TOP_OPTIONS`.
+    """
+
+    stage: int
+    dtype: str
+    offload: str
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def row(self) -> tuple[int, str, str]:
+        """What makes a row of the table."""
+        return self.stage, self.dtype, self.offload
+
+    @property
+    def values(self) -> list[Any]:
+        """The values of the options, as they stand in the results."""
+        return [value for _, value in self.options]
+
+    @property
+    def settings(self) -> list[tuple[str, Any]]:
+        """All (name, value) pairs."""
+        return [(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "options"] + list(self.options)
+
+    def ds_config(self) -> dict[str, Any]:
+        """The DeepSpeed config."""
+        extra = {f"zero_{name}" if name in ZERO_OPTIONS else name: value for name, value in self.options}
+        if self.offload != "none":
+            extra["zero_offload_optimizer"] = {"device": self.offload, "pin_memory": False}
+        # Low enough for no step to be skipped, and its growth is in the five steps.
+        if self.dtype.startswith("fp16"):
+            extra["fp16"] = {"initial_scale_power": 8, "loss_scale_window": 2, **DTYPES[self.dtype].get("fp16", {})}
+        return config(self.stage, self.dtype.split(",")[0], PARAMS, **{**DTYPES[self.dtype], **extra})
+
+
+def cases(stages: Iterable[int] = tuple(STAGES)) -> list[Case]:
+    """Every combination of the stages."""
+    result = []
+    for stage in stages:
+        options = {**STAGES[stage], **TOP_OPTIONS}
+        choices = [[(name, value) for value in values] for name, values in options.items()]
+        # Stage 0 has no offload: DeepSpeed reads the block from stage 1 on.
+        for dtype, offload in itertools.product(DTYPES, ("none", "cpu") if stage else ("none",)):
+            result += [Case(stage, dtype, offload, chosen) for chosen in itertools.product(*choices)]
+    return result
+
+
+def covering_pairs(candidates: Sequence[Case]) -> list[Case]:
+    """Few of the cases, in which every two settings that meet in any case meet: the greedy way."""
+    pairs = {case: set(itertools.combinations(case.settings, 2)) for case in candidates}
+    missing = set().union(*pairs.values()) if pairs else set()
+    chosen = []
+    while missing:
+        best = max(pairs, key=lambda case: len(pairs[case] & missing))
+        chosen.append(best)
+        missing -= pairs[best]
+    return chosen
+
+
+def run(pools: Pools, chosen: Sequence[Case], batch: int = BATCH) -> list[dict[str, Any]]:
+    """Run cases on a pool; see `tests.compatibility_jobs.try_config`. Ranks that disagree count as wrong."""
+    results: list[dict[str, Any]] = []
+    for first in range(0, len(chosen), batch):
+        ds_configs = [case.ds_config() for case in chosen[first : first + batch]]
+        answers = pools.run(RANKS, "try_configs", module="tests.compatibility_jobs", ds_configs=ds_configs)
+        for ours, *others in zip(*answers, strict=True):
+            alike = all(other.keys() == ours.keys() for other in others)
+            results.append(ours if alike else {**ours, "wrong": "the ranks disagree", "message": ""})
+        logging.info("%d of %d combinations", len(results), len(chosen))
+    return results
+
+
+def rows_of(chosen: Sequence[Case], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results by row of the table.
+
+    Returns:
+        Rows with `stage`, `dtype`, `offload`, the names of the `options`; `trained`: a list of the options' values, the
+        difference of the weights and that of the gradients; `refused`: by who refuses and the sentence, and `wrong`: by
+        what is wrong, a list of the options' values.
+    """
+    rows: dict[tuple[int, str, str], dict[str, Any]] = {}
+    for case, result in zip(chosen, results, strict=True):
+        stage, dtype, offload = case.row
+        empty = {"stage": stage, "dtype": dtype, "offload": offload, "options": [name for name, _ in case.options]}
+        row = rows.setdefault(case.row, {**empty, "trained": [], "refused": {}, "wrong": {}})
+        if result.get("refused_by"):
+            # The class of an object in a message says what we are, not what is wrong.
+            message = result["message"].split(" optimizer type")[0]
+            row["refused"].setdefault(f"{result['refused_by']}: {message}", []).append(case.values)
+        elif result.get("wrong", result.get("message")):
+            row["wrong"].setdefault(result.get("wrong") or result["message"], []).append(case.values)
+        else:
+            differences = [float(f"{result[key]:.1e}") for key in ("step_difference", "gradient_difference")]
+            row["trained"].append([case.values, *differences])
+    return list(rows.values())
+
+
+def trained_cases(rows: Sequence[dict[str, Any]]) -> list[Case]:
+    """The cases that trained, from results."""
+    return [
+        Case(row["stage"], row["dtype"], row["offload"], tuple(zip(row["options"], values, strict=True)))
+        for row in rows
+        for values, *_ in row["trained"]
+    ]
+
+
+def save_results(path: Path, results: dict[str, Any]) -> None:
+    """Write JSON with a row a line, which is short and can still be compared."""
+    parts = []
+    for key, value in results.items():
+        if isinstance(value, list):
+            lines = ",\n".join(f"    {json.dumps(item, separators=(',', ':'))}" for item in value)
+            parts.append(f'  "{key}": [\n{lines}\n  ]')
+        else:
+            parts.append(f'  "{key}": {json.dumps(value)}')
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is asked for and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--page-only", action="store_true", help="write the page from the results that are there")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not args.page_only:
+        # Results of stages that are not run now stay.
+        before = json.loads(args.results.read_text()).get("rows", []) if args.results.exists() else []
+        kept = [row for row in before if row["stage"] not in args.stages]
+        pools = Pools()
+        chosen = cases(args.stages)
+        rows = rows_of(chosen, run(pools, chosen))
+        pools.close()
+        rows = sorted([*kept, *rows], key=lambda row: row["stage"])
+        save_results(args.results, {**describe(torch.device("cpu")), "rows": rows})
+    write_page(args.page, json.loads(args.results.read_text()))
+
+
+if __name__ == "__main__":
+    main()
