@@ -1,6 +1,6 @@
 """Which DeepSpeed configs FiraAdam trains under, and how exactly: every combination, run, and the page that says so.
 
-    python -m benchmarks.compatibility [--stages 0 1 2] [--results FILE] [--page FILE] [--page-only]
+    python -m benchmarks.compatibility [--stages 0 1 2] [--results FILE] [--page FILE] [--missing | --page-only]
 
 Every combination of ZeRO stage, dtype, offload, ZeRO's options, clipping and accumulation trains a small net for 5
 steps, with refreshes, on 2 real processes over gloo; its gradients and weights are held against one process
@@ -25,13 +25,13 @@ import torch
 from benchmarks.common import describe
 from benchmarks.compatibility_page import write_page
 from tests.compatibility_jobs import PARAMS
-from tests.distributed import Pools
+from tests.distributed import Pools, RankError
 from tests.zero_jobs import config
 
 RESULTS = Path("benchmarks/results/compatibility.json")
 PAGE = Path("docs/compatibility.md")
 RANKS = 2
-BATCH = 32  # combinations a job: a pool gives up on a job after two minutes
+BATCH = 8  # combinations a job: a pool gives up on a job after two minutes
 
 # What a dtype adds to the config of `tests.zero_jobs.config`. The first word is the dtype of the module.
 DTYPES: dict[str, dict[str, Any]] = {
@@ -130,12 +130,28 @@ def run(pools: Pools, chosen: Sequence[Case], batch: int = BATCH) -> list[dict[s
     results: list[dict[str, Any]] = []
     for first in range(0, len(chosen), batch):
         ds_configs = [case.ds_config() for case in chosen[first : first + batch]]
-        answers = pools.run(RANKS, "try_configs", module="tests.compatibility_jobs", ds_configs=ds_configs)
-        for ours, *others in zip(*answers, strict=True):
+        try:
+            answers = _try_configs(pools, ds_configs)
+        except RankError:  # one by one, to know which it was
+            answers = [_try_alone(pools, ds_config) for ds_config in ds_configs]
+        for ours, *others in answers:
             alike = all(other.keys() == ours.keys() for other in others)
             results.append(ours if alike else {**ours, "wrong": "the ranks disagree", "message": ""})
         logging.info("%d of %d combinations", len(results), len(chosen))
     return results
+
+
+def _try_configs(pools: Pools, ds_configs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], ...]]:
+    """What every rank answered, by config."""
+    answers = pools.run(RANKS, "try_configs", module="tests.compatibility_jobs", ds_configs=ds_configs)
+    return list(zip(*answers, strict=True))
+
+
+def _try_alone(pools: Pools, ds_config: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    try:
+        return _try_configs(pools, [ds_config])[0]
+    except RankError as error:
+        return ({"wrong": f"a rank failed: {error.messages}"},)
 
 
 def rows_of(chosen: Sequence[Case], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -190,20 +206,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stages", type=int, nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--missing", action="store_true", help="run only the rows that the results do not have")
     parser.add_argument("--page-only", action="store_true", help="write the page from the results that are there")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    results: dict[str, Any] = {"rows": []}
+    if args.results.exists():
+        results.update(json.loads(args.results.read_text()))
     if not args.page_only:
-        # Results of stages that are not run now stay.
-        before = json.loads(args.results.read_text()).get("rows", []) if args.results.exists() else []
-        kept = [row for row in before if row["stage"] not in args.stages]
         pools = Pools()
-        chosen = cases(args.stages)
-        rows = rows_of(chosen, run(pools, chosen))
+        if not args.missing:
+            results["rows"] = [row for row in results["rows"] if row["stage"] not in args.stages]
+        there = {(row["stage"], row["dtype"], row["offload"]) for row in results["rows"]}
+        wanted = [case for case in cases(args.stages) if case.row not in there]
+        for _, members in itertools.groupby(wanted, key=lambda case: case.row):
+            chosen = list(members)
+            rows = [*results["rows"], *rows_of(chosen, run(pools, chosen))]
+            results |= {**describe(torch.device("cpu")), "rows": sorted(rows, key=lambda row: row["stage"])}
+            # After every row, so that a run that was ended goes on with --missing.
+            save_results(args.results, results)
         pools.close()
-        rows = sorted([*kept, *rows], key=lambda row: row["stage"])
-        save_results(args.results, {**describe(torch.device("cpu")), "rows": rows})
-    write_page(args.page, json.loads(args.results.read_text()))
+    write_page(args.page, results)
 
 
 if __name__ == "__main__":

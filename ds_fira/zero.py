@@ -34,7 +34,7 @@ from ds_fira.shard import Partitioning
 from ds_fira.zero_checkpoint import normalized, register_checkpoint
 from ds_fira.zero_fp16 import mend_loss_scaling
 from ds_fira.zero_groups import flat_groups
-from ds_fira.zero_refuse import refuse_unsupported, refuse_unsupported_module
+from ds_fira.zero_refuse import refuse_object, refuse_unsupported, refuse_unsupported_module
 from ds_fira.zero_save import guard_checkpoints
 from ds_fira.zero_shapes import shape_of
 
@@ -203,6 +203,8 @@ def register() -> None:
     @functools.wraps(configure)
     def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
         def suspend(optimizer: Any) -> Any:
+            if optimizer is not None:
+                refuse_object(engine, optimizer, isinstance(optimizer, FiraAdam))
             if isinstance(optimizer, FiraAdam):
                 refuse_unsupported(engine)
                 refuse_unsupported_module(engine.module, engine.has_moe_layers)

@@ -1,10 +1,24 @@
-"""What of DeepSpeed FiraAdam does not support: refused before training, on every rank, with one sentence."""
+"""What of DeepSpeed FiraAdam does not support: refused before training, on every rank, with one sentence.
+
+docs/compatibility.md lists what is supported and what is refused; `python -m benchmarks.compatibility` writes it from
+a run.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+
+# Options of ZeRO++ and parameter offload: DeepSpeed reads them at stage 3 only, and says nothing at the others.
+STAGE_3_ONLY = {
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False,
+    "zero_hpz_partition_size": 1,
+}
 
 
 def refuse_unsupported(engine: Any) -> None:
@@ -13,48 +27,103 @@ def refuse_unsupported(engine: Any) -> None:
     Raises:
         ValueError: names the setting, its value and what to use instead.
     """
-    _refuse_offload(engine._config.zero_config)
+    stage = engine.zero_optimization_stage()
+    for sentence in (*_parallelism(engine), *_zero_options(engine, stage), *_other_blocks(engine, stage)):
+        raise ValueError(f"FiraAdam: {sentence}")
+
+
+def _parallelism(engine: Any) -> Iterator[str]:
+    """Sentences about model parallelism that is set."""
     if engine.pipeline_parallelism:
-        raise ValueError(
-            f"FiraAdam: {type(engine).__name__} is not supported yet, because its stages hold different layers; give "
+        yield (
+            f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
             "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2."
         )
     tensor_parallel = max(engine.autotp_size(), _model_parallel_size(engine.mpu))
     if tensor_parallel > 1:
-        raise ValueError(
-            f"FiraAdam: tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not "
+        yield (
+            f"tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not "
             "supported yet, because a rank would see a part of every matrix; set it to 1."
         )
+    # AutoEP came with 0.19.
+    if getattr(getattr(engine._config, "expert_parallel_config", None), "enabled", False):
+        yield (
+            "expert_parallel.enabled = True is not supported yet, because its experts have process groups of their "
+            "own; set it to false and train the experts as ordinary parameters."
+        )
+
+
+def _zero_options(engine: Any, stage: int) -> Iterator[str]:
+    """Sentences about options of zero_optimization that are set."""
+    zero = engine._config.zero_config
     if engine.zero_elastic_checkpoint():
-        raise ValueError(
-            "FiraAdam: zero_optimization.elastic_checkpoint = True is not supported, because it gives every rank rank "
+        yield (
+            "zero_optimization.elastic_checkpoint = True is not supported, because it gives every rank rank "
             "0's low-rank state on loading; set it to false."
         )
-    if engine._config.zero_config.zenflow is not None:
-        raise ValueError(
-            "FiraAdam: zero_optimization.zenflow is not supported, because it steps its own Adam; remove it."
+    if zero.zenflow is not None:
+        yield "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it."
+    if getattr(zero.offload_optimizer, "super_offload", False):
+        yield (
+            "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam "
+            "on the CPU; set it to false."
         )
-
-
-def _refuse_offload(zero: Any) -> None:
-    """Stop where DeepSpeed would keep, or step, FiraAdam's states in ways that know only AdamW's."""
-    optimizer, params = zero.offload_optimizer, zero.offload_param
-    for block, found in (("offload_optimizer", optimizer), ("offload_param", params)):
-        if found is not None and found.device == "nvme":
-            raise ValueError(
-                f"FiraAdam: zero_optimization.{block}.device = 'nvme' is not supported yet, because low-rank states "
-                "are not swapped; use 'cpu'."
+    if stage > 2:
+        for name in ("offload_optimizer", "offload_param"):
+            if _device(getattr(zero, name)) == "nvme":
+                yield (
+                    f"zero_optimization.{name}.device = 'nvme' is not supported yet, because low-rank states are not "
+                    "swapped; use 'cpu'."
+                )
+        if zero.offload_optimizer is not None and zero.offload_optimizer.ratio != 1.0:
+            yield (
+                f"zero_optimization.offload_optimizer.ratio = {zero.offload_optimizer.ratio} is not supported, because "
+                "the part that stays on the GPU is stepped by torch's AdamW; set it to 1.0."
             )
-    if optimizer is not None and optimizer.super_offload:
-        raise ValueError(
-            "FiraAdam: zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its "
-            "own Adam; set it to false."
+        return
+    for name, off in STAGE_3_ONLY.items():
+        if getattr(zero, name) != off:
+            yield (
+                f"zero_optimization.{name} = {getattr(zero, name)} has no effect at stage {stage}, since DeepSpeed "
+                "reads it at stage 3 only; remove it."
+            )
+    for name, devices in (("offload_optimizer", ("nvme",)), ("offload_param", ("cpu", "nvme"))):
+        device = _device(getattr(zero, name))
+        if device in devices:
+            instead = "use device = 'cpu'" if name == "offload_optimizer" else "remove it"
+            yield (
+                f"zero_optimization.{name}.device = {device!r} has no effect at stage {stage}, since DeepSpeed reads "
+                f"it at stage 3 only; {instead}."
+            )
+
+
+def _other_blocks(engine: Any, stage: int) -> Iterator[str]:
+    """Sentences about other blocks of the config."""
+    config = engine._config
+    if config.load_universal_checkpoint:
+        yield (
+            "checkpoint.load_universal = True is not supported; remove it, load_checkpoint re-shards FiraAdam's state "
+            "by itself."
         )
-    if optimizer is not None and zero.stage == 3 and optimizer.ratio != 1.0:
-        raise ValueError(
-            f"FiraAdam: zero_optimization.offload_optimizer.ratio = {optimizer.ratio} is not supported, because the "
-            "part that stays on the GPU is stepped by torch's AdamW; set it to 1.0."
+    if config.compile_config.deepcompile:
+        yield (
+            "compile.deepcompile = True is not supported, because its passes replace ZeRO's reduction of gradients; "
+            "set it to false and call engine.compile()."
         )
+    if config.hybrid_engine.enabled:
+        yield (
+            "hybrid_engine.enabled = True is not supported, because its inference containers hold weights of their "
+            "own; set it to false and generate with the module."
+        )
+    if stage > 0 and _autocast_dtype(config) == torch.float16:
+        # stage_1_and_2.py, `_optimizer_step`: torch.amp.GradScaler.update after every param group.
+        yield (
+            f"torch_autocast.dtype = 'float16' is not supported at stage {stage}, because DeepSpeed changes the loss "
+            "scale from one param group to the next in the same step; use 'bfloat16', or the fp16 block."
+        )
+    # Apex was removed in 0.19.
+    if getattr(config, "amp_enabled", False):
+        yield "amp.enabled = True is not supported; use the bf16 or the fp16 block."
 
 
 def refuse_unsupported_module(module: nn.Module, has_moe_layers: bool) -> None:
@@ -76,8 +145,49 @@ def refuse_unsupported_module(module: nn.Module, has_moe_layers: bool) -> None:
             raise ValueError(f"FiraAdam: {name} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
 
 
+def refuse_object(engine: Any, optimizer: Any, is_fira: bool) -> None:
+    """Stop if DeepSpeed, or who called it, would train with another optimizer than the FiraAdam that was made.
+
+    Args:
+        engine: that is being built.
+        optimizer: the object it is to train with.
+        is_fira: whether it is a FiraAdam.
+
+    Raises:
+        ValueError: the object was made of a FiraAdam's groups, or DeepSpeed wants its own Adam for offload.
+    """
+    remedy = (
+        'give it as "type": "FiraAdam" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = false, which '
+        "keeps the object."
+    )
+    if not is_fira and any("update_proj_gap" in group for group in getattr(optimizer, "param_groups", ())):
+        raise ValueError(
+            f"FiraAdam: {type(optimizer).__name__} took the param groups of a FiraAdam, as accelerate does under "
+            f"optimizer offload, and would train without a projection; {remedy}"
+        )
+    if is_fira and engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
+        raise ValueError(
+            f"FiraAdam: with optimizer offload DeepSpeed takes no other optimizer object than its own Adam; {remedy}"
+        )
+
+
 def _model_parallel_size(mpu: Any) -> int:
+    # DeepSpeed's own mpu for Ulysses calls its sequence-parallel group the model-parallel one too.
+    if hasattr(mpu, "initialize_sequence_parallel"):
+        return 1
     for name in ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"):
         if hasattr(mpu, name):
             return int(getattr(mpu, name)())
     return 1
+
+
+def _device(offload: Any) -> str:
+    """The device of an offload block: "none" without one."""
+    return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+
+
+def _autocast_dtype(config: Any) -> torch.dtype | None:
+    """The dtype of torch_autocast where it is enabled."""
+    if not getattr(config, "torch_autocast_enabled", False):
+        return None
+    return config.torch_autocast_dtype

@@ -22,6 +22,7 @@ from tests.zero_jobs import Net, batches, build, describe_groups
 # On two ranks: (8, 6) twice is one whole matrix for each; the other is alone in its shape, so it is cut.
 SHAPES = [(8, 6), (8, 6), (11, 14)]
 STEPS = 5
+COMPILED = "_orig_mod."  # what torch.compile(model) puts before every name
 PARAMS = {"lr": 0.01, "rank": 2, "update_proj_gap": 2, "alpha": 0.5, "weight_decay": 0.1}
 # Largest relative difference that counts as equal: sums over the parts of a cut matrix are in another order, and a
 # rounding to 16 bits now and then falls to the other side.
@@ -179,21 +180,48 @@ def relative(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[
     return off / norm(lambda name: expected[name].double() - (start[name].double() if start else 0.0))
 
 
-def measure(engine: Any, model: WatchedNet, tokens: list[Tensor], accumulation: int, clipping: float) -> dict[str, Any]:
+def without_prefix(followed: dict[str, Any]) -> dict[str, Any]:
+    """What `follow` gave, by the names of a module that is not compiled."""
+    plain = {
+        key: {name.removeprefix(COMPILED): value for name, value in followed[key].items()}
+        for key in ("start", "end", "settings")
+    }
+    gradients = [{n.removeprefix(COMPILED): g for n, g in step.items()} for step in followed["gradients"]]
+    return {**plain, "gradients": gradients}
+
+
+def measure(
+    engine: Any,
+    model: Any,
+    tokens: list[Tensor],
+    accumulation: int,
+    clipping: float,
+    make: Callable[[], nn.Module] | None = None,
+) -> dict[str, Any]:
     """Train and compare.
+
+    Args:
+        engine: the engine.
+        model: what keeps what it was given, see `WatchedNet`.
+        tokens: micro batches.
+        accumulation: micro batches a step.
+        clipping: largest norm, or 0.
+        make: see `true_gradients`.
 
     Returns:
         `steps`: optimizer steps made; `step_difference`: of the weights to those of one process fed the same gradients,
         relative to their change; `gradient_difference`: the largest over the steps, of the gradients to those of one
         process; `wrong`: what is not as it must be, or "".
     """
-    followed = follow(engine, tokens, accumulation)
+    followed = without_prefix(follow(engine, tokens, accumulation))
     dtypes = {str(weight.dtype).removeprefix("torch.") for weight in followed["start"].values()}
-    module = {name: param.detach() for name, param in engine.module.named_parameters()}
+    module = {name.removeprefix(COMPILED): param.detach() for name, param in engine.module.named_parameters()}
     step_difference = relative(followed["end"], replayed(followed), followed["start"])
-    pairs = zip(followed["gradients"], true_gradients(model, accumulation, clipping), strict=True)
+    pairs = zip(followed["gradients"], true_gradients(model, accumulation, clipping, make), strict=True)
     gradient_difference = max(relative(found, expected) for found, expected in pairs if found)
     computed = {str(param.dtype).removeprefix("torch.") for param in module.values()}
+    if engine.torch_autocast_enabled():
+        computed.add(str(engine.torch_autocast_dtype()).removeprefix("torch."))
     wrong = []
     if len(followed["gradients"]) != STEPS or not all(followed["gradients"]):
         wrong.append("steps were skipped")

@@ -56,7 +56,9 @@ def config(stage: int, dtype: str, params: dict[str, Any], **extra: Any) -> dict
 def build(ds_config: dict[str, Any], shapes: list[tuple[int, int]], seed: int = 0, **kwargs: Any):
     """A DeepSpeed engine around `Net`, the same on every rank."""
     torch.manual_seed(seed)
-    model = kwargs.pop("model", None) or Net(shapes)
+    model = kwargs.pop("model", None)
+    if model is None:
+        model = Net(shapes)
     if ds_config.get("bf16", {}).get("enabled"):
         model = model.bfloat16()
     if ds_config.get("fp16", {}).get("enabled"):
