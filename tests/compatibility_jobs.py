@@ -108,9 +108,7 @@ def follow(engine: Any, tokens: list[Tensor], accumulation: int) -> dict[str, An
     result: dict[str, Any] = {
         "start": by_name(engine, whole_buffers(engine, params)),
         "settings": {
-            name: group
-            for group, members in zip(settings, members_of(engine), strict=True)
-            for name, _, _ in members
+            name: group for group, members in zip(settings, members_of(engine), strict=True) for name, _, _ in members
         },
         "gradients": [],
     }
