@@ -21,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
 from benchmarks.common import describe
 from benchmarks.compatibility_page import write_page
 from tests.compatibility_jobs import PARAMS
 from tests.distributed import Pools, RankError
+from tests.feature_jobs import FEATURES, REFUSED, REMOVED
 from tests.zero_jobs import config
 
 RESULTS = Path("benchmarks/results/compatibility.json")
 PAGE = Path("docs/compatibility.md")
 RANKS = 2
+REFUSALS = {"FiraAdam": REFUSED, "DeepSpeed": REMOVED}
 BATCH = 8  # combinations a job: a pool gives up on a job after two minutes
 
 # What a dtype adds to the config of `tests.zero_jobs.config`. The first word is the dtype of the module.
@@ -179,6 +182,32 @@ def rows_of(chosen: Sequence[Case], results: Sequence[dict[str, Any]]) -> list[d
     return list(rows.values())
 
 
+def run_features(pools: Pools) -> list[dict[str, Any]]:
+    """Try every feature at every stage it is for.
+
+    Returns:
+        `name`, `stage`, `expected` and `result`: "supported" with the differences of `weights` and `gradients`,
+        "refused" or "DeepSpeed's refusal" with the `message`, or "wrong" with what is.
+    """
+    results = []
+    for position, stage in [(i, stage) for i, feature in enumerate(FEATURES) for stage in feature.stages]:
+        answers = pools.run(RANKS, "try_features", module="tests.feature_jobs", chosen=[(position, stage)])
+        (answer,) = answers[0]
+        entry = {"name": FEATURES[position].name, "stage": stage, "expected": FEATURES[position].expected}
+        if any(other[0].keys() != answer.keys() for other in answers):
+            entry |= {"result": "wrong", "message": "the ranks disagree"}
+        elif answer.get("refused_by"):
+            entry |= {"result": REFUSALS[answer["refused_by"]], "message": answer["message"]}
+        elif answer.get("wrong") == "":
+            entry |= {"result": "supported", "weights": answer["step_difference"]}
+            entry["gradients"] = answer["gradient_difference"]
+        else:
+            entry |= {"result": "wrong", "message": answer.get("wrong") or answer["message"]}
+        results.append(entry)
+        logging.info("%s at stage %d: %s", entry["name"], stage, entry["result"])
+    return results
+
+
 def trained_cases(rows: Sequence[dict[str, Any]]) -> list[Case]:
     """The cases that trained, from results."""
     return [
@@ -225,7 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results |= {**describe(torch.device("cpu")), "rows": sorted(rows, key=lambda row: row["stage"])}
             # After every row, so that a run that was ended goes on with --missing.
             save_results(args.results, results)
+        results["features"] = run_features(pools)
         pools.close()
+        results["gradient_clipping_default"] = GRADIENT_CLIPPING_DEFAULT
+        save_results(args.results, results)
     write_page(args.page, results)
 
 

@@ -1,6 +1,6 @@
 """How FiraAdam comes into a DeepSpeed engine; with `ds_fira.zero_*` the only code that touches its private attributes.
 
-Written against DeepSpeed 0.19.8. What it relies on, beside what `ds_fira.zero_groups` does:
+Written against DeepSpeed 0.17 to 0.19. What it relies on, beside what `ds_fira.zero_groups` does:
 
 - stage 0: `FP16_UnfusedOptimizer` keeps an fp32 copy `fp32_groups[i][j]` of every parameter `fp16_groups[i][j]`; in
   fp32 the optimizer steps the module's own parameters.
@@ -14,6 +14,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -31,6 +32,7 @@ from ds_fira.optimizer import FiraAdam
 from ds_fira.places import Piece
 from ds_fira.settings import check_params, refuse_auto
 from ds_fira.shard import Partitioning
+from ds_fira.versions import warn_if_untested
 from ds_fira.zero_checkpoint import normalized, register_checkpoint
 from ds_fira.zero_fp16 import mend_loss_scaling
 from ds_fira.zero_groups import flat_groups
@@ -179,6 +181,8 @@ def register() -> None:
     def _do_sanity_check(engine: Any) -> None:
         sanity_check(engine)
         if _uses_fira(engine):
+            if dist.get_rank() == 0:
+                warn_if_untested(deepspeed.__version__)
             refuse_auto(engine._config._param_dict)
             refuse_unsupported(engine)
             if engine.client_optimizer is None:

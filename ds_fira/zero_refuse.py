@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
 # Options of ZeRO++ and parameter offload: DeepSpeed reads them at stage 3 only, and says nothing at the others.
@@ -34,7 +35,7 @@ def refuse_unsupported(engine: Any) -> None:
 
 def _parallelism(engine: Any) -> Iterator[str]:
     """Sentences about model parallelism that is set."""
-    if engine.pipeline_parallelism:
+    if isinstance(engine, PipelineEngine):
         yield (
             f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
             "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2."
