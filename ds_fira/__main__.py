@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ds_fira import plots
+from ds_fira import checkpoint_command, plots
 from ds_fira.estimate import command as estimate
 
 # Each has `register(commands)`, which adds a parser whose default `run` is called with the parsed arguments and raises
 # ValueError, with one sentence, for arguments that are not legal.
-COMMANDS = (estimate, plots)
+COMMANDS = (estimate, plots, checkpoint_command)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,7 +33,8 @@ from ds_fira.places import Piece
 from ds_fira.settings import check_params, refuse_auto
 from ds_fira.shard import Partitioning
 from ds_fira.versions import warn_if_untested
-from ds_fira.zero_checkpoint import normalized, register_checkpoint
+from ds_fira.zero_checkpoint import register_checkpoint
+from ds_fira.zero_files import normalized
 from ds_fira.zero_fp16 import mend_loss_scaling
 from ds_fira.zero_groups import flat_groups
 from ds_fira.zero_refuse import refuse_object, refuse_unsupported, refuse_unsupported_module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from ds_fira.__main__ import main
 from ds_fira.checkpoint import KEY
-from ds_fira.zero_checkpoint import CheckpointFiles
+from ds_fira.tags import MANIFEST
+from ds_fira.zero_files import CheckpointFiles
 from tests.distributed import Pools
 from tests.zero_jobs import config
 
@@ -217,6 +220,7 @@ def test_what_cannot_be_resumed_is_refused_on_every_rank(
 def test_a_missing_file_is_refused_on_every_rank(ranks: Pools, folders: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(saved(ranks, folders, 3, 2), tmp_path / "copy")
     (copy / f"global_step{SAVED}" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    (copy / f"global_step{SAVED}" / MANIFEST).unlink()  # as of a run from before there were any
     error = job(ranks, 2, 2, first=SAVED, last=END, load=str(copy))["error"]
     assert "lacks the optimizer states of ranks [1] of the 3" in error
 
@@ -235,3 +239,22 @@ def test_a_state_dict_is_plain(ranks: Pools, folders: Path, tmp_path: Path) -> N
         torch.save(files.optimizer_state(number)[1], tmp_path / "state.pt")
         loaded = torch.load(tmp_path / "state.pt", weights_only=True)
         assert loaded[KEY]["places"]
+
+
+def test_the_command_says_what_a_folder_holds(
+    ranks: Pools, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(saved(ranks, folders, 3, 2), tmp_path / "copy")
+    assert main(["checkpoint", str(copy), "--verify"]) == 0
+    told = capsys.readouterr().out
+    assert f"global_step{SAVED} (latest): complete, step {SAVED}, 3 ranks at ZeRO stage 2" in told
+    assert "rank 2, proj_type std" in told
+    assert main(["checkpoint", str(copy), "--tag", f"global_step{SAVED}", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert sum(entry["states"]["matrices"].values()) == len(SHAPES)
+    assert f"8 x 6, right, rank 2, step {SAVED}, basis of step 3" in entry["states"]["matrices"]
+    assert entry["states"]["finite"]
+    (copy / f"global_step{SAVED}" / "mp_rank_00_model_states.pt").write_bytes(b"torn")
+    assert main(["checkpoint", str(copy)]) == 0
+    assert "not complete" in capsys.readouterr().out
+    assert main(["checkpoint", str(tmp_path / "nowhere")]) == 2
