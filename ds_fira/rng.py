@@ -21,7 +21,7 @@ def rng_state() -> dict[str, Any]:
         device's is None where the device is the CPU.
     """
     version, internal, gauss_next = random.getstate()
-    numpy = dict(zip(NUMPY_PARTS, np.random.get_state(), strict=True))  # noqa: NPY002 - the one that others draw from
+    numpy = dict(zip(NUMPY_PARTS, np.random.get_state(), strict=True))  # the generator that others draw from
     return {
         "cpu": torch.get_rng_state(),
         "device": get_accelerator().get_rng_state() if get_accelerator().device_name() != "cpu" else None,
@@ -42,4 +42,4 @@ def set_rng_state(state: dict[str, Any]) -> None:
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal.tolist()), gauss_next))
     numpy = {**state["numpy"], "key": state["numpy"]["key"].numpy().astype(np.uint32)}
-    np.random.set_state(tuple(numpy[part] for part in NUMPY_PARTS))  # noqa: NPY002
+    np.random.set_state(tuple(numpy[part] for part in NUMPY_PARTS))

@@ -23,7 +23,7 @@ class NoisyNet(Net):
     """`Net` with dropout, and with noise of Python's and numpy's generators in its loss."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        noise = 1.0 + SCALE * (random.random() + float(np.random.rand()))  # noqa: NPY002
+        noise = 1.0 + SCALE * (random.random() + float(np.random.rand()))
         dropped = nn.functional.dropout(self.lm_head(self.norm(self.embedding(tokens))), 0.5, self.training)
         return super().forward(tokens) * noise + dropped.square().mean()
 
@@ -40,7 +40,7 @@ def build_noisy(ds_config: dict[str, Any], shapes: list[tuple[int, int]], seed: 
     own = 10 * seed + torch.distributed.get_rank()
     torch.manual_seed(own)
     random.seed(own)
-    np.random.seed(own)  # noqa: NPY002
+    np.random.seed(own)
     return engine
 
 
@@ -73,7 +73,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
     found["counts"] = [engine.global_steps, engine.global_samples, engine.skipped_steps]
     found["loss scale"] = loss_scale(engine.optimizer)
     found["metrics"] = {k: v for k, v in ds_fira.metrics(engine).items() if k != "refresh_seconds"}
-    found["random"] = [torch.get_rng_state(), random.getstate(), *np.random.get_state()]  # noqa: NPY002
+    found["random"] = [torch.get_rng_state(), random.getstate(), *np.random.get_state()]
     return {key: copied(value) for key, value in found.items()}
 
 

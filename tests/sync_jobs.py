@@ -58,6 +58,5 @@ def train_with_flip(
         sync.combine = combine
         del engine.optimizer.step
     done, collectives = engine.global_steps, optimizer.channel.collectives
-    del optimizer, make_step
     engine.destroy()
     return done, raised, compared, collectives

@@ -19,8 +19,6 @@ PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int64]
 
 
-
-
 def run(ranks: Pools, world_size: int, stage: int, dtype: str, every: int, flip: Any, **extra: Any) -> list[Any]:
     """`train_with_flip` for six steps on every rank."""
     ds_config = config(stage, dtype, {**PARAMS, "check_sync_every": every}, **extra)
@@ -79,7 +77,7 @@ def test_one_process_has_nobody_to_compare_with(ranks: Pools) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_changed_element_always_changes_the_hash(dtype: torch.dtype) -> None:
-    """Every bit of elements at the start, the end and about the edges of chunks and words; and any shape and strides."""
+    """Every bit of elements at the start, the end and about the edges of chunks and words; any shape and strides."""
     values = torch.randint(-100, 100, (3 * sync.CPU_CHUNK * sync.WORD // dtype.itemsize + 5,)).to(dtype)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     width, size = 8 * dtype.itemsize, sync.CPU_CHUNK * sync.WORD // dtype.itemsize
@@ -134,5 +132,5 @@ def test_stage_3_and_values_without_sense_are_refused() -> None:
     for value in (-1, True, 1.5, "often"):
         with pytest.raises(ValueError, match=r"check_sync_every = .* is not legal; .* 0 for no check"):
             ds_fira.FiraAdam([torch.nn.Parameter(torch.zeros(3, 3))], check_sync_every=value)
-    with pytest.raises(ValueError, match="unknown setting 'check_sync'.* did you mean 'check_sync_every'"):
+    with pytest.raises(ValueError, match=r"unknown setting 'check_sync'.* did you mean 'check_sync_every'"):
         ds_fira.param_groups(torch.nn.Linear(3, 3), rank=2, check_sync=4)
