@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node 2 -m benchmarks.sync [--steps 40] [--json FILE]
 
-The comparison is timed after each training step, so that a busy machine slows both alike; medians are over the steps, on the
-first rank. The share for other intervals is the cost of one comparison over as many steps. The second table is the hash
+The comparison is timed after each training step, so that a busy machine slows both alike; medians are over the steps,
+on the first rank. The share for other intervals is the cost of one comparison over as many steps. The second table is the hash
 alone, per byte, beside a copy of the same tensor.
 """
 

@@ -10,7 +10,9 @@ from ds_fira.zero import fira_of
 
 
 def metrics(engine: Any) -> dict[str, float | int]:
-    """Fira at work since the run began, the steps before a resume included, over all ranks. A collective call: every rank makes it.
+    """Fira at work since the run began, over all ranks. A collective call: every rank makes it.
+
+    A checkpoint carries the counters, so the steps before a resume are included.
 
     Args:
         engine: a DeepSpeed engine (or its optimizer) that trains with FiraAdam.

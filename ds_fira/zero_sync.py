@@ -1,7 +1,7 @@
 """The check of DeepSpeed's engine that the ranks still hold the same weights: `check_sync_every`.
 
-Written against DeepSpeed 0.19.8. What it relies on: `DeepSpeedEngine._take_model_step` makes the optimizer step on every
-rank and counts `global_steps`; at stages 0, 1 and 2 the module's parameters are whole on every rank afterwards.
+Written against DeepSpeed 0.19.8. What it relies on: `DeepSpeedEngine._take_model_step` makes the optimizer step on
+every rank and counts `global_steps`; at stages 0, 1 and 2 the module's parameters are whole on every rank afterwards.
 
 Ranks that drift apart go unnoticed otherwise: a flipped bit in one GPU's memory, a kernel that is not deterministic at
 stage 0, a script that changes weights on one rank. Each rank goes on with its own weights, and averages gradients of
