@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node 2 -m benchmarks.sync [--steps 40] [--json FILE]
 
 The comparison is timed after each training step, so that a busy machine slows both alike; medians are over the steps,
-on the first rank. The share for other intervals is the cost of one comparison over as many steps. The second table is the hash
-alone, per byte, beside a copy of the same tensor.
+on the first rank. The share for other intervals is the cost of one comparison over as many steps. The last line is the
+hash alone, per byte, beside a copy of the same tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ds_fira.zero_sync import check_sync
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="timed steps")
     parser.add_argument("--json", help="also write the figures to this file")
