@@ -139,8 +139,13 @@ def resume_everywhere(
         expected.append(snapshot(engine))
         if step + 1 < steps:
             engine.save_checkpoint(folder, tag=str(step + 1), client_state={"place": step + 1})
-    wrong = []
-    for saved_at in range(1, steps):
+    wrong, order = [], list(range(1, steps))
+    if rollback:
+        # Forward too, to a refresh that the engine as it was before the load would not expect.
+        engine.load_checkpoint(folder, tag="1")
+        make_step(engine, 1, overflow_at)
+        order = [3, 1, 2, *order[3:]]
+    for saved_at in order:
         if not rollback:
             engine.destroy()
             engine = build_noisy(ds_config, shapes, 7, torch_schedule)
