@@ -144,7 +144,7 @@ def resume_everywhere(
         # Forward too, to a refresh that the engine as it was before the load would not expect.
         engine.load_checkpoint(folder, tag="1")
         make_step(engine, 1, overflow_at)
-        order = [3, 1, 2, *order[3:]]
+        order = [4, 3, 1, 2, *order[4:]]
     for saved_at in order:
         if not rollback:
             engine.destroy()
