@@ -201,21 +201,22 @@ class _Save:
     def _let_deepspeed_write(self, save: Callable[..., Any]) -> Any:
         """DeepSpeed's own save into the staging folder; its errors go to `self.error`."""
         self.call.arguments |= {"tag": tags.staging_tag(self.tag), "save_latest": False}
-        writer, copy = self.engine.checkpoint_engine, self.engine._copy_recovery_script
+        writer = self.engine.checkpoint_engine
+        save_file, copy = writer.save, self.engine._copy_recovery_script
 
         def write(state_dict: Any, path: str) -> None:
             if self.error is None:
                 with self._caught(Path(path)):
-                    type(writer).save(writer, state_dict, path)
+                    save_file(state_dict, path)
                     self.written.append(Path(path))
 
         def copy_script(folder: str) -> None:
             with self._caught(self.staging):
                 copy(str(self.staging))
 
-        writer.save, self.engine._copy_recovery_script = write, copy_script
         try:
-            return save(*self.call.args, **self.call.kwargs)
+            with _replaced(writer, "save", write), _replaced(self.engine, "_copy_recovery_script", copy_script):
+                return save(*self.call.args, **self.call.kwargs)
         except Exception as error:
             self._keep(error)
             # The others are on their way to the end of DeepSpeed's function: meet them there.
@@ -223,8 +224,17 @@ class _Save:
                 self.engine.optimizer.checkpoint_event_epilogue()
             dist.barrier()
             return None
-        finally:
-            del writer.save, self.engine._copy_recovery_script
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., None]) -> Iterator[None]:
+    """Let an object have another method for a while."""
+    before = vars(owner).get(name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if before is None else setattr(owner, name, before)
 
 
 def _os_error(error: Exception, path: Path | None) -> OSError | None:
