@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from torch.distributed import distributed_c10d
 
 from ds_fira import launchers
@@ -43,8 +45,27 @@ def init_distributed(timeout: float | None = None) -> None:
     if not torch.cuda.is_available():
         skip_shared_memory_op()
     if not dist.is_initialized():
-        limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
-        dist.init_distributed(auto_mpi_discovery=False, verbose=False, **limit)
+        limit = default_pg_timeout if timeout is None else timedelta(seconds=timeout)
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            _meet_again(limit)
+        dist.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=limit)
+
+
+def _meet_again(limit: timedelta) -> None:
+    """Start torch.distributed in a process that torchrun has restarted.
+
+    torchrun keeps its store over restarts, with the addresses of the processes that are gone, and gloo would wait for
+    those. On several machines the counts of restarts may differ, so there it is left as it is.
+    """
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=limit))
+    prefix = f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    torch.distributed.init_process_group(
+        get_accelerator().communication_backend_name(),
+        store=torch.distributed.PrefixStore(prefix, store),
+        rank=rank,
+        world_size=world_size,
+        timeout=limit,
+    )
 
 
 def _set_timeout(seconds: float) -> None:
