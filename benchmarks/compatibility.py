@@ -182,15 +182,19 @@ def rows_of(chosen: Sequence[Case], results: Sequence[dict[str, Any]]) -> list[d
     return list(rows.values())
 
 
-def run_features(pools: Pools) -> list[dict[str, Any]]:
-    """Try every feature at every stage it is for.
+def run_features(pools: Pools, every_stage: bool = True) -> list[dict[str, Any]]:
+    """Try every feature, at every stage it is for or at the last of them.
 
     Returns:
         `name`, `stage`, `expected` and `result`: "supported" with the differences of `weights` and `gradients`,
         "refused" or "DeepSpeed's refusal" with the `message`, or "wrong" with what is.
     """
     results = []
-    for position, stage in [(i, stage) for i, feature in enumerate(FEATURES) for stage in feature.stages]:
+    for position, stage in [
+        (i, stage)
+        for i, feature in enumerate(FEATURES)
+        for stage in feature.stages[slice(None) if every_stage else slice(-1, None)]
+    ]:
         answers = pools.run(RANKS, "try_features", module="tests.feature_jobs", chosen=[(position, stage)])
         (answer,) = answers[0]
         entry = {"name": FEATURES[position].name, "stage": stage, "expected": FEATURES[position].expected}

@@ -1,6 +1,6 @@
 """Run the tests that touch DeepSpeed's internals with each supported version of DeepSpeed.
 
-    python -m benchmarks.versions [--versions 0.17.6 0.18.9 0.19.8] [--folder FOLDER] [--results FILE] [--page FILE]
+    python -m benchmarks.versions [--versions 0.17.6 0.18.4 0.19.8] [--folder FOLDER] [--results FILE] [--page FILE]
 
 Installs each version without its dependencies into a folder of its own, which goes before this environment's on the
 path, so torch stays the one that is installed. Writes the counts to the results of `python -m benchmarks.compatibility`

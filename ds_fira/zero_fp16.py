@@ -54,8 +54,9 @@ def _grow_after_step(wrapper: Any) -> None:
 
 def _scale_loss(engine: Any) -> None:
     """Let every backward pass begin with the wrapper's loss scale, whatever the engine multiplies by."""
-    backward, scale = engine.backward, engine.scale
-    config = engine.optimizer.loss_scale_config
+    backward = engine.backward
+    # 0.17 has the scale on the wrapper itself.
+    config = getattr(engine.optimizer, "loss_scale_config", engine.optimizer)
 
     @functools.wraps(backward)
     def backward_scaled(loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
@@ -67,10 +68,14 @@ def _scale_loss(engine: Any) -> None:
         finally:
             hook.remove()
 
+    engine.backward = backward_scaled
+    if not hasattr(engine, "scale"):  # before 0.18
+        return
+    scale = engine.scale
+
     @functools.wraps(scale)
     def scale_scaled(loss: Tensor) -> Tensor:
         scaled = scale(loss)
         return loss * config.cur_scale if scaled is loss else scaled
 
-    engine.backward = backward_scaled
     engine.scale = scale_scaled

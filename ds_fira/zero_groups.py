@@ -1,6 +1,6 @@
 """What lies where in ZeRO's flat partitions: reads the private books of DeepSpeed's optimizer wrappers.
 
-Written against DeepSpeed 0.19.8. What it relies on:
+Written against DeepSpeed 0.17 to 0.19. What it relies on:
 
 - `DeepSpeedZeroOptimizer` (stages 1 and 2): the flat buffer of group i holds `round_robin_bit16_groups[i]` at
   `round_robin_bit16_offsets[i]`; this rank's master partition is `single_partition_of_fp32_groups[i]`.
@@ -14,6 +14,8 @@ Written against DeepSpeed 0.19.8. What it relies on:
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +72,12 @@ def flat_groups(wrapper: Any, ranks: int) -> list[FlatGroup]:
         RuntimeError: the wrapper is one that this package does not know, or it partitions over other ranks.
     """
     if hasattr(wrapper, "single_partition_of_fp32_groups"):
+        # Before 0.19, without parameter_alignment, parameters lie back to back.
+        back_to_back = [_offsets(params) for params in wrapper.round_robin_bit16_groups]
         books = zip(
             wrapper.single_partition_of_fp32_groups,
             wrapper.round_robin_bit16_groups,
-            wrapper.round_robin_bit16_offsets,
+            getattr(wrapper, "round_robin_bit16_offsets", back_to_back),
             wrapper.partition_size,
             strict=True,
         )
@@ -84,9 +88,7 @@ def flat_groups(wrapper: Any, ranks: int) -> list[FlatGroup]:
     if hasattr(wrapper, "fp32_groups_flat_partition"):
         found = []
         for group, (hp, params) in enumerate(zip(wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, strict=True)):
-            sizes = [param.numel() for param in params]
-            offsets = [sum(sizes[:index]) for index in range(len(sizes))]
-            found.append(FlatGroup(group, hp, list(params), _in_buffer(params, offsets, hp.numel(), ranks)))
+            found.append(FlatGroup(group, hp, list(params), _in_buffer(params, _offsets(params), hp.numel(), ranks)))
         return found
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return [_sub_group(wrapper, index, ranks) for index in range(len(wrapper.fp32_partitioned_groups_flat))]
@@ -94,6 +96,11 @@ def flat_groups(wrapper: Any, ranks: int) -> list[FlatGroup]:
         f"FiraAdam: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose layout is not known; use ZeRO "
         "stage 0, 1, 2 or 3 of a supported DeepSpeed version."
     )
+
+
+def _offsets(params: Sequence[Tensor]) -> list[int]:
+    """Where parameters begin that lie back to back."""
+    return list(itertools.accumulate((param.numel() for param in params), initial=0))[:-1]
 
 
 def _in_buffer(params: list[Tensor], offsets: list[int], partition_size: int, ranks: int) -> Partitioning:

@@ -92,7 +92,10 @@ def _own_norm(engine: Any) -> Tensor | None:
 
 def _scale_of_norm(engine: Any) -> float:
     """The loss scale that is still in the norm, before the step that may change it."""
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer) and engine.optimizer.loss_scale_config.use_grad_scaling:
-        return float(engine.optimizer.loss_scale_config.cur_scale)
-    scaler = engine.torch_autocast_z0_gradscaler or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        # Before 0.19 the scale is on the wrapper itself.
+        config = getattr(engine.optimizer, "loss_scale_config", engine.optimizer)
+        return float(config.cur_scale) if getattr(config, "use_grad_scaling", True) else 1.0
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    scaler = scaler or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0
