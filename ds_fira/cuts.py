@@ -17,7 +17,8 @@ of P are spread alike, and borrowed for the time of a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from ds_fira.shard import MatrixShard
 from ds_fira.subspace import Side, basis_shape, effective_rank, low_rank_shape, projection_side
 
 Way = Literal["base", "lean"]
+# Of a sharer, entries of R or rows of P.
+Spans = Callable[[int], range]
 # float64 sums of a lean matrix that all ranks add up in a step: |G|^2 and whether a refresh is due; then |R|^2 and two
 # that depend on the scaling. Each counts as two float32 elements.
 GRADIENT_SUMS = 2
@@ -115,33 +118,45 @@ class CutMatrix:
         """The entries of R that a sharer works on: those that it touches and those that it keeps."""
         return hull(self.touched(dp_rank), self.kept(dp_rank))
 
-    def links(self) -> Iterator[Link]:
-        """What is borrowed of R, in ascending order of borrower, then of keeper."""
+    def links(self, of: int | None = None) -> Iterator[Link]:
+        """What is borrowed of R, in ascending order of borrower, then of keeper.
+
+        Args:
+            of: only what this sharer borrows or lends; None for all.
+        """
         if self.side == "left":
-            keepers = [holder for holder, _ in self.fragments] if self.spread else [self.owner]
-            yield from self._borrowed(self.touched, self.kept, keepers)
+            yield from self._borrowed(self.touched, self.kept, of)
             return
         keeper = -1
         for holder, fragment in self.fragments:
             row = fragment.start // self.shape[1]
-            if fragment.start % self.shape[1]:
+            if fragment.start % self.shape[1] and of in (None, holder, keeper):
                 yield Link(holder, keeper, range(row, row + 1))
             if len(kept_rows(fragment)):
                 keeper = holder  # of the row that the next fragment may begin in
 
-    def basis_links(self) -> Iterator[Link]:
-        """Rows of P that are borrowed for every step, in the order of `links`; none unless spread and on the right."""
+    def basis_links(self, of: int | None = None) -> Iterator[Link]:
+        """Rows of P that are borrowed for every step, as `links`; none unless spread and on the right."""
         if self.spread and self.side == "right":
-            yield from self._borrowed(self.basis_span, self.basis_rows, [holder for holder, _ in self.fragments])
+            yield from self._borrowed(self.basis_span, self.basis_rows, of)
 
-    def _borrowed(self, needed: Any, held: Any, keepers: list[int]) -> Iterator[Link]:
-        parts = [(keeper, held(keeper)) for keeper in keepers]
-        for holder, _ in self.fragments:
+    def _borrowed(self, needed: Spans, held: Spans, of: int | None) -> Iterator[Link]:
+        """What every sharer needs and another holds."""
+        parts = {keeper: held(keeper) for keeper in self.by_rank}
+        for holder in self.by_rank:
             span = needed(holder)
-            for keeper, part in parts:
-                entries = common(span, part)
+            for keeper in parts if of in (None, holder) else (of,):
+                entries = common(span, parts[keeper])
                 if keeper != holder and len(entries):
                     yield Link(holder, keeper, entries)
+
+    def _lent(self, needed: Spans, held: Spans) -> tuple[dict[int, int], dict[int, int]]:
+        """Entries that every sharer borrows, and that it lends: those of `_borrowed`, counted without naming them."""
+        spans = {holder: needed(holder) for holder in self.by_rank}
+        own = {holder: len(common(span, held(holder))) for holder, span in spans.items()}
+        alike = Counter(spans.values())
+        lent = {k: sum(n * len(common(span, held(k))) for span, n in alike.items()) - own[k] for k in spans}
+        return {holder: len(span) - own[holder] for holder, span in spans.items()}, lent
 
     def basis_rows(self, dp_rank: int) -> range:
         """The rows of P that a sharer holds, the lean way: on the left those of its fragment's rows.
@@ -191,17 +206,22 @@ class CutMatrix:
 
     def lean_elements(self, dp_rank: int) -> int:
         """Float32 elements that a rank, sharer or not, sends in one step of the lean way without a refresh."""
-        return self.lean_elements_by_rank.get(dp_rank, 0) + 2 * (GRADIENT_SUMS + LOW_RANK_SUMS)
+        return self._lean_elements.get(dp_rank, 0) + 2 * (GRADIENT_SUMS + LOW_RANK_SUMS)
 
     @cached_property
-    def lean_elements_by_rank(self) -> dict[int, int]:
+    def _lean_elements(self) -> dict[int, int]:
         """Elements that every sharer sends to others in a step of the lean way."""
         sent = dict.fromkeys(self.by_rank, 0)
-        for link in self.links():
-            for end in (link.borrower, link.keeper):
-                sent[end] += len(link.entries) * (self.rank + 1)
-        for link in self.basis_links():
-            sent[link.keeper] += len(link.entries) * self.rank
+        if self.side == "left":
+            borrowed, lent = self._lent(self.touched, self.kept)
+            sent = {holder: (borrowed[holder] + lent[holder]) * (self.rank + 1) for holder in sent}
+        else:
+            for link in self.links():
+                for end in (link.borrower, link.keeper):
+                    sent[end] += len(link.entries) * (self.rank + 1)
+            if self.spread:
+                _, lent = self._lent(self.basis_span, self.basis_rows)
+                sent = {holder: numel + lent[holder] * self.rank for holder, numel in sent.items()}
         return sent
 
     def refresh_elements(self, dp_rank: int, settings: Mapping[str, Any]) -> int:

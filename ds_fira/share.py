@@ -49,8 +49,7 @@ class Share:
     def of(cls, matrix: CutMatrix, position: int, number: int, dp_rank: int) -> Share:
         """The share of a rank that holds a fragment of the matrix."""
         fragment = matrix.by_rank[dp_rank]
-        links = [link for link in matrix.links() if dp_rank in (link.borrower, link.keeper)]
-        basis_links = [link for link in matrix.basis_links() if dp_rank in (link.borrower, link.keeper)]
+        links, basis_links = list(matrix.links(dp_rank)), list(matrix.basis_links(dp_rank))
         return cls(
             matrix=matrix,
             position=position,

@@ -6,6 +6,9 @@ Written against DeepSpeed 0.19.8. Beside what `ds_fira.zero` relies on:
   with fp32 accumulation a parameter's `grad_accum`; under offload also `accumulated_grads_in_cpu`.
 - its `ipg_buckets`, `temp_grad_buffer_for_*_offload` and `param_buffer_of_bit16_for_cpu_offload_groups`: its buffers.
 - `BF16_Optimizer.fp32_groups_gradients_flat`: gradients of the whole model.
+- `DeepSpeedZeroOptimizer_Stage3`: `ds_tensor` of a parameter is this rank's slice, in `lp_param_buffer` or, offloaded,
+  in `param_groups_fp16_flat_cpu_memory`; `fp32_partitioned_groups_flat` are the master weights (in fp32 the slices
+  themselves); `grad_partitions_flat_buffer` the gradients of the slices, on the host under offload.
 - `reduce_gradients` of ZeRO-1 is called at the end of the last backward pass, before any gradient is given up.
 """
 
@@ -22,14 +25,14 @@ CATEGORIES = ("parameters", "master_weights", "optimizer_states", "gradients", "
 
 def is_offloaded(engine: Any) -> bool:
     """Whether the optimizer's part of the engine works on host memory."""
-    return bool(getattr(engine.optimizer, "cpu_offload", False))
+    return any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer"))
 
 
 def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
     """Tensors by purpose at this moment; a tensor may share its storage with one of an earlier purpose.
 
     Args:
-        engine: a DeepSpeed engine at ZeRO stage 0, 1 or 2.
+        engine: a DeepSpeed engine at any ZeRO stage.
 
     Returns:
         `parameters` of the module; `master_weights` that the optimizer steps; `optimizer_states`; `gradients`, and
@@ -37,7 +40,9 @@ def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
         `host_gradient_buffers` and `host_parameter_buffers`.
     """
     wrapper, optimizer = engine.optimizer, engine.basic_optimizer
-    stepped = [param for group in optimizer.param_groups for param in group["params"]]
+    stepped = getattr(wrapper, "fp32_partitioned_groups_flat", None)
+    if stepped is None:
+        stepped = [param for group in optimizer.param_groups for param in group["params"]]
     parameters = list(engine.module.parameters())
 
     def of(*names: str) -> list[Any]:
@@ -48,9 +53,13 @@ def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
         of("averaged_gradients", "all_grad_tensors", "fp32_groups_gradients_flat"),
     ]
     host_gradients = of("accumulated_grads_in_cpu")
-    (host_gradients if is_offloaded(engine) else gradients).append([param.grad for param in stepped])
+    kept = [[param.grad for param in stepped], of("grad_partitions_flat_buffer")]
+    (host_gradients if is_offloaded(engine) else gradients).append(kept)
     nested = {
-        "parameters": [parameters, of("bit16_groups_flat", "bf16_groups_flat")],
+        "parameters": [
+            [[param, getattr(param, "ds_tensor", None)] for param in parameters],
+            of("bit16_groups_flat", "bf16_groups_flat", "lp_param_buffer", "param_groups_fp16_flat_cpu_memory"),
+        ],
         "master_weights": stepped,
         "optimizer_states": [dict(state) for state in optimizer.state.values()],
         "gradients": gradients,

@@ -32,7 +32,7 @@ def step(ds_config: dict[str, Any], steps: int) -> dict[str, Any]:
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)[0]
     accumulation = engine.gradient_accumulation_steps()
     tokens = fixed_tokens(engine.train_micro_batch_size_per_gpu(), engine.global_rank).to(engine.device)
-    start = {name: param.detach().float().clone() for name, param in engine.module.named_parameters()}
+    start = whole_parameters(engine)
     seen: dict[str, Any] = {"loss_scale": getattr(engine.optimizer, "loss_scale", None)}
     losses, tries = [], 0
     while engine.global_steps - engine.skipped_steps < steps and tries < 4 * steps:
@@ -46,16 +46,24 @@ def step(ds_config: dict[str, Any], steps: int) -> dict[str, Any]:
         losses.append(float(loss.detach()))
     losses.append(float(loss_of(engine, tokens).detach()))
     seen |= look_into(engine)
+    end = whole_parameters(engine)
     seen |= {
         "losses": losses,
         "forwards_per_micro_step": (len(forwards) - 1) / (tries * accumulation),
-        "moved": all(
-            not torch.equal(start[name], param.detach().float()) for name, param in engine.module.named_parameters()
-        ),
-        "module": {name: param.detach().float().cpu() for name, param in engine.module.named_parameters()},
+        "moved": all(not torch.equal(start[name], value) for name, value in end.items()),
+        "module": {name: value.cpu() for name, value in end.items()},
     }
     engine.destroy()
     return seen
+
+
+def whole_parameters(engine: Any) -> dict[str, torch.Tensor]:
+    """The module's parameters in float32 by name; at stage 3 they are gathered."""
+    found = {}
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(param):
+            found[name] = param.detach().float().clone()
+    return found
 
 
 def accumulated_dtypes(engine: Any) -> set[torch.dtype]:
@@ -63,6 +71,8 @@ def accumulated_dtypes(engine: Any) -> set[torch.dtype]:
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups_gradients_flat"):
         return {gradient.dtype for gradient in wrapper.fp32_groups_gradients_flat}
+    if hasattr(wrapper, "grad_partitions_flat_buffer"):
+        return {wrapper.grad_partitions_flat_buffer.dtype}
     if getattr(wrapper, "cpu_offload", False):
         return {gradient.dtype for gradient in wrapper.accumulated_grads_in_cpu.values()}
     if getattr(wrapper, "partition_gradients", False):
@@ -73,16 +83,18 @@ def accumulated_dtypes(engine: Any) -> set[torch.dtype]:
 def look_into(engine: Any) -> dict[str, Any]:
     """What the engine really does, read from its tensors where there are tensors to read."""
     wrapper, optimizer = engine.optimizer, fira_of(engine)
-    projected = [p for group in optimizer.param_groups if "rank" in group for p in group["params"] if p.numel()]
-    states = [optimizer.state[p] for p in projected]
-    every = [p for group in optimizer.param_groups for p in group["params"]]
+    every = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    if engine.zero_optimization_stage() == 3:  # where the groups are empty between steps
+        flats = wrapper.fp32_partitioned_groups_flat
+        every = [(optimizer.param_groups[wrapper.sub_group_to_group_id[i]], flat) for i, flat in enumerate(flats)]
+    states = [optimizer.state[p] for group, p in every if "rank" in group and p.numel()]
     return {
         "wrapper": type(wrapper).__name__,
         "stage": engine.zero_optimization_stage(),
         "module_dtypes": {p.dtype for p in engine.module.parameters()},
         "module_devices": {p.device.type for p in engine.module.parameters()},
-        "master_dtypes": {p.dtype for p in every},
-        "master_devices": {p.device.type for p in every},
+        "master_dtypes": {p.dtype for _, p in every},
+        "master_devices": {p.device.type for _, p in every},
         "moment_dtypes": {
             s[key].dtype for s in states for key in s if key.startswith("exp_avg") and "scale" not in key
         },
@@ -92,7 +104,7 @@ def look_into(engine: Any) -> dict[str, Any]:
             name: getattr(wrapper, name, None)
             for name in ("overlap_comm", "contiguous_gradients", "reduce_bucket_size", "round_robin_gradients")
         },
-        "cpu_offload": getattr(wrapper, "cpu_offload", False),
+        "cpu_offload": getattr(wrapper, "cpu_offload", False) or getattr(wrapper, "offload_optimizer", False),
         "settings": {key: value for key, value in optimizer.param_groups[0].items() if key != "params"},
         "lr": {group["lr"] for group in optimizer.param_groups},
         "batch": (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()),

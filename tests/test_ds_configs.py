@@ -59,7 +59,8 @@ def unread_keys(content: dict[str, Any]) -> list[str]:
     recorder = Recorder(copy.deepcopy(content))
     DeepSpeedConfig(recorder)
     # Blocks that are passed on whole to what refuses a name it does not know: FiraAdam, a scheduler, pydantic models.
-    passed_on = ("optimizer.params.", "scheduler.params.", "zero_optimization.offload_optimizer.")
+    blocks = ("optimizer.params", "scheduler.params", "zero_optimization.offload_optimizer")
+    passed_on = tuple(f"{block}." for block in (*blocks, "zero_optimization.offload_param"))
     return [name for name in recorder.unread() if not name.startswith(passed_on)]
 
 
@@ -124,6 +125,8 @@ def expected_wrapper(content: dict[str, Any]) -> str:
     stage = content["zero_optimization"]["stage"]
     if stage == 0:
         return "FP16_UnfusedOptimizer"
+    if stage == 3:
+        return "DeepSpeedZeroOptimizer_Stage3"
     fp32_accumulation = content.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     if stage == 1 and fp32_accumulation and content.get("bf16", {}).get("enabled"):
         return "BF16_Optimizer"

@@ -81,6 +81,12 @@ def test_pieces_and_links_cover_the_matrix(m: int, n: int, begin: int, size: int
         )
     assert covered.eq(1).all()
     assert keepers.ge(0).all()
+    for rank, _ in matrix.fragments:
+        for links in (matrix.links, matrix.basis_links):
+            assert list(links(rank)) == [link for link in links() if rank in (link.borrower, link.keeper)]
+        sent = sum(len(link.entries) * (matrix.rank + 1) for link in matrix.links(rank))
+        sent += sum(len(link.entries) * matrix.rank for link in matrix.basis_links(rank) if link.keeper == rank)
+        assert matrix.lean_elements(rank) == sent + 2 * (2 + 3)
     for link in matrix.links():
         assert keepers[inside(link.entries, entries)].eq(link.keeper).all()
         assert link.borrower != link.keeper

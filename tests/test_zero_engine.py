@@ -183,7 +183,26 @@ REFUSED = {
     "lr auto": (case(lr="auto"), "ValueError", ["lr = 'auto'"]),
     "proj_type": (case(proj_type="full"), "ValueError", ["proj_type = 'full'", "'std'"]),
     "target_modules": (case(target_modules=["no_such"]), "ValueError", ["['no_such']", "match no"]),
-    "stage 3": (case(stage=3), "ValueError", ["stage = 3", "use stage 2"]),
+    "nvme": (
+        case(stage=3, extra={"zero_offload_optimizer": {"device": "nvme", "nvme_path": "nowhere"}}),
+        "ValueError",
+        ["offload_optimizer.device = 'nvme'", "use 'cpu'"],
+    ),
+    "nvme parameters": (
+        case(stage=3, extra={"zero_offload_param": {"device": "nvme", "nvme_path": "nowhere"}}),
+        "ValueError",
+        ["offload_param.device = 'nvme'", "use 'cpu'"],
+    ),
+    "super offload": (
+        case(stage=3, extra={"zero_offload_optimizer": {"device": "cpu", "super_offload": True}}),
+        "ValueError",
+        ["super_offload = True", "set it to false"],
+    ),
+    "ratio": (
+        case(stage=3, extra={"zero_offload_optimizer": {"device": "cpu", "ratio": 0.5}}),
+        "ValueError",
+        ["offload_optimizer.ratio = 0.5", "set it to 1.0"],
+    ),
     "elastic": (case(extra={"zero_elastic_checkpoint": True}), "ValueError", ["elastic_checkpoint = True", "false"]),
     "tensor parallel": (
         case(stage=1, dtype="bf16", extra={"tensor_parallel": {"autotp_size": 2}}),
@@ -282,7 +301,9 @@ def test_unmodified_script_under_the_launcher(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "save_at", "options"),
     [
-        *((stage, save_at, {}) for stage in (0, 1, 2) for save_at in (3, 4)),
+        *((stage, save_at, {}) for stage in (0, 1, 2, 3) for save_at in (3, 4)),
+        (3, 3, {"exact_cuts": True}),
+        (3, 4, {"state_dtype": "int8", "subspace": "randomized", "refresh_moments": "rotate"}),
         (2, 4, {"exact_cuts": True}),
         (0, 4, {"state_dtype": "bfloat16"}),
         (2, 4, {"state_dtype": "bfloat16", "subspace": "randomized", "refresh_moments": "rotate"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import deepspeed
@@ -37,7 +38,22 @@ def model_of(kind: str, shapes: list[tuple[int, int]], ds_config: dict[str, Any]
     return model
 
 
-def train(
+def train(limits: dict[str, int] | None = None, **kwargs: Any) -> dict[str, Any]:
+    """`_train` with module attributes, by their full name, at other values."""
+    before = {}
+    for path, value in (limits or {}).items():
+        module, _, attribute = path.rpartition(".")
+        before[path] = getattr(importlib.import_module(module), attribute)
+        setattr(importlib.import_module(module), attribute, value)
+    try:
+        return _train(**kwargs)
+    finally:
+        for path, value in before.items():
+            module, _, attribute = path.rpartition(".")
+            setattr(importlib.import_module(module), attribute, value)
+
+
+def _train(
     ds_config: dict[str, Any],
     shapes: list[tuple[int, int]],
     steps: int,
@@ -124,6 +140,7 @@ def train(
         ],
         "states": states,
         "layouts": optimizer.layouts,
+        "turns": max((len(layout.base_turns) for layout in optimizer.layouts), default=0),
         "metrics": ds_fira.metrics(engine),
         "memory": ds_fira.memory_report(engine),
         "held": state_bytes(optimizer),

@@ -293,8 +293,11 @@ def resume(ds_config: dict[str, Any], shapes: list[tuple[int, int]], steps: int,
 
     def snapshot(engine: Any) -> list[Tensor]:
         optimizer = fira_of(engine)
-        states = [optimizer.state[param] for group in optimizer.param_groups for param in group["params"]]
-        weights = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
+        stepped = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # at stage 3 the groups are empty
+        if stepped is None:
+            stepped = [param for group in optimizer.param_groups for param in group["params"]]
+        states = [optimizer.state[param] for param in stepped]
+        weights = [param.detach().clone() for param in stepped]
         return weights + [value.clone() for state in states for value in state.values()]
 
     whole = build(ds_config, shapes)
