@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import ds_fira
+from benchmarks.partition import meta_llama
 from ds_fira.binding import Binding
+from ds_fira.memory import formula_bytes
+from ds_fira.plan import plan_run
 from ds_fira.settings import check_params
 from ds_fira.shard import matrices_of
 from tests.distributed import Pools
@@ -30,7 +35,7 @@ def run(ranks: Pools, world_size: int, dtype: str = "fp32", **changed: Any) -> l
     for key in ("shapes", "steps", "kind", "frozen", "init", "as_object", "faults", "limits"):
         if key in changed:
             job[key] = changed.pop(key)
-    extra = {k: changed.pop(k) for k in list(changed) if k.startswith(("zero_", "gradient_")) or k == "bf16"}
+    extra = {k: changed.pop(k) for k in list(changed) if k.startswith(("zero_", "gradient_", "csv_", "steps_"))}
     ds_config = config(3, dtype, {**PARAMS, **changed}, **extra)
     if "as_object" in job:
         del ds_config["optimizer"]
@@ -149,6 +154,7 @@ def test_one_process_s_weights(ranks: Pools, world_size: int, changed: dict[str,
         ("fp16", {"gradient_clipping": 0.05}),
         ("bf16", {"zero_offload_optimizer": {"device": "cpu"}, "zero_offload_param": {"device": "cpu"}}),
         ("fp32", {"zero_reduce_scatter": False, "zero_overlap_comm": True, "zero_contiguous_gradients": False}),
+        ("bf16", {"zero_zero_hpz_partition_size": 3}),
     ],
     ids=str,
 )
@@ -272,3 +278,80 @@ def test_measured_state(ranks: Pools) -> None:
         memory = results[0]["memory"]
         extra = sum(memory["optimizer_state_bytes"]) - memory["paper_formula_bytes"]
         assert 0 <= extra <= 0.02 * memory["paper_formula_bytes"]
+
+
+@pytest.mark.parametrize(("model", "rank"), [("60m", 128), ("7b", 1024)])
+def test_planned_llamas(model: str, rank: int) -> None:
+    """No rank holds more than 1.25 of an even share, nothing twice, and every matrix goes the way that sends less."""
+    module = meta_llama(model)
+    for ranks in (2, 3, 4, 8, 16):
+        run = plan_run(module, ranks, zero_stage=3, rank=rank)
+        held = [sum(group.state_elements(index) for group in run.groups) for index in range(ranks)]
+        assert max(held) * ranks <= 1.25 * sum(held)
+        assert 4 * sum(held) <= 1.001 * formula_bytes(run.records)
+        for group in run.groups:
+            for matrix in group.layout.cuts if group.layout is not None else ():
+                assert matrix.way == matrix.cheaper_way(ranks, group.settings)
+                assert len(matrix.fragments) == ranks
+
+
+def test_few_matrices_are_spread(ranks: Pools) -> None:
+    """Where owners of whole matrices would hold most of the state, matrices are stepped where they lie instead."""
+    changed = {"shapes": [(3, 50), (3, 50)], "rank": 3, "steps": 5}
+    exact, spread = (run(ranks, 3, **changed, exact_cuts=exact) for exact in (True, False))
+    for results, way in ((exact, "base"), (spread, "lean")):
+        assert {matrix.way for *_, matrix in cuts(results).values()} == {way}
+        check(results, ways=way)
+    (matrix, _) = (matrix for *_, matrix in cuts(spread).values())
+    assert matrix.cheaper_way(3, check_params({**PARAMS, "rank": 3})) == "base"
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "extra"),
+    [
+        (1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),
+        (2, "fp32", {"zero_round_robin_gradients": True}),
+        (3, "bf16", {}),
+        (3, "fp32", {"zero_sub_group_size": 100}),
+    ],
+    ids=str,
+)
+def test_pieces(ranks: Pools, stage: int, dtype: str, extra: dict[str, Any]) -> None:
+    """Where the elements of every parameter lie, by what lies there: each once on some rank, whatever the wrapper."""
+    job = {"ds_config": config(stage, dtype, PARAMS, **extra), "shapes": SHAPES}
+    for covered in ranks.run(3, "look_at_pieces", module=MODULE, **job):
+        assert covered == {"all": True, "same": True}
+
+
+def test_bytes_of_an_engine(ranks: Pools) -> None:
+    """Slices of every parameter, rounded up: bf16 weights and gradients, float32 masters; and the bucket."""
+    zero = {"zero_reduce_bucket_size": 700, "zero_stage3_param_persistence_threshold": 0, "zero_overlap_comm": False}
+    ds_config = config(3, "bf16", PARAMS, **zero)
+    numels = [m * n for m, n in SHAPES] + [66, 6, 6, 66]
+    held = sum(-(-numel // 3) for numel in numels)
+    for found, state in ranks.run(3, "bytes_of_engine", module=MODULE, ds_config=ds_config, shapes=SHAPES):
+        assert found["master_weights"] == 4 * held
+        assert found["parameters"] == found["gradients"] == 2 * held
+        assert found["buffers"] == 2 * 700
+        assert found["optimizer_states"] == state > 0
+
+
+def test_monitor(ranks: Pools, tmp_path: Path) -> None:
+    """The events of a run are those of ZeRO-2."""
+    found = []
+    for stage in (2, 3):
+        monitor = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / str(stage)), "job_name": "run"}}
+        options = {**monitor, "steps_per_print": 2, "gradient_clipping": 0.05}
+        if stage == 3:
+            run(ranks, 3, steps=4, **options)
+        else:
+            ranks.run(3, "train", ds_config=config(2, "fp32", PARAMS, **options), shapes=SHAPES, steps=4)
+        events = {}
+        for path in (tmp_path / str(stage) / "run").glob("*.csv"):
+            with path.open() as file:
+                events[path.stem] = [(int(x), float(value)) for x, value in list(csv.reader(file))[1:]]
+        found.append(events)
+    assert "Train_Fira_grad_norm" in found[0]
+    for name in found[0].keys() - {"Train_Fira_refresh_seconds"}:
+        assert [x for x, _ in found[0][name]] == [x for x, _ in found[1][name]]
+        assert [v for _, v in found[1][name]] == pytest.approx([v for _, v in found[0][name]], rel=1e-3), name

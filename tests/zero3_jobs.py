@@ -14,6 +14,8 @@ from torch import Tensor
 import ds_fira
 from ds_fira.memory import state_bytes
 from ds_fira.zero import fira_of
+from ds_fira.zero_groups import flat_groups
+from ds_fira.zero_memory import engine_bytes
 from tests.zero_jobs import ExpertNet, Net, batches, build, faulty
 
 MODELS = {"net": Net, "experts": lambda shapes: ExpertNet()}
@@ -153,3 +155,49 @@ def _train(
     del optimizer
     engine.destroy()
     return result
+
+
+def look_at_pieces(ds_config: dict[str, Any], shapes: list[tuple[int, int]]) -> dict[str, bool]:
+    """Compare what `FlatGroup.pieces` says with the values that lie there.
+
+    Returns:
+        `all`: whether the pieces of all ranks are every element of every parameter once; `same`: whether this rank's
+        partitions hold the parameters' values there.
+    """
+    torch.manual_seed(0)
+    model = Net(shapes)
+    with torch.no_grad():  # no two elements alike, not in bf16 either
+        first = 0
+        for param in model.parameters():
+            param.copy_((torch.arange(param.numel()) + first).view_as(param) % 251 + 1)
+            first += param.numel() % 97
+    engine = build(ds_config, shapes, model=model)
+    ranks, own = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    every, same = True, True
+    for group in flat_groups(engine.optimizer, ranks):
+        values = []
+        for param in group.lp_params:
+            with deepspeed.zero.GatheredParameters(param):
+                values.append(param.detach().float().flatten().clone())
+        seen = [torch.zeros_like(value) for value in values]
+        for rank in range(ranks):
+            for piece in group.pieces(rank):
+                seen[piece.index][piece.start : piece.stop] += 1
+        every &= all(bool(count.eq(1).all()) for count in seen)
+        for piece in group.pieces(own):
+            there = group.hp_partition[piece.offset : piece.offset + piece.stop - piece.start].detach().float()
+            same &= torch.equal(there, values[piece.index][piece.start : piece.stop])
+    engine.destroy()
+    return {"all": every, "same": same}
+
+
+def bytes_of_engine(ds_config: dict[str, Any], shapes: list[tuple[int, int]]) -> tuple[dict[str, int], int]:
+    """`engine_bytes` after a step and another backward pass, and the bytes of this rank's state."""
+    engine = build(ds_config, shapes)
+    first, second = batches(2, torch.distributed.get_rank())
+    engine.backward(engine(first))
+    engine.step()
+    engine.backward(engine(second))
+    found = engine_bytes(engine), state_bytes(fira_of(engine))
+    engine.destroy()
+    return found
