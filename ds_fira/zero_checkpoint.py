@@ -3,8 +3,8 @@
 Reads DeepSpeed's own checkpoint files, of all ranks that saved, mapped into memory, and copies what this rank needs.
 Where nothing but time has passed (the same ranks, stage, dtype and settings), DeepSpeed loads its files itself.
 
-What it relies on, of DeepSpeed 0.19.8, beside what `ds_fira.zero_files` does: `update_lp_params` and `_link_all_hp_params` of stages 1 and 2; the flat groups and
-their partitioned parameters of stage 3.
+What it relies on, of DeepSpeed 0.17 to 0.19, beside what `ds_fira.zero_files` does: `update_lp_params` and
+`_link_all_hp_params` of stages 1 and 2; the flat groups and their partitioned parameters of stage 3.
 """
 
 from __future__ import annotations
