@@ -143,7 +143,7 @@ def described(state_dict: dict[str, Any]) -> dict[str, Any]:
     plain = state_dict.get(KEY)
     if plain is None:
         raise ValueError(
-            "FiraAdam: the state dict does not say what its tensors hold, because an earlier version of ds_fira saved it; "
+            "FiraAdam: the state dict does not say what its tensors hold, as those of earlier versions do not; "
             "resume it with the same number of ranks and the same settings, and save it again."
         )
     if plain["format"] > FORMAT:
