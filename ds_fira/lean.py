@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from ds_fira import functional as F
-from ds_fira.comm import Channel, Message
-from ds_fira.cuts import GRADIENT_SUMS, LOW_RANK_SUMS, Link
+from ds_fira.comm import Channel
+from ds_fira.cuts import GRADIENT_SUMS, LOW_RANK_SUMS
 from ds_fira.layout import GroupLayout, split_by_size
-from ds_fira.lean_part import Part, empty_like_state
+from ds_fira.lean_exchange import LeanExchange
+from ds_fira.lean_part import Part
 from ds_fira.lean_refresh import LeanRefresh
 from ds_fira.matrix_step import inner_alpha
 from ds_fira.refresh import Refresher, phase
@@ -62,11 +63,9 @@ class LeanCuts:
             if rank in dict(matrix.fragments)
         ]
         self._refresh = LeanRefresh(self._matrices, channel)
+        self._exchange = LeanExchange(self._matrices, channel)
         sizes = [(matrix.step_numel(), position) for position, matrix in self._matrices.items()]
         self._turns = split_by_size(sizes, MAX_STEP_NUMEL)
-        # Whether any rank borrows of a matrix at all.
-        self._lends = {position: any(True for _ in matrix.links()) for position, matrix in self._matrices.items()}
-        self._spreads = {p: any(True for _ in matrix.basis_links()) for p, matrix in self._matrices.items()}
 
     def allocate(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Zero state for this rank's parts; the keys of a matrix end in ".cut" and its number among the group's cuts.
@@ -151,10 +150,10 @@ class LeanCuts:
             group: the param group.
             metrics: counts on the owner of each matrix.
         """
-        self._borrow_bases(turn, param, parts)
+        self._exchange.borrow_bases(turn, param, parts)
         for part in parts.values():
             part.project()
-        self._collect(turn, param, parts)
+        self._exchange.collect(turn, param, parts)
         stepped = {position: part for position, part in parts.items() if position in usable and part.known}
         sums = self._sum(
             turn, param, LOW_RANK_SUMS, {position: torch.stack(part.advance()) for position, part in stepped.items()}
@@ -167,7 +166,7 @@ class LeanCuts:
             square, whole = scaled[position]
             square = exact.get(position, square)
             answers[position] = part.finish(square, whole, sums[position][0], usable[position], metrics)
-        arrived = self._send_back(turn, param, parts, answers)
+        arrived = self._exchange.send_back(turn, param, parts, answers)
         for position, part in parts.items():
             if position in stepped:
                 part.apply(*part.complete(answers[position], arrived[position]))
@@ -205,74 +204,6 @@ class LeanCuts:
         totals = {position: total for position, (total, _) in zip(self._matrices, found, strict=True)}
         return totals, [position for position, (_, due) in zip(self._matrices, found, strict=True) if due]
 
-    def _borrow_bases(self, turn: Sequence[int], param: Tensor, parts: dict[int, Part]) -> None:
-        """Put the rows of P that the parts need together; nothing is sent where every rank holds those it needs."""
-        messages, parcels = [], {}
-        for position, part in parts.items():
-            share = part.share
-            for link in (*share.basis_borrowed, *share.basis_lent):
-                numel = len(link.entries) * share.matrix.rank
-                messages.append(Message(link.keeper, link.borrower, (position, link), numel))
-            parcels |= {(position, link): part.basis_parcel(link) for link in share.basis_lent}
-        needed = any(self._spreads[position] for position in turn)
-        arrived = self.channel.deliver(messages, parcels, empty_like_state(param), needed)
-        for position, part in parts.items():
-            part.borrow_basis({link: arrived[position, link] for link in part.share.basis_borrowed})
-
-    def _collect(self, turn: Sequence[int], param: Tensor, parts: dict[int, Part]) -> None:
-        """Add up R and the squared norms of the entries where they are kept."""
-        parcels = {}
-        for position, part in parts.items():
-            # Norms, not squares: those of small gradients would underflow in float32.
-            norms = part.grad_sq.sqrt()
-            for link in part.share.borrowed:
-                parcels[position, link] = part.parcel(link, part.low_rank, norms, part.share.region)
-        arrived = self._exchange(turn, param, parts, parcels, to_keepers=True)
-        for position, part in parts.items():
-            for link in part.share.lent:
-                part.add(link, arrived[position, link])
-
-    def _send_back(
-        self,
-        turn: Sequence[int],
-        param: Tensor,
-        parts: dict[int, Part],
-        kept: Mapping[int, tuple[Tensor, Tensor] | None],
-    ) -> dict[int, dict[Link, Tensor]]:
-        """Send what belongs to the entries kept to those who borrow them.
-
-        Args:
-            turn: positions of the matrices; the same on all ranks.
-            param: gives dtype and device.
-            parts: this rank's parts of them.
-            kept: by position, of those stepped, a tensor like R and one number for each entry, over the entries kept.
-                For the others zeros are sent.
-
-        Returns:
-            By position of this rank's parts, the parcels for it.
-        """
-        parcels = {
-            (position, link): part.parcel(link, *kept[position], part.share.kept)
-            if position in kept
-            else [part.low_rank.new_zeros(_numel(part, link))]
-            for position, part in parts.items()
-            for link in part.share.lent
-        }
-        arrived = self._exchange(turn, param, parts, parcels, to_keepers=False)
-        return {p: {link: arrived[p, link] for link in part.share.borrowed} for p, part in parts.items()}
-
-    def _exchange(
-        self, turn: Sequence[int], param: Tensor, parts: dict[int, Part], parcels: dict[Any, Any], to_keepers: bool
-    ) -> dict[Any, Tensor]:
-        """Send parcels over the links of R, by (position, link), to those who keep the entries or from them."""
-        messages = []
-        for position, part in parts.items():
-            for link in (*part.share.borrowed, *part.share.lent):
-                ends = (link.borrower, link.keeper) if to_keepers else (link.keeper, link.borrower)
-                messages.append(Message(*ends, (position, link), _numel(part, link)))
-        needed = any(self._lends[position] for position in turn)
-        return self.channel.deliver(messages, parcels, empty_like_state(param), needed)
-
     def _exact_squares(
         self, param: Tensor, stepped: dict[int, Part], squares: dict[int, Tensor], group: dict[str, Any]
     ) -> dict[int, Tensor]:
@@ -289,7 +220,7 @@ class LeanCuts:
             return {}
         concerned = {position: stepped[position] for position in needed if position in stepped}
         kept = {position: part.kept_residual() for position, part in concerned.items()}
-        arrived = self._send_back(needed, param, concerned, kept)
+        arrived = self._exchange.send_back(needed, param, concerned, kept)
         rows = {}
         for position, part in concerned.items():
             rows[position] = part.residual_square(*part.complete(kept[position], arrived[position])).unsqueeze(0)
@@ -315,8 +246,3 @@ def squares_of(sums: dict[int, Tensor], totals: Mapping[int, float], group: dict
 
 def _mark(share: Share) -> str:
     return f".cut{share.position}"
-
-
-def _numel(part: Part, link: Link) -> int:
-    """Elements of a parcel: R and one number for each entry."""
-    return (part.share.matrix.rank + 1) * len(link.entries)
