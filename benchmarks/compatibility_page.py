@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ relative to their change. *Gradients*: largest difference of what FiraAdam was g
 in float32 with the batches of all ranks, at the same weights; what bf16 and fp16 add there is the rounding of the
 backward pass. {trained} combinations trained, and gave right results; {wrong} gave wrong ones; DeepSpeed refuses
 {refused}, with torch's AdamW too.
+
+The options are `round_robin_gradients`, `reduce_scatter`, `overlap_comm`, `contiguous_gradients` (each on and off;
+stage 0 reads none of them), `gradient_clipping` 0 and 1, `gradient_accumulation_steps` 1 and 2: *all* where every
+combination trained.
 
 """
 OPTION_NAMES = {
@@ -100,6 +105,8 @@ def _trained_row(row: dict[str, Any]) -> tuple[str, ...]:
 def _options(names: Sequence[str], values: Sequence[Sequence[Any]]) -> str:
     """The values of every option that trained; those of one value only are said so."""
     parts = []
+    if len(values) == math.prod(len({value[i] for value in values}) for i in range(len(names))) == 2 ** len(names):
+        return "all"
     for i, name in enumerate(names):
         found = sorted({value[i] for value in values})
         if isinstance(found[0], bool):
@@ -113,7 +120,7 @@ def _features(features: Iterable[dict[str, Any]]) -> str:
     """The other features, one row for all stages where they agree."""
     rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for feature in features:
-        key = (feature["name"], feature["result"], feature.get("message", "").replace(str(feature["stage"]), "#"))
+        key = (feature["name"], feature["result"], feature.get("message", "").replace(f"stage {feature['stage']}", ""))
         rows.setdefault(key, []).append(feature)
     body = []
     for (name, result, _), members in rows.items():

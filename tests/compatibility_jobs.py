@@ -237,11 +237,17 @@ def measure(
     }
 
 
+def forget_autocast() -> None:
+    """Undo what an engine with torch_autocast leaves in DeepSpeed: the next engine would scale its losses too."""
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+
+
 def try_config(ds_config: dict[str, Any]) -> dict[str, Any]:
     """`measure` under one config; of a config that is refused `refused_by` ("FiraAdam", "DeepSpeed") and `message`.
 
     DeepSpeed refuses a config if it does not train with torch's AdamW either.
     """
+    forget_autocast()
     accumulation = ds_config.get("gradient_accumulation_steps", 1)
     tokens = batches(STEPS * accumulation, distributed.get_rank())
     torch.manual_seed(0)
@@ -254,8 +260,6 @@ def try_config(ds_config: dict[str, Any]) -> dict[str, Any]:
     finally:
         if engine is not None:
             engine.destroy()
-        # DeepSpeed keeps it for the life of the process, and the next engine would scale its losses too.
-        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     answer = {"message": message, "refused_by": "FiraAdam" if ": FiraAdam: " in message else ""}
     adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
     try:

@@ -15,7 +15,7 @@ from deepspeed.moe.layer import MoE
 from torch import distributed, nn
 
 import ds_fira
-from tests.compatibility_jobs import PARAMS, SHAPES, STEPS, WatchedNet, measure, try_config
+from tests.compatibility_jobs import PARAMS, SHAPES, STEPS, WatchedNet, forget_autocast, measure, try_config
 from tests.sequence_jobs import ulysses
 from tests.zero_jobs import batches, build, config
 
@@ -248,5 +248,6 @@ def try_features(chosen: list[tuple[int, int]]) -> list[dict[str, Any]]:
     answers = []
     for position, stage in chosen:
         feature = FEATURES[position]
+        forget_autocast()
         answers.append(feature.way(feature.ds_config(stage)))
     return answers
