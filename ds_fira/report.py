@@ -42,7 +42,7 @@ def memory_report(engine: Any) -> dict[str, Any]:
         matrix and AdamW for the rest at four bytes, over all ranks; `adamw_bytes`, what AdamW would hold. Measured
         states are more than the formula where partition boundaries cut matrices and `exact_cuts` is off: each rank
         that shares one projected on the right holds its basis, nr more for every rank beyond the first; on the left a
-        row of the basis is held twice where its row of the matrix is cut.
+        row of the basis is held twice where its row of the matrix is cut. At stage 3 only such rows are held twice.
 
     Raises:
         ValueError: the engine does not train with FiraAdam.

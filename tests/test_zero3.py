@@ -236,3 +236,11 @@ def test_a_residual_that_is_rounding(ranks: Pools) -> None:
     for rank, _ in matrix.fragments:
         assert ordinary[rank]["states"][group][f"residual_norm.cut{position}"] > 0.0
         assert faulty[rank]["states"][group][f"residual_norm.cut{position}"] == 0.0
+
+
+def test_one_rank(ranks: Pools) -> None:
+    """Nothing is cut, nothing is sent, and nothing differs."""
+    results = run(ranks, 1, "bf16", steps=5)
+    assert sum(len(layout.whole[0]) for layout in results[0]["layouts"]) == len(SHAPES)
+    assert results[0]["sent"][-1] == 0
+    check(results, ways="base")
