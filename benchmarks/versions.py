@@ -1,4 +1,4 @@
-"""Run the tests that touch DeepSpeed's internals with each supported version of DeepSpeed.
+"""Run combinations in which all settings of the compatibility matrix meet with each supported version of DeepSpeed.
 
     python -m benchmarks.versions [--versions 0.17.6 0.18.4 0.19.8] [--folder FOLDER] [--results FILE] [--page FILE]
 
@@ -10,29 +10,23 @@ and the page from them.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compatibility import PAGE, RESULTS, save_results
+import deepspeed
+import torch
+from packaging.version import Version
+
+from benchmarks.compatibility import PAGE, RESULTS, Case, covering_pairs, rows_of, run, save_results, trained_cases
 from benchmarks.compatibility_page import write_page
 from ds_fira.versions import TESTED
-
-# The engine, parity with one process, cut matrices, the matrix's pairs, export, resuming.
-TESTS = (
-    "tests/test_zero_engine.py",
-    "tests/test_zero_parity.py",
-    "tests/test_lean_cuts.py",
-    "tests/test_export.py",
-    "tests/test_compatibility.py",
-)
+from tests.distributed import Pools
 
 
 def install(version: str, folder: Path) -> Path:
@@ -44,47 +38,72 @@ def install(version: str, folder: Path) -> Path:
     return target
 
 
-def run_tests(version: str, target: Path, tests: Sequence[str]) -> dict[str, Any]:
-    """Run tests with the version in a folder; returns the counts, and the names of what failed."""
-    environment = {**os.environ, "PYTHONPATH": f"{target}{os.pathsep}{Path.cwd()}", "OMP_NUM_THREADS": "1"}
-    asked = [sys.executable, "-c", "import deepspeed; print(deepspeed.__version__)"]
-    found = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1]
-    if found != version:
-        raise RuntimeError(f"deepspeed {found} was imported in place of {version}; remove {target} and run again")
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.xml"
-        subprocess.run([sys.executable, "-m", "pytest", f"--junitxml={report}", *tests], env=environment, check=False)
-        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    bad = [case.get("name", "") for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
+def count_pairs() -> dict[str, Any]:
+    """Run the covering combinations with the DeepSpeed that is imported.
+
+    Returns:
+        `deepspeed` and `torch`; how many were `right`, `wrong` and `refused`; of the last two, what was and the options.
+    """
+    results = json.loads(RESULTS.read_text())
+    pools = Pools()
+    chosen = covering_pairs([case for case in trained_cases(results["rows"]) if _is_accepted(case)])
+    rows = rows_of(chosen, run(pools, chosen))
+    pools.close()
+    refused = [(message, values) for row in rows for message, cases in row["refused"].items() for values in cases]
+    wrong = [(what, values) for row in rows for what, cases in row["wrong"].items() for values in cases]
     return {
-        "deepspeed": version,
-        "torch": importlib.metadata.version("torch"),
-        "passed": len(cases) - len(bad) - skipped,
-        "failed": len(bad),
-        "skipped": skipped,
-        "failures": bad,
+        "deepspeed": deepspeed.__version__,
+        "torch": torch.__version__,
+        "right": sum(len(row["trained"]) for row in rows),
+        "refused": len(refused),
+        "wrong": len(wrong),
+        "details": wrong + refused,
     }
 
 
+def _is_accepted(case: Case) -> bool:
+    """Whether the imported version has no setting of the case among those that `ds_fira.zero_refuse` refuses in it."""
+    if Version(deepspeed.__version__) >= Version("0.19"):
+        return True
+    options = dict(case.options)
+    on = options.get("contiguous_gradients", True) and options.get("reduce_scatter", True)
+    return on and "accumulation" not in case.dtype and not (case.stage == 0 and case.dtype == "bf16")
+
+
+def count_with(version: str, target: Path) -> dict[str, Any]:
+    """`count_pairs` in a process that imports the version in a folder."""
+    environment = {**os.environ, "PYTHONPATH": f"{target}{os.pathsep}{Path.cwd()}", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        command = [sys.executable, "-m", "benchmarks.versions", "--report", str(report)]
+        subprocess.run(command, env=environment, check=True)
+        counts = json.loads(report.read_text())
+    if counts["deepspeed"] != version:
+        raise RuntimeError(f"deepspeed {counts['deepspeed']} was imported, not {version}; remove {target}")
+    return counts
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the tests with every version asked for."""
+    """Run with every version asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", default=list(TESTED))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ds_fira_versions")
-    parser.add_argument("--tests", nargs="+", default=list(TESTS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--report", type=Path, help="only count with the DeepSpeed that is imported, into this file")
     args = parser.parse_args(arguments)
+    if args.report is not None:
+        args.report.write_text(json.dumps(count_pairs()))
+        return
     results = json.loads(args.results.read_text())
     counts = {entry["deepspeed"]: entry for entry in results.get("tested_versions", [])}
     for version in args.versions:
-        counts[version] = run_tests(version, install(version, args.folder), args.tests)
+        counts[version] = count_with(version, install(version, args.folder))
         print(json.dumps(counts[version]), flush=True)
         results["tested_versions"] = [counts[name] for name in sorted(counts)]
         save_results(args.results, results)
     write_page(args.page, results)
-    sys.exit(any(counts[version]["failed"] for version in args.versions))
+    sys.exit(any(counts[version]["wrong"] for version in args.versions))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ a run.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from packaging.version import Version
 from torch import nn
 
 # Options of ZeRO++ and parameter offload: DeepSpeed reads them at stage 3 only, and says nothing at the others.
@@ -29,11 +32,12 @@ def refuse_unsupported(engine: Any) -> None:
         ValueError: names the setting, its value and what to use instead.
     """
     stage = engine.zero_optimization_stage()
-    for sentence in (*_parallelism(engine), *_zero_options(engine, stage), *_other_blocks(engine, stage)):
+    looks = (_parallelism, _zero_options, _other_blocks, _old_versions)
+    for sentence in itertools.chain.from_iterable(look(engine, stage) for look in looks):
         raise ValueError(f"FiraAdam: {sentence}")
 
 
-def _parallelism(engine: Any) -> Iterator[str]:
+def _parallelism(engine: Any, stage: int) -> Iterator[str]:
     """Sentences about model parallelism that is set."""
     if isinstance(engine, PipelineEngine):
         yield (
@@ -95,6 +99,25 @@ def _zero_options(engine: Any, stage: int) -> Iterator[str]:
             yield (
                 f"zero_optimization.{name}.device = {device!r} has no effect at stage {stage}, since DeepSpeed reads "
                 f"it at stage 3 only; {instead}."
+            )
+
+
+def _old_versions(engine: Any, stage: int) -> Iterator[str]:
+    """Sentences about settings with which DeepSpeed before 0.19 gave wrong gradients on two ranks."""
+    if Version(deepspeed.__version__) >= Version("0.19"):
+        return
+    zero, (dtype, accumulated) = engine._config.zero_config, engine.get_data_types()
+    wrong = {
+        "bf16.enabled = True at stage 0": stage == 0 and dtype == torch.bfloat16,
+        f"data_types.grad_accum_dtype = {engine._config.grad_accum_dtype!r}": dtype != accumulated,
+        "zero_optimization.contiguous_gradients = False": stage > 0 and not zero.contiguous_gradients,
+        "zero_optimization.reduce_scatter = False": stage > 0 and not zero.reduce_scatter,
+    }
+    for setting, is_set in wrong.items():
+        if is_set:
+            yield (
+                f"{setting} is not supported with DeepSpeed {deepspeed.__version__}, which gives wrong gradients with "
+                "it; change the setting, or use DeepSpeed 0.19."
             )
 
 

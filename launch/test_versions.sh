@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests that touch DeepSpeed's internals with every supported version: bash launch/test_versions.sh [options]
+# Run combinations of all settings with every supported DeepSpeed version: bash launch/test_versions.sh [options]
 # Options are those of benchmarks/versions.py, such as --versions 0.18.4.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
