@@ -1,6 +1,6 @@
 """Which DeepSpeed configs FiraAdam trains under, and how exactly: every combination, run, and the page that says so.
 
-    python -m benchmarks.compatibility [--stages 0 1 2] [--results FILE] [--page FILE] [--missing | --page-only]
+    python -m benchmarks.compatibility [--stages 0 1 2 3] [--results FILE] [--page FILE] [--missing | --page-only]
 
 Every combination of ZeRO stage, dtype, offload, ZeRO's options, clipping and accumulation trains a small net for 5
 steps, with refreshes, on 2 real processes over gloo; its gradients and weights are held against one process
@@ -54,8 +54,13 @@ ZERO_OPTIONS: dict[str, tuple[bool, ...]] = {
     "overlap_comm": (False, True),
     "contiguous_gradients": (True, False),
 }
-# By stage the options that it reads; stage 0 reads none of them.
-STAGES: dict[int, dict[str, tuple[bool, ...]]] = {0: {}, 1: ZERO_OPTIONS, 2: ZERO_OPTIONS}
+# By stage the options that it reads; stage 0 reads none of them, and stage 3 deals out no whole parameters.
+STAGES: dict[int, dict[str, tuple[bool, ...]]] = {
+    0: {},
+    1: ZERO_OPTIONS,
+    2: ZERO_OPTIONS,
+    3: {name: values for name, values in ZERO_OPTIONS.items() if name != "round_robin_gradients"},
+}
 TOP_OPTIONS: dict[str, tuple[float | int, ...]] = {
     "gradient_clipping": (0.0, 1.0),
     "gradient_accumulation_steps": (1, 2),

@@ -23,7 +23,7 @@ backward pass. {trained} combinations trained, and gave right results; {wrong} g
 {refused}, with torch's AdamW too.
 
 The options are `round_robin_gradients`, `reduce_scatter`, `overlap_comm`, `contiguous_gradients` (each on and off;
-stage 0 reads none of them), `gradient_clipping` 0 and 1, `gradient_accumulation_steps` 1 and 2: *all* where every
+stage 0 reads none of them, stage 3 no `round_robin_gradients`), `gradient_clipping` 0 and 1, `gradient_accumulation_steps` 1 and 2: *all* where every
 combination trained.
 
 """

@@ -11,12 +11,14 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime import torch_autocast
 from torch import Tensor, distributed, nn
 
 import ds_fira
 from ds_fira.zero import fira_of
+from ds_fira.zero_checkpoint import stepped_params
 from tests.zero_jobs import Net, batches, build, describe_groups
 
 # On two ranks: (8, 6) twice is one whole matrix for each; the other is alone in its shape, so it is cut.
@@ -40,9 +42,14 @@ class WatchedNet(Net):
         self.watched = True
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.watched:
-            self.seen.append((tokens, {name: p.detach().float().clone() for name, p in self.named_parameters()}))
+        if self.watched and not hasattr(self.norm.weight, "ds_id"):
+            self.watch(tokens)
         return 3 * super().forward(tokens)
+
+    def watch(self, tokens: Tensor) -> None:
+        """Keep the weights that a batch meets; at stage 3 to be called before the forward pass, which fetches them."""
+        with deepspeed.zero.GatheredParameters(list(self.parameters())):
+            self.seen.append((tokens, {name: p.detach().float().clone() for name, p in self.named_parameters()}))
 
 
 def members_of(engine: Any) -> list[list[tuple[str, tuple[int, ...], int]]]:
@@ -78,13 +85,43 @@ def whole_buffers(engine: Any, tensors: list[list[Tensor]]) -> list[Tensor]:
     return result
 
 
-def by_name(engine: Any, buffers: list[Tensor]) -> dict[str, Tensor]:
-    """The parameters, or their gradients, by name."""
+def by_name(engine: Any, tensors: list[list[Tensor]]) -> dict[str, Tensor]:
+    """The parameters, or their gradients, by name.
+
+    Args:
+        engine: the engine.
+        tensors: what lies in this rank's stepped tensors, see `stepped_tensors`.
+    """
+    if engine.zero_optimization_stage() == 3:
+        return from_slices(engine, tensors)
+    buffers = whole_buffers(engine, tensors)
     return {
         name: buffers[i][offset : offset + torch.Size(shape).numel()].view(shape).clone()
         for i, members in enumerate(members_of(engine))
         for name, shape, offset in members
     }
+
+
+def stepped_tensors(engine: Any) -> list[list[Tensor]]:
+    """The tensors that are stepped at a time: of a param group, at stage 3 of a sub-group."""
+    with stepped_params(engine):
+        groups = [list(group["params"]) for group in fira_of(engine).param_groups]
+    return [[tensor] for group in groups for tensor in group] if engine.zero_optimization_stage() == 3 else groups
+
+
+def from_slices(engine: Any, tensors: list[list[Tensor]]) -> dict[str, Tensor]:
+    """As `by_name` at stage 3: every rank has an even slice of every parameter of `fp16_groups`, in their order."""
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    mine, ranks = {}, distributed.get_world_size()
+    for params, (flat,) in zip(engine.optimizer.fp16_groups, tensors, strict=True):
+        slices = flat.detach().reshape(-1).split([-(-param.ds_numel // ranks) for param in params])
+        mine |= {names[id(param)]: (param, part) for param, part in zip(params, slices, strict=True)}
+    result = {}
+    for name, (param, part) in mine.items():
+        parts = [torch.empty_like(part) for _ in range(ranks)]
+        distributed.all_gather(parts, part.contiguous())
+        result[name] = torch.cat(parts)[: param.ds_numel].view(param.ds_shape).clone()
+    return result
 
 
 def follow(engine: Any, tokens: list[Tensor], accumulation: int) -> dict[str, Any]:
@@ -95,34 +132,34 @@ def follow(engine: Any, tokens: list[Tensor], accumulation: int) -> dict[str, An
         skipped the step; `settings`: by name those of its param group.
     """
     optimizer = fira_of(engine)
-    params = [list(group["params"]) for group in optimizer.param_groups]
+    params = stepped_tensors(engine)
     taken: dict[int, list[Tensor]] = {}
 
     def see(stepped: Any, args: Any, kwargs: Any) -> None:
-        for group in stepped.param_groups:
+        for group in (group for group in stepped.param_groups if group["params"]):
             i = next(i for i, members in enumerate(params) if members[0] is group["params"][0])
             taken[i] = [p.grad.clone() for p in group["params"]]
 
     hook = optimizer.register_step_pre_hook(see)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     result: dict[str, Any] = {
-        "start": by_name(engine, whole_buffers(engine, params)),
+        "start": by_name(engine, params),
         "settings": {
-            name: group for group, members in zip(settings, members_of(engine), strict=True) for name, _, _ in members
+            name: group for group, members in zip(settings, optimizer.members, strict=True) for name, _ in members
         },
         "gradients": [],
     }
     for index, batch in enumerate(tokens):
+        if engine.zero_optimization_stage() == 3:
+            engine.module.watch(batch)
         engine.backward(engine(batch))
         engine.step()
         if (index + 1) % accumulation == 0:
             ready = len(taken) == len(params)
-            result["gradients"].append(
-                by_name(engine, whole_buffers(engine, [taken[i] for i in range(len(params))])) if ready else {}
-            )
+            result["gradients"].append(by_name(engine, [taken[i] for i in range(len(params))]) if ready else {})
             taken.clear()
     hook.remove()
-    result["end"] = by_name(engine, whole_buffers(engine, params))
+    result["end"] = by_name(engine, params)
     return result
 
 
@@ -213,7 +250,8 @@ def measure(
     """
     followed = without_prefix(follow(engine, tokens, accumulation))
     dtypes = {str(weight.dtype).removeprefix("torch.") for weight in followed["start"].values()}
-    module = {name.removeprefix(COMPILED): param.detach() for name, param in engine.module.named_parameters()}
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        module = {name.removeprefix(COMPILED): p.detach().clone() for name, p in engine.module.named_parameters()}
     step_difference = relative(followed["end"], replayed(followed), followed["start"])
     pairs = zip(followed["gradients"], true_gradients(model, accumulation, clipping, make), strict=True)
     gradient_difference = max(relative(found, expected) for found, expected in pairs if found)

@@ -145,7 +145,7 @@ FEATURES = [
         "tensor parallelism: `tensor_parallel.autotp_size`", REFUSED, extra={"tensor_parallel": {"autotp_size": 2}}
     ),
     Feature("pipeline parallelism: `PipelineModule`", REFUSED, stages=(1,), way=pipeline),
-    Feature("experts: `deepspeed.moe.layer.MoE`", REFUSED, way=moe),
+    Feature("experts: `deepspeed.moe.layer.MoE`", REFUSED, stages=(1, 2, 3), way=moe),
     Feature("experts: `expert_parallel` (AutoEP)", REFUSED, extra={"expert_parallel": {"enabled": True}}),
     Feature("ZeRO++: `zero_quantized_weights`", REFUSED, extra={"zero_zero_quantized_weights": True}),
     Feature(
@@ -161,9 +161,28 @@ FEATURES = [
         extra={"zero_offload_optimizer": {"device": "nvme", "nvme_path": "."}},
     ),
     Feature("`offload_param`", REFUSED, extra={"zero_offload_param": {"device": "cpu"}}),
-    Feature("SuperOffload", REFUSED, extra={"zero_offload_optimizer": {**OFFLOAD, "super_offload": True}}),
-    Feature("ZenFlow", REFUSED, extra={"zero_zenflow": {}, "zero_offload_optimizer": OFFLOAD}),
-    Feature("an optimizer object", stages=(0, 1, 2), way=fira_object),
+    Feature("ZeRO++ at stage 3: `zero_hpz_partition_size`", stages=(3,), extra={"zero_zero_hpz_partition_size": 2}),
+    Feature("`offload_param` at stage 3", stages=(3,), extra={"zero_offload_param": OFFLOAD}),
+    Feature(
+        "`offload_param` and `offload_optimizer` at stage 3",
+        stages=(3,),
+        extra={"zero_offload_param": OFFLOAD, "zero_offload_optimizer": OFFLOAD},
+    ),
+    Feature("`sub_group_size` smaller than a parameter", stages=(3,), extra={"zero_sub_group_size": 100}),
+    Feature(
+        "`stage3_param_persistence_threshold` = 0", stages=(3,), extra={"zero_stage3_param_persistence_threshold": 0}
+    ),
+    Feature(
+        "`offload_optimizer.ratio` below 1 at stage 3",
+        REFUSED,
+        stages=(3,),
+        extra={"zero_offload_optimizer": {**OFFLOAD, "ratio": 0.5}},
+    ),
+    Feature(
+        "SuperOffload", REFUSED, stages=(1, 2, 3), extra={"zero_offload_optimizer": {**OFFLOAD, "super_offload": True}}
+    ),
+    Feature("ZenFlow", REFUSED, stages=(1, 2, 3), extra={"zero_zenflow": {}, "zero_offload_optimizer": OFFLOAD}),
+    Feature("an optimizer object", stages=(0, 1, 2, 3), way=fira_object),
     Feature("an optimizer object under offload", REFUSED, extra={"zero_offload_optimizer": OFFLOAD}, way=fira_object),
     Feature(
         "the same with `zero_force_ds_cpu_optimizer` = false",
@@ -172,12 +191,12 @@ FEATURES = [
         top={"zero_force_ds_cpu_optimizer": False},
     ),
     Feature("another optimizer made of a FiraAdam's groups (accelerate under offload)", REFUSED, way=replaced_object),
-    Feature("`elastic_checkpoint`", REFUSED, extra={"zero_elastic_checkpoint": True}),
-    Feature("`checkpoint.load_universal`", REFUSED, extra={"checkpoint": {"load_universal": True}}),
+    Feature("`elastic_checkpoint`", REFUSED, stages=(1, 2, 3), extra={"zero_elastic_checkpoint": True}),
+    Feature("`checkpoint.load_universal`", REFUSED, stages=(1, 2, 3), extra={"checkpoint": {"load_universal": True}}),
     Feature("`hybrid_engine`", REFUSED, stages=(2,), extra={"hybrid_engine": {"enabled": True}}),
     Feature(
         "`torch_autocast` in bfloat16",
-        stages=(0, 1, 2),
+        stages=(0, 1, 2, 3),
         dtype="fp32",
         extra={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     ),
@@ -187,10 +206,10 @@ FEATURES = [
         dtype="fp32",
         extra={"torch_autocast": {"enabled": True, "dtype": "float16"}},
     ),
-    Feature("`fp16.loss_scale`, static", stages=(0, 1, 2), dtype="fp16", extra={"fp16": {"loss_scale": 128}}),
+    Feature("`fp16.loss_scale`, static", stages=(0, 1, 2, 3), dtype="fp16", extra={"fp16": {"loss_scale": 128}}),
     Feature(
         "`fp16.loss_scale_window`: the scale grows in every step",
-        stages=(0, 1, 2),
+        stages=(0, 1, 2, 3),
         dtype="fp16",
         extra={"fp16": {"initial_scale_power": 4, "loss_scale_window": 1}},
     ),
@@ -198,8 +217,8 @@ FEATURES = [
         "`bf16.immediate_grad_update`",
         extra={"bf16": {"immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}},
     ),
-    Feature("`bf16.check_grad_overflow` = false", extra={"bf16": {"check_grad_overflow": False}}),
-    Feature("`communication_data_type` = fp32", stages=(0, 1, 2), extra={"communication_data_type": "fp32"}),
+    Feature("`bf16.check_grad_overflow` = false", stages=(1, 2, 3), extra={"bf16": {"check_grad_overflow": False}}),
+    Feature("`communication_data_type` = fp32", stages=(0, 1, 2, 3), extra={"communication_data_type": "fp32"}),
     Feature(
         "`prescale_gradients`, `gradient_predivide_factor`; `reduce_scatter` = false",
         stages=(0, 1, 2),
