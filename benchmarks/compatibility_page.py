@@ -56,8 +56,8 @@ VERSIONS = """
 `bash launch/test_versions.sh` runs combinations in which every two settings of the table meet. FiraAdam warns once, on
 rank 0, under a version that is neither listed nor an older one of a listed minor release. Before 0.19 DeepSpeed gives
 wrong gradients in combinations with `contiguous_gradients` or `reduce_scatter` off, with a `grad_accum_dtype`, and in
-bf16 at stage 0: these settings are refused by name there, and not among the combinations. 0.17 does not know bf16 master
-weights, and refuses them. 0.18.8 and 0.18.9 do not step ZeRO under torch 2.13, with torch's AdamW either.
+bf16 at stage 0: these settings are refused by name there, and not among the combinations. 0.17 does not know bf16
+master weights, and refuses them. 0.18.8 and 0.18.9 do not step ZeRO under torch 2.13, with torch's AdamW either.
 
 """
 

@@ -42,7 +42,7 @@ def count_pairs() -> dict[str, Any]:
     """Run the covering combinations with the DeepSpeed that is imported.
 
     Returns:
-        `deepspeed` and `torch`; how many were `right`, `wrong` and `refused`; of the last two, what was and the options.
+        `deepspeed` and `torch`; how many were `right`, `wrong`, `refused`; `details` of the last two.
     """
     results = json.loads(RESULTS.read_text())
     pools = Pools()
