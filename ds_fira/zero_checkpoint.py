@@ -41,7 +41,7 @@ def saved_elsewhere(engine: Any, folder: Path) -> bool:
     layout, error = None, None
     if optimizer.channel.dp_rank == 0:
         try:
-            files = CheckpointFiles.find(folder)
+            files = CheckpointFiles.find(folder, every=False)
             if files.models:
                 _, state_dict = files.optimizer_state(0)
                 layout = (state_dict or {}).get(KEY, {}).get("layout")

@@ -37,8 +37,12 @@ class CheckpointFiles:
     optimizers: tuple[Path, ...]
 
     @classmethod
-    def find(cls, folder: Path) -> CheckpointFiles:
-        """The files in the folder of a tag, as many as the run that saved it had ranks.
+    def find(cls, folder: Path, every: bool = True) -> CheckpointFiles:
+        """The files in the folder of a tag.
+
+        Args:
+            folder: of the tag.
+            every: whether there have to be those of all ranks that saved it; on node-local storage there are not.
 
         Raises:
             ValueError: some are missing.
@@ -49,7 +53,7 @@ class CheckpointFiles:
         # A folder that was saved into twice, in bf16 and not, has two sets; the newer one counts.
         found = [_by_rank(folder, OPTIMIZER_FILE, prefix) for prefix in ("bf16_", None)]
         optimizers = max(found, key=lambda files: max((path.stat().st_mtime for path in files.values()), default=0.0))
-        if optimizers:
+        if optimizers and every:
             ranks = int(load(next(iter(models.values())))["dp_world_size"])
             absent = [rank for rank in range(ranks) if rank not in optimizers]
             if absent:

@@ -288,7 +288,7 @@ def _choose(engine: Any, call: inspect.BoundArguments) -> str | None:
         faults[tag] = next(fault for fault in found if fault)
     if explicit or wanted is not None or any(not tags.is_leftover(tag) for tag in faults):
         told = "; ".join(f"{folder / tag}: {fault}" for tag, fault in faults.items())
-        others = [tag for tag in tags.in_order(folder, None) if tags.find_fault(folder / tag) is None]
+        others = [t for t in tags.in_order(folder, None) if t not in faults and tags.find_fault(folder / t) is None]
         remedy = f"load another tag, such as {others[0]!r}" if others else "load from another folder"
         raise CheckpointError(f"FiraAdam: no complete checkpoint to load ({told}): {remedy}.")
     _warn(folder, faults, "there is no complete one")
