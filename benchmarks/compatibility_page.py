@@ -23,8 +23,8 @@ backward pass. {trained} combinations trained, and gave right results; {wrong} g
 {refused}, with torch's AdamW too.
 
 The options are `round_robin_gradients`, `reduce_scatter`, `overlap_comm`, `contiguous_gradients` (each on and off;
-stage 0 reads none of them, stage 3 no `round_robin_gradients`), `gradient_clipping` 0 and 1, `gradient_accumulation_steps` 1 and 2: *all* where every
-combination trained.
+stage 0 reads none of them, stage 3 no `round_robin_gradients`), `gradient_clipping` 0 and 1,
+`gradient_accumulation_steps` 1 and 2: *all* where every combination trained.
 
 """
 OPTION_NAMES = {
@@ -54,10 +54,11 @@ VERSIONS = """
 ## Versions of DeepSpeed
 
 `bash launch/test_versions.sh` runs combinations in which every two settings of the table meet. FiraAdam warns once, on
-rank 0, under a version that is neither listed nor an older one of a listed minor release. Before 0.19 DeepSpeed gives
-wrong gradients in combinations with `contiguous_gradients` or `reduce_scatter` off, with a `grad_accum_dtype`, and in
-bf16 at stage 0: these settings are refused by name there, and not among the combinations. 0.17 does not know bf16
-master weights, and refuses them. 0.18.8 and 0.18.9 do not step ZeRO under torch 2.13, with torch's AdamW either.
+rank 0, under a version that is neither listed nor an older one of a listed minor release. Before 0.19
+gradients came out wrong in some combinations with `contiguous_gradients` or `reduce_scatter` off, with a
+`grad_accum_dtype`, and in bf16 at stage 0: these settings are refused by name there, and not among the combinations.
+0.17 does not know bf16 master weights, and refuses them. 0.18.8 and 0.18.9 fail in a step of stage 2 under torch 2.13,
+with torch's AdamW too.
 
 """
 

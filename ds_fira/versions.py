@@ -7,8 +7,8 @@ import warnings
 
 from packaging.version import Version
 
-# The newest releases of three minors that step ZeRO 1 and 2 under torch 2.13 (0.18.8 and 0.18.9 do not, with any
-# optimizer); `bash launch/test_versions.sh` runs with each.
+# Releases of three minors; 0.18.8 and 0.18.9 fail in a step of stage 2 under torch 2.13, with torch's AdamW too.
+# `bash launch/test_versions.sh` runs with each.
 TESTED = ("0.17.6", "0.18.4", "0.19.8")
 
 
