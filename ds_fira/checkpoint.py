@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_fira import compression
-from ds_fira.carry_over import SavedGroup, refuse_changed_structure
+from ds_fira.carry_over import SavedGroup
 from ds_fira.places import MatrixPlace, Piece, overlap
 from ds_fira.state import BASIS, EXP_AVG, EXP_AVG_SQ, STEP, MatrixState, state_views, stored_moment
 
@@ -301,6 +301,3 @@ def _require_all(complete: bool, what: str, name: str) -> None:
             f"FiraAdam: the checkpoint lacks a part of the {what} of {name}; a file of it is missing or from another "
             "save, so load an older tag."
         )
-
-
-__all__ = ["KEY", "Places", "SavedState", "describe", "described", "refuse_changed_structure", "restore"]
