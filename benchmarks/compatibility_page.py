@@ -54,11 +54,10 @@ VERSIONS = """
 ## Versions of DeepSpeed
 
 `bash launch/test_versions.sh` runs combinations in which every two settings of the table meet. FiraAdam warns once, on
-rank 0, under a version that is neither listed nor an older one of a listed minor release. Before 0.19
-gradients came out wrong in some combinations with `contiguous_gradients` or `reduce_scatter` off, with a
-`grad_accum_dtype`, and in bf16 at stage 0: these settings are refused by name there, and not among the combinations.
-0.17 does not know bf16 master weights, and refuses them. 0.18.8 and 0.18.9 fail in a step of stage 2 under torch 2.13,
-with torch's AdamW too.
+rank 0, under a version that is neither listed nor an older one of a listed minor release. Before 0.19 stage 3 is
+refused, and so is what gave wrong gradients in some combinations: `contiguous_gradients` or `reduce_scatter` off, a
+`grad_accum_dtype`, bf16 at stage 0; these are not among the combinations. 0.17 does not know bf16 master weights, and
+refuses them. 0.18.8 and 0.18.9 fail in a step of stage 2 under torch 2.13, with torch's AdamW too.
 
 """
 

@@ -67,6 +67,7 @@ def _is_accepted(case: Case) -> bool:
         return True
     options = dict(case.options)
     on = options.get("contiguous_gradients", True) and options.get("reduce_scatter", True)
+    on = on and case.stage < 3
     return on and "accumulation" not in case.dtype and not (case.stage == 0 and case.dtype == "bf16")
 
 

@@ -110,7 +110,9 @@ def _in_buffer(params: list[Tensor], offsets: list[int], partition_size: int, ra
 def _sub_group(wrapper: Any, index: int, ranks: int) -> FlatGroup:
     params, hp_partition = wrapper.fp16_groups[index], wrapper.fp32_partitioned_groups_flat[index]
     partitioning = Partitioning.of_slices(tuple(numel_of(param) for param in params), ranks)
-    count = wrapper.sub_group_partition_counts[index]
+    # From 0.19 on, where parameters may have process groups of their own.
+    counts = getattr(wrapper, "sub_group_partition_counts", None)
+    count = ranks if counts is None else counts[index]
     held = [param.ds_tensor.ds_numel for param in params]
     if count != ranks or sum(held) != partitioning.partition_size or hp_partition.numel() != sum(held):
         raise RuntimeError(

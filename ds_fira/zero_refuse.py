@@ -103,9 +103,14 @@ def _zero_options(engine: Any, stage: int) -> Iterator[str]:
 
 
 def _old_versions(engine: Any, stage: int) -> Iterator[str]:
-    """Sentences about settings with which DeepSpeed before 0.19 gave wrong gradients on two ranks."""
+    """Sentences about settings with which DeepSpeed before 0.19 gave wrong gradients on two ranks, or failed."""
     if Version(deepspeed.__version__) >= Version("0.19"):
         return
+    if stage == 3:
+        yield (
+            f"zero_optimization.stage = 3 is supported from DeepSpeed 0.19 on, and this is {deepspeed.__version__}; "
+            "use stage 2, or DeepSpeed 0.19."
+        )
     zero, (dtype, accumulated) = engine._config.zero_config, engine.get_data_types()
     wrong = {
         "bf16.enabled = True at stage 0": stage == 0 and dtype == torch.bfloat16,
