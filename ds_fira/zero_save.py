@@ -180,14 +180,12 @@ class _Save:
     def _prepare(self) -> str:
         """Make the staging folder; returns the token of the storage that this rank writes to."""
         token = secrets.token_hex(8)
+        self._agree_on_tag()
         with self._caught():
             if self.owner:
                 tags.prepare(self.folder, self.tag, token)
-        names = _require_all(self.channel, self.error, self.tag)
-        if len(set(names)) > 1:
-            self.error = f"saves under the tag {names[0]!r}, others under {sorted(set(names) - {names[0]})}: give all "
-            self.error += "ranks the same tag."
-        elif not self.owner:
+        _require_all(self.channel, self.error)
+        if not self.owner:
             try:
                 token = tags.token_of(self.folder, self.tag)
             except OSError as error:
@@ -197,6 +195,26 @@ class _Save:
                 )
         _require_all(self.channel, self.error)
         return token
+
+    def _agree_on_tag(self) -> None:
+        """Take rank 0's tag where ranks gave different ones and `checkpoint.tag_validation` lets them.
+
+        Files in folders that depend on the rank would not be a checkpoint.
+
+        Raises:
+            AssertionError: DeepSpeed's, on every rank, with `checkpoint.tag_validation` = "Fail".
+        """
+        names = self.channel.gather_objects(self.tag)
+        if len(set(names)) == 1:
+            return
+        self.engine._checkpoint_tag_validation(self.tag)
+        self.tag = names[0]
+        self.staging = self.folder / tags.staging_tag(self.tag)
+        if dist.get_rank() == 0:
+            logger.warning(
+                f"FiraAdam: save_checkpoint got {len(set(names))} different tags, such as {max(names)!r}; saving under "
+                f"rank 0's, {self.tag!r}: give all ranks the same tag."
+            )
 
     def _let_deepspeed_write(self, save: Callable[..., Any]) -> Any:
         """DeepSpeed's own save into the staging folder; its errors go to `self.error`."""

@@ -142,7 +142,6 @@ def fail_to_save(folder: str) -> dict[str, Any]:
     with engine_of() as engine:
         at = f"{folder}/state"
         engine.save_checkpoint(at, "kept")
-        results["tags"] = attempt(engine.save_checkpoint, at, f"rank{rank}")
         results["client"] = attempt(engine.save_checkpoint, at, client_state={"f": (lambda: 0) if rank == 0 else 0})
         results["reserved"] = attempt(engine.save_checkpoint, at, client_state={CHECKPOINT_PARALLEL_DIMS: 0})
         Path(f"{folder}/file").write_text("in the way")
@@ -204,3 +203,15 @@ def save_without_fira(folder: str) -> list[str]:
     engine.load_checkpoint(folder)
     engine.destroy()
     return sorted(path.name for path in (Path(folder) / "plain").iterdir())
+
+
+def save_under_own_tags(folder: str) -> dict[str, Any]:
+    """What becomes of a save to which every rank gives another tag, by `checkpoint.tag_validation`."""
+    results = {}
+    for mode in ("Fail", "Warn", "Ignore"):
+        at = Path(folder, mode)
+        with engine_of(checkpoint={"tag_validation": mode}) as engine:
+            _, error = attempt(engine.save_checkpoint, str(at), f"rank{torch.distributed.get_rank()}")
+            loaded = engine.load_checkpoint(str(at))[0]
+        results[mode] = (error, loaded, sorted(os.listdir(at)) if at.exists() else [])
+    return results

@@ -60,9 +60,6 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(ranks: Pools, tmp_path: Path
     answers = ranks.run(2, "fail_to_save", MODULE, folder=str(tmp_path))
     assert answers[0] == answers[1]
     results = answers[0]
-    assert results["tags"][1].startswith(
-        "CheckpointError: FiraAdam: rank 0 (and 1 more ranks) saves under the tag 'rank0'"
-    )
     assert re.match(
         r"CheckpointError: FiraAdam: rank 0 could not save \S+model_states.pt: .*lambda", results["client"][1]
     )
@@ -92,3 +89,17 @@ def test_other_optimizers_are_left_alone(ranks: Pools, tmp_path: Path) -> None:
     for names in ranks.run(2, "save_without_fira", MODULE, folder=str(tmp_path)):
         assert MANIFEST not in names
         assert len(names) == 3
+
+
+def test_tag_validation_decides_about_different_tags(ranks: Pools, tmp_path: Path) -> None:
+    """`Fail` is DeepSpeed's error and writes nothing; `Warn` and `Ignore` save one checkpoint, under rank 0's tag."""
+    for result in ranks.run(2, "save_under_own_tags", MODULE, folder=str(tmp_path)):
+        error, loaded, names = result["Fail"]
+        assert error.startswith("AssertionError: ")
+        assert "is not consistent across all ranks" in error
+        assert (loaded, names) == (None, [])
+        for mode in ("Warn", "Ignore"):
+            error, loaded, names = result[mode]
+            assert error is None
+            assert Path(loaded).parent == tmp_path / mode / "rank0"
+            assert names == ["latest", "rank0", "zero_to_fp32.py", "zero_to_torch.py"]
