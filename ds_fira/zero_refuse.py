@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from packaging.version import Version
 from torch import nn
 
@@ -174,6 +175,10 @@ def refuse_unsupported_module(module: nn.Module, has_moe_layers: bool) -> None:
             raise ValueError(f"FiraAdam: {name} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
 
 
+class RefusedOptimizer(ValueError, ZeRORuntimeException):
+    """An optimizer object that would not be the one that trains; DeepSpeed's own class for that, and ours."""
+
+
 def refuse_object(engine: Any, optimizer: Any, is_fira: bool) -> None:
     """Stop if DeepSpeed, or who called it, would train with another optimizer than the FiraAdam that was made.
 
@@ -183,19 +188,19 @@ def refuse_object(engine: Any, optimizer: Any, is_fira: bool) -> None:
         is_fira: whether it is a FiraAdam.
 
     Raises:
-        ValueError: the object was made of a FiraAdam's groups, or DeepSpeed wants its own Adam for offload.
+        RefusedOptimizer: the object was made of a FiraAdam's groups, or DeepSpeed wants its own Adam for offload.
     """
     remedy = (
         'give it as "type": "FiraAdam" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = false, which '
         "keeps the object."
     )
     if not is_fira and any("update_proj_gap" in group for group in getattr(optimizer, "param_groups", ())):
-        raise ValueError(
+        raise RefusedOptimizer(
             f"FiraAdam: {type(optimizer).__name__} took the param groups of a FiraAdam, as accelerate does under "
             f"optimizer offload, and would train without a projection; {remedy}"
         )
     if is_fira and engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
-        raise ValueError(
+        raise RefusedOptimizer(
             f"FiraAdam: with optimizer offload DeepSpeed takes no other optimizer object than its own Adam; {remedy}"
         )
 

@@ -306,7 +306,9 @@ def _choose(engine: Any, call: inspect.BoundArguments) -> str | None:
         faults[tag] = next(fault for fault in found if fault)
     if explicit or wanted is not None or any(not tags.is_leftover(tag) for tag in faults):
         told = "; ".join(f"{folder / tag}: {fault}" for tag, fault in faults.items())
+        # Of rank 0: the others may come here later, when the folder has changed.
         others = [t for t in tags.in_order(folder, None) if t not in faults and tags.find_fault(folder / t) is None]
+        others = channel.gather_objects(others)[0]
         remedy = f"load another tag, such as {others[0]!r}" if others else "load from another folder"
         raise CheckpointError(f"FiraAdam: no complete checkpoint to load ({told}): {remedy}.")
     _warn(folder, faults, "there is no complete one")
