@@ -29,6 +29,7 @@ from ds_fira import tags
 from ds_fira.comm import Channel
 from ds_fira.contact import tell_lost_contact
 from ds_fira.tags import CheckpointError
+from ds_fira.zero_choose import choose, owns_storage
 
 _PROBE = 1 << 20  # bytes
 _warned: set[str] = set()
@@ -56,7 +57,7 @@ def guard_checkpoints(uses_fira: Callable[[Any], bool]) -> None:
         call = _bind(load, args, kwargs)
         engine = call.arguments["self"]
         if uses_fira(engine) and _can_stage(engine) and not engine.load_universal_checkpoint():
-            call.arguments["tag"] = _choose(engine, call)
+            call.arguments["tag"] = choose(engine, call)
         return load(*call.args, **call.kwargs)
 
     @functools.wraps(configure)
@@ -90,11 +91,6 @@ def _can_stage(engine: Any) -> bool:
     return False
 
 
-def _owns_storage(engine: Any) -> bool:
-    """Whether this rank moves the files of its storage: rank 0, or the first of each node."""
-    return (engine.local_rank if engine.use_node_local_storage() else engine.global_rank) == 0
-
-
 def _require_all(channel: Channel, error: str | None, item: Any = None) -> list[Any]:
     """`item` of every rank.
 
@@ -119,7 +115,7 @@ class _Save:
         self.folder = Path(given["save_dir"])
         self.tag = f"global_step{engine.global_steps}" if given["tag"] is None else str(given["tag"])
         self.save_latest: bool = given["save_latest"]
-        self.owner = _owns_storage(engine)
+        self.owner = owns_storage(engine)
         self.staging = self.folder / tags.staging_tag(self.tag)
         self.error: str | None = None
         self.cause: Exception | None = None
@@ -273,50 +269,3 @@ def _os_error(error: Exception, path: Path | None) -> OSError | None:
     except OSError as found:
         return OSError(found.errno, found.strerror, str(path))
     return None
-
-
-def _choose(engine: Any, call: inspect.BoundArguments) -> str | None:
-    """The tag to load, the same on every rank; None leaves it to DeepSpeed, which finds nothing.
-
-    Raises:
-        CheckpointError: the tag that was asked for is not complete, or none is where there should be one.
-    """
-    given, channel = call.arguments, Channel()
-    folder, explicit = Path(given["load_dir"]), given["tag"] is not None
-    partial = given["load_module_only"] or not given["load_optimizer_states"]
-    model_only = partial and engine.zero_optimization_stage() < 3
-    owner = _owns_storage(engine)
-    # Of rank 0: DeepSpeed alone writes `latest` on the first node only.
-    wanted = channel.gather_objects(str(given["tag"]) if explicit else tags.read_latest(folder))[0]
-    views: list[dict[str, str | None]] = []
-    if owner:
-        views = [{tag: tags.find_fault(folder / tag, model_only) for tag in tags.in_order(folder, wanted, explicit)}]
-    views = [view for part in channel.gather_objects(views) for view in part]
-    faults = {tags.LATEST: "it is empty"} if wanted == "" else {}
-    for tag in views[0]:
-        found = [view.get(tag, "it is missing on a node") for view in views]
-        if not any(found):
-            # Contents are read by all processes of a storage, each file by one.
-            share = (0, 1) if engine.use_node_local_storage() else (channel.dp_rank, channel.dp_size)
-            reads = owner or not engine.use_node_local_storage()
-            found = channel.gather_objects(tags.find_damage(folder / tag, model_only, *share) if reads else None)
-        if not any(found):
-            _warn(folder, faults, f"loading {tag!r} instead" if faults else "")
-            return tag
-        faults[tag] = next(fault for fault in found if fault)
-    if explicit or wanted is not None or any(not tags.is_leftover(tag) for tag in faults):
-        told = "; ".join(f"{folder / tag}: {fault}" for tag, fault in faults.items())
-        # Of rank 0: the others may come here later, when the folder has changed.
-        others = [t for t in tags.in_order(folder, None) if t not in faults and tags.find_fault(folder / t) is None]
-        others = channel.gather_objects(others)[0]
-        remedy = f"load another tag, such as {others[0]!r}" if others else "load from another folder"
-        raise CheckpointError(f"FiraAdam: no complete checkpoint to load ({told}): {remedy}.")
-    _warn(folder, faults, "there is no complete one")
-    return None
-
-
-def _warn(folder: Path, faults: dict[str, str], outcome: str) -> None:
-    """Name the checkpoints that are not taken, and why."""
-    if faults and dist.get_rank() == 0:
-        told = "; ".join(f"{tag}: {fault}" for tag, fault in faults.items())
-        logger.warning(f"FiraAdam: in {folder} not every checkpoint is complete ({told}): {outcome}.")
