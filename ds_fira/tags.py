@@ -1,7 +1,7 @@
 """Checkpoint folders that survive a crash: how one comes about on disk, and which of several is complete.
 
-Only files, no collectives and no DeepSpeed: `ds_fira/zero_save.py` and `ds_fira/zero_choose.py` call this from the ranks
-that own a storage. A checkpoint `TAG` in a folder is made in this order:
+Only files, no collectives and no DeepSpeed: `ds_fira/zero_save.py` and `zero_choose.py` call this from ranks that own a
+storage. A checkpoint `TAG` in a folder is made in this order:
 
 1. `.saving-TAG` is filled; every file is flushed to the disk.
 2. Its manifest is written last: the size and the CRC-32 of every file. From here on it is complete.
