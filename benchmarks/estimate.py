@@ -22,6 +22,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ds_fira
@@ -125,8 +126,15 @@ def live_storages() -> dict[int, torch.UntypedStorage]:
     gc.collect()
     storages = {}
     for item in gc.get_objects():
-        # By type: lazy proxies answer isinstance by importing what they stand for.
-        if issubclass(type(item), Tensor) and item.device.type == "cpu" and item.layout == torch.strided:
+        # By type: lazy proxies answer isinstance by importing what they stand for. What torch.compile traces with, and
+        # leaves behind in a process, has no storage.
+        kind = type(item)
+        if (
+            issubclass(kind, Tensor)
+            and not issubclass(kind, FakeTensor)
+            and item.device.type == "cpu"
+            and item.layout == torch.strided
+        ):
             storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage
     return storages
