@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fira import compression, kernels
 from ds_fira import functional as F
+from ds_fira import kernels
 from ds_fira.adamw import step_adamw_
 from ds_fira.binding import Binding, batch_runs, stacked
 from ds_fira.comm import Channel, CutExchange
@@ -31,16 +31,12 @@ from ds_fira.state import (
     EXP_AVG,
     EXP_AVG_SQ,
     STEP,
-    allocate,
     compute_dtype,
     matrix_states,
     stored_moment,
 )
 from ds_fira.tracking import StepMetrics
 from ds_fira.zero_shapes import shape_of
-
-# AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
-SMALL_PARAM = 4096
 
 
 class FiraAdam(Resumable):
@@ -135,8 +131,6 @@ class FiraAdam(Resumable):
         self.inventory_of_module: list[ParamRecord] | None = None
         self.gradient_dtypes: dict[Tensor, torch.dtype] = {}
         self._reset_places()
-        self._bindings: dict[Tensor, Binding] = {}
-        self._alone: dict[Tensor, Binding] = {}
         self._refresher = Refresher(self.metrics)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -171,10 +165,6 @@ class FiraAdam(Resumable):
                 )
             if "rank" in group:
                 matrices_of("", shape_of(param))
-
-    def bind(self, param: Tensor, binding: Binding) -> None:
-        """Say which matrices lie in a flat parameter; called once the parameter is final, before its first step."""
-        self._bindings[param] = binding
 
     def replicate(self, channel: Channel) -> None:
         """Say that all ranks of `channel` hold the same parameters, so that each basis is computed once for all."""
@@ -253,16 +243,6 @@ class FiraAdam(Resumable):
         # By dimension rather than through a flat view: a parameter or gradient may have any strides.
         return [(param, param.grad)] if param.ndim == 2 else list(zip(param, param.grad, strict=True))
 
-    def _binding(self, param: Tensor) -> Binding:
-        if param in self._bindings:
-            return self._bindings[param]
-        if param not in self._alone:
-            matrices = tuple(matrices_of("", tuple(param.shape)))
-            first = sum(len(binding.whole) for binding in self._alone.values())
-            indices = tuple(range(first, first + len(matrices)))
-            self._alone[param] = Binding(matrices, indices, batched=param.ndim == 3)
-        return self._alone[param]
-
     def _tasks(
         self, param: Tensor, pairs: list[tuple[Tensor, Tensor]], binding: Binding, group: dict[str, Any], first: int
     ) -> list[MatrixTask]:
@@ -273,31 +253,6 @@ class FiraAdam(Resumable):
             MatrixTask(weight, grad, matrix, group, resolution)
             for (weight, grad), matrix in zip(pairs, states, strict=True)
         ]
-
-    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of one parameter, allocated."""
-        state = self.state[param]
-        if state:
-            return state
-        if "rank" in group:
-            binding = self._binding(param)
-            state.update(allocate(param, binding.shapes, group, binding.batched))
-            if binding.lean is not None:
-                state.update(binding.lean.allocate(param, group))
-            return state
-        state[STEP] = torch.zeros((), dtype=torch.int64)
-        state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
-        for key, signed in ((EXP_AVG, True), (EXP_AVG_SQ, False)):
-            stored = compression.allocate(
-                tuple(param.shape),
-                (),
-                state_dtype,
-                dtype=compute_dtype(param.dtype),
-                device=param.device,
-                signed=signed,
-            )
-            state.update({key + suffix: value for suffix, value in stored.items()})
-        return state
 
     def _resolution(self, param: Tensor) -> float:
         return F.negligible_share(self.gradient_dtypes.get(param, param.grad.dtype))

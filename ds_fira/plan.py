@@ -16,7 +16,7 @@ from ds_fira.cuts import CutMatrix, state_numel
 from ds_fira.groups import build_groups, group_defaults
 from ds_fira.layout import GroupLayout, plan_groups
 from ds_fira.memory import ParamRecord
-from ds_fira.optimizer import SMALL_PARAM
+from ds_fira.resumable import SMALL_PARAM
 from ds_fira.settings import check_params
 from ds_fira.shard import Partitioning, matrices_of
 from ds_fira.share import Share

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ds_fira import compression
 from ds_fira.binding import Binding
 from ds_fira.carry_over import Members, carry_values, refuse_changed_structure
 from ds_fira.checkpoint import KEY, Places, SavedState, describe, described, restore
@@ -16,7 +17,11 @@ from ds_fira.comm import Channel
 from ds_fira.places import Piece, matrix_places
 from ds_fira.refresh import Refresher
 from ds_fira.settings import GROUP_SETTINGS
-from ds_fira.state import BASIS, STEP, host_key
+from ds_fira.shard import matrices_of
+from ds_fira.state import BASIS, EXP_AVG, EXP_AVG_SQ, STEP, allocate, compute_dtype, host_key
+
+# AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
+SMALL_PARAM = 4096
 
 
 def settings_of(group: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +30,7 @@ def settings_of(group: dict[str, Any]) -> dict[str, Any]:
 
 
 class Resumable(Optimizer):
-    """What of `FiraAdam` saves and loads its state.
+    """What of `FiraAdam` holds its state, saves and loads it.
 
     Attributes:
         given: of every param group, the settings it was made with.
@@ -36,19 +41,53 @@ class Resumable(Optimizer):
 
     given: list[dict[str, Any]]
     channel: Channel | None
-    _bindings: dict[Tensor, Binding]
     _refresher: Refresher
 
     def _reset_places(self) -> None:
         self.members: list[Members] = []
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
         self.layout_digest = ""
+        self._bindings: dict[Tensor, Binding] = {}
+        self._alone: dict[Tensor, Binding] = {}
+
+    def bind(self, param: Tensor, binding: Binding) -> None:
+        """Say which matrices lie in a flat parameter; called once the parameter is final, before its first step."""
+        self._bindings[param] = binding
 
     def _binding(self, param: Tensor) -> Binding:
-        raise NotImplementedError
+        if param in self._bindings:
+            return self._bindings[param]
+        if param not in self._alone:
+            matrices = tuple(matrices_of("", tuple(param.shape)))
+            first = sum(len(binding.whole) for binding in self._alone.values())
+            indices = tuple(range(first, first + len(matrices)))
+            self._alone[param] = Binding(matrices, indices, batched=param.ndim == 3)
+        return self._alone[param]
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The state of one parameter, allocated."""
+        state = self.state[param]
+        if state:
+            return state
+        if "rank" in group:
+            binding = self._binding(param)
+            state.update(allocate(param, binding.shapes, group, binding.batched))
+            if binding.lean is not None:
+                state.update(binding.lean.allocate(param, group))
+            return state
+        state[STEP] = torch.zeros((), dtype=torch.int64)
+        state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
+        for key, signed in ((EXP_AVG, True), (EXP_AVG_SQ, False)):
+            stored = compression.allocate(
+                tuple(param.shape),
+                (),
+                state_dtype,
+                dtype=compute_dtype(param.dtype),
+                device=param.device,
+                signed=signed,
+            )
+            state.update({key + suffix: value for suffix, value in stored.items()})
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         """As in `torch.optim`, with a description of what the tensors hold; tensors, numbers, strings, lists, dicts."""

@@ -1,4 +1,4 @@
-"""How a watch follows DeepSpeed's engine: beside `zero.py` the only file that touches its private attributes.
+"""How a watch follows DeepSpeed's engine, through its private attributes like the other files `zero*.py`.
 
 Written against DeepSpeed 0.19.8. What it relies on:
 
