@@ -71,11 +71,15 @@ def test_two_launches_of_the_example_leave_the_same_files(tmp_path: Path) -> Non
 
 
 def test_a_few_hundred_steps_leave_memory_and_ranks_as_they_were(ranks: Pools) -> None:
-    """The short form of `python -m benchmarks.soak`: an object kept in each step would be 100 in 100 steps."""
-    settings = {"steps": 250, "warm_up": 100, "read_every": 50, "save_every": 60, "check_every": 25}
+    """The short form of `python -m benchmarks.soak`: an object kept in each step would be 100 in 100 steps.
+
+    Resident memory settles within some 200 steps and may still rise once; a leak would be in every interval between
+    two readings.
+    """
+    settings = {"steps": 300, "warm_up": 200, "read_every": 20, "save_every": 60, "check_every": 25}
     for found in ranks.run(2, "soak", "benchmarks.soak", **settings):
         assert found["equal"]
-        assert found["refreshes"] == 3 * -(-250 // 20)
+        assert found["refreshes"] == 3 * -(-300 // 20)
         assert found["last_loss"] < 0.1 * found["first_loss"]
         assert abs(found["objects_per_step"]) < 0.5, found["readings"]
-        assert found["bytes_per_step"] < 40_000, found["readings"]
+        assert found["least_bytes_per_step"] < 2_000, found["readings"]

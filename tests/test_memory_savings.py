@@ -140,12 +140,15 @@ def test_refused_combinations_say_why(fresh_ranks: Pools) -> None:
         assert words in reason
 
 
-def test_deepspeeds_checkpointing_saves_as_much(fresh_ranks: Pools, figures: dict) -> None:
+def test_deepspeeds_checkpointing_saves_as_much(fresh_ranks: Pools) -> None:
+    """In one process, where no thread of gloo frees a buffer a little sooner or later than in the run before."""
     cell = ("FiraAdam", 2, True, False, "bf16")
-    (found,) = fresh_ranks.run(2, "measured", "tests.memory_jobs", cells=[cell], method="deepspeed")[0]
-    # The pool's processes hold what is left of the engines before.
-    peaks = [one["device"]["peak_bytes"] - one["device"]["categories"]["other"] for one in (found, figures[cell])]
-    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+    peaks = []
+    for method in ("transformers", "deepspeed"):
+        (found,) = fresh_ranks.run(1, "measured", "tests.memory_jobs", cells=[cell], method=method, processes=1)[0]
+        # What is left of the engines before is not this one's.
+        peaks.append(found["device"]["peak_bytes"] - found["device"]["categories"]["other"])
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
 def run_script(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
