@@ -65,7 +65,7 @@ def table_2() -> list[Cell]:
     """Every cell, row by row."""
     runs = {model: _run(model) for model in MODELS}
     return [
-        Cell(method, model, figure, _own_bytes(method, runs[model]))
+        Cell(method, model, figure, sum(method_bytes(method, runs[model])))
         for method, figures in PUBLISHED.items()
         for model, figure in zip(MODELS, figures, strict=True)
     ]
@@ -141,6 +141,25 @@ def reproduced(method: str) -> dict[tuple[str, ...], list[str]]:
     return found
 
 
+def method_bytes(method: str, run: PlannedRun) -> tuple[int, int]:
+    """Bytes of weights, LoRA's adapters among them, and of optimizer states in bfloat16, by Table 1 and A.8.
+
+    Args:
+        method: a row of `PUBLISHED`.
+        run: a model planned with the rank.
+    """
+    weights = _elements(run)
+    if method == "Full-Rank":
+        return BYTES * weights, BYTES * 2 * weights
+    states = formula_bytes(run.records, 1)
+    if method in ("Fira", "GaLore"):
+        extra = 0 if method == "Fira" else sum(record.matrices for record in run.records)
+        return BYTES * weights, BYTES * (states - extra)
+    adapters = sum(lora_numel(record.shape, record.rank) for record in run.records if record.rank is not None)
+    rest = sum(record.state_elements for record in run.records if record.rank is None)
+    return BYTES * (weights + adapters), BYTES * (2 * adapters + rest)
+
+
 @cache
 def _run(model: str) -> PlannedRun:
     return plan_run(load_model(model), 1, 0, rank=PAPER_RANKS[model])
@@ -148,17 +167,3 @@ def _run(model: str) -> PlannedRun:
 
 def _elements(run: PlannedRun) -> int:
     return adamw_bytes(run.records, 1) // 2
-
-
-def _own_bytes(method: str, run: PlannedRun) -> int:
-    weights = _elements(run)
-    if method == "Full-Rank":
-        return BYTES * 3 * weights
-    states = formula_bytes(run.records, 1)
-    if method == "Fira":
-        return BYTES * (weights + states)
-    if method == "GaLore":
-        return BYTES * (weights + states - sum(record.matrices for record in run.records))
-    adapters = sum(lora_numel(record.shape, record.rank) for record in run.records if record.rank is not None)
-    rest = sum(record.state_elements for record in run.records if record.rank is None)
-    return BYTES * (weights + 3 * adapters + rest)
