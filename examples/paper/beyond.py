@@ -1,0 +1,166 @@
+"""Beyond the paper: our own settings, alone and together, against released Fira and tuned Adam.
+
+    python -m examples.paper.report --only beyond
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from examples.paper import table_2
+from examples.paper.pool import Results
+from examples.paper.sensitivity import changed
+from examples.paper.spec import SEEDS, Run, Size, seeds
+from examples.paper.table_2 import ADAM, FIRA
+from examples.paper.tables import (
+    FAILS,
+    HEIGHT,
+    HOLDS,
+    WIDTH,
+    Claim,
+    change,
+    claims_table,
+    lower,
+    save_figure,
+    score,
+    smooth,
+    table,
+    tuned,
+)
+
+NAME, TITLE = "beyond", "Beyond the paper"
+GOAL = 0.05  # lower perplexity than released Fira
+WARM = {"subspace": "randomized", "refresh_moments": "rotate"}
+
+
+def variants(size: Size) -> dict[str, dict[str, Any]]:
+    """Settings on top of released Fira; all keep as many bytes of state as it does."""
+    short = max(1, size.gap // 3)
+    return {
+        "residual_scale 2": {"residual_scale": 2.0},
+        "residual_scale 4": {"residual_scale": 4.0},
+        "residual_scale 8": {"residual_scale": 8.0},
+        "residual_scale 16": {"residual_scale": 16.0},
+        "moments rotated": {"refresh_moments": "rotate"},
+        "moments reset": {"refresh_moments": "reset"},
+        "randomized, warm": {"subspace": "randomized"},
+        "stagger": {"stagger": True},
+        "Algorithm 1": {"formulation": "paper"},
+        f"randomized, rotated, gap {short}": {**WARM, "update_proj_gap": short},
+        f"residual_scale 8, randomized, rotated, gap {short}": {**WARM, "update_proj_gap": short, "residual_scale": 8.0},
+        "residual_scale 8, randomized, rotated": {**WARM, "residual_scale": 8.0},
+        "residual_scale 8, Algorithm 1": {"formulation": "paper", "residual_scale": 8.0},
+    }
+
+
+def bases(size: Size) -> dict[int, Run]:
+    """Released Fira at high and at low rank."""
+    return {size.rank: FIRA, size.low_rank: changed(FIRA, rank=size.low_rank)}
+
+
+def runs(size: Size) -> dict[int, dict[str, Run]]:
+    """Released Fira ("released") and its variants by rank."""
+    return {
+        rank: {"released": base} | {name: changed(base, **settings) for name, settings in variants(size).items()}
+        for rank, base in bases(size).items()
+    }
+
+
+def stages(results: Results) -> list[list[Run]]:
+    """Everything at once, beside the runs of Table 2."""
+    every = [run for family in runs(results.size).values() for run in family.values()]
+    return [*table_2.stages(results), seeds(*every)]
+
+
+def best(results: Results, rank: int) -> str:
+    """The name of the variant with the lowest mean perplexity."""
+    family = runs(results.size)[rank]
+    return min(family, key=lambda name: score(results, family[name]).mean)
+
+
+def recipe(results: Results) -> str:
+    """The name of the variant whose perplexities, relative to released Fira's and averaged over both ranks, are lowest."""
+    families = runs(results.size)
+    released = {rank: score(results, family["released"]).mean for rank, family in families.items()}
+    return min(
+        variants(results.size),
+        key=lambda name: statistics.fmean(
+            score(results, family[name]).mean / released[rank] for rank, family in families.items()
+        ),
+    )
+
+
+def seconds(results: Results, run: Run) -> float:
+    """Processor time of a training without its validations, mean over the seeds."""
+    return statistics.fmean(results[run.with_seed(seed)]["seconds"] for seed in SEEDS)
+
+
+def section(results: Results, figures: Path) -> str:
+    """Markdown of a table per rank, the curves and the claims."""
+    adam = score(results, tuned(results, ADAM))
+    parts = [f"Full-rank Adam, tuned: {adam}. Time is processor time of the whole training over released Fira's.\n"]
+    for rank, family in runs(results.size).items():
+        released = family["released"]
+        reference = score(results, released)
+        rows = [
+            (
+                name,
+                f"**{score(results, run)}**",
+                change(score(results, run), reference),
+                change(score(results, run), adam),
+                f"{seconds(results, run) / seconds(results, released):.2f}",
+                f"{results[run]['state_bytes'] / results[released]['state_bytes']:.2f}",
+            )
+            for name, run in family.items()
+        ]
+        parts += [
+            f"Rank {rank} of {results.size.hidden}:\n",
+            table(["on top of released Fira", "perplexity", "to released", "to Adam", "time", "state"], rows),
+        ]
+    return "\n".join([*parts, plot(results, figures), claims_table(claims(results))])
+
+
+def claims(results: Results) -> list[Claim]:
+    """The goal, at both ranks, and the order against Adam."""
+    name = recipe(results)
+    adam = ("Adam", score(results, tuned(results, ADAM)))
+    found = []
+    for rank, family in runs(results.size).items():
+        ours, released = score(results, family[name]), score(results, family["released"])
+        gain = 1 - ours.mean / released.mean
+        time = seconds(results, family[name]) / seconds(results, family["released"])
+        found += [
+            Claim(
+                f"rank {rank}: `{name}` is at least {GOAL:.0%} below released Fira, outside the spread",
+                "our goal",
+                f"{ours} against {released}: {-gain:+.1%}",
+                HOLDS if gain >= GOAL and ours.below(released) else FAILS,
+            ),
+            Claim(
+                f"rank {rank}: `{name}` is not slower than released Fira",
+                "our goal",
+                f"{time:.2f} of its time",
+                HOLDS if time <= 1.0 else FAILS,
+            ),
+            lower(f"rank {rank}: `{name}` is below full-rank Adam", "our goal", (name, ours), adam),
+        ]
+    return found
+
+
+def plot(results: Results, figures: Path) -> str:
+    """Training loss of the recipe, released Fira and Adam at both ranks, at the first seed."""
+    name = recipe(results)
+    figure, axes = plt.subplots(1, 2, figsize=(1.5 * WIDTH, HEIGHT), sharey=True)
+    for place, (rank, family) in zip(axes, runs(results.size).items(), strict=True):
+        shown = {"released Fira": family["released"], name: family[name], "full-rank Adam": tuned(results, ADAM)}
+        for label, run in shown.items():
+            place.plot(smooth(results[dataclasses.replace(run, seed=SEEDS[0])]["train_loss"]), lw=0.9, label=label)
+        place.set(title=f"rank {rank}", xlabel="step")
+    axes[0].set(ylabel="training loss, mean of 10 steps (nats)")
+    axes[0].legend(fontsize=7)
+    return save_figure(figure, figures, "beyond", "Training loss of the recipe, released Fira and Adam")

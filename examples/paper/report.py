@@ -1,0 +1,159 @@
+"""All of the paper's experiments that this machine allows, and docs/reproduction.md from their results.
+
+    python -m examples.paper.report                        everything that has no result yet, then the page
+    python -m examples.paper.report --only table_2 ranks   these alone, printed
+    python -m examples.paper.report --page-only            the page from the results that are there
+    python -m examples.paper.report --size gpu             LLaMA 60M at the paper's settings, on a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import statistics
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from examples.paper.alone import FIGURES, RESULTS
+from examples.paper.pool import Results
+from examples.paper.provenance import ROOT, stamp_line
+from examples.paper.spec import SIZES, Size
+from examples.paper.tables import Claim, claims_table, table
+
+PAGE = ROOT / "docs" / "reproduction.md"
+# In the order of the page.
+TRAININGS = ("table_2", "ablation", "spikes", "ranks", "similarity", "sensitivity", "beyond")
+COMPUTED = ("theorem", "memory_table", "rankings", "finetune", "combined")
+ORDER = (
+    "table_2",
+    "ablation",
+    "spikes",
+    "ranks",
+    "rankings",
+    "similarity",
+    "theorem",
+    "memory_table",
+    "finetune",
+    "sensitivity",
+    "combined",
+    "beyond",
+)
+
+
+def module(name: str) -> ModuleType:
+    """An experiment's module."""
+    return importlib.import_module(f"examples.paper.{name}")
+
+
+def train(names: list[str], results: Results, workers: int | None) -> None:
+    """Train what the experiments need and what is not there, those of all experiments together.
+
+    An experiment's stages grow as results come in: the learning rates come first, then what is trained with them.
+    """
+    while True:
+        missing = [
+            run for name in names for stage in module(name).stages(results) for run in stage if run not in results
+        ]
+        if not missing:
+            return
+        results.train(missing, workers)
+
+
+def compute(name: str, again: bool) -> dict[str, Any]:
+    """The results of an experiment without shared trainings, computed unless they are there."""
+    path = RESULTS / f"{module(name).NAME}.json"
+    if again or not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(module(name).compute(), indent=1, allow_nan=False) + "\n")
+    return json.loads(path.read_text())
+
+
+def section(name: str, results: Results) -> str:
+    """An experiment's heading and section."""
+    found = module(name)
+    body = found.section(results if name in TRAININGS else compute(name, again=False), FIGURES)
+    return body if body.startswith("## ") else f"## {found.TITLE}\n\n{body}"
+
+
+def page(names: list[str], results: Results) -> str:
+    """The whole page."""
+    ordered = [name for name in ORDER if name in names]
+    sections = [section(name, results) for name in ordered]
+    verdicts: list[Claim] = [claim for name in ordered if name in TRAININGS for claim in module(name).claims(results)]
+    return "\n".join([heading(results), claims_table(verdicts), *sections])
+
+
+def heading(results: Results) -> str:
+    """What was trained, on what, and how to read the page."""
+    size, trained = results.size, list(results.found.values())
+    seconds = sum(result["seconds"] for result in trained)
+    first = trained[0]
+    facts = [
+        ("model", f"LLaMA, {first['parameters'] / 1e6:.2f} M parameters: {describe(size)}"),
+        (
+            "text",
+            f"{first['text']['source']}: {first['text']['tokens']['train']:,} training tokens; a run reads "
+            f"{size.steps * size.batch * size.seq_length:,}, none twice; a unigram model has perplexity "
+            f"{statistics.fmean([2.718281828459045 ** first['text']['unigram_entropy']]):.0f}",
+        ),
+        ("training", f"{size.steps} steps of {size.batch} x {size.seq_length} tokens, warm-up over a tenth, cosine to a tenth"),
+        ("runs", f"{len(trained)}, {seconds / 3600:.1f} hours of processor time"),
+    ]
+    return "\n".join(
+        [
+            "# The paper's claims, measured\n",
+            "Written by `python -m examples.paper.report` from `examples/paper/results/`, where every run stands with its",
+            "configuration, seed, commit and curve. Paper: arXiv 2410.01623; its figures are of LLaMA 60M to 7B on C4 and",
+            "stand here for comparison of order and distance, not of size.\n",
+            table(["", ""], facts),
+            f"{stamp_line(first['provenance'])}\n",
+            "Perplexities are of held-out text, mean ± standard deviation over three seeds (initial weights and order of the",
+            "data). A claim **holds** where the worst seed of the better method is below the best seed of the other, is",
+            "**not told apart** where seeds overlap, and else **does not hold**.\n",
+            "## All verdicts\n",
+        ]
+    )
+
+
+def describe(size: Size) -> str:
+    """A size in words."""
+    names = ("hidden", "intermediate", "layers", "heads", "vocabulary")
+    values = dataclasses.asdict(size)
+    return ", ".join(f"{values[name]} {name}" for name in names) + f", {size.dtype}"
+
+
+def main() -> None:
+    """Train, compute, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of the size's")
+    parser.add_argument("--only", nargs="+", choices=ORDER, metavar="NAME", help=f"of {', '.join(ORDER)}")
+    parser.add_argument("--workers", type=int, help="runs trained at a time (default: one per processor; on a GPU 1)")
+    parser.add_argument("--again", action="store_true", help="compute anew what needs no shared training")
+    parser.add_argument("--page-only", action="store_true", help="train and compute nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs")
+    args = parser.parse_args()
+    size = SIZES[args.size]
+    if args.steps is not None:
+        size = dataclasses.replace(size, name=f"{size.name}_{args.steps}", steps=args.steps)
+    names = args.only or list(ORDER)
+    results = Results(size, args.results)
+    if not args.page_only:
+        train([name for name in names if name in TRAININGS], results, args.workers)
+        for name in names:
+            if name in COMPUTED:
+                compute(name, args.again)
+    if args.only:
+        print("\n".join(section(name, results) for name in names))
+    elif size.name == "cpu":
+        PAGE.write_text(page(names, results))
+        print(f"{PAGE.relative_to(ROOT)}: {len(results.found)} runs")
+    else:
+        PAGE.with_name(f"reproduction_{size.name}.md").write_text(page(names, results))
+
+
+if __name__ == "__main__":
+    main()
