@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 
 from ds_fira.binding import Binding
 from ds_fira.estimate.model import load_model
+from ds_fira.fira_adam import FiraAdam
 from ds_fira.models import NAMES, PAPER_RANKS, config_file
-from ds_fira.optimizer import FiraAdam
 from ds_fira.plan import PlannedRun, plan_run
 
 

@@ -1,14 +1,15 @@
 """Fira for DeepSpeed: full-rank training with low-rank optimizer states, sharded by ZeRO.
 
-Importing this package registers `FiraAdam` with DeepSpeed, so that `"optimizer": {"type": "FiraAdam"}` works in a
-DeepSpeed config.
+Importing this package registers `FiraAdam` and `GaLoreAdam` with DeepSpeed, so that
+`"optimizer": {"type": "FiraAdam"}` works in a DeepSpeed config.
 """
 
 from ds_fira.activations import checkpoint_activations
+from ds_fira.fira_adam import FiraAdam
 from ds_fira.foreign import load_released_state
+from ds_fira.galore_adam import GaLoreAdam
 from ds_fira.groups import param_groups
 from ds_fira.memory import state_bytes
-from ds_fira.optimizer import FiraAdam
 from ds_fira.report import memory_report, metrics
 from ds_fira.runtime import init_distributed, shutdown
 from ds_fira.version import __version__
@@ -24,6 +25,7 @@ register_resume()
 
 __all__ = [
     "FiraAdam",
+    "GaLoreAdam",
     "__version__",
     "checkpoint_activations",
     "init_distributed",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ds_fira.settings import GROUP_SETTINGS
+from ds_fira.methods import FIRA_ADAM, KEY, method_of
 from ds_fira.subspace import effective_rank, projection_side
 
 
@@ -47,6 +47,13 @@ def refuse_changed_structure(
     Raises:
         ValueError: one sentence with the parameter, what differs, both values and the remedy.
     """
+    for group, old in zip(groups, saved, strict=False):
+        name, previous = method_of(group).name, old.values.get(KEY, FIRA_ADAM.name)
+        if name != previous:
+            raise ValueError(
+                f"{name}: the checkpoint was made by {previous}; set optimizer.type = {previous!r} to resume, or load "
+                "with load_optimizer_states=False to start anew from its weights."
+            )
     before = {name: (group, shape) for group in saved for name, shape in group.members.items()}
     now = {name: (group, shape) for group, listed in zip(groups, members, strict=True) for name, shape in listed}
     if now.keys() - before.keys():
@@ -115,10 +122,8 @@ def carry_values(
             if any(not _equal(value, found[0]) for value in found):
                 notes[f"{key} = {group.get(key)!r}, since its parameters were in groups with different values"] = None
                 continue
-            changed = (
-                key in GROUP_SETTINGS
-                and key in own
-                and any(key in source.given and not _equal(own[key], source.given[key]) for source in sources)
+            changed = key in own and any(
+                key in source.given and not _equal(own[key], source.given[key]) for source in sources
             )
             if changed and key == "lr":
                 notes[f"lr goes on from the checkpoint's {found[0]!r}, not from {own[key]!r}"] = None

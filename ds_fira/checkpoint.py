@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ds_fira import compression
 from ds_fira.carry_over import SavedGroup
+from ds_fira.methods import FIRA_ADAM, Method
 from ds_fira.places import MatrixPlace, Piece, overlap
-from ds_fira.state import BASIS, EXP_AVG, EXP_AVG_SQ, STEP, MatrixState, state_views, stored_moment
+from ds_fira.state import BASIS, EXP_AVG, STEP, MatrixState, compute_dtype, state_views, stored_moment
 
 # Where the description is in a state dict, and the version of its form.
 KEY = "fira"
@@ -54,6 +55,7 @@ def describe(
     given: Sequence[dict[str, Any]],
     members: Sequence[Sequence[tuple[str, tuple[int, ...]]]],
     places: Sequence[Places],
+    method: Method = FIRA_ADAM,
 ) -> dict[str, Any]:
     """What goes into a state dict beside the tensors.
 
@@ -63,8 +65,10 @@ def describe(
         given: of every param group, the settings it was made with.
         members: of every param group, the names and shapes of its parameters, over all ranks.
         places: of every tensor of this rank, in the order of the state dict.
+        method: the optimizer; a description without one is FiraAdam's.
     """
     return {
+        **({} if method is FIRA_ADAM else {"method": method.to_plain()}),
         "format": FORMAT,
         "layout": layout,
         "settings": [dict(settings) for settings in given],
@@ -75,11 +79,20 @@ def describe(
 
 @dataclass(frozen=True, slots=True)
 class SavedMoments:
-    """The AdamW state of one stepped tensor; all elements in the order of the tensor."""
+    """The state of one stepped tensor without a projection; all elements in the order of the tensor.
+
+    Attributes:
+        step: steps made.
+        moments: by the names of `Method.states`.
+    """
 
     step: Tensor
-    exp_avg: compression.Stored
-    exp_avg_sq: compression.Stored
+    moments: dict[str, compression.Stored]
+
+    @property
+    def exp_avg(self) -> compression.Stored:
+        """Adam's first moment."""
+        return self.moments[EXP_AVG]
 
 
 @dataclass
@@ -121,15 +134,16 @@ class SavedState:
             if weights is not None:
                 for piece in places.pieces:
                     self.weights[piece.name].append((piece, weights[position].reshape(-1)))
-            self._add_state(state_dict["state"].get(number, {}), places)
+            self._add_state(state_dict["state"].get(number, {}), places, Method.from_plain(plain.get("method")))
 
-    def _add_state(self, state: dict[str, Tensor], places: Places) -> None:
+    def _add_state(self, state: dict[str, Tensor], places: Places, method: Method) -> None:
         for place in places.matrices:
             if STEP + place.mark in state:
-                views = state_views(state, place.side, place.mark, place.index)
+                views = state_views(state, place.side, place.mark, place.index, method=method)
                 self.matrices[place.name].append((place, views))
-        if state and not places.matrices and EXP_AVG in state and not any(key.startswith(BASIS) for key in state):
-            moments = SavedMoments(state[STEP], stored_moment(state, EXP_AVG), stored_moment(state, EXP_AVG_SQ))
+        plain = STEP in state and not any(key.startswith(BASIS) for key in state)
+        if plain and not places.matrices and method.states.keys() <= state.keys():
+            moments = SavedMoments(state[STEP], {name: stored_moment(state, name) for name in method.states})
             for piece in places.pieces:
                 self.moments[piece.name].append((piece, moments))
 
@@ -160,6 +174,7 @@ def restore(
     state_of: Callable[[Tensor], dict[str, Tensor]],
     *,
     weights: bool,
+    method: Method = FIRA_ADAM,
 ) -> None:
     """Fill tensors and their states from a saved state; what was saved without a state is left without one.
 
@@ -168,6 +183,7 @@ def restore(
         places: the tensors to fill, and what they hold.
         state_of: gives the state of a tensor, allocated.
         weights: whether to fill the tensors themselves too.
+        method: of the optimizer that is filled, and of the one that saved.
 
     Raises:
         ValueError: a part of the saved state is missing.
@@ -179,17 +195,19 @@ def restore(
             known = [place for place in held.matrices if saved.matrices.get(place.name)]
             state = state_of(param) if known else {}
             for place in known:
-                target = state_views(state, place.side, place.mark, place.index)
+                dtype = compute_dtype(param.dtype)
+                target = state_views(state, place.side, place.mark, place.index, method=method, dtype=dtype)
                 _restore_matrix(place, target, saved.matrices[place.name])
         elif any(saved.moments.get(piece.name) for piece in held.pieces):
-            _restore_moments(param, state_of(param), held.pieces, saved)
+            _restore_moments(param, state_of(param), held.pieces, saved, method)
 
 
 def _restore_matrix(place: MatrixPlace, target: MatrixState, parts: list[tuple[MatrixPlace, MatrixState]]) -> None:
     first = parts[0][1]
     target.step.copy_(first.step)
     target.refresh_step.copy_(first.refresh_step)
-    target.residual_norm.copy_(first.residual_norm)
+    if target.residual_norm is not None:
+        target.residual_norm.copy_(first.residual_norm)
     missing = set(place.basis)
     for other, state in parts:
         common = overlap(place.basis, other.basis)
@@ -197,10 +215,9 @@ def _restore_matrix(place: MatrixPlace, target: MatrixState, parts: list[tuple[M
             target.basis[_within(common, place.basis)].copy_(state.basis[_within(common, other.basis)])
             missing.difference_update(common)
     _require_all(not missing, "basis", place.name)
-    for name in ("exp_avg", "exp_avg_sq"):
-        stored = getattr(target, name)
+    for name, stored in target.moments.items():
         if stored:
-            _restore_moment(place, stored, [(other, getattr(state, name)) for other, state in parts], target.dtype)
+            _restore_moment(place, stored, [(other, state.moments[name]) for other, state in parts], target.dtype)
 
 
 def _restore_moment(
@@ -228,17 +245,16 @@ def _restore_moment(
     compression.write_(stored, value, seed=None)
 
 
-def _restore_moments(param: Tensor, state: dict[str, Tensor], pieces: Sequence[Piece], saved: SavedState) -> None:
-    """Fill the AdamW state of one tensor; its step count is the largest of its parameters'."""
+def _restore_moments(
+    param: Tensor, state: dict[str, Tensor], pieces: Sequence[Piece], saved: SavedState, method: Method
+) -> None:
+    """Fill the state of one tensor without a projection; its step count is the largest of its parameters'."""
     found = {piece.name: saved.moments.get(piece.name, []) for piece in pieces}
     steps = [int(moments.step) for parts in found.values() for _, moments in parts]
     state[STEP].fill_(max(steps))
-    for key in (EXP_AVG, EXP_AVG_SQ):
+    for key in method.states:
         stored = stored_moment(state, key)
-        sources = {
-            name: [(piece, moments.exp_avg if key == EXP_AVG else moments.exp_avg_sq) for piece, moments in parts]
-            for name, parts in found.items()
-        }
+        sources = {name: [(piece, held.moments[key]) for piece, held in parts] for name, parts in found.items()}
         alike = [part for piece, part in sources[pieces[0].name] if piece == pieces[0] and _same_form(stored, part)]
         if alike and all(any(p == piece and s is alike[0] for p, s in sources[piece.name]) for piece in pieces):
             _copy(stored, alike[0])

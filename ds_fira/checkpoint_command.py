@@ -84,7 +84,8 @@ def states(path: Path) -> dict[str, Any]:
         m, n = place.shape
         steps = f"step {int(state.step)}, basis of step {int(state.refresh_step)}"
         kinds[f"{m} x {n}, {place.side}, rank {place.rank}, {steps}"] += 1
-        finite &= all(_finite(part.basis) and _finite(part.residual_norm) for _, part in parts)
+        kept = [tensor for _, part in parts for tensor in (part.basis, part.residual_norm) if tensor is not None]
+        finite &= all(map(_finite, kept))
     moments = sum(pieces[0][1].step is not None for pieces in saved.moments.values())
     return {"matrices": dict(kinds), "under_adamw": moments, "finite": finite}
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from ds_fira.methods import FIRA_ADAM, Method
 from ds_fira.pieces import column_span, common, hull, kept_rows, touched_rows
 from ds_fira.shard import MatrixShard
 from ds_fira.subspace import Side, basis_shape, effective_rank, low_rank_shape, projection_side
@@ -36,15 +37,17 @@ GRADIENT_SUMS = 2
 LOW_RANK_SUMS = 3
 
 
-def state_numel(shape: tuple[int, int], rank: int, proj_type: str = "std", formulation: str = "released") -> int:
+def state_numel(
+    shape: tuple[int, int], rank: int, proj_type: str = "std", formulation: str = "released", method: Method = FIRA_ADAM
+) -> int:
     """Elements of optimizer state of one projected matrix, the paper's mr + 2nr + 1 (Table 1).
 
-    Counts the basis, the two moments and the limiter's norm.
+    Counts the basis, the moments and the limiter's norm.
     """
     side = projection_side(shape, proj_type, formulation)
     rows, r = basis_shape(shape, rank, side)
     a, b = low_rank_shape(shape, rank, side)
-    return rows * r + 2 * a * b + 1
+    return rows * r + len(method.states) * a * b + method.limited
 
 
 @dataclass(frozen=True, slots=True)

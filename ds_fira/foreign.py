@@ -1,4 +1,4 @@
-"""Continue a run of the released code: state dicts of PyPI `fira` (1.0.2) and `galore-torch` (1.0) in FiraAdam.
+"""Continue a run of the released code, PyPI `fira` (1.0.2) and `galore-torch` (1.0), in FiraAdam and GaLoreAdam.
 
 Both keep, per projected weight, a pickled projector with an `ortho_matrix` beside Adam's moments; `fira` also the norm
 of the last residual, under "scaling_grad". Neither says which parameter a state belongs to but by its position.
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ds_fira.carry_over import SavedGroup, refuse_changed_structure
 from ds_fira.checkpoint import SavedMoments, SavedState
 from ds_fira.compression import VALUES
-from ds_fira.optimizer import FiraAdam
+from ds_fira.methods import ADAM_STATES, FIRA_ADAM, GALORE_ADAM, KEY
+from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.places import MatrixPlace, Piece
 from ds_fira.state import MatrixState
 from ds_fira.subspace import Side, basis_shape, effective_rank, projection_side
@@ -33,9 +34,9 @@ def load_released_state(
     Weights are not touched: load them into the model first. Learning rate and schedule are the caller's.
 
     Args:
-        engine_or_optimizer: a DeepSpeed engine that trains with FiraAdam at any stage, or a FiraAdam; its rank,
-            proj_type and gap as in the run that saved. After GaLore, `residual_scale=0` and `scaling="none"` go on as
-            GaLore, and with the defaults the run becomes Fira.
+        engine_or_optimizer: a DeepSpeed engine that trains with FiraAdam or GaLoreAdam at any stage, or one of these
+            optimizers; its rank, proj_type and gap as in the run that saved. After GaLore, GaLoreAdam goes on as
+            GaLore, and with FiraAdam the run becomes Fira.
         state_dict: what that optimizer's `state_dict()` gave, the same on every rank.
         groups: its param groups in their order: dicts with "params", or sequences of parameters of the model, or of
             their names.
@@ -52,6 +53,9 @@ def load_released_state(
     try:
         members = optimizer._members()
         saved = released_state(state_dict, _names(groups, model, optimizer), dict(chain.from_iterable(members)))
+        if optimizer.method in (FIRA_ADAM, GALORE_ADAM):  # whose states are alike
+            for group in saved.groups:
+                group.values.update({KEY: optimizer.method.name})
         refuse_changed_structure(saved.groups, optimizer.param_groups, members)
         with stepped_params(engine_or_optimizer):
             optimizer.restore(saved, weights=False)
@@ -63,7 +67,7 @@ def load_released_state(
         raise error
 
 
-def _names(groups: Iterable[Any], model: nn.Module | None, optimizer: FiraAdam) -> list[list[str]]:
+def _names(groups: Iterable[Any], model: nn.Module | None, optimizer: LowRankOptimizer) -> list[list[str]]:
     """The names of the parameters of every group."""
     known = {id(param): name for name, param in normalized(dict(model.named_parameters())).items()} if model else {}
     if not optimizer.members:  # alone, where FiraAdam knows its parameters by their numbers
@@ -120,7 +124,7 @@ def released_state(
 
 
 def _add(saved: SavedState, name: str, shape: tuple[int, ...], state: Mapping[str, Any], group: dict[str, Any]) -> None:
-    for key in ("exp_avg", "exp_avg_sq"):
+    for key in ADAM_STATES:
         if not isinstance(state.get(key), Tensor):
             raise ValueError(
                 f"FiraAdam: the state of {name} has no tensor {key}, as Adafactor and 8-bit Adam have none; only the "
@@ -134,7 +138,7 @@ def _add(saved: SavedState, name: str, shape: tuple[int, ...], state: Mapping[st
                 f"FiraAdam: {name} has shape {shape} and its moments in the state dict {found}; "
                 "give the groups in the order in which the optimizer that saved it got them."
             )
-        moments = SavedMoments(step, _flat(state["exp_avg"]), _flat(state["exp_avg_sq"]))
+        moments = SavedMoments(step, {key: _flat(state[key]) for key in ADAM_STATES})
         saved.moments[name].append((Piece(name, 0, 0, state["exp_avg"].numel()), moments))
         return
     matrix = (shape[-2], shape[-1])
@@ -147,10 +151,8 @@ def _add(saved: SavedState, name: str, shape: tuple[int, ...], state: Mapping[st
     # The released code refreshes before steps whose number, from 0, is a multiple of the gap.
     last = (int(step) - 1) // group["update_proj_gap"] * group["update_proj_gap"]
     norm = torch.as_tensor(state.get("scaling_grad", 0.0)).detach().float().reshape(())
-    moments = {key: {VALUES: state[key].detach().float()} for key in ("exp_avg", "exp_avg_sq")}
-    saved.matrices[name].append(
-        (place, MatrixState(side, step, torch.tensor(last), basis, **moments, residual_norm=norm))
-    )
+    moments = {key: {VALUES: state[key].detach().float()} for key in ADAM_STATES}
+    saved.matrices[name].append((place, MatrixState(side, step, torch.tensor(last), basis, moments, norm)))
 
 
 def _basis(name: str, projector: Any, side: Side, shape: tuple[int, int]) -> Tensor:

@@ -254,7 +254,7 @@ def apply_update_(
     grad: Tensor,
     left: Tensor,
     right: Tensor,
-    phi: Tensor,
+    phi: Tensor | None,
     *,
     by_row: bool,
     keep: float,
@@ -271,24 +271,26 @@ def apply_update_(
         grad: G, (m, n).
         left: L, (m, r).
         right: R, (r, n).
-        phi: one per column (n,), per row (m,) or for all (1,), in `left`'s dtype.
+        phi: one per column (n,), per row (m,) or for all (1,), in `left`'s dtype; None to leave phi * G out.
         by_row: whether phi is per row.
         keep: 1 - lr * weight_decay.
         usable: whether the gradient is finite; the caller has asked already.
         precision: of the product, as in `matmul_precision`.
     """
     del usable
-    by_row = by_row and phi.numel() > 1
+    by_row = by_row and phi is not None and phi.numel() > 1
     scale = phi.unsqueeze(1) if by_row else phi
     with matmul_precision(precision):
         if weight.dtype == grad.dtype == left.dtype:
             weight.addmm_(left, right, beta=keep, alpha=-1.0)
-            weight.addcmul_(grad, scale, value=-1.0)
+            if scale is not None:
+                weight.addcmul_(grad, scale, value=-1.0)
             return
         # Three blocks live at once: the gradient's, the weight's and the product's.
         height = block_rows(weight.shape[0], 3 * left.element_size() / weight.element_size())
         for first in range(0, weight.shape[0], height):
             rows = slice(first, first + height)
             value = weight[rows].to(left.dtype).addmm_(left[rows], right, beta=keep, alpha=-1.0)
-            value.addcmul_(grad[rows].to(left.dtype), scale[rows] if by_row else scale, value=-1.0)
+            if scale is not None:
+                value.addcmul_(grad[rows].to(left.dtype), scale[rows] if by_row else scale, value=-1.0)
             weight[rows] = value

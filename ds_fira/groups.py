@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from ds_fira.layout import split_by_size, split_evenly
 from ds_fira.selection import find_projected_weights, projected_weights, undecayed_weights
-from ds_fira.settings import GROUP_SETTINGS, check_params
+from ds_fira.settings import NOT_OF_GROUPS, check_params
 from ds_fira.zero_shapes import numel_of, shape_of
 
 
@@ -136,7 +136,7 @@ def _owners(params: Sequence[Parameter]) -> list[nn.Module]:
 
 def group_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that a param group without its own values takes; `rank` is never among them."""
-    return {name: settings[name] for name in GROUP_SETTINGS if name != "rank"}
+    return {name: value for name, value in settings.items() if name not in (*NOT_OF_GROUPS, "rank")}
 
 
 def build_groups(

@@ -33,6 +33,7 @@ from ds_fira.lean_exchange import LeanExchange
 from ds_fira.lean_part import Part
 from ds_fira.lean_refresh import LeanRefresh
 from ds_fira.matrix_step import inner_alpha
+from ds_fira.methods import method_of
 from ds_fira.refresh import Refresher, phase
 from ds_fira.share import Share
 from ds_fira.state import STEP, allocate_matrices, compute_dtype, state_views
@@ -77,7 +78,7 @@ class LeanCuts:
         state = {}
         for share in self.shares:
             basis = share.matrix.basis_shape(share.dp_rank)
-            parts = allocate_matrices(param, basis, share.low_rank_shape, group["state_dtype"], ())
+            parts = allocate_matrices(param, basis, share.low_rank_shape, group["state_dtype"], (), method_of(group))
             state |= {key + _mark(share): value for key, value in parts.items()}
         return state
 
@@ -115,7 +116,13 @@ class LeanCuts:
                 share,
                 share.fragment.fragment(param),
                 share.fragment.fragment(param.grad),
-                state_views(state, share.matrix.side, _mark(share)),
+                state_views(
+                    state,
+                    share.matrix.side,
+                    _mark(share),
+                    method=method_of(group),
+                    dtype=compute_dtype(param.dtype),
+                ),
                 group,
                 resolution,
             )

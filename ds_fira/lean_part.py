@@ -27,6 +27,7 @@ from ds_fira.matrix_step import (
     scaling_factors,
     total_square,
 )
+from ds_fira.methods import residual_free
 from ds_fira.pieces import RowPiece, common, inside
 from ds_fira.share import Share
 from ds_fira.state import MatrixState, compute_dtype
@@ -256,7 +257,7 @@ class Part:
                 piece.view(self.weight),
                 piece.view(self.grad),
                 *operands(self._basis_of(piece), self._entries(carried, along), side),
-                phi[along],
+                None if residual_free(self.group) else phi[along],
                 by_row=side == "right",
                 keep=keep_share(self.group),
                 usable=usable,

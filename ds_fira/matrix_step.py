@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_fira import compression, kernels
 from ds_fira import functional as F
+from ds_fira.methods import residual_free
 from ds_fira.state import MatrixState
 from ds_fira.tracking import StepMetrics
 
@@ -98,6 +99,9 @@ def low_rank_step(
     state.step += usable
     correction = F.bias_correction(state.step, group["betas"])
     direction, direction_sq, low_rank_sq = adam_direction(low_rank, state, group, usable, ops)
+    if residual_free(group):
+        none = torch.zeros_like(correction)
+        return LowRankStep(low_rank, direction, low_rank_sq, none.unsqueeze(-1), none, none, correction)
     phi = scaling_factors(direction_sq, low_rank_sq, correction, group)
     square, whole = F.difference_of_squares(grad_sq, low_rank_sq, phi, inner_alpha(group))
     return LowRankStep(low_rank, direction, low_rank_sq, phi, square, whole, correction)
@@ -174,6 +178,7 @@ def carry_step(
 
     Returns:
         phi and C = a N - a phi R, the step size and (1 - lr * weight_decay) folded into both; in the state's dtype.
+        Without a residual C = a N.
     """
     paper = group["formulation"] == "paper"
     phi = step.phi * group["residual_scale"]
@@ -185,6 +190,8 @@ def carry_step(
     alpha = inner_alpha(group)
     factor = step_size * (step.correction.unsqueeze(-1) if paper else alpha)
     carried = step.direction.mul_(factor.unsqueeze(-1).to(state.dtype))
+    if residual_free(group):
+        return phi, carried
     across = phi.unsqueeze(-2 if state.side == "left" else -1)
     return phi, carried.addcmul_(step.low_rank, across, value=-alpha)
 
@@ -245,7 +252,7 @@ def update(task: MatrixTask, metrics: StepMetrics) -> None:
         task.weight,
         grad,
         *operands(basis, carried, state.side),
-        phi,
+        None if residual_free(group) else phi,
         by_row=state.side == "right",
         keep=keep_share(group),
         usable=usable,

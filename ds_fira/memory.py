@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ds_fira.cuts import state_numel
+from ds_fira.methods import FIRA_ADAM, METHODS, method_of
 from ds_fira.shard import matrices_of
 
 
@@ -24,6 +25,7 @@ class ParamRecord:
         rank: subspace rank, None for AdamW.
         proj_type: as in `FiraAdam`.
         formulation: as in `FiraAdam`.
+        method: the name of the optimizer.
     """
 
     name: str
@@ -31,11 +33,13 @@ class ParamRecord:
     rank: int | None
     proj_type: str
     formulation: str
+    method: str = FIRA_ADAM.name
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], group: dict[str, Any]) -> ParamRecord:
         """The record of a parameter in a param group."""
-        return cls(name, shape, group.get("rank"), group["proj_type"], group["formulation"])
+        rank, method = group.get("rank"), method_of(group).name
+        return cls(name, shape, rank, group["proj_type"], group["formulation"], method)
 
     @property
     def matrices(self) -> int:
@@ -44,11 +48,15 @@ class ParamRecord:
 
     @property
     def state_elements(self) -> int:
-        """Elements of state by the paper's Table 1: mr + 2nr + 1 per projected matrix, two per element else."""
+        """Elements of state by the paper's Table 1: mr + 2nr + 1 per projected matrix, two per element else.
+
+        Of another method as many of n r, and the limiter's 1, as it has; GaLore mr + 2nr.
+        """
+        method = METHODS[self.method]
         if self.rank is None:
-            return 2 * math.prod(self.shape)
+            return len(method.states) * math.prod(self.shape)
         return sum(
-            state_numel(matrix.shape, self.rank, self.proj_type, self.formulation)
+            state_numel(matrix.shape, self.rank, self.proj_type, self.formulation, method)
             for matrix in matrices_of(self.name, self.shape)
         )
 

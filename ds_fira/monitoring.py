@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fira.optimizer import FiraAdam
+from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.tracking import Totals
 
 # (name, value, x), as DeepSpeed's monitors take them; x is global samples.
@@ -23,7 +23,7 @@ LOSS = "Train/Samples/train_loss"
 PREFIX = "Train/Fira/"
 
 
-def over_ranks(optimizer: FiraAdam, own: Totals) -> Totals:
+def over_ranks(optimizer: LowRankOptimizer, own: Totals) -> Totals:
     """What all ranks did together; a collective call.
 
     Args:
@@ -59,7 +59,7 @@ class Watch:
     Between two events nothing is sent, and nothing is read from a device.
     """
 
-    def __init__(self, optimizer: FiraAdam, write: Callable[[list[Event]], None], interval: int) -> None:
+    def __init__(self, optimizer: LowRankOptimizer, write: Callable[[list[Event]], None], interval: int) -> None:
         """Start to follow.
 
         Args:

@@ -1,4 +1,4 @@
-"""`FiraAdam`: Fira over AdamW as a `torch.optim.Optimizer`, alone or inside DeepSpeed.
+"""The optimizers of this package as `torch.optim.Optimizer`, alone or inside DeepSpeed: what all of them share.
 
 Alone, a parameter is one matrix, or several (3-D expert tensors). Inside ZeRO a parameter is a flat partition, and
 `bind` tells which matrices lie in it, whole or cut. Both take the same path: a list of `MatrixTask`, refreshed, then
@@ -8,7 +8,7 @@ updated one by one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ from ds_fira.groups import group_defaults, split_flat_list
 from ds_fira.layout import GroupLayout
 from ds_fira.matrix_step import MatrixTask, update
 from ds_fira.memory import ParamRecord
+from ds_fira.methods import KEY
 from ds_fira.refresh import Refresher
 from ds_fira.resumable import Resumable, settings_of
-from ds_fira.settings import GROUP_SETTINGS, check_params
+from ds_fira.settings import check_params, group_settings, refuse_foreign
 from ds_fira.shard import matrices_of
 from ds_fira.state import (
     EXP_AVG,
@@ -39,72 +40,32 @@ from ds_fira.tracking import StepMetrics
 from ds_fira.zero_shapes import shape_of
 
 
-class FiraAdam(Resumable):
-    """Adam with low-rank states, full-rank updates: Fira (arXiv 2410.01623, Algorithm 1) with AdamW for the rest.
+class LowRankOptimizer(Resumable):
+    """What the optimizers of this package have in common: low-rank states for matrices, and the same for the rest.
 
     Param groups with a `rank` key are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
-    AdamW. A flat list of parameters with a constructor `rank` is split as `ds_fira.param_groups` would.
+    stepped by the same rule without a projection. A flat list of parameters with a constructor `rank` is split as
+    `ds_fira.param_groups` would.
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; groups may set every argument but
             `target_modules` and `check_sync_every` for themselves.
-        lr: learning rate.
-        betas: decay rates of the moments.
-        eps: added to sqrt(V).
-        weight_decay: decoupled, applied after the update.
-        rank: subspace rank of the projected weights of a flat list; never applies to param groups.
-        update_proj_gap: steps from one refresh of the subspace to the next.
-        alpha: scale of the back-projection (released), or of the whole update (paper).
-        proj_type: the projected side: "std" the smaller, "reverse_std" the larger, "left", "right".
-        gamma: the limiter's largest growth of the residual norm from one step to the next.
-        residual_scale: multiplies the scaled residual in the update; 1 is the paper.
-        scaling: the scaling factor per "column", per "matrix", or "none" (1).
-        limiter: "growth", or "none".
-        formulation: "released", the code behind the published figures (PyPI fira 1.0.2), or "paper", Algorithm 1.
-        subspace: how a basis is computed: "svd" exact, "gram" from the Gram matrix, "randomized" by block iteration.
-        refresh_moments: what a refresh does to the moments: "keep" (the paper), "rotate" into the new basis, "reset".
-        stagger: whether matrices refresh on different steps.
-        state_dtype: how basis and moments are stored: "float32" (float64 for float64 weights), "bfloat16", "int8".
-        matmul_precision: of the products of a step: "float32", "tf32" (on a CPU the same), "bfloat16".
-        exact_cuts: inside ZeRO, whether a matrix that a partition cuts is stepped whole on its owner, equal to the bit
-            to a matrix that is not cut, even where exchanging low-rank data is cheaper.
-        target_modules: for a flat list with a rank, substrings of the names of the modules to project.
-        check_sync_every: inside an engine, steps from one comparison of the replicated weights over the ranks to the
-            next (`ds_fira.zero_sync`); 0 for none.
+        **given: settings of the method; `rank` never applies to param groups.
+
+    Attributes:
+        method: what the optimizer is; of the class.
 
     Raises:
         ValueError: a value is out of range, nothing is to be projected, or a parameter cannot be.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | None = None,
-        update_proj_gap: int = 200,
-        alpha: float = 1.0,
-        proj_type: str = "std",
-        gamma: float = 1.01,
-        residual_scale: float = 1.0,
-        scaling: str = "column",
-        limiter: str = "growth",
-        formulation: str = "released",
-        subspace: str = "svd",
-        refresh_moments: str = "keep",
-        stagger: bool = False,
-        state_dtype: str = "float32",
-        matmul_precision: str = "tf32",
-        exact_cuts: bool = False,
-        target_modules: Sequence[str] | str | None = None,
-        check_sync_every: int = 0,
-    ) -> None:
-        # Every argument by its own name, as a JSON config gives them.
-        given = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
-        settings = check_params(given)
+    def __init__(self, params: Iterable[Any], **given: Any) -> None:
+        if "max_group_bytes" in given:
+            raise ValueError(
+                f"{self.method.name}: max_group_bytes = {given['max_group_bytes']!r} is a setting of DeepSpeed "
+                "configs; remove it here."
+            )
+        settings = check_params(given, method=self.method)
         params = [params] if isinstance(params, Tensor) else list(params)
         self._reset_runtime()
         self.given: list[dict[str, Any]] = []
@@ -114,11 +75,11 @@ class FiraAdam(Resumable):
                 params = split_flat_list(params, settings["rank"], settings["target_modules"])
             elif not any("rank" in group for group in params):
                 warnings.warn(
-                    f"FiraAdam: rank = {settings['rank']} does not apply to param groups, and none has a 'rank' of its "
-                    "own: nothing is projected. Give the groups a 'rank', or pass a flat list.",
-                    stacklevel=2,
+                    f"{self.method.name}: rank = {settings['rank']} does not apply to param groups, and none has a "
+                    "'rank' of its own: nothing is projected. Give the groups a 'rank', or pass a flat list.",
+                    stacklevel=3,
                 )
-        super().__init__(params, group_defaults(settings))
+        super().__init__(params, {**group_defaults(settings), **self.method.group_values})
 
     def _reset_runtime(self) -> None:
         """What does not travel with a state dict, a pickle or a copy."""
@@ -149,8 +110,9 @@ class FiraAdam(Resumable):
             ValueError: a setting is out of range, a parameter is complex, or one in a group with a rank has neither 2
                 nor 3 dimensions.
         """
-        own = {name: param_group[name] for name in GROUP_SETTINGS if name in param_group}
-        checked = check_params(own, "FiraAdam param group")
+        self._refuse_method(param_group)
+        own = {name: param_group[name] for name in group_settings(self.method) if name in param_group}
+        checked = check_params(own, f"{self.method.name} param group", self.method)
         param_group = {**param_group, **{name: checked[name] for name in own}}
         if "rank" in own and own["rank"] is None:
             del param_group["rank"]
@@ -161,10 +123,21 @@ class FiraAdam(Resumable):
         for param in group["params"]:
             if param.is_complex():
                 raise ValueError(
-                    f"FiraAdam: a parameter of dtype {param.dtype} cannot be optimized; use its torch.view_as_real."
+                    f"{self.method.name}: a parameter of dtype {param.dtype} cannot be optimized; use "
+                    "its torch.view_as_real."
                 )
             if "rank" in group:
                 matrices_of("", shape_of(param))
+
+    def _refuse_method(self, param_group: dict[str, Any]) -> None:
+        """Stop if a group says that another optimizer of this package is to step it."""
+        name, own = param_group.get(KEY, self.method.name), self.method.group_values
+        if name != self.method.name:
+            raise ValueError(
+                f"{self.method.name} param group: {KEY} = {name!r} belongs to another optimizer; make the group anew."
+            )
+        others = {key: value for key, value in param_group.items() if key not in own or own[key] != value}
+        refuse_foreign(others, f"{self.method.name} param group", self.method)
 
     def replicate(self, channel: Channel) -> None:
         """Say that all ranks of `channel` hold the same parameters, so that each basis is computed once for all."""
@@ -247,7 +220,8 @@ class FiraAdam(Resumable):
         self, param: Tensor, pairs: list[tuple[Tensor, Tensor]], binding: Binding, group: dict[str, Any], first: int
     ) -> list[MatrixTask]:
         state = self._state_of(param, group)
-        states = matrix_states(state, binding.shapes, group, binding.batched)[first : first + len(pairs)]
+        dtype = compute_dtype(param.dtype)
+        states = matrix_states(state, binding.shapes, group, binding.batched, dtype=dtype)[first : first + len(pairs)]
         resolution = self._resolution(param)
         return [
             MatrixTask(weight, grad, matrix, group, resolution)
@@ -266,7 +240,14 @@ class FiraAdam(Resumable):
             if last - first == 1:
                 batches.append(tasks[first])
                 continue
-            (state,) = matrix_states(self.state[param], binding.shapes, group, binding.batched, [(first, last)])
+            (state,) = matrix_states(
+                self.state[param],
+                binding.shapes,
+                group,
+                binding.batched,
+                [(first, last)],
+                dtype=compute_dtype(param.dtype),
+            )
             if param in self._bindings:
                 weight, grad = (stacked(flat, binding.whole[first], last - first) for flat in (param, param.grad))
             else:

@@ -16,6 +16,7 @@ from ds_fira.cuts import CutMatrix, state_numel
 from ds_fira.groups import build_groups, group_defaults
 from ds_fira.layout import GroupLayout, plan_groups
 from ds_fira.memory import ParamRecord
+from ds_fira.methods import FIRA_ADAM, Method, method_of
 from ds_fira.resumable import SMALL_PARAM
 from ds_fira.settings import check_params
 from ds_fira.shard import Partitioning, matrices_of
@@ -125,7 +126,9 @@ class PlannedGroup:
         held = _bytes(allocate(weight, [matrix.shape for matrix in owned], self.settings, batched=True).values())
         for matrix in self._lean_parts(dp_rank):
             low_rank = Share.of(matrix, 0, 0, dp_rank).low_rank_shape
-            held += _bytes(allocate_matrices(weight, matrix.basis_shape(dp_rank), low_rank, kept, ()).values())
+            method = method_of(self.settings)
+            part = allocate_matrices(weight, matrix.basis_shape(dp_rank), low_rank, kept, (), method)
+            held += _bytes(part.values())
         return held
 
     def state_elements(self, dp_rank: int) -> int:
@@ -168,24 +171,28 @@ class PlannedRun:
         return sum(group.state_bytes(dp_rank, dtype, self.sharded) for group in self.groups)
 
 
-def plan_run(module: nn.Module, ranks: int, zero_stage: int = 2, **params: Any) -> PlannedRun:
+def plan_run(
+    module: nn.Module, ranks: int, zero_stage: int = 2, method: Method = FIRA_ADAM, **params: Any
+) -> PlannedRun:
     """Plan a model under DeepSpeed as the engine would, with the settings of a JSON `params` block.
 
     Args:
         module: on any device; of its parameters only shapes are read.
         ranks: data-parallel ranks.
         zero_stage: 0 to 3; 1 and 2 have the same plan.
-        **params: settings of `FiraAdam`.
+        method: the optimizer.
+        **params: its settings.
 
     Raises:
         ValueError: a setting is not legal, or nothing is to be projected.
     """
-    settings = check_params(params)
+    settings = check_params(params, method=method)
+    defaults = {**group_defaults(settings), **method.group_values}
     sharded = zero_stage > 0
     drafts: list[tuple[dict[str, Any], tuple, FlatBuffer, list]] = []
     records = []
     for group in build_groups(module, module.parameters(), settings, zero_stage=zero_stage, dp_size=ranks):
-        own = {**group_defaults(settings), **{key: value for key, value in group.items() if key != "params"}}
+        own = {**defaults, **{key: value for key, value in group.items() if key != "params"}}
         shapes = tuple(tuple(param.shape) for param in group["params"])
         buffer = FlatBuffer.of(map(math.prod, shapes), ranks, zero_stage)
         matrices, partitioning = [], buffer.partitioning

@@ -14,31 +14,34 @@ from ds_fira.binding import Binding
 from ds_fira.carry_over import Members, carry_values, refuse_changed_structure
 from ds_fira.checkpoint import KEY, Places, SavedState, describe, described, restore
 from ds_fira.comm import Channel
+from ds_fira.methods import FIRA_ADAM, Method, method_of
 from ds_fira.places import Piece, matrix_places
 from ds_fira.refresh import Refresher
-from ds_fira.settings import GROUP_SETTINGS
+from ds_fira.settings import group_settings
 from ds_fira.shard import matrices_of
-from ds_fira.state import BASIS, EXP_AVG, EXP_AVG_SQ, STEP, allocate, compute_dtype, host_key
+from ds_fira.state import BASIS, STEP, allocate, compute_dtype, host_key
 
 # AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
 SMALL_PARAM = 4096
 
 
 def settings_of(group: dict[str, Any]) -> dict[str, Any]:
-    """The settings of FiraAdam that a param group has."""
-    return {name: group[name] for name in GROUP_SETTINGS if name in group}
+    """The settings of the optimizer that a param group has."""
+    return {name: group[name] for name in group_settings(method_of(group)) if name in group}
 
 
 class Resumable(Optimizer):
-    """What of `FiraAdam` holds its state, saves and loads it.
+    """What of an optimizer holds its state, saves and loads it.
 
     Attributes:
+        method: what it is.
         given: of every param group, the settings it was made with.
         members: of every param group, names and shapes of its parameters over all ranks; empty where no engine says.
         pieces: by stepped tensor, what it holds of them.
         layout_digest: of what lies where on all ranks; "" where no engine says.
     """
 
+    method: Method = FIRA_ADAM
     given: list[dict[str, Any]]
     channel: Channel | None
     _refresher: Refresher
@@ -77,14 +80,14 @@ class Resumable(Optimizer):
             return state
         state[STEP] = torch.zeros((), dtype=torch.int64)
         state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
-        for key, signed in ((EXP_AVG, True), (EXP_AVG_SQ, False)):
+        for key, kind in self.method.states.items():
             stored = compression.allocate(
                 tuple(param.shape),
                 (),
                 state_dtype,
                 dtype=compute_dtype(param.dtype),
                 device=param.device,
-                signed=signed,
+                signed=kind != "second",
             )
             state.update({key + suffix: value for suffix, value in stored.items()})
         return state
@@ -93,7 +96,7 @@ class Resumable(Optimizer):
         """As in `torch.optim`, with a description of what the tensors hold; tensors, numbers, strings, lists, dicts."""
         result = super().state_dict()
         places = [self._places(param, group) for group in self.param_groups for param in group["params"]]
-        result[KEY] = describe(self.layout_digest, self.given, self._members(), places)
+        result[KEY] = describe(self.layout_digest, self.given, self._members(), places, self.method)
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -163,6 +166,7 @@ class Resumable(Optimizer):
             [(param, self._places(param, group)) for param, group in owners.items()],
             lambda param: self._state_of(param, owners[param]),
             weights=weights,
+            method=self.method,
         )
         self._refresher.forget_counts()
 
@@ -170,7 +174,7 @@ class Resumable(Optimizer):
         """Give the param groups the values they had, and say which settings keep a new value instead."""
         notes = carry_values(saved.groups, self.param_groups, members or self._members(), self.given)
         if notes and (self.channel is None or self.channel.dp_rank == 0):
-            warnings.warn(f"FiraAdam: the resumed run has other settings: {'; '.join(notes)}.", stacklevel=3)
+            warnings.warn(f"{self.method.name}: the resumed run has other settings: {'; '.join(notes)}.", stacklevel=3)
 
     def _members(self) -> list[list[tuple[str, tuple[int, ...]]]]:
         """By group, names and shapes of its parameters; alone without names, their numbers in the state dict."""

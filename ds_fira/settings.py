@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
 
 from ds_fira.compression import require_library
+from ds_fira.methods import FIRA_ADAM, Method
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -104,31 +105,49 @@ class Settings(BaseModel):
 LEGAL = tuple(Settings.model_fields)
 # What other libraries call a setting, where the spelling alone would suggest another.
 OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "wd": "weight_decay"}
-# What a param group may set for itself; the others act before there are groups, or on the whole training.
-GROUP_SETTINGS = tuple(name for name in LEGAL if name not in ("target_modules", "max_group_bytes", "check_sync_every"))
+OTHER_NAMES |= {"scale": "alpha"}
+# What a param group may not set for itself: it acts before there are groups, or on the whole training.
+NOT_OF_GROUPS = ("target_modules", "max_group_bytes", "check_sync_every")
 
 
-def check_params(params: dict[str, Any], where: str = "FiraAdam") -> dict[str, Any]:
+def legal_settings(method: Method = FIRA_ADAM) -> tuple[str, ...]:
+    """The names of an optimizer's settings."""
+    return tuple(name for name in LEGAL if name not in method.without)
+
+
+def group_settings(method: Method = FIRA_ADAM) -> tuple[str, ...]:
+    """Those of them that a param group may set for itself."""
+    return tuple(name for name in legal_settings(method) if name not in NOT_OF_GROUPS)
+
+
+GROUP_SETTINGS = group_settings()
+
+
+def check_params(params: dict[str, Any], where: str | None = None, method: Method = FIRA_ADAM) -> dict[str, Any]:
     """Check a `params` block (of a JSON config, or keyword arguments) and fill in the defaults.
 
     Args:
         params: setting names and values as the user wrote them.
-        where: what the message names as the place of the fault.
+        where: what the message names as the place of the fault; None for the optimizer's name.
+        method: the optimizer.
 
     Returns:
-        All of `LEGAL` with values of the right types.
+        All of its settings with values of the right types.
 
     Raises:
-        ValueError: a name is unknown, a value is out of range or needs a package that is not installed; one sentence
-            with the name, the value, the remedy.
+        ValueError: a name is unknown or only another optimizer's, a value is out of range or needs a package that is
+            not installed; one sentence with the name, the value, the remedy.
     """
-    unknown = [key for key in params if key not in LEGAL]
+    where = where or method.name
+    refuse_foreign(params, where, method)
+    legal = legal_settings(method)
+    unknown = [key for key in params if key not in legal]
     if unknown:
         key = unknown[0]
-        nearest = OTHER_NAMES.get(key) or difflib.get_close_matches(key, LEGAL, n=1, cutoff=0.0)[0]
+        nearest = OTHER_NAMES.get(key) or difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"{where}: unknown setting {key!r} = {params[key]!r}; did you mean {nearest!r}? "
-            f"Legal settings are {', '.join(LEGAL)}."
+            f"Legal settings are {', '.join(legal)}."
         )
     try:
         settings = Settings(**params)
@@ -141,7 +160,21 @@ def check_params(params: dict[str, Any], where: str = "FiraAdam") -> dict[str, A
             "add a rank, such as 128, or remove target_modules."
         )
     require_library(settings.state_dtype, where)
-    return settings.model_dump()
+    return {name: value for name, value in settings.model_dump().items() if name in legal}
+
+
+def refuse_foreign(params: dict[str, Any], where: str, method: Method) -> None:
+    """Stop if there are settings that only FiraAdam has.
+
+    Raises:
+        ValueError: one sentence with the setting, the value and the remedy.
+    """
+    for key in method.without:
+        if key in params:
+            raise ValueError(
+                f"{where}: {key} = {params[key]!r} is a setting of FiraAdam that {method.name} has no use for; remove "
+                "it, or train with FiraAdam."
+            )
 
 
 def refuse_auto(config: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_fira import compression
 from ds_fira.compression import Stored
+from ds_fira.methods import FIRA_ADAM, Method, method_of
 from ds_fira.subspace import Side, basis_shape, low_rank_shape, projection_side
 
 STEP = "step"
@@ -38,23 +39,29 @@ class MatrixState:
         step: steps made, int64, 0-dim or (k,), on the parameter's device: whether a step counts is decided there.
         refresh_step: `step` at the last refresh, -1 while there is no basis; int64, on the CPU.
         basis: P, (m, r) left or (n, r) right.
-        exp_avg: first moment of R, (r, n) left or (m, r) right, as `ds_fira.compression` stores it.
-        exp_avg_sq: second moment of R, likewise.
-        residual_norm: the limiter's |S_prev|, 0-dim or (k,); 0 is no history.
+        moments: the states of R by name, (r, n) left or (m, r) right, as `ds_fira.compression` stores them; a state
+            without tensors is another rank's.
+        residual_norm: the limiter's |S_prev|, 0-dim or (k,); 0 is no history. None for a method without a limiter.
+        dtype: in which a step is computed, whatever the dtype in which basis and moments are stored.
     """
 
     side: Side
     step: Tensor
     refresh_step: Tensor
     basis: Tensor
-    exp_avg: Stored
-    exp_avg_sq: Stored
-    residual_norm: Tensor
+    moments: dict[str, Stored]
+    residual_norm: Tensor | None
+    dtype: torch.dtype = torch.float32
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which a step is computed, whatever the dtype in which basis and moments are stored."""
-        return self.residual_norm.dtype
+    def exp_avg(self) -> Stored:
+        """Adam's first moment of R."""
+        return self.moments[EXP_AVG]
+
+    @property
+    def exp_avg_sq(self) -> Stored:
+        """Adam's second moment of R."""
+        return self.moments[EXP_AVG_SQ]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -75,7 +82,7 @@ def allocate(
     Args:
         param: gives dtype and device.
         shapes: (m, n) of every matrix owned in it, in order.
-        group: the param group, for `rank`, `proj_type`, `formulation` and `state_dtype`.
+        group: the param group, for `rank`, `proj_type`, `formulation`, `state_dtype` and the method.
         batched: whether the states have a leading dimension; False only for a parameter that is one matrix.
     """
     state: dict[str, Tensor] = {}
@@ -84,7 +91,8 @@ def allocate(
         low_rank = low_rank_shape(shape, group["rank"], side)
         basis = basis_shape(shape, group["rank"], side)
         batch = (len(rows),) if batched else ()
-        for key, value in allocate_matrices(param, basis, low_rank, group["state_dtype"], batch).items():
+        allocated = allocate_matrices(param, basis, low_rank, group["state_dtype"], batch, method_of(group))
+        for key, value in allocated.items():
             state[key + _mark(shape, shapes)] = value
     return state
 
@@ -95,6 +103,7 @@ def allocate_matrices(
     low_rank: tuple[int, int] | None,
     state_dtype: str,
     batch: tuple[int, ...],
+    method: Method = FIRA_ADAM,
 ) -> dict[str, Tensor]:
     """Zero state for matrices of one shape.
 
@@ -105,6 +114,7 @@ def allocate_matrices(
         state_dtype: how basis and moments are stored; "int8" keeps the basis in bfloat16, for an error in P moves the
             whole update, not one element of it.
         batch: (k,), or () for one matrix without a leading dimension.
+        method: says which moments there are, and whether the limiter's norm is.
     """
     dtype, device = compute_dtype(param.dtype), param.device
     basis_dtype = dtype if state_dtype == "float32" else torch.bfloat16
@@ -112,9 +122,11 @@ def allocate_matrices(
         STEP: torch.zeros(batch, dtype=torch.int64, device=device),
         REFRESH_STEP: torch.full(batch, -1, dtype=torch.int64),
         BASIS: torch.zeros((*batch, *basis), dtype=basis_dtype, device=device),
-        RESIDUAL_NORM: torch.zeros(batch, dtype=dtype, device=device),
     }
-    for key, signed in ((EXP_AVG, True), (EXP_AVG_SQ, False)) if low_rank is not None else ():
+    if method.limited:
+        state[RESIDUAL_NORM] = torch.zeros(batch, dtype=dtype, device=device)
+    for key, kind in method.states.items() if low_rank is not None else ():
+        signed = kind != "second"
         stored = compression.allocate(low_rank, batch, state_dtype, dtype=dtype, device=device, signed=signed)
         state |= {key + suffix: value for suffix, value in stored.items()}
     return state
@@ -126,6 +138,8 @@ def matrix_states(
     group: dict[str, Any],
     batched: bool,
     runs: Sequence[tuple[int, int]] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> list[MatrixState]:
     """The states of the matrices of one parameter.
 
@@ -136,6 +150,7 @@ def matrix_states(
         batched: as in `allocate`.
         runs: [first, last) positions in `shapes` to be taken as one batch; matrices of one shape with nothing but each
             other between them. None: every matrix by itself, without a leading dimension.
+        dtype: as in `state_views`.
     """
     places = positions(shapes)
     result = []
@@ -143,7 +158,8 @@ def matrix_states(
         mark, row = places[first]
         index: Any = row if last is None else slice(row, row + last - first)
         side = projection_side(shapes[first], group["proj_type"], group["formulation"])
-        result.append(state_views(state, side, mark, index if batched else ...))
+        views = state_views(state, side, mark, index if batched else ..., method=method_of(group), dtype=dtype)
+        result.append(views)
     return result
 
 
@@ -161,20 +177,38 @@ def positions(shapes: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
     return result
 
 
-def state_views(state: dict[str, Tensor], side: Side, mark: str = "", index: Any = ...) -> MatrixState:
-    """The state at `index` of the leading dimension, from the keys that end in `mark`."""
+def state_views(
+    state: dict[str, Tensor],
+    side: Side,
+    mark: str = "",
+    index: Any = ...,
+    *,
+    method: Method = FIRA_ADAM,
+    dtype: torch.dtype | None = None,
+) -> MatrixState:
+    """The state at `index` of the leading dimension, from the keys that end in `mark`.
+
+    Args:
+        state: as `allocate` made it.
+        side: the projected side.
+        mark: of a shape, or of a part of a cut matrix.
+        index: into the leading dimension; ... for a state without one.
+        method: says which states there are.
+        dtype: in which the parameter is stepped; None for that of the limiter's norm.
+    """
 
     def view(key: str) -> Tensor:
         return state[key + mark][index]
 
+    norm = view(RESIDUAL_NORM) if method.limited else None
     return MatrixState(
         side=side,
         step=view(STEP),
         refresh_step=view(REFRESH_STEP),
         basis=view(BASIS),
-        exp_avg=stored_moment(state, EXP_AVG, mark, index),
-        exp_avg_sq=stored_moment(state, EXP_AVG_SQ, mark, index),
-        residual_norm=view(RESIDUAL_NORM),
+        moments={name: stored_moment(state, name, mark, index) for name in method.states},
+        residual_norm=norm,
+        dtype=dtype or (torch.float32 if norm is None else norm.dtype),
     )
 
 

@@ -1,4 +1,4 @@
-"""How FiraAdam comes into a DeepSpeed engine; with `ds_fira.zero_*` the only code that touches its private attributes.
+"""How our optimizers come into a DeepSpeed engine; with `ds_fira.zero_*` the only code that touches its private parts.
 
 Written against DeepSpeed 0.17 to 0.19. What it relies on, beside what `ds_fira.zero_groups` does:
 
@@ -24,11 +24,14 @@ from torch import Tensor
 
 from ds_fira.binding import Binding
 from ds_fira.comm import Channel, CutExchange
+from ds_fira.fira_adam import FiraAdam
+from ds_fira.galore_adam import GaLoreAdam
 from ds_fira.groups import build_groups, group_defaults
 from ds_fira.layout import digest, plan_groups, plan_hash
 from ds_fira.lean import LeanCuts
 from ds_fira.memory import ParamRecord
-from ds_fira.optimizer import FiraAdam
+from ds_fira.methods import KEY
+from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.places import Piece
 from ds_fira.settings import check_params, refuse_auto
 from ds_fira.shard import Partitioning
@@ -41,14 +44,17 @@ from ds_fira.zero_refuse import refuse_object, refuse_unsupported, refuse_unsupp
 from ds_fira.zero_save import guard_checkpoints
 from ds_fira.zero_shapes import shape_of
 
+# What an engine may train with, by the type in its config.
+TYPES: dict[str, type[LowRankOptimizer]] = {FiraAdam.__name__: FiraAdam, GaLoreAdam.__name__: GaLoreAdam}
+
 
 def attach(engine: Any) -> None:
-    """Tell the engine's FiraAdam what lies where, once the engine has built its optimizer wrapper.
+    """Tell the engine's optimizer what lies where, once the engine has built its optimizer wrapper.
 
     Raises:
         RuntimeError: ranks disagree about the layout, or the wrapper is one this package does not know.
     """
-    optimizer: FiraAdam = engine.basic_optimizer
+    optimizer: LowRankOptimizer = engine.basic_optimizer
     optimizer.channel = Channel(engine.seq_data_parallel_group)
     names = {id(param): name for name, param in normalized(dict(engine.module.named_parameters())).items()}
     if engine.zero_optimization_stage() == 0:
@@ -59,7 +65,10 @@ def attach(engine: Any) -> None:
         [(names.get(id(p), ""), shape_of(p)) for number, params in lp_groups if number == group for p in params]
         for group in range(len(optimizer.param_groups))
     ]
-    structure = [(group.get("rank"), group["proj_type"], group["formulation"]) for group in optimizer.param_groups]
+    structure = [
+        (group.get("rank"), group["proj_type"], group["formulation"], *((group[KEY],) if KEY in group else ()))
+        for group in optimizer.param_groups
+    ]
     kinds = [
         (number, optimizer.param_groups[number]["state_dtype"], sorted({str(param.dtype) for param in params}))
         for number, params in lp_groups
@@ -73,7 +82,9 @@ def attach(engine: Any) -> None:
     ]
 
 
-def _attach_replicated(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> list[tuple[int, list[Tensor]]]:
+def _attach_replicated(
+    engine: Any, optimizer: LowRankOptimizer, names: dict[int, str]
+) -> list[tuple[int, list[Tensor]]]:
     """Stage 0: every rank steps every matrix; returns param groups by number with the module's parameters in them."""
     lp_groups = getattr(engine.optimizer, "fp16_groups", None)
     if lp_groups is None:
@@ -87,7 +98,7 @@ def _attach_replicated(engine: Any, optimizer: FiraAdam, names: dict[int, str]) 
 
 
 def _attach_sharded(
-    engine: Any, optimizer: FiraAdam, names: dict[int, str]
+    engine: Any, optimizer: LowRankOptimizer, names: dict[int, str]
 ) -> tuple[list[tuple[int, list[Tensor]]], list[Partitioning]]:
     """Stages 1 to 3: plan every group with a rank, bind its flat partitions.
 
@@ -133,46 +144,53 @@ def skip_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def fira_of(engine_or_optimizer: Any) -> FiraAdam:
-    """The FiraAdam inside a DeepSpeed engine or optimizer wrapper, or the one given.
+def fira_of(engine_or_optimizer: Any) -> LowRankOptimizer:
+    """The FiraAdam, or another of our optimizers, inside a DeepSpeed engine or optimizer wrapper, or the one given.
 
     Raises:
         ValueError: there is none.
     """
     found = engine_or_optimizer
     for attribute in ("basic_optimizer", "optimizer"):
-        if not isinstance(found, FiraAdam) and getattr(found, attribute, None) is not None:
+        if not isinstance(found, LowRankOptimizer) and getattr(found, attribute, None) is not None:
             found = getattr(found, attribute)
-    if not isinstance(found, FiraAdam):
+    if not isinstance(found, LowRankOptimizer):
         raise ValueError(
-            f"FiraAdam: {type(engine_or_optimizer).__name__} does not train with FiraAdam; set optimizer.type to "
-            "'FiraAdam' in its DeepSpeed config."
+            f"FiraAdam: {type(engine_or_optimizer).__name__} does not train with FiraAdam or its kin; set "
+            f"optimizer.type to {' or '.join(map(repr, TYPES))} in its DeepSpeed config."
         )
     return found
 
 
 def _uses_fira(engine: Any) -> bool:
-    """Whether an engine trains with FiraAdam, from its JSON or from the optimizer it was given."""
+    """Whether an engine trains with an optimizer of this package, from its JSON or from the optimizer it was given."""
     if engine.client_optimizer is None:
-        return engine.optimizer_name() == FiraAdam.__name__
-    return isinstance(engine.client_optimizer, FiraAdam)
+        return engine.optimizer_name() in TYPES
+    return isinstance(engine.client_optimizer, LowRankOptimizer)
 
 
 def _checked_params(engine: Any) -> dict[str, Any]:
-    return check_params(engine.optimizer_params() or {}, "FiraAdam in the DeepSpeed config")
+    name = engine.optimizer_name()
+    return check_params(engine.optimizer_params() or {}, f"{name} in the DeepSpeed config", TYPES[name].method)
 
 
-def register() -> None:
+def register(*types: type[LowRankOptimizer]) -> None:
     """Make `"type": "FiraAdam"` a DeepSpeed optimizer; called by `import ds_fira`, and again without effect.
+
+    Args:
+        *types: further optimizers of this package's kind, each by its class's name.
 
     DeepSpeed looks a JSON type outside its own list up in `torch.optim`, gives it parameters without names, and wraps
     it without telling it what lies where. So the name goes to `torch.optim`, the class to ZeRO's tested optimizers,
     and three methods of the engine are extended: they stay as they are for every other optimizer.
     """
-    torch.optim.FiraAdam = FiraAdam
-    if FiraAdam in ZERO_SUPPORTED_OPTIMIZERS:
+    TYPES.update({kind.__name__: kind for kind in types})
+    for name, kind in TYPES.items():
+        setattr(torch.optim, name, kind)
+        if kind not in ZERO_SUPPORTED_OPTIMIZERS:
+            ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+    if hasattr(DeepSpeedEngine._configure_optimizer, "__wrapped__"):
         return
-    ZERO_SUPPORTED_OPTIMIZERS.append(FiraAdam)
     register_checkpoint()
     sanity_check = DeepSpeedEngine._do_sanity_check
     configure_basic = DeepSpeedEngine._configure_basic_optimizer
@@ -191,7 +209,8 @@ def register() -> None:
 
     @functools.wraps(configure_basic)
     def _configure_basic_optimizer(engine: Any, model_parameters: Any) -> Any:
-        if engine.optimizer_name() != FiraAdam.__name__:
+        name = engine.optimizer_name()
+        if name not in TYPES:
             return configure_basic(engine, model_parameters)
         refuse_unsupported_module(engine.module, engine.has_moe_layers)
         settings = _checked_params(engine)
@@ -199,9 +218,9 @@ def register() -> None:
         groups = build_groups(engine.module, model_parameters, settings, engine.zero_optimization_stage(), dp_size)
         if not any("rank" in group for group in groups):
             logger.warning(
-                "FiraAdam: no rank is set, so nothing is projected: this is AdamW. Set optimizer.params.rank."
+                f"{name}: no rank is set, so nothing is projected: this is AdamW. Set optimizer.params.rank."
             )
-        optimizer = FiraAdam(groups, **group_defaults(settings), check_sync_every=settings["check_sync_every"])
+        optimizer = TYPES[name](groups, **group_defaults(settings), check_sync_every=settings["check_sync_every"])
         optimizer.suspended = True
         return optimizer
 
@@ -209,8 +228,8 @@ def register() -> None:
     def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
         def suspend(optimizer: Any) -> Any:
             if optimizer is not None:
-                refuse_object(engine, optimizer, isinstance(optimizer, FiraAdam))
-            if isinstance(optimizer, FiraAdam):
+                refuse_object(engine, optimizer, isinstance(optimizer, LowRankOptimizer))
+            if isinstance(optimizer, LowRankOptimizer):
                 refuse_unsupported(engine)
                 refuse_unsupported_module(engine.module, engine.has_moe_layers)
                 # Some wrappers make a step with zero gradients as they are built; it must not decay the weights.
@@ -222,7 +241,7 @@ def register() -> None:
             configure(engine, lambda params: suspend(make_optimizer(params)), model_parameters)
         else:
             configure(engine, suspend(client_optimizer), model_parameters)
-        if isinstance(engine.basic_optimizer, FiraAdam):
+        if isinstance(engine.basic_optimizer, LowRankOptimizer):
             attach(engine)
             mend_loss_scaling(engine)
             engine.basic_optimizer.suspended = False

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ds_fira.carry_over import carry_schedule, refuse_changed_structure
 from ds_fira.checkpoint import KEY
 from ds_fira.comm import Channel
-from ds_fira.optimizer import FiraAdam
+from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.zero_files import MODEL_FILE, CheckpointFiles, load, normalized
 
 # What a dynamic loss scaler counts, in every wrapper that has one.
@@ -37,7 +37,7 @@ def saved_elsewhere(engine: Any, folder: Path) -> bool:
     Raises:
         ValueError: it cannot be read.
     """
-    optimizer: FiraAdam = engine.basic_optimizer
+    optimizer: LowRankOptimizer = engine.basic_optimizer
     layout, error = None, None
     if optimizer.channel.dp_rank == 0:
         try:
@@ -81,7 +81,7 @@ def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: d
     Raises:
         ValueError: the checkpoint does not fit, the same on every rank.
     """
-    optimizer: FiraAdam = engine.basic_optimizer
+    optimizer: LowRankOptimizer = engine.basic_optimizer
     channel, stage = optimizer.channel, engine.zero_optimization_stage()
     error, saved, rest = None, None, {}
     try:
@@ -226,7 +226,7 @@ def register_checkpoint() -> None:
     def _load_checkpoint(engine: Any, load_dir: str, tag: str, **options: Any) -> Any:
         engine.fira_has_loaded = False
         optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
-        if isinstance(engine.basic_optimizer, FiraAdam) and optimizer_too:
+        if isinstance(engine.basic_optimizer, LowRankOptimizer) and optimizer_too:
             folder = Path(load_dir, str(tag))
             if saved_elsewhere(engine, folder):
                 loaded = load_elsewhere(

@@ -21,7 +21,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
 from ds_fira.monitoring import Watch
-from ds_fira.optimizer import FiraAdam
+from ds_fira.optimizer import LowRankOptimizer
 
 _WATCH = "_fira_watch"
 
@@ -68,7 +68,7 @@ def register_watch() -> None:
 
 def _watch_of(engine: Any) -> Watch | None:
     """The engine's watch, None without a monitor or without FiraAdam."""
-    if not engine.monitor.enabled or not isinstance(engine.basic_optimizer, FiraAdam):
+    if not engine.monitor.enabled or not isinstance(engine.basic_optimizer, LowRankOptimizer):
         return None
     if _WATCH not in vars(engine):
         interval = engine.steps_per_print()

@@ -17,6 +17,8 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from packaging.version import Version
 from torch import nn
 
+from ds_fira.methods import FIRA_ADAM
+
 # Options of ZeRO++ and parameter offload: DeepSpeed reads them at stage 3 only, and says nothing at the others.
 STAGE_3_ONLY = {
     "zero_quantized_weights": False,
@@ -35,7 +37,14 @@ def refuse_unsupported(engine: Any) -> None:
     stage = engine.zero_optimization_stage()
     looks = (_parallelism, _zero_options, _other_blocks, _old_versions)
     for sentence in itertools.chain.from_iterable(look(engine, stage) for look in looks):
-        raise ValueError(f"FiraAdam: {sentence}")
+        raise ValueError(f"{_name(engine)}: {sentence}")
+
+
+def _name(engine: Any) -> str:
+    """What the engine trains with."""
+    if engine.client_optimizer is None:
+        return engine.optimizer_name()
+    return FIRA_ADAM.name if callable(engine.client_optimizer) else type(engine.client_optimizer).__name__
 
 
 def _parallelism(engine: Any, stage: int) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ds_fira.optimizer import FiraAdam
+from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.rng import rng_state, set_rng_state
 from ds_fira.tracking import StepMetrics
 from ds_fira.zero_monitor import forget_watch
@@ -39,7 +39,7 @@ def register_resume() -> None:
 
     @functools.wraps(save)
     def save_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(engine.basic_optimizer, FiraAdam):
+        if not isinstance(engine.basic_optimizer, LowRankOptimizer):
             return save(engine, *args, **kwargs)
         given = save_signature.bind(engine, *args, **kwargs)
         given.apply_defaults()
@@ -53,7 +53,7 @@ def register_resume() -> None:
         given = load_signature.bind(engine, *args, **kwargs)
         given.apply_defaults()
         with_states = given.arguments["load_optimizer_states"] and not given.arguments["load_module_only"]
-        if saved is not None and with_states and isinstance(engine.basic_optimizer, FiraAdam):
+        if saved is not None and with_states and isinstance(engine.basic_optimizer, LowRankOptimizer):
             _restore(engine, saved)
         return path, client_state
 

@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_fira import sync
-from ds_fira.optimizer import FiraAdam
+from ds_fira.optimizer import LowRankOptimizer
 
 _CHECKED = "_fira_sync"
 
@@ -98,10 +98,10 @@ def check_sync(engine: Any) -> None:
 
 def _interval(engine: Any) -> int:
     optimizer = getattr(engine, "basic_optimizer", None)
-    return optimizer.check_sync_every if isinstance(optimizer, FiraAdam) else 0
+    return optimizer.check_sync_every if isinstance(optimizer, LowRankOptimizer) else 0
 
 
-def _replicated(engine: Any, optimizer: FiraAdam) -> list[tuple[str, Tensor]]:
+def _replicated(engine: Any, optimizer: LowRankOptimizer) -> list[tuple[str, Tensor]]:
     """What every rank has to hold alike: the module's parameters, frozen ones too, and at stage 0 the master copies."""
     found = list(engine.module.named_parameters())
     if optimizer.replicated:

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 import ds_fira  # registers FiraAdam
+from ds_fira.zero import TYPES
 
 LAUNCHED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # set by `accelerate launch`
 
@@ -168,7 +169,7 @@ def run(accelerator: Accelerator, options: argparse.Namespace, task: Task) -> No
 
     val_loss = evaluate(accelerator, model, validation)
     figures = {"losses": losses, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)}
-    if accelerator.deepspeed_plugin.get_value("optimizer.type") == "FiraAdam":
+    if accelerator.deepspeed_plugin.get_value("optimizer.type") in TYPES:
         figures |= ds_fira.metrics(model)
     accelerator.unwrap_model(model).save_pretrained(
         options.output_dir / "model",

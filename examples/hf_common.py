@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 import ds_fira
 from ds_fira.models import NAMES, config_file
 from ds_fira.settings import check_params
+from ds_fira.zero import TYPES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -44,12 +45,11 @@ def check_fira(config: dict[str, Any], source: Any) -> None:
     for name, value in params.items():
         if value == "auto":
             raise ValueError(f'{source}: optimizer.params.{name} = "auto" is filled in by nobody; give a value.')
-    if optimizer["type"] == "FiraAdam":
-        check_params(params, f"FiraAdam in {source}")
+    if optimizer["type"] in TYPES:
+        check_params(params, f"{optimizer['type']} in {source}", TYPES[optimizer["type"]].method)
         if params.get("rank") is None:
             raise ValueError(
-                f"{source}: optimizer.params.rank is missing, so FiraAdam would project nothing and be AdamW; "
-                "add a rank, such as 128."
+                f"{source}: optimizer.params.rank is missing, so nothing would be projected; add a rank, such as 128."
             )
 
 

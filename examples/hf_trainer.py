@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import ds_fira  # registers FiraAdam
+from ds_fira.zero import TYPES
 
 # Arguments of the Trainer that act through a value of the JSON, and do nothing where the JSON lacks it.
 THROUGH_JSON = {
@@ -117,7 +118,7 @@ def run(trainer: Trainer) -> dict[str, float]:
     engine = trainer.model_wrapped
     metrics = trainer.evaluate()
     metrics["perplexity"] = math.exp(metrics["eval_loss"])
-    if trainer.args.hf_deepspeed_config.get_value("optimizer.type") == "FiraAdam":
+    if trainer.args.hf_deepspeed_config.get_value("optimizer.type") in TYPES:
         metrics |= ds_fira.metrics(engine)
         metrics["optimizer_state_bytes"] = sum(ds_fira.memory_report(engine)["optimizer_state_bytes"])
     trainer.log_metrics("eval", metrics)

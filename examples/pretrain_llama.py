@@ -34,6 +34,7 @@ from pretraining.text_data import TextRecipe
 import ds_fira
 from ds_fira.plots import write_page
 from ds_fira.tags import CheckpointError
+from ds_fira.zero import TYPES
 
 
 def main() -> None:
@@ -203,7 +204,7 @@ def final_figures(
         "unigram_entropy": data.facts["unigram_entropy"],
         "text": data.facts,
     }
-    if options.optimizer == "FiraAdam":
+    if options.optimizer in TYPES:
         memory = ds_fira.memory_report(engine)
         figures |= ds_fira.metrics(engine)
         figures |= {

@@ -194,7 +194,7 @@ def _notes(setup: Setup, config: Any, sequence: int | None, methods: Sequence[st
     if "LoRA" in methods:
         notes.append("LoRA trains its adapters alone; embeddings, head and norms are frozen with the other weights.")
     if "GaLore" in methods and setup.sharded:
-        notes.append("GaLore is given the partitions of Fira: galore-torch itself has no form under ZeRO-1 or 2.")
+        notes.append("GaLore is GaLoreAdam, in the partitions of Fira: galore-torch itself has no form under ZeRO.")
     notes.append(
         f"To fit, {1 - MARGIN:.0%} of the memory must do: the rest is for the CUDA context, the allocator's gaps and "
         "the temporaries of an optimizer step."

@@ -45,8 +45,8 @@ def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: di
     """The four methods for one model, with checked settings of FiraAdam.
 
     AdamW is DeepSpeed's with one param group and states in the masters' dtype. LoRA trains its adapters alone, with
-    AdamW. Fira is planned with its real partitions. GaLore is taken to have them too, since galore-torch itself has no
-    form under ZeRO-1 or 2: its states are Fira's less one number for each matrix.
+    AdamW. Fira is planned with its real partitions. GaLore is GaLoreAdam, which has them too: its states are Fira's
+    less one number for each matrix.
     """
     trained = [param for param in module.parameters() if param.requires_grad and param.numel() > 0]
     frozen = sum(param.numel() for param in module.parameters()) - sum(param.numel() for param in trained)

@@ -26,7 +26,7 @@ def apply_update_(
     grad: Tensor,
     left: Tensor,
     right: Tensor,
-    phi: Tensor,
+    phi: Tensor | None,
     *,
     by_row: bool,
     keep: float,
@@ -42,7 +42,8 @@ def apply_update_(
         grad: G, the same shape, any of these dtypes.
         left: (..., m, r); P on the left, what P carries back on the right.
         right: (..., r, n); what P carries back on the left, P' on the right.
-        phi: factors of G, (..., n), one per column, or (..., m), one per row, or (..., 1).
+        phi: factors of G, (..., n), one per column, or (..., m), one per row, or (..., 1); None to
+            leave phi * G out, and G unread.
         by_row: whether phi has one factor per row.
         keep: the share of W that weight decay leaves.
         usable: bool, (k,) or (); where it is False nothing is written.
@@ -53,7 +54,8 @@ def apply_update_(
     count = weight.shape[0] if weight.dim() > 2 else 1
     weights, grads = batched(weight, count, m, n), batched(grad, count, m, n)
     lefts, rights = batched(left, count, m, rank), batched(right, count, rank, n)
-    phis = batched(phi, count, m if by_row else n)
+    # A kernel takes a pointer for what it does not read, too.
+    phis = batched(weight.new_empty(1) if phi is None else phi, count, m if by_row else n)
     shaped = tiles(precision).within(m, n, rank, weights, grads, lefts, rights)
     launch(
         _apply_update,
@@ -75,6 +77,7 @@ def apply_update_(
         *rights.stride(),
         *phis.stride(),
         BY_ROW=by_row,
+        FULL_RANK=phi is not None,
         PRECISION=precision,
         ROWS=shaped.rows,
         COLUMNS=shaped.columns,
@@ -112,6 +115,7 @@ def _apply_update(
     phi_k,
     phi_j,
     BY_ROW: tl.constexpr,
+    FULL_RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -139,9 +143,10 @@ def _apply_update(
         COLUMNS,
         DEPTH,
     )
-    grad_tile = load_tile(grad + matrix * grad_k, row, column, m, n, grad_m, grad_n, ROWS, COLUMNS)
-    scale = load_scale(phi + matrix * phi_k, row, column, m, n, phi_j, BY_ROW, ROWS, COLUMNS)
-    update += scale * grad_tile
+    if FULL_RANK:
+        grad_tile = load_tile(grad + matrix * grad_k, row, column, m, n, grad_m, grad_n, ROWS, COLUMNS)
+        scale = load_scale(phi + matrix * phi_k, row, column, m, n, phi_j, BY_ROW, ROWS, COLUMNS)
+        update += scale * grad_tile
     value = load_tile(weight + matrix * weight_k, row, column, m, n, weight_m, weight_n, ROWS, COLUMNS)
     value = value * keep - update
     weight_at, inside = tile_at(weight + matrix * weight_k, row, column, m, n, weight_m, weight_n, ROWS, COLUMNS)

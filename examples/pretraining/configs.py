@@ -9,7 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
 from ds_fira import models
-from ds_fira.settings import check_params
+from ds_fira.settings import check_params, legal_settings
+from ds_fira.zero import TYPES
 
 from .batch import MICRO, TOTAL
 
@@ -110,7 +111,7 @@ def build_deepspeed_config(options: argparse.Namespace) -> dict[str, Any]:
     base = config.get("optimizer", {"type": "FiraAdam", "params": {}})
     params = dict(base.get("params", {}))
     options.optimizer = options.optimizer or base["type"]
-    if options.optimizer not in ("FiraAdam", "AdamW"):
+    if options.optimizer not in (*TYPES, "AdamW"):
         raise ValueError(f"{options.deepspeed_config} names the optimizer {options.optimizer}: pass --optimizer")
     if options.optimizer == "AdamW":
         given = [name for name in FIRA_PARAMS if getattr(options, name) is not None]
@@ -120,12 +121,13 @@ def build_deepspeed_config(options: argparse.Namespace) -> dict[str, Any]:
             params = {name: value for name, value in params.items() if name in ("betas", "eps", "weight_decay")}
             params["lr"] = ADAMW_LR
         params["torch_adam"] = True  # DeepSpeed's own Adam compiles a C++ or CUDA extension first
-    elif base["type"] != "FiraAdam":
-        params = {name: value for name, value in params.items() if name in ("betas", "eps", *SHARED_PARAMS)}
+    elif base["type"] != options.optimizer:
+        legal = legal_settings(TYPES[options.optimizer].method)
+        params = {name: value for name, value in params.items() if name in legal}
     for name in (*SHARED_PARAMS, *FIRA_PARAMS):
         if getattr(options, name) is not None:
             params[name] = getattr(options, name)
-    if options.optimizer == "FiraAdam":
-        check_params(params)
+    if options.optimizer in TYPES:
+        check_params(params, method=TYPES[options.optimizer].method)
     config["optimizer"] = {"type": options.optimizer, "params": params}
     return config

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from ds_fira import models
 from ds_fira.activations import METHODS as CHECKPOINTING
 from ds_fira.tags import find_complete
+from ds_fira.zero import TYPES
 
 from .arguments import OneSentenceParser, positive
 from .configs import ADAMW_LR, MONITORS, SHAPE_DEFAULTS, VOCAB_SIZE, build_deepspeed_config, build_model_config
@@ -115,7 +116,7 @@ def build_parser() -> OneSentenceParser:
     )
 
     optimizer = parser.add_argument_group("optimizer", "defaults come from the DeepSpeed JSON")
-    optimizer.add_argument("--optimizer", choices=("FiraAdam", "AdamW"))
+    optimizer.add_argument("--optimizer", choices=(*TYPES, "AdamW"))
     optimizer.add_argument("--lr", type=float, help=f"default the JSON's; for AdamW beside a FiraAdam JSON {ADAMW_LR}")
     optimizer.add_argument("--weight-decay", type=float)
     optimizer.add_argument("--rank", type=positive, help="of the projection")

@@ -10,6 +10,7 @@ import transformers
 from ds_fira.estimate import Available, Estimate, available_memory, estimate, require_fit
 from ds_fira.estimate.from_config import setup_of
 from ds_fira.estimate.table import estimate_lines
+from ds_fira.methods import GALORE_ADAM
 from ds_fira.settings import LEGAL
 
 from .data import agreed
@@ -32,7 +33,8 @@ def estimate_run(
     setup = setup_of(config, gpus=dist.get_world_size(), seq_length=seq_length, activation_checkpointing=checkpointing)
     params = {name: value for name, value in config["optimizer"]["params"].items() if name in LEGAL}
     # AdamW has no subspace; the other methods' figures, which need a rank, are not made then.
-    method = "Fira" if params.get("rank") is not None else "AdamW"
+    projected = "GaLore" if config["optimizer"]["type"] == GALORE_ADAM.name else "Fira"
+    method = projected if params.get("rank") is not None else "AdamW"
     params.setdefault("rank", 1)
     return estimate(model, setup, [method], **params)
 

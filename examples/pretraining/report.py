@@ -120,7 +120,7 @@ def summary_table(summary: dict[str, Any], output_dir: Path) -> str:
         ("waiting for data", f"{summary['data_wait_share']:.2%} of the training time"),
         ("model", f"{summary['parameters']:,} parameters"),
     ]
-    if summary["optimizer"] == "FiraAdam":
+    if summary["optimizer"] != "AdamW":
         per_process = ", ".join(size(count) for count in summary["optimizer_state_bytes"])
         formula, adamw = summary["optimizer_state_bytes_paper_formula"], summary["optimizer_state_bytes_adamw"]
         total = sum(summary["optimizer_state_bytes"])

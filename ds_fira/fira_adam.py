@@ -1,0 +1,79 @@
+"""`FiraAdam`: Fira over AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ds_fira.methods import FIRA_ADAM
+from ds_fira.optimizer import LowRankOptimizer
+
+
+class FiraAdam(LowRankOptimizer):
+    """Adam with low-rank states, full-rank updates: Fira (arXiv 2410.01623, Algorithm 1) with AdamW for the rest.
+
+    Param groups with a `rank` key are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
+    AdamW. A flat list of parameters with a constructor `rank` is split as `ds_fira.param_groups` would.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or param groups; groups may set every argument but
+            `target_modules` and `check_sync_every` for themselves.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to sqrt(V).
+        weight_decay: decoupled, applied after the update.
+        rank: subspace rank of the projected weights of a flat list; never applies to param groups.
+        update_proj_gap: steps from one refresh of the subspace to the next.
+        alpha: scale of the back-projection (released), or of the whole update (paper).
+        proj_type: the projected side: "std" the smaller, "reverse_std" the larger, "left", "right".
+        gamma: the limiter's largest growth of the residual norm from one step to the next.
+        residual_scale: multiplies the scaled residual in the update; 1 is the paper.
+        scaling: the scaling factor per "column", per "matrix", or "none" (1).
+        limiter: "growth", or "none".
+        formulation: "released", the code behind the published figures (PyPI fira 1.0.2), or "paper", Algorithm 1.
+        subspace: how a basis is computed: "svd" exact, "gram" from the Gram matrix, "randomized" by block iteration.
+        refresh_moments: what a refresh does to the moments: "keep" (the paper), "rotate" into the new basis, "reset".
+        stagger: whether matrices refresh on different steps.
+        state_dtype: how basis and moments are stored: "float32" (float64 for float64 weights), "bfloat16", "int8".
+        matmul_precision: of the products of a step: "float32", "tf32" (on a CPU the same), "bfloat16".
+        exact_cuts: inside ZeRO, whether a matrix that a partition cuts is stepped whole on its owner, equal to the bit
+            to a matrix that is not cut, even where exchanging low-rank data is cheaper.
+        target_modules: for a flat list with a rank, substrings of the names of the modules to project.
+        check_sync_every: inside an engine, steps from one comparison of the replicated weights over the ranks to the
+            next (`ds_fira.zero_sync`); 0 for none.
+
+    Raises:
+        ValueError: a value is out of range, nothing is to be projected, or a parameter cannot be.
+    """
+
+    method = FIRA_ADAM
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        alpha: float = 1.0,
+        proj_type: str = "std",
+        gamma: float = 1.01,
+        residual_scale: float = 1.0,
+        scaling: str = "column",
+        limiter: str = "growth",
+        formulation: str = "released",
+        subspace: str = "svd",
+        refresh_moments: str = "keep",
+        stagger: bool = False,
+        state_dtype: str = "float32",
+        matmul_precision: str = "tf32",
+        exact_cuts: bool = False,
+        target_modules: Sequence[str] | str | None = None,
+        check_sync_every: int = 0,
+    ) -> None:
+        # Every argument by its own name, as a JSON config gives them.
+        given = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        super().__init__(params, **given)
