@@ -12,6 +12,7 @@ from ds_fira.groups import param_groups
 from ds_fira.memory import state_bytes
 from ds_fira.report import memory_report, metrics
 from ds_fira.runtime import init_distributed, shutdown
+from ds_fira.scaling_report import read_scaling_factors, scaling_factors, write_scaling_factors
 from ds_fira.version import __version__
 from ds_fira.zero import register
 from ds_fira.zero_monitor import register_watch
@@ -33,7 +34,10 @@ __all__ = [
     "memory_report",
     "metrics",
     "param_groups",
+    "read_scaling_factors",
     "register",
+    "scaling_factors",
     "shutdown",
     "state_bytes",
+    "write_scaling_factors",
 ]

@@ -261,7 +261,7 @@ def _restore_moments(
             continue
         value = torch.zeros(param.numel(), dtype=torch.float64 if param.dtype == torch.float64 else torch.float32)
         present = [piece for piece in pieces if sources[piece.name]]
-        _fill(value, present, sources, "moments", _decoded)
+        _fill(value, present, sources, "moments", compression.elements)
         compression.write_(stored, value.to(param.device), seed=None)
 
 
@@ -283,13 +283,6 @@ def _fill(
                 target[start:stop].copy_(values)
                 copied += len(common)
         _require_all(copied >= piece.stop - piece.start, what, piece.name)
-
-
-def _decoded(stored: compression.Stored, start: int, stop: int) -> Tensor:
-    """Elements start to stop of a stored moment, in blocks as they were encoded."""
-    first = start - start % compression.BLOCK
-    last = min(-(-stop // compression.BLOCK) * compression.BLOCK, stored[compression.VALUES].numel())
-    return compression.read(compression.part(stored, first, last))[start - first : stop - first]
 
 
 def _bounds(common: range, piece: Piece) -> tuple[int, int]:

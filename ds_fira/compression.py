@@ -123,6 +123,20 @@ def part(stored: Stored, start: int, stop: int) -> Stored:
     return views
 
 
+def elements(stored: Stored, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of any elements start to stop of one matrix's stored moment, 1-D, in row-major order.
+
+    Args:
+        stored: contiguous, without batch dimensions.
+        start: the first element.
+        stop: one past the last.
+        dtype: of the result, float32 or float64.
+    """
+    first = start - start % BLOCK
+    last = min(-(-stop // BLOCK) * BLOCK, stored[VALUES].numel())
+    return read(part(stored, first, last), dtype)[start - first : stop - first]
+
+
 def read(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of one matrix's stored moment, in the shape of its values.
 

@@ -17,7 +17,7 @@ class FiraAdam(LowRankOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; groups may set every argument but
-            `target_modules` and `check_sync_every` for themselves.
+            `target_modules`, `check_sync_every` and `record_scaling_factors` for themselves.
         lr: learning rate.
         betas: decay rates of the moments.
         eps: added to sqrt(V).
@@ -41,6 +41,8 @@ class FiraAdam(LowRankOptimizer):
         target_modules: for a flat list with a rank, substrings of the names of the modules to project.
         check_sync_every: inside an engine, steps from one comparison of the replicated weights over the ranks to the
             next (`ds_fira.zero_sync`); 0 for none.
+        record_scaling_factors: steps from one record of the scaling factors of all linear layers, projected or not, to
+            the next (`ds_fira.scaling_factors`); 0 for none.
 
     Raises:
         ValueError: a value is out of range, nothing is to be projected, or a parameter cannot be.
@@ -73,6 +75,7 @@ class FiraAdam(LowRankOptimizer):
         exact_cuts: bool = False,
         target_modules: Sequence[str] | str | None = None,
         check_sync_every: int = 0,
+        record_scaling_factors: int = 0,
     ) -> None:
         # Every argument by its own name, as a JSON config gives them.
         given = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}

@@ -89,7 +89,7 @@ def split_flat_list(
         ValueError: nothing in the list is to be projected.
     """
     bare = _parameters(params)
-    owners = _owners(bare)
+    owners = owning_modules(bare)
     owned = {id(param) for owner in owners for param in owner.parameters()}
     projected = {id(param) for param in bare if len(shape_of(param)) == 2 and id(param) not in owned}
     if target_modules is not None and not owners:
@@ -113,7 +113,7 @@ def split_flat_list(
     return [*groups, {"params": rest}] if rest else groups
 
 
-def _owners(params: Sequence[Parameter]) -> list[nn.Module]:
+def owning_modules(params: Sequence[Tensor]) -> list[nn.Module]:
     """The live modules that own the parameters: as few as will do, the smallest of those that own as many."""
     missing = {id(param) for param in params}
     candidates = []

@@ -35,6 +35,7 @@ from ds_fira.lean_refresh import LeanRefresh
 from ds_fira.matrix_step import inner_alpha
 from ds_fira.methods import method_of
 from ds_fira.refresh import Refresher, phase
+from ds_fira.scaling_series import Series
 from ds_fira.share import Share
 from ds_fira.state import STEP, allocate_matrices, compute_dtype, state_views
 from ds_fira.subspace import refresh_due
@@ -90,6 +91,7 @@ class LeanCuts:
         resolution: float,
         refresher: Refresher,
         metrics: StepMetrics,
+        record: Sequence[Series] = (),
     ) -> None:
         """Make one step of all lean matrices of the group; a collective call.
 
@@ -100,6 +102,7 @@ class LeanCuts:
             resolution: below this share of |phi * G| a residual is rounding.
             refresher: computes bases.
             metrics: counts on the owner of each matrix.
+            record: what records the scaling factors of each of `shares`; () in a step that is not recorded.
 
         Raises:
             ValueError: the state was loaded from a run that stepped these matrices another way.
@@ -134,9 +137,10 @@ class LeanCuts:
         usable = {position: total for position, total in totals.items() if total < limit}
         possible = [position for position in due if usable.get(position, 0.0) > 0.0]
         self._refresh.refresh(possible, param, parts, group, refresher, metrics)
+        series = {share.position: one for share, one in zip(self.shares, record, strict=False)}
         for turn in self._turns:
             mine = {position: parts.pop(position) for position in turn if position in parts}
-            self._step_together(turn, mine, usable, param, group, metrics)
+            self._step_together(turn, mine, usable, param, group, metrics, series)
 
     def _step_together(
         self,
@@ -146,6 +150,7 @@ class LeanCuts:
         param: Tensor,
         group: dict[str, Any],
         metrics: StepMetrics,
+        record: Mapping[int, Series],
     ) -> None:
         """Everything but the refresh, for the matrices at some positions; a collective call.
 
@@ -156,6 +161,7 @@ class LeanCuts:
             param: the flat parameter.
             group: the param group.
             metrics: counts on the owner of each matrix.
+            record: by position, what records the scaling factors of this rank's parts.
         """
         self._exchange.borrow_bases(turn, param, parts)
         for part in parts.values():
@@ -165,6 +171,9 @@ class LeanCuts:
         sums = self._sum(
             turn, param, LOW_RANK_SUMS, {position: torch.stack(part.advance()) for position, part in stepped.items()}
         )
+        for position, part in stepped.items() if record else ():
+            if part.step is not None:
+                record[position].add(part.step.direction_sq, part.step.low_rank_sq, part.step.correction)
         squares = squares_of(sums, usable, group)
         scaled = {position: part.scale(sums[position], squares[position]) for position, part in stepped.items()}
         exact = self._exact_squares(param, stepped, squares, group)

@@ -174,7 +174,7 @@ class Part:
         usable = torch.ones((), dtype=torch.bool, device=self.grad.device)
         direction, direction_sq, low_rank_sq = adam_direction(low_rank, state, group, usable)
         correction = F.bias_correction(state.step, group["betas"])
-        self.step = LowRankStep(low_rank, direction, low_rank_sq, zero, zero, zero, correction)
+        self.step = LowRankStep(low_rank, direction, low_rank_sq, zero, zero, zero, correction, direction_sq)
         if group["scaling"] != "column":
             return [low_rank_sq.sum(), direction_sq.sum(), zero]
         self.step.phi = scaling_factors(direction_sq, low_rank_sq, correction, group)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_fira import compression, kernels
 from ds_fira import functional as F
 from ds_fira.methods import residual_free
+from ds_fira.scaling_series import Series, add_batch
 from ds_fira.state import MatrixState
 from ds_fira.tracking import StepMetrics
 
@@ -30,6 +31,7 @@ class MatrixTask:
         state: of the same k matrices.
         group: the param group.
         resolution: below this share of |phi * G| a residual is rounding.
+        record: what records the scaling factors of each of the k; () in a step that is not recorded.
     """
 
     weight: Tensor
@@ -37,6 +39,7 @@ class MatrixTask:
     state: MatrixState
     group: dict[str, Any]
     resolution: float
+    record: tuple[Series, ...] = ()
 
     @cached_property
     def grad_square(self) -> float:
@@ -67,6 +70,7 @@ class LowRankStep:
         square: |S|^2 as a difference of squares.
         whole: |phi * G|^2.
         correction: Adam's bias correction.
+        direction_sq: `squared_norms` of N.
     """
 
     low_rank: Tensor
@@ -76,6 +80,7 @@ class LowRankStep:
     square: Tensor
     whole: Tensor
     correction: Tensor
+    direction_sq: Tensor
 
 
 def inner_alpha(group: dict[str, Any]) -> float:
@@ -101,10 +106,10 @@ def low_rank_step(
     direction, direction_sq, low_rank_sq = adam_direction(low_rank, state, group, usable, ops)
     if residual_free(group):
         none = torch.zeros_like(correction)
-        return LowRankStep(low_rank, direction, low_rank_sq, none.unsqueeze(-1), none, none, correction)
+        return LowRankStep(low_rank, direction, low_rank_sq, none.unsqueeze(-1), none, none, correction, direction_sq)
     phi = scaling_factors(direction_sq, low_rank_sq, correction, group)
     square, whole = F.difference_of_squares(grad_sq, low_rank_sq, phi, inner_alpha(group))
-    return LowRankStep(low_rank, direction, low_rank_sq, phi, square, whole, correction)
+    return LowRankStep(low_rank, direction, low_rank_sq, phi, square, whole, correction, direction_sq)
 
 
 def adam_direction(
@@ -230,6 +235,8 @@ def update(task: MatrixTask, metrics: StepMetrics) -> None:
     if ops is F and not F.host_decides(usable):
         return
     step = low_rank_step(low_rank, grad_sq, state, group, usable, ops)
+    if task.record:
+        add_batch(task.record, step.direction_sq, step.low_rank_sq, step.correction, usable)
     square = step.square
     if group["limiter"] == "growth":
         needed = F.residual_needed(square, step.whole) & usable

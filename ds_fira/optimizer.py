@@ -8,7 +8,7 @@ updated one by one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from ds_fira.memory import ParamRecord
 from ds_fira.methods import KEY
 from ds_fira.refresh import Refresher
 from ds_fira.resumable import Resumable, settings_of
+from ds_fira.scaling_record import ScalingRecorder
+from ds_fira.scaling_series import Series
 from ds_fira.settings import check_params, group_settings, refuse_foreign
 from ds_fira.shard import matrices_of
 from ds_fira.state import (
@@ -49,7 +51,7 @@ class LowRankOptimizer(Resumable):
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; groups may set every argument but
-            `target_modules` and `check_sync_every` for themselves.
+            `target_modules`, `check_sync_every` and `record_scaling_factors` for themselves.
         **given: settings of the method; `rank` never applies to param groups.
 
     Attributes:
@@ -70,6 +72,8 @@ class LowRankOptimizer(Resumable):
         self._reset_runtime()
         self.given: list[dict[str, Any]] = []
         self.check_sync_every = settings["check_sync_every"]
+        if settings["record_scaling_factors"]:
+            self.recorder = ScalingRecorder(settings["record_scaling_factors"])
         if settings["rank"] is not None and params:
             if not isinstance(params[0], dict):
                 params = split_flat_list(params, settings["rank"], settings["target_modules"])
@@ -85,6 +89,8 @@ class LowRankOptimizer(Resumable):
         """What does not travel with a state dict, a pickle or a copy."""
         self.suspended = False
         self.check_sync_every = 0
+        self.recorder: ScalingRecorder | None = None
+        self._recording = False
         self.metrics = StepMetrics()
         # Set where the optimizer runs inside an engine.
         self.channel: Channel | None = None
@@ -167,25 +173,38 @@ class LowRankOptimizer(Resumable):
             for param in params:
                 _require_dense(param)
             if params:
-                self.metrics.count_step(params[0])
+                number = self.metrics.count_step(params[0])
+                self._recording = self.recorder is not None and self.recorder.due(number)
+                if self._recording and self.channel is None:
+                    self.recorder.watch_alone(self.param_groups)
             if "rank" in group:
                 self._step_projected(params, group)
             else:
                 for param in params:
                     self._step_adamw(param, group)
+                    if self._recording:
+                        self.recorder.full_rank(param, group, self.state[param])
         return loss
 
     def _step_projected(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Step the matrices of a group: those stepped whole, in as many turns as they are gathered; then the rest."""
+        record: dict[Tensor, list[Series]] = {}
+        if self._recording:
+            record = {p: self.recorder.low_rank(p, lambda p=p: self._places(p, group).matrices) for p in params}
         turns = max((len(self._binding(param).exchanges) for param in params), default=0)
         for turn in range(max(1, turns)):
-            self._step_whole(params, group, turn)
+            self._step_whole(params, group, turn, record)
         for param in params:
             lean = self._binding(param).lean
             if lean is not None:
-                lean.step(param, self.state[param], group, self._resolution(param), self._refresher, self.metrics)
+                whole = len(self._binding(param).shapes)
+                series = record.get(param, [])[whole:]
+                resolution = self._resolution(param)
+                lean.step(param, self.state[param], group, resolution, self._refresher, self.metrics, series)
 
-    def _step_whole(self, params: list[Tensor], group: dict[str, Any], turn: int) -> None:
+    def _step_whole(
+        self, params: list[Tensor], group: dict[str, Any], turn: int, record: dict[Tensor, list[Series]]
+    ) -> None:
         """One turn: gather what is cut, refresh what is due, update, give back what was cut."""
         tasks: list[list[MatrixTask]] = []
         due: list[MatrixTask] = []
@@ -199,7 +218,7 @@ class LowRankOptimizer(Resumable):
                 borrowed.append((exchange, param, [weight for weight, _ in assembled]))
                 pairs += [(weight, grad) for weight, grad in assembled]
             first = binding.first_of(turn)
-            tasks.append(self._tasks(param, pairs, binding, group, first))
+            tasks.append(self._tasks(param, pairs, binding, group, first, record.get(param, [])[first:]))
             due += self._refresher.due(param, tasks[-1], binding.indices, first)
         self._refresher.refresh(due)
         for param, singles in zip(params, tasks, strict=True):
@@ -217,15 +236,21 @@ class LowRankOptimizer(Resumable):
         return [(param, param.grad)] if param.ndim == 2 else list(zip(param, param.grad, strict=True))
 
     def _tasks(
-        self, param: Tensor, pairs: list[tuple[Tensor, Tensor]], binding: Binding, group: dict[str, Any], first: int
+        self,
+        param: Tensor,
+        pairs: list[tuple[Tensor, Tensor]],
+        binding: Binding,
+        group: dict[str, Any],
+        first: int,
+        record: Sequence[Series],
     ) -> list[MatrixTask]:
         state = self._state_of(param, group)
         dtype = compute_dtype(param.dtype)
         states = matrix_states(state, binding.shapes, group, binding.batched, dtype=dtype)[first : first + len(pairs)]
         resolution = self._resolution(param)
         return [
-            MatrixTask(weight, grad, matrix, group, resolution)
-            for (weight, grad), matrix in zip(pairs, states, strict=True)
+            MatrixTask(weight, grad, matrix, group, resolution, tuple(record[i : i + 1]))
+            for i, ((weight, grad), matrix) in enumerate(zip(pairs, states, strict=True))
         ]
 
     def _resolution(self, param: Tensor) -> float:
@@ -252,7 +277,8 @@ class LowRankOptimizer(Resumable):
                 weight, grad = (stacked(flat, binding.whole[first], last - first) for flat in (param, param.grad))
             else:
                 weight, grad = param[first:last], param.grad[first:last]
-            batches.append(MatrixTask(weight, grad, state, group, tasks[first].resolution))
+            record = tuple(series for task in tasks[first:last] for series in task.record)
+            batches.append(MatrixTask(weight, grad, state, group, tasks[first].resolution, record))
         return batches
 
     def _step_adamw(self, param: Tensor, group: dict[str, Any]) -> None:

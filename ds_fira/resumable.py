@@ -17,12 +17,15 @@ from ds_fira.comm import Channel
 from ds_fira.methods import FIRA_ADAM, Method, method_of
 from ds_fira.places import Piece, matrix_places
 from ds_fira.refresh import Refresher
+from ds_fira.scaling_record import ScalingRecorder
 from ds_fira.settings import group_settings
 from ds_fira.shard import matrices_of
 from ds_fira.state import BASIS, STEP, allocate, compute_dtype, host_key
 
 # AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
 SMALL_PARAM = 4096
+# Where the recorded scaling factors are in the description of a state dict.
+RECORD = "scaling_factors"
 
 
 def settings_of(group: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +47,7 @@ class Resumable(Optimizer):
     method: Method = FIRA_ADAM
     given: list[dict[str, Any]]
     channel: Channel | None
+    recorder: ScalingRecorder | None
     _refresher: Refresher
 
     def _reset_places(self) -> None:
@@ -97,6 +101,9 @@ class Resumable(Optimizer):
         result = super().state_dict()
         places = [self._places(param, group) for group in self.param_groups for param in group["params"]]
         result[KEY] = describe(self.layout_digest, self.given, self._members(), places, self.method)
+        if self.recorder is not None and self.channel is None:
+            # Inside an engine the record goes over ranks, and `ds_fira.zero_resume` saves it.
+            result[KEY][RECORD] = self.recorder.state_dict()
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -130,6 +137,8 @@ class Resumable(Optimizer):
             )
         super().load_state_dict(state_dict)
         self._refresher.forget_counts()
+        if self.recorder is not None and self.channel is None:
+            self.recorder.load_state_dict(state_dict.get(KEY, {}).get(RECORD))
         if saved is not None:
             for group, own in zip(self.param_groups, given, strict=True):
                 params = group.pop("params")

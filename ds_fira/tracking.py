@@ -95,9 +95,10 @@ class StepMetrics:
         self._refresh_seconds = 0.0
         self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def count_step(self, param: Tensor) -> None:
-        """Count a step of a param group; the same parameter stands for the group each time."""
+    def count_step(self, param: Tensor) -> int:
+        """Count a step of a param group; the same parameter stands for the group each time. Gives the step's number."""
         self._steps[param] = self._steps.get(param, 0) + 1
+        return self._steps_before + self._steps[param]
 
     def record(
         self,

@@ -40,6 +40,7 @@ from ds_fira.zero_checkpoint import register_checkpoint
 from ds_fira.zero_files import normalized
 from ds_fira.zero_fp16 import mend_loss_scaling
 from ds_fira.zero_groups import flat_groups
+from ds_fira.zero_record import watch_weights
 from ds_fira.zero_refuse import refuse_object, refuse_unsupported, refuse_unsupported_module
 from ds_fira.zero_save import guard_checkpoints
 from ds_fira.zero_shapes import shape_of
@@ -80,6 +81,8 @@ def attach(engine: Any) -> None:
         for group, params in lp_groups
         for param in params
     ]
+    if optimizer.recorder is not None:
+        watch_weights(engine, optimizer, names)
 
 
 def _attach_replicated(
@@ -220,7 +223,8 @@ def register(*types: type[LowRankOptimizer]) -> None:
             logger.warning(
                 f"{name}: no rank is set, so nothing is projected: this is AdamW. Set optimizer.params.rank."
             )
-        optimizer = TYPES[name](groups, **group_defaults(settings), check_sync_every=settings["check_sync_every"])
+        whole_training = {key: settings[key] for key in ("check_sync_every", "record_scaling_factors")}
+        optimizer = TYPES[name](groups, **group_defaults(settings), **whole_training)
         optimizer.suspended = True
         return optimizer
 

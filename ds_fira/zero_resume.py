@@ -1,4 +1,4 @@
-"""What DeepSpeed's checkpoints lack for a run that goes on to the bit: random number generators, and Fira's counters.
+"""What DeepSpeed's checkpoints lack for a run that goes on: random number generators, Fira's counters and records.
 
 Written against DeepSpeed 0.19.8. What it relies on: `DeepSpeedEngine.save_checkpoint` writes `client_state` beside the
 weights, and `load_checkpoint` gives it back, both on every rank. DeepSpeed itself saves weights, optimizer, scheduler,
@@ -6,7 +6,8 @@ loss scale and the counts of steps and samples.
 
 Every rank's part travels in one entry of the client state, `ds_fira`, which the caller does not see. It is read only
 where optimizer states are loaded. Of another number of ranks, each takes over the generators that the rank of its
-number had, and those beyond keep their own; counters go on from the sums.
+number had, and those beyond keep their own; counters go on from the sums. Recorded scaling factors are put together
+over the ranks as they are saved.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ def _state_of_all(engine: Any) -> dict[str, Any]:
     """Generators and counters of every rank, in order of rank; a collective call."""
     optimizer = engine.basic_optimizer
     own = {"rng": rng_state(), "metrics": optimizer.metrics.state_dict()}
-    return {"ranks": optimizer.channel.gather_objects(own), "replicated": optimizer.replicated}
+    state = {"ranks": optimizer.channel.gather_objects(own), "replicated": optimizer.replicated}
+    if optimizer.recorder is not None:
+        state["scaling_factors"] = optimizer.recorder.gather(optimizer.channel, optimizer.replicated)
+    return state
 
 
 def _restore(engine: Any, saved: dict[str, Any]) -> None:
@@ -80,5 +84,7 @@ def _restore(engine: Any, saved: dict[str, Any]) -> None:
     else:
         own = StepMetrics.together(counters, saved["replicated"], counts=optimizer.replicated or rank == 0)
     optimizer.metrics.load_state_dict(own)
+    if optimizer.recorder is not None:
+        optimizer.recorder.restart(saved.get("scaling_factors") or {})
     # It has counted the steps before the load, which belong to another run or are to be made again.
     forget_watch(engine)

@@ -1,0 +1,47 @@
+"""Which linear layers of an engine's module are recorded under AdamW (`record_scaling_factors`).
+
+Reads the books of DeepSpeed's wrappers through `ds_fira.zero_groups`, and the engine's `module` and ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_fira.optimizer import FiraAdam
+from ds_fira.selection import find_projected_weights
+from ds_fira.shard import matrices_of
+from ds_fira.zero_groups import flat_groups
+from ds_fira.zero_shapes import shape_of
+
+
+def watch_weights(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> None:
+    """Tell an optimizer's recorder where the weights lie that a rank would project, in param groups without one.
+
+    Args:
+        engine: its optimizer wrapper is built.
+        optimizer: has been told what its tensors hold.
+        names: of the module's parameters, by their `id`.
+    """
+    recorder, channel = optimizer.recorder, optimizer.channel
+    recorder.names = list(names.values())
+    linear = find_projected_weights(engine.module)
+    if engine.zero_optimization_stage() == 0:
+        shapes = {names[id(p)]: shape_of(p) for p in engine.module.parameters() if id(p) in linear}
+        for group in optimizer.param_groups:
+            for param in group["params"] if "rank" not in group else ():
+                name = optimizer.pieces[param][0].name
+                if name in shapes:
+                    matrices = matrices_of(name, shapes[name])
+                    recorder.watch(param, [{channel.dp_rank: matrix} for matrix in matrices], group, channel)
+        return
+    for flat in flat_groups(engine.optimizer, channel.dp_size):
+        group = optimizer.param_groups[flat.group]
+        if "rank" in group:
+            continue
+        matrices = [
+            flat.partitioning.fragments(index, matrix)
+            for index, param in enumerate(flat.lp_params)
+            if id(param) in linear
+            for matrix in matrices_of(names[id(param)], shape_of(param))
+        ]
+        recorder.watch(flat.hp_partition, matrices, group, channel)
