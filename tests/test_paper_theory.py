@@ -24,7 +24,7 @@ RANK = 8
 @pytest.fixture(scope="module")
 def simulated() -> dict[str, Any]:
     """A small simulation, as it is read back from its file."""
-    simulation = theorem.Simulation(steps=(1, 5, 10, 20, 50, 100), repetitions=2_000, chunk=500)
+    simulation = theorem.Simulation(steps=(1, 5, 20, 50, 100), repetitions=2_000, chunk=500)
     return json.loads(json.dumps(theorem.compute(simulation)))
 
 
@@ -68,7 +68,7 @@ def test_the_moments_of_the_rate_are_those_of_a_scaled_inverse_chi_square_for_a_
 
 
 def test_the_weights_of_the_average_are_those_of_adam() -> None:
-    """E[v_hat] by brute force at step 2, and psi against torch's AdamW."""
+    """The corrected gradient of "momentum", squared, is the squared update of torch's Adam."""
     generator = np.random.default_rng(0)
     for situation, step, weighted, squares in theorem._steps(theorem.Simulation(steps=(3,)), (1, 4), generator):
         if situation != "momentum":
@@ -95,7 +95,9 @@ def test_the_inequality_holds_for_adam_and_fails_with_the_first_moment_at_a_low_
     assert momentum[100][100] == "holds"
 
 
-def test_the_section_on_the_theorem_holds_its_results(simulated: dict[str, Any], tmp_path: Path) -> None:
+def test_the_section_on_the_theorem_holds_its_results(
+    simulated: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = theorem.section(simulated, tmp_path)
     assert text.startswith(f"## {theorem.TITLE}\n")
     assert (tmp_path / "theorem.png").stat().st_size > 10_000
@@ -105,12 +107,13 @@ def test_the_section_on_the_theorem_holds_its_results(simulated: dict[str, Any],
         assert f"{simulated['variances'][situation]['phi']['50']['variance'][at]:.3g} ± " in text
     assert "rank 5 from step 50" in text
     # Another result gives another verdict.
+    monkeypatch.setattr(theorem_report, "plot", lambda *_: None)
     simulated = json.loads(json.dumps(simulated))
     simulated["exact"]["phi2"] = [value and 1.2 * value for value in simulated["exact"]["phi2"]]
     simulated["exact"]["phi"] = [value and 1e-6 for value in simulated["exact"]["phi"]]
     changed = theorem.section(simulated, tmp_path)
     assert "under the proof's assumptions: not reproduced" in changed
-    assert "not reproduced, it fails at 20 of 20 pairs" in changed
+    assert "not reproduced, it fails at 16 of 16 pairs" in changed
 
 
 @pytest.mark.parametrize("method", ["Full-Rank", "Fira", "GaLore", "LoRA"])
@@ -164,7 +167,7 @@ def test_table_3_by_hand() -> None:
     assert rows["Prefix"]["readings"] == {"30 virtual tokens": 6 * 30 * 32 * 2 * 4096}
 
 
-def test_the_section_on_memory_holds_its_results(tmp_path: Path) -> None:
+def test_the_section_on_memory_holds_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The committed results: every figure is in the section, and verdicts follow them."""
     results = json.loads((provenance.ROOT / "examples/paper/results/memory.json").read_text())
     text = memory_table.section(results, tmp_path)
@@ -175,9 +178,12 @@ def test_the_section_on_memory_holds_its_results(tmp_path: Path) -> None:
         size = memory_report.SIZES[cell["model"]]
         row = next(line for line in text.splitlines() if line.startswith(f"| {cell['method']} | {size} |"))
         assert f"| {cell['published']:.2f} | {sum(cell['formula'].values()) / 1e9:.3f} |" in row
-    assert "| Full-Rank | 350M |" in text
-    assert text.count("reproduced, in GiB") == 1
+    assert [line for line in text.splitlines() if line.endswith("| reproduced, in GiB |")] == [
+        next(line for line in text.splitlines() if line.startswith("| Full-Rank | 350M |"))
+    ]
+    assert "Fira's 0.26 from all seven linear layers of a block (in GB)" in text
     assert "61.1% of optimizer states saved for LLaMA 1B at rank 512: reproduced" in text
+    monkeypatch.setattr(memory_report, "plot", lambda *_: None)
     results["saving"]["held"] = 0.5
     results["cells"][0]["held"]["states"] += 1
     changed = memory_table.section(results, tmp_path)

@@ -87,7 +87,8 @@ def section(title: str, results: dict[str, Any], figures: Path) -> str:
 
 
 def _findings(results: dict[str, Any]) -> list[str]:
-    return [_table_1(results), _saving(results), _cells(results), _layers(results), _dtype(results), _seven(results)]
+    findings = (_table_1, _saving, _cells, _layers, _fine_tuning, _dtype, _seven)
+    return [finding(results) for finding in findings]
 
 
 def unexplained(cell: dict[str, Any]) -> int:
@@ -150,6 +151,23 @@ def _layers(results: dict[str, Any]) -> str:
         "With 32 layers, 1.3e9 weights in GB, and adapters with two moments but no embeddings and head in GiB, LoRA is "
         f"{found['LoRA']:.3f} for {printed['LoRA']:.2f} printed. With three halves of the adapters, which is the "
         f"formula for square matrices only, GaLore and Fira are {found['Fira']:.3f} for {printed['Fira']:.2f}."
+    )
+
+
+def _fine_tuning(results: dict[str, Any]) -> str:
+    rows = {row["method"]: row for row in results["table_3"]}
+    ways = []
+    for method, row in rows.items():
+        units = {name: unit_of(count, row["published"]) for name, count in row["readings"].items()}
+        fitting = [f"{name} (in {unit})" for name, unit in units.items() if unit]
+        ways.append(f"{method}'s {row['published']:.2f} from {' and from '.join(fitting) or 'no reading'}")
+    # The first reading is that of the modules which the paper names.
+    fira, lora = (next(iter(rows[method]["readings"].values())) / 1e9 for method in ("Fira", "LoRA"))
+    printed = 1 - rows["Fira"]["published"] / rows["LoRA"]["published"]
+    return (
+        f"- **Table 3, the memory column**: {'; '.join(ways)}. Fira's and LoRA's figures are of different modules. "
+        f"On the same ones, those of Table 6, Fira takes {fira:.3f} GB and LoRA {lora:.3f} GB: {1 - fira / lora:.0%} "
+        f"less, where the table has {printed:.0%}."
     )
 
 
