@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_fira.optimizer import FiraAdam
+from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.selection import find_projected_weights
 from ds_fira.shard import matrices_of
 from ds_fira.zero_groups import flat_groups
 from ds_fira.zero_shapes import shape_of
 
 
-def watch_weights(engine: Any, optimizer: FiraAdam, names: dict[int, str]) -> None:
+def watch_weights(engine: Any, optimizer: LowRankOptimizer, names: dict[int, str]) -> None:
     """Tell an optimizer's recorder where the weights lie that a rank would project, in param groups without one.
 
     Args:

@@ -1,6 +1,6 @@
 """Table 4 and Figure 4: Fira without its parts.
 
-    python -m examples.paper.report --only ablation
+python -m examples.paper.report --only ablation
 """
 
 from __future__ import annotations

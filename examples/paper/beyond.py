@@ -1,6 +1,6 @@
 """Beyond the paper: our own settings, alone and together, against released Fira and tuned Adam.
 
-    python -m examples.paper.report --only beyond
+python -m examples.paper.report --only beyond
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ def variants(size: Size) -> dict[str, dict[str, Any]]:
         "stagger": {"stagger": True},
         "Algorithm 1": {"formulation": "paper"},
         f"randomized, rotated, gap {short}": {**WARM, "update_proj_gap": short},
-        f"residual_scale 8, randomized, rotated, gap {short}": {**WARM, "update_proj_gap": short, "residual_scale": 8.0},
+        f"residual_scale 8, randomized, rotated, gap {short}": {
+            **WARM,
+            "update_proj_gap": short,
+            "residual_scale": 8.0,
+        },
         "residual_scale 8, randomized, rotated": {**WARM, "residual_scale": 8.0},
         "residual_scale 8, Algorithm 1": {"formulation": "paper", "residual_scale": 8.0},
     }
@@ -84,7 +88,7 @@ def best(results: Results, rank: int) -> str:
 
 
 def recipe(results: Results) -> str:
-    """The name of the variant whose perplexities, relative to released Fira's and averaged over both ranks, are lowest."""
+    """The name of the variant with the lowest perplexity over released Fira's, averaged over both ranks."""
     families = runs(results.size)
     released = {rank: score(results, family["released"]).mean for rank, family in families.items()}
     return min(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sysconfig
 from pathlib import Path
@@ -48,8 +49,9 @@ def folder_of(text: str, size: Size) -> Path:
     return prepare(recipe, CACHE / "text")
 
 
+@functools.cache
 def load(text: str, size: Size) -> Text:
-    """The prepared text of a size."""
+    """The prepared text of a size; read once in a process."""
     folder = folder_of(text, size)
 
     def rows(split: str) -> np.ndarray:
@@ -61,7 +63,7 @@ def load(text: str, size: Size) -> Text:
 
 
 def standard_library(path: Path) -> Path:
-    """Python's own standard library as a text: one document per source file, without its tests and installed packages."""
+    """Python's own standard library as a text, a document per source file; without its tests and what is installed."""
     if not path.exists():
         root = Path(sysconfig.get_paths()["stdlib"])
         sources = sorted(root.rglob("*.py"))

@@ -50,10 +50,7 @@ def build_model(run: Run, size: Size) -> transformers.PreTrainedModel:
 
 def fira_settings(run: Run, size: Size) -> dict[str, Any]:
     """The settings of a Fira or GaLore run: the size's and the paper's, then the run's own."""
-    defaults: dict[str, Any] = {"rank": size.rank, "update_proj_gap": size.gap, "alpha": ALPHA}
-    if run.method == "GaLore":
-        defaults |= {"scaling": "none", "residual_scale": 0.0, "limiter": "none"}
-    return defaults | dict(run.settings)
+    return {"rank": size.rank, "update_proj_gap": size.gap, "alpha": ALPHA, **dict(run.settings)}
 
 
 def build_optimizer(run: Run, size: Size, model: nn.Module) -> torch.optim.Optimizer:
@@ -61,16 +58,18 @@ def build_optimizer(run: Run, size: Size, model: nn.Module) -> torch.optim.Optim
     trainable = [param for param in model.parameters() if param.requires_grad]
     if run.method in ("Fira", "GaLore"):
         settings = fira_settings(run, size)
-        rank = settings.pop("rank")
-        own = {"record_scaling_factors": run.record} if run.record else {}
-        return ds_fira.FiraAdam(ds_fira.param_groups(model, rank, **settings), lr=run.lr, **own)
-    if run.record:  # full-rank Adam that records: the same arithmetic, with ours
-        return ds_fira.FiraAdam(ds_fira.param_groups(model, 1, **dict(run.settings)), lr=run.lr)
+        groups = ds_fira.param_groups(model, settings.pop("rank"), **settings)
+        kind = ds_fira.FiraAdam if run.method == "Fira" else ds_fira.GaLoreAdam
+        return kind(groups, lr=run.lr, record_scaling_factors=run.record)
+    if run.record:
+        # Without a rank ours is Adam, and can record.
+        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        return ds_fira.FiraAdam(named, lr=run.lr, record_scaling_factors=run.record, **dict(run.settings))
     return torch.optim.Adam(trainable, lr=run.lr, **dict(run.settings))
 
 
 def add_adapters(run: Run, size: Size, model: nn.Module) -> nn.Module:
-    """LoRA on every linear layer but the head; embeddings, norms and head are trained whole, as in pre-training they must.
+    """LoRA on every linear layer but the head; embeddings, norms and head are trained whole, as pre-training needs.
 
     Returns:
         The wrapped model.

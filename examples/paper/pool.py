@@ -1,4 +1,4 @@
-"""Runs are trained once: several at a time, each in one thread, their results kept in one file of JSON lines per size."""
+"""Runs are trained once, several at a time, each in one thread; a file of JSON lines per size keeps their results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Figure 6: Fira and GaLore over the rank, beside full-rank Adam.
 
-    python -m examples.paper.report --only ranks
+python -m examples.paper.report --only ranks
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def section(results: Results, figures: Path) -> str:
     rows = [
         (
             f"{rank} of {results.size.hidden} ({share} of {PAPER_WIDTH})",
-            *(f"**{score(results, runs[rank])}** ({change(score(results, runs[rank]), adam)})" for runs in (fira, galore)),
+            *(
+                f"**{score(results, runs[rank])}** ({change(score(results, runs[rank]), adam)})"
+                for runs in (fira, galore)
+            ),
         )
         for rank, share in zip(fira, PAPER_RANKS, strict=True)
     ]
@@ -78,7 +81,12 @@ def claims(results: Results) -> list[Claim]:
     gaps = [score(results, fira[rank]).mean / adam.mean - 1 for rank in sorted(fira)[:2]]
     return [
         *(
-            lower(f"Fira is below GaLore at rank {rank}", "a curve", ("Fira", score(results, fira[rank])), ("GaLore", score(results, galore[rank])))
+            lower(
+                f"Fira is below GaLore at rank {rank}",
+                "a curve",
+                ("Fira", score(results, fira[rank])),
+                ("GaLore", score(results, galore[rank])),
+            )
             for rank in fira
         ),
         Claim(

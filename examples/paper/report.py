@@ -1,9 +1,11 @@
 """All of the paper's experiments that this machine allows, and docs/reproduction.md from their results.
 
-    python -m examples.paper.report                        everything that has no result yet, then the page
-    python -m examples.paper.report --only table_2 ranks   these alone, printed
-    python -m examples.paper.report --page-only            the page from the results that are there
-    python -m examples.paper.report --size gpu             LLaMA 60M at the paper's settings, on a GPU
+python -m examples.paper.report                        everything that has no result yet, then the page
+python -m examples.paper.report --only table_2 ranks   these alone, printed
+python -m examples.paper.report --page-only            the page from the results that are there
+python -m examples.paper.report --size gpu             LLaMA 60M at the paper's settings, on a GPU
+
+A run that has a result is not trained again: results are kept by a hash of all that decides them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import dataclasses
 import importlib
 import json
-import statistics
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +27,7 @@ from examples.paper.tables import Claim, claims_table, table
 
 PAGE = ROOT / "docs" / "reproduction.md"
 # In the order of the page.
-TRAININGS = ("table_2", "ablation", "spikes", "ranks", "similarity", "sensitivity", "beyond")
+TRAININGS = ("table_2", "ablation", "spikes", "ranks", "factors", "sensitivity", "beyond")
 COMPUTED = ("theorem", "memory_table", "rankings", "finetune", "combined")
 ORDER = (
     "table_2",
@@ -33,7 +35,7 @@ ORDER = (
     "spikes",
     "ranks",
     "rankings",
-    "similarity",
+    "factors",
     "theorem",
     "memory_table",
     "finetune",
@@ -97,21 +99,24 @@ def heading(results: Results) -> str:
             "text",
             f"{first['text']['source']}: {first['text']['tokens']['train']:,} training tokens; a run reads "
             f"{size.steps * size.batch * size.seq_length:,}, none twice; a unigram model has perplexity "
-            f"{statistics.fmean([2.718281828459045 ** first['text']['unigram_entropy']]):.0f}",
+            f"{math.exp(first['text']['unigram_entropy']):.0f}",
         ),
-        ("training", f"{size.steps} steps of {size.batch} x {size.seq_length} tokens, warm-up over a tenth, cosine to a tenth"),
+        (
+            "training",
+            f"{size.steps} steps of {size.batch} x {size.seq_length} tokens, warm-up over a tenth, cosine to a tenth",
+        ),
         ("runs", f"{len(trained)}, {seconds / 3600:.1f} hours of processor time"),
     ]
     return "\n".join(
         [
             "# The paper's claims, measured\n",
-            "Written by `python -m examples.paper.report` from `examples/paper/results/`, where every run stands with its",
-            "configuration, seed, commit and curve. Paper: arXiv 2410.01623; its figures are of LLaMA 60M to 7B on C4 and",
-            "stand here for comparison of order and distance, not of size.\n",
+            "Written by `python -m examples.paper.report` from `examples/paper/results/`, where every run stands with",
+            "its configuration, seed, commit and curve. Paper: arXiv 2410.01623; its figures are of LLaMA 60M to 7B on",
+            "C4, beside which the order of methods and their distances can be compared, not the perplexities.\n",
             table(["", ""], facts),
             f"{stamp_line(first['provenance'])}\n",
-            "Perplexities are of held-out text, mean ± standard deviation over three seeds (initial weights and order of the",
-            "data). A claim **holds** where the worst seed of the better method is below the best seed of the other, is",
+            "Perplexities are of held-out text, mean ± standard deviation over three seeds (weights, data order).",
+            "That one method is below another **holds** where its worst seed is below the other's best, is",
             "**not told apart** where seeds overlap, and else **does not hold**.\n",
             "## All verdicts\n",
         ]

@@ -1,6 +1,6 @@
 """What readers ask: how much do learning rate, gamma, gap, formulation, states, architecture and text matter?
 
-    python -m examples.paper.report --only sensitivity
+python -m examples.paper.report --only sensitivity
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ from examples.paper.tables import (
 
 NAME, TITLE = "sensitivity", "Open questions: settings, architecture, text, precision of the states"
 GAMMAS = (1.001, 1.1, 2.0)
-OTHERS = {"GPT-NeoX on the reviews": {"architecture": "gpt_neox"}, "LLaMA on Python's standard library": {"text": "python"}}
+OTHERS = {
+    "GPT-NeoX on the reviews": {"architecture": "gpt_neox"},
+    "LLaMA on Python's standard library": {"text": "python"},
+}
 STATES = ("bfloat16", "int8")
 
 
@@ -64,9 +67,7 @@ def families(size: Size) -> dict[str, dict[str, Run]]:
 
 def elsewhere(results: Results, change: dict[str, str]) -> dict[str, Run]:
     """Adam at the rate tuned for the LLaMA, GaLore and Fira at the paper's, on another architecture or text."""
-    return {
-        run.method: dataclasses.replace(run, seed=0, **change) for run in (tuned(results, ADAM), GALORE, FIRA)
-    }
+    return {run.method: dataclasses.replace(run, seed=0, **change) for run in (tuned(results, ADAM), GALORE, FIRA)}
 
 
 def stages(results: Results) -> list[list[Run]]:
@@ -93,7 +94,12 @@ def section(results: Results, figures: Path) -> str:
     for name, family in families(size).items():
         first = score(results, next(iter(family.values())))
         rows = [
-            (label, f"**{score(results, run)}**", change(score(results, run), first), f"{results[run]['state_bytes'] / 1e6:.2f}")
+            (
+                label,
+                f"**{score(results, run)}**",
+                change(score(results, run), first),
+                f"{results[run]['state_bytes'] / 1e6:.2f}",
+            )
             for label, run in family.items()
         ]
         parts += [titles[name], table([name, "perplexity", "to the first", "state MB"], rows)]

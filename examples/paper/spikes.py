@@ -1,6 +1,6 @@
 """Figure 2: GaLore, GaLore-add and Fira at a low rank; loss spikes counted by a rule.
 
-    python -m examples.paper.report --only spikes
+python -m examples.paper.report --only spikes
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from examples.paper.tables import (
 NAME, TITLE = "spikes", "Figure 2: GaLore, GaLore-add and Fira, and loss spikes"
 WINDOW, DEVIATIONS, AFTER_REFRESH = 20, 4.0, 3
 RULE = (
-    f"A step is a spike where its training loss lies more than {DEVIATIONS:g} standard deviations above the mean of the "
-    f"{WINDOW} steps before it (their fall taken out by a straight line), behind the warm-up; of neighbouring ones the "
-    f"first counts. It is a refresh's where one took place in the {AFTER_REFRESH} steps before it."
+    f"A step is a spike where its training loss lies more than {DEVIATIONS:g} standard deviations above the straight "
+    f"line through the {WINDOW} steps before it, behind the warm-up; of neighbouring ones the first counts. It is at a "
+    f"refresh where one took place in the {AFTER_REFRESH} steps before it."
 )
 
 
@@ -99,12 +99,10 @@ def count_over_seeds(results: Results, run: Run) -> str:
 def section(results: Results, figures: Path) -> str:
     """Markdown of the curves, the spikes and the claims."""
     methods = runs(results.size)
-    rows = [
-        (name, f"**{score(results, run)}**", count_over_seeds(results, run)) for name, run in methods.items()
-    ]
+    rows = [(name, f"**{score(results, run)}**", count_over_seeds(results, run)) for name, run in methods.items()]
     return "\n".join(
         [
-            f"Rank {results.size.low_rank} of {results.size.hidden}, a refresh every {results.size.gap} steps, lr 0.01.\n",
+            f"Rank {results.size.low_rank} of {results.size.hidden}, a refresh every {results.size.gap} steps.\n",
             plot(results, figures),
             table(["method", "perplexity", f"spikes in {len(SEEDS)} runs"], rows),
             RULE + "\n",
@@ -116,9 +114,7 @@ def section(results: Results, figures: Path) -> str:
 def claims(results: Results) -> list[Claim]:
     """Of Figure 2 and Section 4.2."""
     methods = runs(results.size)
-    galore, added, fira = (
-        (name, score(results, methods[name])) for name in ("GaLore", "GaLore-add", "Fira")
-    )
+    galore, added, fira = ((name, score(results, methods[name])) for name in ("GaLore", "GaLore-add", "Fira"))
     (of_galore, refreshed), (of_fira, _) = counts(results, methods["GaLore"]), counts(results, methods["Fira"])
     return [
         lower("Fira is below GaLore at a low rank", "a curve", fira, galore),

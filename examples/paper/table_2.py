@@ -1,6 +1,6 @@
 """Table 2: perplexity and optimizer memory of full-rank Adam, Fira, GaLore, LoRA and ReLoRA.
 
-    python -m examples.paper.report --only table_2
+python -m examples.paper.report --only table_2
 """
 
 from __future__ import annotations

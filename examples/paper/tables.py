@@ -1,4 +1,4 @@
-"""What the sections on training share: means and spreads over the seeds, claims with their verdicts, Markdown, curves."""
+"""What the sections on training share: means and spreads over seeds, claims and verdicts, Markdown, plots."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """One training run, in one process and without DeepSpeed: what is compared here is optimizers.
 
-    python -m examples.paper.train --size tiny --method Fira --lr 0.01 [--settings '{"rank": 8}']
+python -m examples.paper.train --size tiny --method Fira --lr 0.01 [--settings '{"rank": 8}']
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -135,7 +136,9 @@ def train(run: Run, size: Size, device: torch.device | None = None) -> dict[str,
     parameters = sum(param.numel() for param in training.model.parameters())
     batches = training.text.batches(run.seed, size.batch)
     if len(batches) < size.steps:
-        raise ValueError(f"{size.steps} steps need {size.steps * size.batch} rows, the text has {len(training.text.train)}")
+        raise ValueError(
+            f"{size.steps} steps need {size.steps * size.batch} rows, the text has {len(training.text.train)}"
+        )
     began = clock()
     for step in range(size.steps):
         loss, norm = training.step(step, batches[step])
@@ -152,7 +155,7 @@ def train(run: Run, size: Size, device: torch.device | None = None) -> dict[str,
         "key": run.key(size),
         "run": dataclasses.asdict(run),
         "size": size.name,
-        "provenance": stamp(),
+        "provenance": origin(),
         "text": {name: training.text.facts[name] for name in ("source", "tokens", "unigram_entropy")},
         "parameters": parameters,
         "trainable_parameters": sum(p.numel() for p in training.model.parameters() if p.requires_grad),
@@ -168,6 +171,12 @@ def train(run: Run, size: Size, device: torch.device | None = None) -> dict[str,
     if run.record:
         result["scaling_factors"] = factors_of(training.optimizer)
     return result
+
+
+@functools.cache
+def origin() -> dict[str, Any]:
+    """Asked once in a process: what it has imported is what it trains with."""
+    return stamp()
 
 
 def factors_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -199,7 +208,9 @@ def main() -> None:
     if steps:
         size = dataclasses.replace(size, steps=steps)
     result = train(Run(**{**args, "settings": settings_of(**args["settings"])}), size)
-    print(json.dumps({name: value for name, value in result.items() if name not in ("train_loss", "grad_norm")}, indent=1))
+    print(
+        json.dumps({name: value for name, value in result.items() if name not in ("train_loss", "grad_norm")}, indent=1)
+    )
 
 
 if __name__ == "__main__":
