@@ -43,13 +43,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def train(settings: dict[str, Any] | None, arguments: list[str], folder: Path) -> dict[str, Any]:
+def train(
+    settings: dict[str, Any] | None, arguments: list[str], folder: Path, config_file: Path = CONFIG
+) -> dict[str, Any]:
     """Run the script and return its summary.
+
+    Args:
+        settings: of FiraAdam, on top of the config's; None for AdamW.
+        arguments: further ones of the script.
+        folder: of the run.
+        config_file: a DeepSpeed config.
 
     Raises:
         RuntimeError: the run failed; its last lines.
     """
-    config = json.loads(CONFIG.read_text())
+    config = json.loads(config_file.read_text())
     if settings is not None:
         config["optimizer"]["params"] |= settings
     path = folder / "config.json"

@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,6 +122,11 @@ def heading(results: Results) -> str:
             "## All verdicts\n",
         ]
     )
+
+
+def pictures(text: str) -> list[str]:
+    """The plots that a page shows, relative to its folder."""
+    return re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
 
 
 def describe(size: Size) -> str:
