@@ -10,6 +10,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 import ds_fira
+from ds_fira import layout
 from ds_fira.zero import fira_of
 from tests.zero_jobs import ExpertNet, Net, batches, build
 
@@ -29,6 +30,7 @@ def train(
     save_at: int | None = None,
     load: bool = False,
     folder: str = "",
+    turn_numel: int | None = None,
 ) -> dict[str, Any]:
     """Train through an engine.
 
@@ -39,12 +41,18 @@ def train(
         save_at: saves and ends after this step.
         load: whether to go on from what was saved at `save_at`.
         folder: of the checkpoint, and of the file that `write_scaling_factors` writes.
+        turn_numel: elements of cut matrices that an owner assembles at a time; None for the package's bound.
 
     Returns:
         `factors`; `weights`, full masters by name; `collectives` of the optimizer up to the last step; `lean` and
-        `base`, how many matrices are cut either way.
+        `base`, how many matrices are cut either way; `turns`, in how many the latter are stepped.
     """
-    engine = build(ds_config, [], model=model_of(kind))
+    bound = layout.MAX_TURN_NUMEL
+    layout.MAX_TURN_NUMEL = turn_numel or bound
+    try:
+        engine = build(ds_config, [], model=model_of(kind))
+    finally:
+        layout.MAX_TURN_NUMEL = bound
     optimizer = fira_of(engine)
     accumulation = ds_config.get("gradient_accumulation_steps", 1)
     first, last = (save_at, steps) if load else (0, save_at or steps)
@@ -58,13 +66,16 @@ def train(
         engine.save_checkpoint(folder)
     if folder:
         ds_fira.write_scaling_factors(engine, Path(folder, f"rank {engine.global_rank}.npz"))
-    ways = [matrix.way for layout in optimizer.layouts for matrix in layout.cuts]
+    # Of the binding, which the bound shaped.
+    turns = [len(binding.exchanges) for binding in optimizer._bindings.values()]
+    ways = [matrix.way for group in optimizer.layouts for matrix in group.cuts]
     result = {
         "factors": ds_fira.scaling_factors(engine) if optimizer.recorder is not None else None,
         "weights": weights_of(engine),
         "collectives": collectives,
         "lean": ways.count("lean"),
         "base": ways.count("base"),
+        "turns": max(turns, default=0),
     }
     del optimizer
     engine.destroy()

@@ -74,6 +74,14 @@ def test_ranks_record_what_one_process_does(ranks: Pools, case: str) -> None:
         assert_same(other["factors"], results[0]["factors"], rtol=0.0)
 
 
+def test_matrices_gathered_in_turns(ranks: Pools) -> None:
+    """Every matrix keeps its own record where owners assemble one at a time."""
+    params = {**PARAMS, "exact_cuts": True}
+    results = ranks.run(2, "train", JOBS, ds_config=config(3, "fp32", params), steps=STEPS, turn_numel=500)
+    assert results[0]["turns"] > 1
+    assert_same(results[0]["factors"], train_plain(params, STEPS, "net", 1))
+
+
 @pytest.mark.parametrize("params", [PARAMS, ADAMW], ids=["low rank", "full rank"])
 def test_bf16_optimizer_wrapper(ranks: Pools, params: dict[str, Any]) -> None:
     """Another wrapper with other books: two ranks as one."""
