@@ -216,7 +216,7 @@ def compute(
 
         for name in sets:
             finish([Spec(name, BEFORE, 0.0, 0)])
-            finish(Spec(name, method, rate, 0) for rate in scale.rates for method in METHODS)
+            finish(Spec(name, method, rate, 0) for rate in scale.rates[::-1] for method in METHODS)
             chosen = chosen_rates(runs)[name]
             finish(Spec(name, method, rate, seed) for seed in range(1, seeds) for method, rate in chosen.items())
         # Last, for it tells least: a small model moves little at a rate meant for 7B.

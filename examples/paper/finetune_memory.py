@@ -2,19 +2,31 @@
 
 Two bytes an element, as in the paper's A.8, in GB of 10^9 bytes. What the paper's text says (Q, K, V, up and down
 projections at rank 32, optimizer states by Table 1) and what gives the published figure are not always the same.
+
+    python -m examples.paper.finetune_memory [--gpus 8 --gpu-memory rtx4090]
+
+prints both, and with `--gpus` the memory of fine-tuning LLaMA-7B under DeepSpeed, by `ds_fira estimate`'s formulas.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 
+from ds_fira.estimate.cards import Available, card_memory
+from ds_fira.estimate.compute import estimate
+from ds_fira.estimate.from_config import setup_of
 from ds_fira.estimate.methods import lora_numel
 from ds_fira.estimate.model import load_model
+from ds_fira.estimate.table import estimate_lines
 from ds_fira.selection import find_projected_weights
 from ds_fira.shard import matrices_of
-from examples.paper.tuning import Recipe
+from examples.paper.tuning import Recipe, prepare
 
 BYTES, GB = 2, 1e9
+CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "finetune_commonsense.json"
 # Table 3: memory in its unit "G" and average accuracy of the eight tasks in per cent.
 PUBLISHED = {
     "Fira": (0.26, 76.9),
@@ -24,7 +36,7 @@ PUBLISHED = {
     "Series": (0.42, 70.8),
     "Parallel": (1.49, 72.2),
 }
-# Trained parameters in per cent of the model, Table 1 of LLM-Adapters (arXiv 2304.01933), and the model as "7B".
+# Trained parameters in per cent of the model, as Table 1 of DoRA (arXiv 2402.09353) has them, and the model as "7B".
 ADAPTER_PERCENT = {"Prefix": 0.11, "Series": 0.99, "LoRA": 0.83, "Parallel": 3.54}
 NOMINAL = 7e9
 
@@ -77,3 +89,31 @@ def memory_table(rows: list[dict[str, object]]) -> str:
         mark = "agrees" if row["agrees"] else ""
         lines.append(f"| {row['method']} | {row['counted']} | {row['gb']:.3f} | {row['published']:.2f} | {mark} |")
     return "\n".join(lines)
+
+
+def gpu_memory(gpus: int, card: str) -> list[str]:
+    """The table of `python -m ds_fira estimate` for the commonsense recipe: weights outside the projections are frozen.
+
+    Raises:
+        ValueError: the card or the number of GPUs is not legal.
+    """
+    recipe, config = Recipe(), json.loads(CONFIG.read_text())
+    setup = setup_of(config, gpus=gpus, seq_length=recipe.max_length, activation_checkpointing=False)
+    model = prepare(load_model("llama_7b"), "fira", recipe)
+    params = {name: config["optimizer"]["params"][name] for name in ("rank", "update_proj_gap", "alpha")}
+    return estimate_lines(estimate(model, setup, **params), Available(card_memory(card)))
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description="The memory column of Table 3, and of fine-tuning LLaMA-7B.")
+    parser.add_argument("--gpus", type=int, help="also the memory on each of so many GPUs")
+    parser.add_argument("--gpu-memory", default="rtx4090", help="a card or GiB")
+    options = parser.parse_args()
+    print(memory_table(memory_rows()))
+    if options.gpus is not None:
+        print("", *gpu_memory(options.gpus, options.gpu_memory), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

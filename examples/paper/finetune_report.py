@@ -143,12 +143,12 @@ def section(results: dict[str, Any], figures: Path) -> str:
     loss = f" (validation loss {model['val_loss']:.2f} nats per token)" if "val_loss" in model else ""
     text = [
         f"The quickstart's LLaMA{known}{loss}, {scale['train']} training questions of a set, {recipe['epochs']} epochs "
-        f"in batches of {recipe['batch_size']}: {steps} steps. {scale['test']} test questions, {results['seeds']} seeds, "
-        f"on a CPU. Table 6 otherwise: rank {recipe['rank']}, LoRA's alpha {recipe['lora_alpha']:g}, dropout "
+        f"in batches of {recipe['batch_size']}: {steps} steps. {scale['test']} test questions, {results['seeds']} "
+        f"seeds, on a CPU. Table 6 otherwise: rank {recipe['rank']}, LoRA's alpha {recipe['lora_alpha']:g}, dropout "
         f"{recipe['dropout']:g}, the projections {', '.join(recipe['target_modules'])}, linear schedule; warm-up of "
         f"{recipe['warmup_steps']} steps and a gap of {recipe['update_proj_gap']}, for so short a run. Accuracy in per "
-        "cent: mean ± standard deviation over seeds (their number), of the response with the largest log-likelihood, summed over its "
-        f"tokens and not normalised by their number. The chosen lr is the best of "
+        "cent: mean ± standard deviation over seeds (their number), of the response with the largest log-likelihood, "
+        "summed over its tokens and not normalised by their number. The chosen lr is the best of "
         f"{', '.join(f'{rate:g}' for rate in scale['rates'])} on {scale['validation']} validation questions with seed "
         "0. States in float32. The last column is the paper's Table 3: LLaMA-7B, average of eight tasks.",
         table(results),
