@@ -1,6 +1,6 @@
 """Fira for DeepSpeed: full-rank training with low-rank optimizer states, sharded by ZeRO.
 
-Importing this package registers `FiraAdam` and `GaLoreAdam` with DeepSpeed, so that
+Importing this package registers `FiraAdam`, `GaLoreAdam` and `FiraRMSProp` with DeepSpeed, so that
 `"optimizer": {"type": "FiraAdam"}` works in a DeepSpeed config.
 """
 
@@ -10,7 +10,9 @@ from ds_fira.foreign import load_released_state
 from ds_fira.galore_adam import GaLoreAdam
 from ds_fira.groups import param_groups
 from ds_fira.memory import state_bytes
+from ds_fira.plug_and_play import FiraRMSProp, plug
 from ds_fira.report import memory_report, metrics
+from ds_fira.rules import Rule
 from ds_fira.runtime import init_distributed, shutdown
 from ds_fira.scaling_report import read_scaling_factors, scaling_factors, write_scaling_factors
 from ds_fira.version import __version__
@@ -26,7 +28,9 @@ register_resume()
 
 __all__ = [
     "FiraAdam",
+    "FiraRMSProp",
     "GaLoreAdam",
+    "Rule",
     "__version__",
     "checkpoint_activations",
     "init_distributed",
@@ -34,6 +38,7 @@ __all__ = [
     "memory_report",
     "metrics",
     "param_groups",
+    "plug",
     "read_scaling_factors",
     "register",
     "scaling_factors",

@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from ds_fira import compression
-from ds_fira.matrix_step import MatrixTask, store_moments
+from ds_fira.matrix_step import MatrixTask
+from ds_fira.methods import method_of
+from ds_fira.rule_step import store
 from ds_fira.state import MatrixState
-from ds_fira.subspace import align_signs, change_moments_, compute_basis
+from ds_fira.subspace import align_signs, change_moment_, compute_basis
 
 
 def new_basis(task: MatrixTask) -> Tensor | None:
@@ -67,9 +69,11 @@ def carry_moments(state: MatrixState, group: dict[str, Any], change: Tensor | No
     """
     if group["refresh_moments"] == "keep":
         return
-    moments = [compression.read(stored, state.dtype) for stored in (state.exp_avg, state.exp_avg_sq)]
-    if group["refresh_moments"] == "rotate":
-        change_moments_(*moments, change, state.side)
-    else:
-        moments = [moment.zero_() for moment in moments]
-    store_moments(state, *moments)
+    kinds = method_of(group).states
+    moments = {name: compression.read(stored, state.dtype) for name, stored in state.moments.items()}
+    for name, moment in moments.items():
+        if group["refresh_moments"] == "reset" or kinds[name] == "reset":
+            moment.zero_()
+        else:
+            change_moment_(moment, change.square() if kinds[name] == "second" else change, state.side)
+    store(state.moments, moments, state.step)

@@ -104,12 +104,14 @@ class SavedState:
         matrices: by matrix, where a part of its state was and that part.
         moments: by parameter under AdamW, likewise.
         weights: by parameter, likewise, the tensors that were stepped.
+        method: the optimizer.
     """
 
     groups: list[SavedGroup] = field(default_factory=list)
     matrices: dict[str, list[tuple[MatrixPlace, MatrixState]]] = field(default_factory=lambda: defaultdict(list))
     moments: dict[str, list[tuple[Piece, SavedMoments]]] = field(default_factory=lambda: defaultdict(list))
     weights: dict[str, list[tuple[Piece, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    method: Method = FIRA_ADAM
 
     def add(self, state_dict: dict[str, Any], weights: Sequence[Tensor] | None = None) -> None:
         """Add what one rank has saved, without copying a tensor.
@@ -123,6 +125,7 @@ class SavedState:
         """
         plain = described(state_dict)
         groups = state_dict["param_groups"]
+        self.method = Method.from_plain(plain.get("method"))
         if not self.groups:
             for group, members, given in zip(groups, plain["members"], plain["settings"], strict=True):
                 values = {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -134,9 +137,10 @@ class SavedState:
             if weights is not None:
                 for piece in places.pieces:
                     self.weights[piece.name].append((piece, weights[position].reshape(-1)))
-            self._add_state(state_dict["state"].get(number, {}), places, Method.from_plain(plain.get("method")))
+            self._add_state(state_dict["state"].get(number, {}), places)
 
-    def _add_state(self, state: dict[str, Tensor], places: Places, method: Method) -> None:
+    def _add_state(self, state: dict[str, Tensor], places: Places) -> None:
+        method = self.method
         for place in places.matrices:
             if STEP + place.mark in state:
                 views = state_views(state, place.side, place.mark, place.index, method=method)
@@ -186,8 +190,9 @@ def restore(
         method: of the optimizer that is filled, and of the one that saved.
 
     Raises:
-        ValueError: a part of the saved state is missing.
+        ValueError: a part of the saved state is missing, or the rule kept others.
     """
+    refuse_other_states(saved, method)
     for param, held in places:
         if weights:
             _fill(param.detach().view(-1), held.pieces, saved.weights, "weights")
@@ -200,6 +205,20 @@ def restore(
                 _restore_matrix(place, target, saved.matrices[place.name])
         elif any(saved.moments.get(piece.name) for piece in held.pieces):
             _restore_moments(param, state_of(param), held.pieces, saved, method)
+
+
+def refuse_other_states(saved: SavedState, method: Method) -> None:
+    """Stop if a rule keeps other states than when it was saved.
+
+    Raises:
+        ValueError: one sentence with both.
+    """
+    before, now = list(saved.method.states), list(method.states)
+    if before != now:
+        raise ValueError(
+            f"{method.name}: the rule keeps the states {now}, and the checkpoint holds {before}; resume with the rule "
+            "that saved it."
+        )
 
 
 def _restore_matrix(place: MatrixPlace, target: MatrixState, parts: list[tuple[MatrixPlace, MatrixState]]) -> None:

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ds_fira.layout import split_by_size, split_evenly
+from ds_fira.methods import FIRA_ADAM, KEY, method_of
 from ds_fira.selection import find_projected_weights, projected_weights, undecayed_weights
 from ds_fira.settings import NOT_OF_GROUPS, check_params
 from ds_fira.zero_shapes import numel_of, shape_of
+
+# Settings that concern what is not projected too.
+SHARED = ("lr", "betas", "eps", "weight_decay")
 
 
 def param_groups(
@@ -23,6 +27,7 @@ def param_groups(
     target_modules: Sequence[str] | str | None = None,
     *,
     groups: Iterable[dict[str, Any]] | None = None,
+    optimizer: str = FIRA_ADAM.name,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Param groups for `FiraAdam`: projected weights apart from the rest, norms and biases without weight decay.
@@ -34,8 +39,9 @@ def param_groups(
         groups: the user's own groups of this model's parameters. Each is split into its projected part and the rest;
             its lr, weight_decay, name and every other key go to both. A group that sets weight_decay keeps it for its
             norms and biases too.
-        **settings: settings of the projected groups, such as `alpha` or `update_proj_gap`. lr, betas, eps and
-            weight_decay go to every group.
+        optimizer: the name of the optimizer that they are for, which says which settings there are.
+        **settings: settings of the projected groups, such as `alpha` or `update_proj_gap`. lr, weight_decay and
+            those of the base optimizer, such as betas and eps, go to every group.
 
     Returns:
         Groups in the order: per user group its projected weights, its other weights, its norms and biases. Empty ones
@@ -44,9 +50,11 @@ def param_groups(
     Raises:
         ValueError: a setting is unknown or out of range, or nothing is to be projected.
     """
-    checked = check_params({**settings, "rank": rank, "target_modules": target_modules}, "ds_fira.param_groups")
+    method = method_of({KEY: optimizer})
+    given = {**settings, "rank": rank, "target_modules": target_modules}
+    checked = check_params(given, "ds_fira.param_groups", method)
     given = {key: checked[key] for key in settings}
-    shared = {key: value for key, value in given.items() if key in ("lr", "betas", "eps", "weight_decay")}
+    shared = {key: value for key, value in given.items() if key in SHARED or key in method.own_settings}
     projected_settings = {"rank": checked["rank"], **given}
     projected = projected_weights(model, checked["target_modules"])
     undecayed = undecayed_weights(model)

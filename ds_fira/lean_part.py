@@ -18,13 +18,14 @@ from ds_fira import functional as F
 from ds_fira.cuts import Link
 from ds_fira.matrix_step import (
     LowRankStep,
-    adam_direction,
+    adapt,
     carry_step,
     inner_alpha,
     keep_share,
     limit,
     operands,
     scaling_factors,
+    step_factor,
     total_square,
 )
 from ds_fira.methods import residual_free
@@ -172,8 +173,8 @@ class Part:
         along = inside(kept, self.share.region)
         low_rank, grad_sq = self._entries(self.low_rank, along), self.grad_sq[along]
         usable = torch.ones((), dtype=torch.bool, device=self.grad.device)
-        direction, direction_sq, low_rank_sq = adam_direction(low_rank, state, group, usable)
-        correction = F.bias_correction(state.step, group["betas"])
+        direction, direction_sq, low_rank_sq = adapt(low_rank, state, group, usable)
+        correction = step_factor(state.step, group)
         self.step = LowRankStep(low_rank, direction, low_rank_sq, zero, zero, zero, correction, direction_sq)
         if group["scaling"] != "column":
             return [low_rank_sq.sum(), direction_sq.sum(), zero]
@@ -192,7 +193,7 @@ class Part:
         """
         if self.group["scaling"] == "column":
             return squares
-        correction = F.bias_correction(self.state.step, self.group["betas"])
+        correction = step_factor(self.state.step, self.group)
         phi = scaling_factors(sums[1:2], sums[0:1], correction, self.group)
         if self.step is not None:
             self.step.phi = phi.expand(len(self.share.kept))

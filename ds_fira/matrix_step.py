@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fira import compression, kernels
+from ds_fira import compression, kernels, rule_step
 from ds_fira import functional as F
 from ds_fira.methods import residual_free
+from ds_fira.rule_step import rule_direction, rule_of, store
 from ds_fira.scaling_series import Series, add_batch
-from ds_fira.state import MatrixState
+from ds_fira.state import EXP_AVG, EXP_AVG_SQ, MatrixState
 from ds_fira.tracking import StepMetrics
 
 
@@ -69,7 +70,7 @@ class LowRankStep:
         phi: scaling factors before the limiter, float64.
         square: |S|^2 as a difference of squares.
         whole: |phi * G|^2.
-        correction: Adam's bias correction.
+        correction: Adam's bias correction, or a rule's factor of the step size.
         direction_sq: `squared_norms` of N.
     """
 
@@ -102,8 +103,8 @@ def low_rank_step(
         ops: `ds_fira.functional` or `ds_fira.kernels`.
     """
     state.step += usable
-    correction = F.bias_correction(state.step, group["betas"])
-    direction, direction_sq, low_rank_sq = adam_direction(low_rank, state, group, usable, ops)
+    correction = step_factor(state.step, group)
+    direction, direction_sq, low_rank_sq = adapt(low_rank, state, group, usable, ops)
     if residual_free(group):
         none = torch.zeros_like(correction)
         return LowRankStep(low_rank, direction, low_rank_sq, none.unsqueeze(-1), none, none, correction, direction_sq)
@@ -112,26 +113,29 @@ def low_rank_step(
     return LowRankStep(low_rank, direction, low_rank_sq, phi, square, whole, correction, direction_sq)
 
 
-def adam_direction(
+def step_factor(step: Tensor, group: dict[str, Any]) -> Tensor:
+    """The base optimizer's factor of the learning rate, Adam's bias correction; float64, of `step`'s shape."""
+    rule = rule_of(group)
+    return F.bias_correction(step, group["betas"]) if rule is None else rule_step.step_factor(rule, step)
+
+
+def adapt(
     low_rank: Tensor, state: MatrixState, group: dict[str, Any], usable: Tensor, ops: Any = F
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lines 9 and 10 of Algorithm 1 on the stored moments: N, and `squared_norms` of N and of R.
 
     Arguments as in `low_rank_step`.
     """
+    rule = rule_of(group)
+    if rule is not None:
+        direction = rule_direction(rule, low_rank, state.moments, state.step, usable, decided=ops is F)
+        return direction, F.squared_norms(direction, state.side), F.squared_norms(low_rank, state.side)
     exp_avg, exp_avg_sq = (compression.read(stored, state.dtype) for stored in (state.exp_avg, state.exp_avg_sq))
     result = ops.adam_direction_(
         low_rank, exp_avg, exp_avg_sq, betas=group["betas"], eps=group["eps"], side=state.side, usable=usable
     )
-    store_moments(state, exp_avg, exp_avg_sq)
+    store(state.moments, {EXP_AVG: exp_avg, EXP_AVG_SQ: exp_avg_sq}, state.step)
     return result
-
-
-def store_moments(state: MatrixState, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """Store moments that were read and updated; the noise of their rounding goes by the step count."""
-    for place, (stored, value) in enumerate(((state.exp_avg, exp_avg), (state.exp_avg_sq, exp_avg_sq))):
-        if stored[compression.VALUES] is not value:
-            compression.write_(stored, value, seed=2 * state.step + place)
 
 
 def scaling_factors(direction_sq: Tensor, low_rank_sq: Tensor, correction: Tensor, group: dict[str, Any]) -> Tensor:

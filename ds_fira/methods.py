@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-# What a refresh with `refresh_moments = "rotate"` does to a state: "first" is linear in the gradient and is multiplied
-# with C = P_new' P_old, "second" is a sum of squares, never negative, and is multiplied with C * C.
-Kind = Literal["first", "second"]
+from ds_fira.rules import Kind, Rule
 
 ADAM_STATES: Mapping[str, Kind] = {"exp_avg": "first", "exp_avg_sq": "second"}
 KEY = "method"
@@ -28,6 +26,7 @@ class Method:
         without: settings of FiraAdam that it does not have.
         fixed: of those, values that the arithmetic reads from a param group.
         limited: whether a matrix keeps the residual norm of the limiter.
+        rule: the base optimizer, whose hyper-parameters are settings too; None for Adam.
     """
 
     name: str
@@ -35,6 +34,12 @@ class Method:
     without: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     limited: bool = True
+    rule: type[Rule] | None = None
+
+    @property
+    def own_settings(self) -> tuple[str, ...]:
+        """The hyper-parameters of its rule."""
+        return () if self.rule is None else tuple(self.rule.model_fields)
 
     @property
     def group_values(self) -> dict[str, Any]:
@@ -62,8 +67,15 @@ METHODS = {method.name: method for method in (FIRA_ADAM, GALORE_ADAM)}
 
 
 def method_of(group: Mapping[str, Any]) -> Method:
-    """The method of a param group."""
-    return METHODS[group.get(KEY, FIRA_ADAM.name)]
+    """The method of a param group.
+
+    Raises:
+        ValueError: it is one that this process does not know.
+    """
+    name = group.get(KEY, FIRA_ADAM.name)
+    if name not in METHODS:
+        raise ValueError(f"{name} is no optimizer that this process knows; import the module that plugs its rule.")
+    return METHODS[name]
 
 
 def residual_free(group: Mapping[str, Any]) -> bool:

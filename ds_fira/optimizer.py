@@ -26,6 +26,7 @@ from ds_fira.memory import ParamRecord
 from ds_fira.methods import KEY
 from ds_fira.refresh import Refresher
 from ds_fira.resumable import Resumable, settings_of
+from ds_fira.rule_step import rule_of, step_plain_
 from ds_fira.scaling_record import ScalingRecorder
 from ds_fira.scaling_series import Series
 from ds_fira.settings import check_params, group_settings, refuse_foreign
@@ -223,6 +224,7 @@ class LowRankOptimizer(Resumable):
         self._refresher.refresh(due)
         for param, singles in zip(params, tasks, strict=True):
             together = turn == 0 and kernels.usable(param) and group["state_dtype"] == "float32"
+            together &= self.method.rule is None  # a rule sees one matrix at a time
             for task in self._batches(param, singles) if together else singles:
                 update(task, self.metrics)
         for exchange, param, weights in borrowed:
@@ -285,6 +287,12 @@ class LowRankOptimizer(Resumable):
         state = self._state_of(param, group)
         dtype = compute_dtype(param.dtype)
         state[STEP] += 1
+        rule = rule_of(group)
+        if rule is not None:
+            moments = {name: stored_moment(state, name) for name in rule.states}
+            settings = {name: group[name] for name in ("lr", "weight_decay")}
+            step_plain_(rule, param, param.grad, moments, state[STEP], dtype=dtype, **settings)
+            return
         step_adamw_(
             param,
             param.grad,

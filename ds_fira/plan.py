@@ -121,7 +121,7 @@ class PlannedGroup:
         kept = self.settings["state_dtype"]
         if self.layout is None:
             shapes = [(self.partition_size,)] if sharded else self.shapes
-            return sum(_adamw_bytes(shape, kept, dtype) for shape in shapes)
+            return sum(_plain_bytes(shape, kept, dtype, method_of(self.settings)) for shape in shapes)
         owned = (*self.layout.whole[dp_rank], *self.layout.owned_cuts(dp_rank))
         held = _bytes(allocate(weight, [matrix.shape for matrix in owned], self.settings, batched=True).values())
         for matrix in self._lean_parts(dp_rank):
@@ -217,12 +217,12 @@ def plan_run(
     return PlannedRun(ranks, sharded, groups, records)
 
 
-def _adamw_bytes(shape: Sequence[int], state_dtype: str, dtype: torch.dtype) -> int:
-    """Bytes of FiraAdam's state of one AdamW parameter: its two moments and the step count."""
+def _plain_bytes(shape: Sequence[int], state_dtype: str, dtype: torch.dtype, method: Method) -> int:
+    """Bytes of the state of one parameter that is not projected: its moments and the step count."""
     kept = state_dtype if math.prod(shape) >= SMALL_PARAM else "float32"
     moments = [
-        compression.allocate(tuple(shape), (), kept, dtype=compute_dtype(dtype), device="meta", signed=signed)
-        for signed in (True, False)
+        compression.allocate(tuple(shape), (), kept, dtype=compute_dtype(dtype), device="meta", signed=kind != "second")
+        for kind in method.states.values()
     ]
     step = {STEP: torch.zeros((), dtype=torch.int64, device="meta")}
     return sum(_bytes(tensors.values()) for tensors in (*moments, step))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ds_fira import compression
 from ds_fira.binding import Binding
 from ds_fira.carry_over import Members, carry_values, refuse_changed_structure
-from ds_fira.checkpoint import KEY, Places, SavedState, describe, described, restore
+from ds_fira.checkpoint import KEY, Places, SavedState, describe, described, refuse_other_states, restore
 from ds_fira.comm import Channel
 from ds_fira.methods import FIRA_ADAM, Method, method_of
 from ds_fira.places import Piece, matrix_places
@@ -126,6 +126,7 @@ class Resumable(Optimizer):
             if len(members) == len(self.param_groups):
                 # By position, as torch does: alone, names are only positions.
                 refuse_changed_structure(saved.groups, self.param_groups, self._renamed(members))
+            refuse_other_states(saved, self.method)
             if plain["layout"] != self.layout_digest:
                 raise ValueError(
                     "FiraAdam: this state dict is a rank's share of a run on other ranks, or with other settings; "

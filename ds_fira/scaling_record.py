@@ -20,6 +20,7 @@ from ds_fira.comm import Channel
 from ds_fira.groups import owning_modules
 from ds_fira.pieces import inside, row_pieces
 from ds_fira.places import MatrixPlace
+from ds_fira.rule_step import rule_of
 from ds_fira.scaling_series import Factors, Series, carry_on, join
 from ds_fira.selection import find_projected_weights
 from ds_fira.shard import MatrixShard, matrices_of
@@ -28,6 +29,11 @@ from ds_fira.subspace import Side, projection_side
 
 # Elements of a weight under AdamW that are looked at together.
 BLOCK = 2**20
+
+
+def under_adamw(group: dict[str, Any]) -> bool:
+    """Whether a param group is neither projected nor stepped by a rule of the user's, whose factors nobody can tell."""
+    return "rank" not in group and rule_of(group) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +145,7 @@ class ScalingRecorder:
         order = {key: place for place, key in enumerate(owned)}
         self.names = [self._alone[param] for param in sorted(params, key=lambda p: order.get(id(p), len(order)))]
         for group in param_groups:
-            for param in group["params"] if "rank" not in group else ():
+            for param in group["params"] if under_adamw(group) else ():
                 if id(param) in linear or (id(param) not in owned and param.ndim == 2):
                     matrices = matrices_of(self._alone[param], tuple(param.shape))
                     sides = [projection_side(m.shape, group["proj_type"], group["formulation"]) for m in matrices]
@@ -157,6 +163,8 @@ class ScalingRecorder:
             state: its moments, updated.
         """
         watched = self._watched.get(param, ())
+        if not watched:
+            return
         used = max((one.place.stop for one in watched if one.place is not None), default=0)
         shared = torch.zeros(2, used, dtype=torch.float64, device=param.device)
         correction = F.bias_correction(state[STEP], group["betas"])

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, 
 
 from ds_fira.compression import require_library
 from ds_fira.methods import FIRA_ADAM, Method
+from ds_fira.rules import Rule
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -123,7 +124,8 @@ NOT_OF_GROUPS = ("target_modules", "max_group_bytes", "check_sync_every", "recor
 
 def legal_settings(method: Method = FIRA_ADAM) -> tuple[str, ...]:
     """The names of an optimizer's settings."""
-    return tuple(name for name in LEGAL if name not in method.without)
+    own = method.own_settings
+    return (*(name for name in LEGAL if name not in (*method.without, *own)), *own)
 
 
 def group_settings(method: Method = FIRA_ADAM) -> tuple[str, ...]:
@@ -160,18 +162,28 @@ def check_params(params: dict[str, Any], where: str | None = None, method: Metho
             f"{where}: unknown setting {key!r} = {params[key]!r}; did you mean {nearest!r}? "
             f"Legal settings are {', '.join(legal)}."
         )
+    own = {name: params[name] for name in method.own_settings if name in params}
     try:
-        settings = Settings(**params)
+        settings = Settings(**{name: value for name, value in params.items() if name not in own})
+        rule = {} if method.rule is None else method.rule(**own).model_dump()
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-        raise ValueError(f"{where}: {key} = {params[key]!r} is not legal; {REMEDIES[key]}.") from None
+        found = error.errors()[0]
+        key = str(found["loc"][0])
+        remedy = _remedy(method.rule, key, found["msg"]) if key in own else REMEDIES[key]
+        raise ValueError(f"{where}: {key} = {params[key]!r} is not legal; {remedy}.") from None
     if settings.target_modules is not None and settings.rank is None:
         raise ValueError(
             f"{where}: target_modules = {list(settings.target_modules)!r} needs a rank; "
             "add a rank, such as 128, or remove target_modules."
         )
     require_library(settings.state_dtype, where)
-    return {name: value for name, value in settings.model_dump().items() if name in legal}
+    return {name: value for name, value in {**settings.model_dump(), **rule}.items() if name in legal}
+
+
+def _remedy(rule: type[Rule], name: str, found: str) -> str:
+    """What to give for a hyper-parameter of a rule: its description, or what pydantic says."""
+    description = rule.model_fields[name].description
+    return f"give {description}" if description else found[0].lower() + found[1:]
 
 
 def refuse_foreign(params: dict[str, Any], where: str, method: Method) -> None:

@@ -152,9 +152,10 @@ def change_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, change: Tensor, side: S
         change: C, (r, r).
         side: the projected side.
     """
-    if side == "left":
-        exp_avg.copy_(change @ exp_avg)
-        exp_avg_sq.copy_(change.square() @ exp_avg_sq)
-    else:
-        exp_avg.copy_(exp_avg @ change.t())
-        exp_avg_sq.copy_(exp_avg_sq @ change.square().t())
+    change_moment_(exp_avg, change, side)
+    change_moment_(exp_avg_sq, change.square(), side)
+
+
+def change_moment_(moment: Tensor, change: Tensor, side: Side) -> None:
+    """One state of R times C, (r, r): C M on the left, M C' on the right; in place."""
+    moment.copy_(change @ moment if side == "left" else moment @ change.t())

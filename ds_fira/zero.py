@@ -33,6 +33,7 @@ from ds_fira.memory import ParamRecord
 from ds_fira.methods import KEY
 from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.places import Piece
+from ds_fira.plug_and_play import FiraRMSProp
 from ds_fira.settings import check_params, refuse_auto
 from ds_fira.shard import Partitioning
 from ds_fira.versions import warn_if_untested
@@ -41,12 +42,12 @@ from ds_fira.zero_files import normalized
 from ds_fira.zero_fp16 import mend_loss_scaling
 from ds_fira.zero_groups import flat_groups
 from ds_fira.zero_record import watch_weights
-from ds_fira.zero_refuse import refuse_object, refuse_unsupported, refuse_unsupported_module
+from ds_fira.zero_refuse import refuse_object, refuse_sharding, refuse_unsupported, refuse_unsupported_module
 from ds_fira.zero_save import guard_checkpoints
 from ds_fira.zero_shapes import shape_of
 
 # What an engine may train with, by the type in its config.
-TYPES: dict[str, type[LowRankOptimizer]] = {FiraAdam.__name__: FiraAdam, GaLoreAdam.__name__: GaLoreAdam}
+TYPES: dict[str, type[LowRankOptimizer]] = {kind.__name__: kind for kind in (FiraAdam, GaLoreAdam, FiraRMSProp)}
 
 
 def attach(engine: Any) -> None:
@@ -109,6 +110,7 @@ def _attach_sharded(
         As `_attach_replicated`, and what lies where in each of the flat tensors.
     """
     channel = optimizer.channel
+    refuse_sharding(optimizer.method, optimizer.param_groups, engine.zero_optimization_stage())
     flats = flat_groups(engine.optimizer, channel.dp_size)
     projected = [flat for flat in flats if "rank" in optimizer.param_groups[flat.group]]
     buffers = [(flat.matrices(names), flat.partitioning.partition_size) for flat in projected]

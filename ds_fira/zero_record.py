@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_fira.optimizer import LowRankOptimizer
+from ds_fira.scaling_record import under_adamw
 from ds_fira.selection import find_projected_weights
 from ds_fira.shard import matrices_of
 from ds_fira.zero_groups import flat_groups
@@ -28,7 +29,7 @@ def watch_weights(engine: Any, optimizer: LowRankOptimizer, names: dict[int, str
     if engine.zero_optimization_stage() == 0:
         shapes = {names[id(p)]: shape_of(p) for p in engine.module.parameters() if id(p) in linear}
         for group in optimizer.param_groups:
-            for param in group["params"] if "rank" not in group else ():
+            for param in group["params"] if under_adamw(group) else ():
                 name = optimizer.pieces[param][0].name
                 if name in shapes:
                     matrices = matrices_of(name, shapes[name])
@@ -36,7 +37,7 @@ def watch_weights(engine: Any, optimizer: LowRankOptimizer, names: dict[int, str
         return
     for flat in flat_groups(engine.optimizer, channel.dp_size):
         group = optimizer.param_groups[flat.group]
-        if "rank" in group:
+        if not under_adamw(group):
             continue
         matrices = [
             flat.partitioning.fragments(index, matrix)

@@ -7,7 +7,7 @@ a run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from packaging.version import Version
 from torch import nn
 
-from ds_fira.methods import FIRA_ADAM
+from ds_fira.methods import FIRA_ADAM, Method
 
 # Options of ZeRO++ and parameter offload: DeepSpeed reads them at stage 3 only, and says nothing at the others.
 STAGE_3_ONLY = {
@@ -182,6 +182,20 @@ def refuse_unsupported_module(module: nn.Module, has_moe_layers: bool) -> None:
     for name, param in module.named_parameters():
         if param.is_complex():
             raise ValueError(f"FiraAdam: {name} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
+
+
+def refuse_sharding(method: Method, groups: Sequence[Mapping[str, Any]], stage: int) -> None:
+    """Stop if ZeRO would take apart what the method's rule has to see whole.
+
+    Raises:
+        ValueError: names the rule and what to use instead.
+    """
+    if method.rule is not None and not method.rule.elementwise and any("rank" not in group for group in groups):
+        raise ValueError(
+            f"{method.name}: zero_optimization.stage = {stage} takes the parameters that are not projected apart, and "
+            f"{method.rule.__name__}.elementwise = False says that they cannot be; use stage 0, or train only "
+            "projected parameters."
+        )
 
 
 class RefusedOptimizer(ValueError, ZeRORuntimeException):

@@ -16,6 +16,7 @@ from ds_fira.estimate.methods import METHODS, compare_methods
 from ds_fira.estimate.model import load_model
 from ds_fira.estimate.setup import Setup
 from ds_fira.memory import adamw_bytes, formula_bytes
+from ds_fira.methods import FIRA_ADAM, KEY, method_of
 from ds_fira.plan import PlannedRun, plan_run
 from ds_fira.settings import check_params
 
@@ -96,6 +97,7 @@ def estimate(
     model: str | Path | nn.Module,
     setup: Setup | None = None,
     methods: Sequence[str] = METHODS,
+    optimizer: str = FIRA_ADAM.name,
     **params: Any,
 ) -> Estimate:
     """Estimate the memory that training a model takes on every rank.
@@ -105,7 +107,8 @@ def estimate(
             of which only shapes are read.
         setup: of the run; its defaults where None.
         methods: those of `METHODS` to estimate.
-        **params: settings of `FiraAdam`, as in a JSON config; `rank` is also GaLore's and LoRA's.
+        optimizer: what "Fira" stands for, such as `FiraRMSProp`; the others are compared with FiraAdam alone.
+        **params: its settings, as in a JSON config; `rank` is also GaLore's and LoRA's.
 
     Returns:
         Bytes by method, rank and category.
@@ -118,12 +121,15 @@ def estimate(
     if params.get("rank") is None:
         raise ValueError("--rank is missing; give the subspace rank, such as 128.")
     module = model if isinstance(model, nn.Module) else load_model(model)
-    run = plan_run(module, setup.gpus, setup.zero_stage, **params)
+    kind = method_of({KEY: optimizer})
+    if kind is not FIRA_ADAM and "GaLore" in methods:
+        raise ValueError(f"optimizer = {optimizer!r} does not go with GaLore among the methods; leave one of them out.")
+    run = plan_run(module, setup.gpus, setup.zero_stage, kind, **params)
     _require_rank(run, params["rank"])
     config = getattr(module, "config", None)
     sequence = activation_bytes(config, setup.seq_length, setup.weight_bytes, setup.activation_checkpointing)
     found = {}
-    for method in compare_methods(module, run, setup, check_params(params)):
+    for method in compare_methods(module, run, setup, check_params(params, method=kind)):
         if method.name not in methods:
             continue
         by_rank = tuple(

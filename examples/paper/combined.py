@@ -68,8 +68,8 @@ def section(results: dict[str, Any], figures: Path) -> str:
     return "\n".join(
         [
             f"## {TITLE}\n",
-            f"{plain['parameters'] / 1e6:.1f} M parameters, {results['steps']} steps, two processes, one seed; rates are "
-            "those of the configs.\n",
+            f"{plain['parameters'] / 1e6:.1f} M parameters, {results['steps']} steps, two processes, one seed; "
+            "rates are the configs'.\n",
             table(["run", "perplexity", "to bf16", "states of both ranks, MB", "config"], rows),
             f"No combination is further than {worst:.1%} from FiraAdam in bf16.\n",
             stamp_line(results["stamp"]) + "\n",

@@ -11,7 +11,7 @@ from ds_fira.estimate import Available, Estimate, available_memory, estimate, re
 from ds_fira.estimate.from_config import setup_of
 from ds_fira.estimate.table import estimate_lines
 from ds_fira.methods import GALORE_ADAM
-from ds_fira.settings import LEGAL
+from ds_fira.zero import TYPES
 
 from .data import agreed
 from .sources import DataError
@@ -31,12 +31,13 @@ def estimate_run(
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(model_config)
     setup = setup_of(config, gpus=dist.get_world_size(), seq_length=seq_length, activation_checkpointing=checkpointing)
-    params = {name: value for name, value in config["optimizer"]["params"].items() if name in LEGAL}
-    # AdamW has no subspace; the other methods' figures, which need a rank, are not made then.
-    projected = "GaLore" if config["optimizer"]["type"] == GALORE_ADAM.name else "Fira"
-    method = projected if params.get("rank") is not None else "AdamW"
-    params.setdefault("rank", 1)
-    return estimate(model, setup, [method], **params)
+    kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
+    if kind not in TYPES or params.get("rank") is None:
+        # No subspace; the other methods' figures, which need a rank, are not made.
+        return estimate(model, setup, ["AdamW"], rank=1)
+    if kind == GALORE_ADAM.name:
+        return estimate(model, setup, ["GaLore"], **params)
+    return estimate(model, setup, ["Fira"], optimizer=kind, **params)
 
 
 def own_memory() -> Available:
