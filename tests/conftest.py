@@ -8,12 +8,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.distributed import Pools
+from tests.distributed import Pools, preload
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 if not torch.cuda.is_available():
     # Read when Triton is imported: without a GPU the tests of the kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# As early as it can be: it goes on while pytest collects the tests.
+preload()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

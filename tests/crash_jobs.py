@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import free_port
+from tests.distributed import FORKS, free_port
 
 SHAPES = [(24, 12), (12, 24), (16, 16), (10, 14)]
 STEPS = 9
@@ -23,10 +22,6 @@ TIMEOUT = 30.0  # seconds, of the collectives
 SETTINGS = {"lr": 0.02, "rank": 3, "update_proj_gap": 3, "alpha": 0.5}
 # Raised by Python before each of these; os.replace is a rename.
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree")
-
-_context = multiprocessing.get_context("forkserver")
-# The last brings what an engine imports when it is built: torch's compiler, most of the seconds of a start.
-_context.set_forkserver_preload(["ds_fira", "tests.zero_jobs", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Run:
         for rank in range(world_size):
             kill = (kills or {}).get(rank, Kill())
             given = (function, rank, world_size, port, str(folder), kill, timeout, arguments)
-            process = _context.Process(target=_start, args=given, daemon=True)
+            process = FORKS.Process(target=_start, args=given, daemon=True)
             process.start()
             self.processes.append(process)
 

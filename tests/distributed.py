@@ -1,7 +1,8 @@
 """Real processes over gloo for the tests: a pool of ranks that run a function of `tests.zero_jobs` all together.
 
-Starting a rank means importing torch and DeepSpeed, seconds each; a pool of one size is started once and reused. A
-rank that raises ends its pool, since the others may wait for it in a collective; the next test gets a new one.
+Importing torch, DeepSpeed and transformers takes many seconds: ranks are forked from one process that has done so. A
+pool of one size is started once and reused. A rank that raises ends its pool, since the others may wait for it in a
+collective; the next test gets a new one.
 """
 
 from __future__ import annotations
@@ -12,9 +13,15 @@ import os
 import socket
 import traceback
 import warnings
+from multiprocessing import forkserver
 from typing import Any
 
-START = multiprocessing.get_context("spawn")
+import torch
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.preloaded"])
+# A forked process on a GPU would inherit a CUDA that does not work.
+START = multiprocessing.get_context("spawn") if torch.cuda.is_available() else FORKS
 TIMEOUT = 120.0  # seconds for one job
 
 
@@ -24,6 +31,12 @@ class RankError(AssertionError):
     def __init__(self, errors: dict[int, tuple[str, str]]) -> None:
         super().__init__("\n".join(f"rank {rank}: {text}" for rank, (_, text) in errors.items()))
         self.messages = {rank: message for rank, (message, _) in errors.items()}
+
+
+def preload() -> None:
+    """Begin, in the background, to import what ranks will need."""
+    if START is FORKS:
+        forkserver.ensure_running()
 
 
 def free_port() -> int:
@@ -43,8 +56,6 @@ def _serve(rank: int, world_size: int, port: int, connection: Any) -> None:
         OMP_NUM_THREADS="1",
         DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"),
     )
-    import torch
-
     torch.set_num_threads(1)
     import ds_fira
 
@@ -109,13 +120,17 @@ class Pool:
         """Whether every process still runs."""
         return all(process.is_alive() for process in self.processes)
 
+    def end(self) -> None:
+        """Ask the processes to end as a script does; `close` waits for it."""
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            if process.is_alive():
+                connection.send(None)
+
     def close(self, kill: bool = False) -> None:
         """End the processes."""
-        for connection, process in zip(self.connections, self.processes, strict=True):
-            if kill:
+        if kill:
+            for process in self.processes:
                 process.kill()
-            elif process.is_alive():
-                connection.send(None)
         for process in self.processes:
             process.join(20)
             process.kill()
@@ -140,5 +155,7 @@ class Pools:
 
     def close(self) -> None:
         """End all processes."""
+        for pool in self._pools.values():
+            pool.end()
         for pool in self._pools.values():
             pool.close()
