@@ -7,9 +7,11 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-# The last two are what an engine, and a model of transformers, import only when they are built: torch's compiler and
-# the libraries behind it, most of the seconds of a start.
+# Also what an engine, and a model of transformers, import only when they are built: torch's compiler and the libraries
+# behind it, most of the seconds of a start.
+import datasets  # noqa: F401
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import tests.zero_jobs  # noqa: F401

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import torch
+
+from tests.distributed import START, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(sys.executable).parent
+KINDS = ("out", "err")
 
 
 def write_text(folder: Path) -> None:
@@ -35,3 +43,63 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
         text=True,
         timeout=280,
     )
+
+
+class Forked:
+    """A Python script as `python SCRIPT ARGUMENTS` runs it, on one rank or several, without the seconds of its imports.
+
+    Each process is a fork of one that has imported the libraries (`tests.preloaded`). For what a launcher does, or the
+    command itself, there is `run`.
+
+    Args:
+        script: its path.
+        arguments: its command line.
+        folder: to run in; also gets `NAME-RANK.out` and `.err`, what each process printed.
+        name: of those files.
+        ranks: processes that meet, or 0 for one that nothing was told.
+    """
+
+    def __init__(self, script: str, arguments: list[str], folder: Path, name: str = "forked", ranks: int = 0) -> None:
+        self.outputs = [folder / f"{name}-{rank}" for rank in range(ranks or 1)]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        self.processes: list[BaseProcess] = []
+        for rank, output in enumerate(self.outputs):
+            place = {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
+            given = (script, arguments, str(folder), str(output), place)
+            process = START.Process(target=_run_script, args=given, daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def wait(self, limit: float = 280.0) -> list[subprocess.CompletedProcess[str]]:
+        """Wait for all processes; returns how each ended and what it printed, and kills what runs on at the limit."""
+        end = time.monotonic() + limit
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        self.kill()
+        return [
+            subprocess.CompletedProcess([], process.exitcode, *(Path(f"{output}.{kind}").read_text() for kind in KINDS))
+            for process, output in zip(self.processes, self.outputs, strict=True)
+        ]
+
+    def kill(self) -> None:
+        """SIGKILL for what still runs."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _run_script(script: str, arguments: list[str], folder: str, output: str, place: dict[str, str]) -> None:
+    for number, kind in enumerate(KINDS, start=1):
+        with open(f"{output}.{kind}", "w") as file:
+            os.dup2(file.fileno(), number)
+    os.environ.update(place)
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception:
+        # As at the end of a script; multiprocessing would print the traceback alone.
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.data_jobs import CUT_SHORT, write_broken, write_c4
-from tests.programs import ROOT, run
+from tests.programs import ROOT, Forked
 
 SCRIPT = str(ROOT / "examples" / "pretrain_llama.py")
 # Files of 40 documents hold about 25 batches each: the run meets several, and the end of an epoch.
@@ -43,28 +39,21 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.timeout(900)  # three runs of the script, for machines that are busy
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(folder: Path) -> None:
     """SIGKILL after a training state was written; the losses after the resume are those of the run that went on."""
-    command = ["python", SCRIPT, *OPTIONS, "--save-every", "6"]
+    options = [*OPTIONS, "--save-every", "6", "--steps", "18", "--output-dir"]
     # Both at a time, which tests that they may prepare the text at a time, too.
-    killed = subprocess.Popen(
-        [sys.executable, *command[1:], "--steps", "18", "--output-dir", "cut"],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with ThreadPoolExecutor() as pool:
-        uninterrupted = pool.submit(run, [*command, "--steps", "18", "--output-dir", "whole"], folder)
-        latest = folder / "cut" / "state" / "latest"
-        deadline = time.monotonic() + 200
-        while not latest.exists() and killed.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        killed.send_signal(signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
-        whole = uninterrupted.result()
+    cut = Forked(SCRIPT, [*options, "cut"], folder, "cut")
+    uninterrupted = Forked(SCRIPT, [*options, "whole"], folder, "whole")
+    latest = folder / "cut" / "state" / "latest"
+    deadline = time.monotonic() + 200
+    while not latest.exists() and cut.processes[0].is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    cut.kill()
+    assert cut.processes[0].exitcode == -signal.SIGKILL
+    (whole,) = uninterrupted.wait()
     assert whole.returncode == 0, whole.stderr[-4000:]
     stopped = int(latest.read_text().removeprefix("global_step"))
     assert stopped in (6, 12)
-    resumed = run([*command, "--steps", "18", "--output-dir", "cut", "--resume"], folder)
+    (resumed,) = Forked(SCRIPT, [*options, "cut", "--resume"], folder, "resumed").wait()
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     expected, found = history(folder / "whole"), history(folder / "cut")
     assert {step for step, _ in found} == {step for step, _ in expected if step >= stopped}
@@ -78,10 +67,10 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(folder: Path) -> No
 def test_broken_data_ends_two_processes(tmp_path: Path) -> None:
     """A file that one process cannot read in the middle of training ends both, with its sentence and status 1."""
     seed, broken = write_broken(tmp_path / "c4")
-    command = ["torchrun", "--standalone", "--nproc_per_node", "2", SCRIPT, *OPTIONS, "--seed", str(seed)]
-    done = run([*command, "--steps", "900", "--eval-every", "900", "--output-dir", "out"], tmp_path)
-    assert done.returncode == 1
-    sentence = f"pretrain_llama.py: error: c4/{broken.name} cannot be read: {CUT_SHORT}"
-    assert done.stderr.count(sentence) == 2
-    assert "Traceback" not in done.stderr.partition(sentence)[0]
-    assert re.search(r"\b[1-9]\d*/900 \[", done.stderr), "training had not begun"
+    options = [*OPTIONS, "--seed", str(seed), "--steps", "900", "--eval-every", "900", "--output-dir", "out"]
+    for done in Forked(SCRIPT, options, tmp_path, ranks=2).wait():
+        assert done.returncode == 1
+        sentence = f"pretrain_llama.py: error: c4/{broken.name} cannot be read: {CUT_SHORT}"
+        assert done.stderr.count(sentence) == 1
+        assert "Traceback" not in done.stderr
+    assert re.search(r"\b[1-9]\d*/900 \[", (tmp_path / "forked-0.err").read_text()), "training had not begun"

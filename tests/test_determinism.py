@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import Pools
-from tests.programs import ROOT, run, write_text
+from tests.programs import ROOT, Forked, write_text
 from tests.resume_jobs import same
 from tests.zero_jobs import config
 
@@ -39,18 +38,17 @@ def test_the_same_run_twice_is_the_same_to_the_bit(ranks: Pools, name: str) -> N
 
 
 @pytest.mark.timeout(600)  # two runs of the script at a time, for machines that are busy
-def test_two_launches_of_the_example_leave_the_same_files(tmp_path: Path) -> None:
-    """Two processes each, from scratch: weights, ZeRO's states and the exported model are equal byte by byte."""
+def test_two_runs_of_the_example_leave_the_same_files(tmp_path: Path) -> None:
+    """Two new processes each: weights, ZeRO's states and the exported model are equal byte by byte."""
     write_text(tmp_path)
-    command = [
-        *("torchrun", "--standalone", "--nproc_per_node", "2", str(ROOT / "examples" / "pretrain_llama.py")),
+    options = [
         *("--text", "text.txt", "--vocab-size", "300", "--hidden-size", "32", "--layers", "2", "--heads", "2"),
         *("--seq-length", "32", "--batch-size", "4", "--rank", "8", "--update-proj-gap", "3", "--steps", "8"),
         *("--eval-every", "8", "--save-every", "8", "--cache-dir", "cache"),
     ]
-    with ThreadPoolExecutor() as pool:
-        launches = list(pool.map(lambda name: run([*command, "--output-dir", name], tmp_path), ("a", "b")))
-    for done in launches:
+    script = str(ROOT / "examples" / "pretrain_llama.py")
+    launches = [Forked(script, [*options, "--output-dir", name], tmp_path, name, ranks=2) for name in ("a", "b")]
+    for done in [done for launch in launches for done in launch.wait()]:
         assert done.returncode == 0, done.stderr[-4000:]
     compared = 0
     for path in sorted((tmp_path / "a").rglob("*")):

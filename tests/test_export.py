@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import ds_fira
 from tests import small_models
 from tests.distributed import Pools
 from tests.model_jobs import batches
+from tests.programs import Forked
 from tests.zero_jobs import config
 
 STEPS = 4
@@ -66,11 +64,10 @@ def test_fp32_weights_by_the_script_in_the_checkpoint(saved: tuple[str, Path, li
     expected = masters(results)
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in expected.values())
     exported = folder / "fp32"
-    command = [sys.executable, str(folder / "state" / "zero_to_fp32.py"), str(folder / "state"), str(exported)]
+    arguments = [str(folder / "state"), str(exported)]
     if kind not in TIED:  # the script cannot write a weight of two names as safetensors
-        command.append("--safe_serialization")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+        arguments.append("--safe_serialization")
+    (done,) = Forked(str(folder / "state" / "zero_to_fp32.py"), arguments, folder, "export").wait()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     if kind in TIED:
         weights = torch.load(exported / "pytorch_model.bin", weights_only=True)
