@@ -40,6 +40,7 @@ def run(
     last: int,
     load: str | None = None,
     save: str | None = None,
+    save_at: int | None = None,
     seed: int = 0,
     scheduler: bool = False,
     groups: bool = False,
@@ -54,7 +55,8 @@ def run(
         first: the step to begin with.
         last: the step to end before.
         load: folder of the checkpoint to begin from.
-        save: folder to save into at the end.
+        save: folder to save into.
+        save_at: the step to do so before; by default at the end.
         seed: of the weights, which a load replaces.
         scheduler: whether a LambdaLR goes with it, whose lists are as long as the param groups.
         groups: whether the user makes two groups of their own.
@@ -85,12 +87,14 @@ def run(
             assert path is not None
             result["client_state"] = client_state
             result["steps"] = engine.global_steps
-        result["losses"] = advance(engine, first, last)
+        save_at = last if save_at is None else save_at
+        result["losses"] = advance(engine, first, save_at)
     except ValueError as error:
         engine.destroy()
         return {"error": str(error)}
     if save is not None:
         engine.save_checkpoint(save, client_state={"note": "kept"})
+    result["losses"] += advance(engine, save_at, last)
     result["weights"] = module_weights(engine)
     result["lr"] = lr_by_parameter(engine)
     params = ds_config["optimizer"]["params"]

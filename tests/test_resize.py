@@ -23,7 +23,7 @@ SAVED, END = 5, 9  # a refresh at 3, and at 6 after the resume
 TOLERANCE = 1e-5
 
 _whole: dict[str, Any] = {}
-_saved: dict[Any, Path] = {}
+_saved: dict[Any, tuple[Path, dict[str, Any]]] = {}
 
 
 def job(ranks: Pools, world_size: int, stage: int, dtype: str = "fp32", **arguments: Any) -> dict[str, Any]:
@@ -40,14 +40,21 @@ def job(ranks: Pools, world_size: int, stage: int, dtype: str = "fp32", **argume
     return results[0]
 
 
-def saved(ranks: Pools, folders: Path, world_size: int, stage: int, dtype: str = "fp32", **arguments: Any) -> Path:
-    """The folder of a run of `SAVED` steps, made once."""
+def saved_run(
+    ranks: Pools, folders: Path, world_size: int, stage: int, dtype: str = "fp32", **arguments: Any
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of a checkpoint behind `SAVED` steps, and the run that wrote it and went on; made once."""
     key = repr((world_size, stage, dtype, arguments))
     if key not in _saved:
         folder = folders / str(len(_saved))
-        job(ranks, world_size, stage, dtype, first=0, last=SAVED, save=str(folder), **arguments)
-        _saved[key] = folder
+        save = {"save": str(folder), "save_at": SAVED}
+        _saved[key] = folder, job(ranks, world_size, stage, dtype, first=0, last=END, **save, **arguments)
     return _saved[key]
+
+
+def saved(*args: Any, **arguments: Any) -> Path:
+    """The folder alone."""
+    return saved_run(*args, **arguments)[0]
 
 
 def whole(ranks: Pools, dtype: str = "fp32", **arguments: Any) -> dict[str, Any]:
@@ -121,13 +128,12 @@ OPTIONS: dict[str, tuple[int, int, int, int, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", OPTIONS)
 def test_with(ranks: Pools, folders: Path, case: str) -> None:
     before, stage, after, new_stage, dtype, options = OPTIONS[case]
-    folder = saved(ranks, folders, before, stage, dtype, **options)
+    folder, uninterrupted = saved_run(ranks, folders, before, stage, dtype, **options)
     found = job(ranks, after, new_stage, dtype, first=SAVED, last=END, load=str(folder), seed=7, **options)
     # In low precision a run on other ranks rounds otherwise, resumed or not: what that alone makes is allowed.
     tolerance = TOLERANCE
     if dtype != "fp32" or "state_dtype" in options.get("params", {}):
         tolerance = 0.02
-    uninterrupted = job(ranks, before, stage, dtype, first=0, last=END, **options)
     assert_same_run(found, uninterrupted, tolerance)
 
 
