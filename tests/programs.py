@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,15 +59,24 @@ class Forked:
         folder: to run in; also gets `NAME-RANK.out` and `.err`, what each process printed.
         name: of those files.
         ranks: processes that meet, or 0 for one that nothing was told.
+        dies_at: a file; SIGKILL comes as a process is about to put it in its place by a rename for the second time.
     """
 
-    def __init__(self, script: str, arguments: list[str], folder: Path, name: str = "forked", ranks: int = 0) -> None:
+    def __init__(
+        self,
+        script: str,
+        arguments: list[str],
+        folder: Path,
+        name: str = "forked",
+        ranks: int = 0,
+        dies_at: Path | None = None,
+    ) -> None:
         self.outputs = [folder / f"{name}-{rank}" for rank in range(ranks or 1)]
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         self.processes: list[BaseProcess] = []
         for rank, output in enumerate(self.outputs):
             place = {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
-            given = (script, arguments, str(folder), str(output), place)
+            given = (script, arguments, str(folder), str(output), place, dies_at)
             process = START.Process(target=_run_script, args=given, daemon=True)
             process.start()
             self.processes.append(process)
@@ -88,7 +99,9 @@ class Forked:
             process.join()
 
 
-def _run_script(script: str, arguments: list[str], folder: str, output: str, place: dict[str, str]) -> None:
+def _run_script(
+    script: str, arguments: list[str], folder: str, output: str, place: dict[str, str], dies_at: Path | None
+) -> None:
     for number, kind in enumerate(KINDS, start=1):
         with open(f"{output}.{kind}", "w") as file:
             os.dup2(file.fileno(), number)
@@ -97,9 +110,23 @@ def _run_script(script: str, arguments: list[str], folder: str, output: str, pla
     os.chdir(folder)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
+    if dies_at is not None:
+        _die_at(dies_at)
     try:
         runpy.run_path(script, run_name="__main__")
     except Exception:
         # As at the end of a script; multiprocessing would print the traceback alone.
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
+
+
+def _die_at(path: Path) -> None:
+    found = []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and Path(os.fsdecode(arguments[1])).absolute() == path:
+            found.append(path)
+            if len(found) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
