@@ -22,7 +22,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.preloaded"])
 # A forked process on a GPU would inherit a CUDA that does not work.
 START = multiprocessing.get_context("spawn") if torch.cuda.is_available() else FORKS
-TIMEOUT = 120.0  # seconds for one job
+TIMEOUT = 240.0  # seconds for one job, which only a pool that hangs or a very busy machine needs
 
 
 class RankError(AssertionError):

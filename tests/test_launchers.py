@@ -168,7 +168,7 @@ def test_a_rank_that_fails_ends_the_run(launcher: str, tmp_path: Path) -> None:
         "    sys.exit('half.py: error: this sentence must be seen')\n"
         "time.sleep(600)\n"
     )
-    [(status, output)] = launch(tmp_path, ["half.py"], [{"LAUNCHER": launcher, "NPROC": "2"}], limit=120)
+    [(status, output)] = launch(tmp_path, ["half.py"], [{"LAUNCHER": launcher, "NPROC": "2"}])
     assert status != 0
     assert "half.py: error: this sentence must be seen" in output
 
