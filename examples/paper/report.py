@@ -65,6 +65,13 @@ def train(names: list[str], results: Results, workers: int | None) -> None:
         results.train(missing, workers)
 
 
+def lacks(name: str, results: Results) -> bool:
+    """Whether an experiment's results are not all there."""
+    if name in TRAININGS:
+        return any(run not in results for stage in module(name).stages(results) for run in stage)
+    return not (RESULTS / f"{module(name).NAME}.json").exists()
+
+
 def compute(name: str, again: bool) -> dict[str, Any]:
     """The results of an experiment without shared trainings, computed unless they are there."""
     path = RESULTS / f"{module(name).NAME}.json"
@@ -77,6 +84,8 @@ def compute(name: str, again: bool) -> dict[str, Any]:
 def section(name: str, results: Results) -> str:
     """An experiment's heading and section."""
     found = module(name)
+    if lacks(name, results):
+        return f"## {found.TITLE}\n\nNot measured yet: `python -m examples.paper.report --only {name}`.\n"
     body = found.section(results if name in TRAININGS else compute(name, again=False), FIGURES)
     return body if body.startswith("## ") else f"## {found.TITLE}\n\n{body}"
 
@@ -85,7 +94,8 @@ def page(names: list[str], results: Results) -> str:
     """The whole page."""
     ordered = [name for name in ORDER if name in names]
     sections = [section(name, results) for name in ordered]
-    verdicts: list[Claim] = [claim for name in ordered if name in TRAININGS for claim in module(name).claims(results)]
+    judged = [name for name in ordered if name in TRAININGS and not lacks(name, results)]
+    verdicts: list[Claim] = [claim for name in judged for claim in module(name).claims(results)]
     return "\n".join([heading(results), claims_table(verdicts), *sections])
 
 
