@@ -42,23 +42,21 @@ def variants(size: Size) -> dict[str, dict[str, Any]]:
     """Settings on top of released Fira; all keep as many bytes of state as it does."""
     short = max(1, size.gap // 3)
     return {
+        "residual_scale 0.5": {"residual_scale": 0.5},
         "residual_scale 2": {"residual_scale": 2.0},
         "residual_scale 4": {"residual_scale": 4.0},
-        "residual_scale 8": {"residual_scale": 8.0},
-        "residual_scale 16": {"residual_scale": 16.0},
+        "gamma 1.1": {"gamma": 1.1},
+        "no limiter": {"limiter": "none"},
+        "alpha 0.5": {"alpha": 0.5},
         "moments rotated": {"refresh_moments": "rotate"},
         "moments reset": {"refresh_moments": "reset"},
         "randomized, warm": {"subspace": "randomized"},
         "stagger": {"stagger": True},
         "Algorithm 1": {"formulation": "paper"},
+        "Algorithm 1, residual_scale 4": {"formulation": "paper", "residual_scale": 4.0},
         f"randomized, rotated, gap {short}": {**WARM, "update_proj_gap": short},
-        f"residual_scale 8, randomized, rotated, gap {short}": {
-            **WARM,
-            "update_proj_gap": short,
-            "residual_scale": 8.0,
-        },
-        "residual_scale 8, randomized, rotated": {**WARM, "residual_scale": 8.0},
-        "residual_scale 8, Algorithm 1": {"formulation": "paper", "residual_scale": 8.0},
+        "gamma 1.1, randomized, rotated": {**WARM, "gamma": 1.1},
+        f"gamma 1.1, randomized, rotated, gap {short}": {**WARM, "update_proj_gap": short, "gamma": 1.1},
     }
 
 

@@ -91,7 +91,8 @@ def section(name: str, results: Results) -> str:
 
 
 def page(names: list[str], results: Results) -> str:
-    """The whole page."""
+    """The whole page; its plots are written."""
+    FIGURES.mkdir(parents=True, exist_ok=True)
     ordered = [name for name in ORDER if name in names]
     sections = [section(name, results) for name in ordered]
     judged = [name for name in ordered if name in TRAININGS and not lacks(name, results)]
@@ -102,6 +103,8 @@ def page(names: list[str], results: Results) -> str:
 def heading(results: Results) -> str:
     """What was trained, on what, and how to read the page."""
     size, trained = results.size, list(results.found.values())
+    if not trained:
+        return "# The paper's claims, measured\n\nNothing has been trained at this size yet.\n"
     seconds = sum(result["seconds"] for result in trained)
     first = trained[0]
     facts = [

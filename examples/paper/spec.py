@@ -87,8 +87,8 @@ SIZES = {
     # Seconds: for tests, and to see that everything works.
     "tiny": Size(
         name="tiny",
-        hidden=16,
-        intermediate=32,
+        hidden=64,
+        intermediate=96,
         layers=1,
         heads=2,
         vocabulary=300,
@@ -96,8 +96,8 @@ SIZES = {
         batch=4,
         steps=8,
         gap=4,
-        rank=4,
-        low_rank=2,
+        rank=16,
+        low_rank=4,
         dtype="float32",
         validation_rows=8,
     ),

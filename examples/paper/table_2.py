@@ -42,12 +42,11 @@ def section(results: Results, figures: Path) -> str:
         for run in (*BASELINES, FIRA, GALORE)
     ]
     rows = []
-    for run in (tuned(results, ADAM), FIRA, GALORE, *(tuned(results, one) for one in (FIRA, GALORE, LORA, RELORA))):
+    chosen = [tuned(results, run) for run in (FIRA, GALORE) if tuned(results, run) != run]
+    for run in (tuned(results, ADAM), FIRA, GALORE, *chosen, tuned(results, LORA), tuned(results, RELORA)):
         found = results[run]
         own = "the paper's rate" if run in (FIRA, GALORE) else "tuned"
-        published = " / ".join(f"{value:.2f}" for value in PAPER[run.method])
-        if run.method in ("Fira", "GaLore") and own == "tuned":
-            published = "-"
+        published = "-" if run in chosen else " / ".join(f"{value:.2f}" for value in PAPER[run.method])
         rows.append(
             (
                 f"{run.method}, {own}, lr {run.lr:g}",
