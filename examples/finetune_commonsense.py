@@ -149,41 +149,36 @@ def train(
     return [float(loss) for loss in losses]
 
 
-def main() -> None:
-    """Fine-tune, answer, save."""
-    options = build_parser().parse_args()
-    try:
-        ds_fira.init_distributed()
-    except ValueError as error:
-        stop(str(error))
-    transformers.set_seed(options.seed)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        recipe, config = settle(options, dist.get_world_size())
-        questions = [one for path in options.train for one in read_questions(path)]
-        tests = {str(path): read_questions(path) for path in options.tests}
-        for path, part in tests.items():
-            if any(len(one.responses) < 2 for one in part):
-                raise ValueError(
-                    f'{path} has questions without choices: end their instructions with "Answer format: a/b", or add '
-                    "a field choices"
-                )
-        steps = steps_of(len(questions), recipe)
-        if steps <= recipe.warmup_steps:
+def work(options: argparse.Namespace) -> tuple[deepspeed.DeepSpeedEngine, dict[str, Any]]:
+    """Fine-tune and answer; on every process, after torch.distributed has started.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: a setting or a file cannot be used; one sentence, the same on every process.
+    """
+    recipe, config = settle(options, dist.get_world_size())
+    questions = [one for path in options.train for one in read_questions(path)]
+    tests = {str(path): read_questions(path) for path in options.tests}
+    for path, part in tests.items():
+        if any(len(one.responses) < 2 for one in part):
             raise ValueError(
-                f"--warmup-steps {recipe.warmup_steps} is not below the {steps} steps that {len(questions)} questions "
-                "give: lower it, or train on more"
+                f'{path} has questions without choices: end their instructions with "Answer format: a/b", or add a '
+                "field choices"
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-        model = load_model(options, config, recipe)
-        engine = deepspeed.initialize(
-            model=model,
-            model_parameters=trained_parameters(model),
-            config=config,
-            lr_scheduler=functools.partial(schedule, recipe=recipe, steps=steps),
-        )[0]
-    except (OSError, ValueError) as error:
-        stop(str(error))
+    steps = steps_of(len(questions), recipe)
+    if not 0 <= recipe.warmup_steps < steps:
+        raise ValueError(
+            f"--warmup-steps {recipe.warmup_steps} must be at least 0 and below the {steps} steps that "
+            f"{len(questions)} questions give: change it, or train on more"
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    model = load_model(options, config, recipe)
+    engine = deepspeed.initialize(
+        model=model,
+        model_parameters=trained_parameters(model),
+        config=config,
+        lr_scheduler=functools.partial(schedule, recipe=recipe, steps=steps),
+    )[0]
     summary: dict[str, Any] = {"method": options.method, "recipe": dataclasses.asdict(recipe), "config": config}
     summary["losses"] = train(engine, tokenizer, questions, recipe, options.seed)
     summary["accuracy"] = {path: answer(engine, tokenizer, part, recipe) for path, part in tests.items()}
@@ -194,6 +189,19 @@ def main() -> None:
         engine.module.save_pretrained(options.output_dir / "model")
         tokenizer.save_pretrained(options.output_dir / "model")
         (options.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return engine, summary
+
+
+def main() -> None:
+    """Start, work, end."""
+    options = build_parser().parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        ds_fira.init_distributed()
+        transformers.set_seed(options.seed)
+        engine, _ = work(options)
+    except (OSError, ValueError) as error:
+        stop(str(error))
     ds_fira.shutdown(engine)
 
 
