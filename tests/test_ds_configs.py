@@ -70,6 +70,8 @@ def shrunk(content: dict[str, Any]) -> dict[str, Any]:
     content = copy.deepcopy(content)
     params = content["optimizer"]["params"]
     params["rank"] = min(params["rank"], 4)
+    # At a rate for fine-tuning three steps would not move a norm's bf16 weights of 1.
+    params["lr"] = max(params["lr"], 0.005)
     content.pop("train_batch_size", None)
     content["train_micro_batch_size_per_gpu"] = 2
     # The recipes set the total instead, and accumulate what the processes leave.
