@@ -29,11 +29,12 @@ from examples.paper.tables import Claim, claims_table, table
 PAGE = ROOT / "docs" / "reproduction.md"
 # In the order of the page.
 TRAININGS = ("table_2", "ablation", "spikes", "ranks", "factors", "sensitivity", "beyond")
-COMPUTED = ("theorem", "memory_table", "rankings", "finetune", "combined")
+COMPUTED = ("figure_5", "theorem", "memory_table", "rankings", "finetune", "combined")
 ORDER = (
     "table_2",
     "ablation",
     "spikes",
+    "figure_5",
     "ranks",
     "rankings",
     "factors",
