@@ -125,9 +125,10 @@ def heading(results: Results) -> str:
     return "\n".join(
         [
             "# The paper's claims, measured\n",
-            "Written by `python -m examples.paper.report` from `examples/paper/results/`, where every run stands with",
-            "its configuration, seed, commit and curve. Paper: arXiv 2410.01623; its figures are of LLaMA 60M to 7B on",
-            "C4, beside which the order of methods and their distances can be compared, not the perplexities.\n",
+            "Written by `python -m examples.paper.report` (environment: `bash launch/setup.sh --test`) from",
+            "`examples/paper/results/`, where every run stands with its configuration, seed, commit and curve. Paper:",
+            "arXiv 2410.01623; its figures are of LLaMA 60M to 7B on C4, beside which the order of methods and their",
+            "distances can be compared, not the perplexities.\n",
             table(["", ""], facts),
             f"{stamp_line(first['provenance'])}\n",
             "Perplexities are of held-out text, mean ± standard deviation over three seeds (weights, data order).",
