@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from typing import Any
@@ -114,6 +115,8 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run, tokens: torch.Tensor, rec
     if tokens.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    # What is left of an earlier engine would be freed in the middle of the measured step, which never allocated it.
+    gc.collect()
     recording.begin()
     held = held_bytes(engine)
     step(engine, tokens, recording)
