@@ -10,6 +10,15 @@ import transformers
 from tests.config_jobs import whole_parameters
 from tests.hf_jobs import example
 
+COLOURS = ("red", "green", "blue")
+
+
+def record(number: int) -> dict[str, str]:
+    """A question in LLM-Adapters' form whose answer stands in it."""
+    colour = COLOURS[number % 3]
+    instruction = f"Item {number} is {colour}. Which colour is it?\n\nAnswer format: red/green/blue"
+    return {"instruction": instruction, "input": "", "output": f"the correct answer is {colour}", "answer": colour}
+
 
 def fine_tune(arguments: list[str]) -> dict[str, Any]:
     """Run examples/finetune_commonsense.py; returns its summary and the weights, of peft's models by peft's names."""
