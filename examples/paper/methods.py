@@ -15,6 +15,7 @@ from examples.paper.spec import Run, Size
 
 # What the paper pre-trains Fira and GaLore with below 1B (Appendix A.2); the rest is the released code's default.
 ALPHA = 0.25
+ADAM_EPS = 1e-8
 # LoRA and ReLoRA as GaLore's authors ran them (arXiv 2403.03507, Appendix): the paper takes its baselines from there.
 LORA_ALPHA, LORA_DROPOUT = 32, 0.05
 LINEAR = {
@@ -62,9 +63,10 @@ def build_optimizer(run: Run, size: Size, model: nn.Module) -> torch.optim.Optim
         kind = ds_fira.FiraAdam if run.method == "Fira" else ds_fira.GaLoreAdam
         return kind(groups, lr=run.lr, record_scaling_factors=run.record)
     if run.record:
-        # Without a rank ours is Adam, and can record.
+        # Without a rank ours is Adam, and can record; with torch's eps.
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        return ds_fira.FiraAdam(named, lr=run.lr, record_scaling_factors=run.record, **dict(run.settings))
+        settings = {"eps": ADAM_EPS, **dict(run.settings)}
+        return ds_fira.FiraAdam(named, lr=run.lr, record_scaling_factors=run.record, **settings)
     return torch.optim.Adam(trainable, lr=run.lr, **dict(run.settings))
 
 
