@@ -1,4 +1,4 @@
-"""Runs are trained once, several at a time, each in one thread; a file of JSON lines per size keeps their results."""
+"""Runs are trained once, several at a time, each in one thread; files of JSON lines keep their results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Results:
 
     Attributes:
         size: of the runs.
-        folder: holds `runs_<size>.jsonl`, one result of `train.train` per line.
+        folder: holds `runs_<size>/`, files of JSON lines, one result of `train.train` per line.
     """
 
     size: Size
@@ -33,15 +33,14 @@ class Results:
     found: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
+        for file in sorted((self.folder / f"runs_{self.size.name}").glob("*.jsonl")):
+            for line in file.read_text().splitlines():
                 result = json.loads(line)
                 self.found[result["key"]] = result
 
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.folder / f"runs_{self.size.name}.jsonl"
+    def path(self, key: str) -> Path:
+        """The file of a run: one of 16 by its key, so that none grows large."""
+        return self.folder / f"runs_{self.size.name}" / f"{key[0]}.jsonl"
 
     def __contains__(self, run: Run) -> bool:
         return run.key(self.size) in self.found
@@ -51,8 +50,9 @@ class Results:
 
     def add(self, result: dict[str, Any]) -> None:
         """Keep a result, on disk first."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as lines:
+        path = self.path(result["key"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as lines:
             lines.write(json.dumps(result) + "\n")
         self.found[result["key"]] = result
 
