@@ -42,12 +42,15 @@ def plug(rule: type[Rule], name: str | None = None) -> type[LowRankOptimizer]:
         A class with FiraAdam's arguments, the rule's hyper-parameters in place of `betas` and `eps`.
 
     Raises:
-        ValueError: the rule's states or hyper-parameters have names that are taken, or another optimizer has this one.
+        ValueError: the rule has no `direction`, its states or hyper-parameters have names that are taken, or another
+            optimizer has this one.
     """
     name = name or f"Fira{rule.__name__}"
     before = METHODS.get(name)
     if before is not None and (before.rule is None or _home(before.rule) != _home(rule)):
         raise ValueError(f"plug: name = {name!r} belongs to another optimizer; give another name.")
+    if inspect.isabstract(rule):
+        raise ValueError(f"plug: {rule.__name__} has no direction; define direction(self, grad, states, step).")
     own = tuple(rule.model_fields)
     for field, info in rule.model_fields.items():
         if field in LEGAL and field not in ADAM_SETTINGS:

@@ -7,6 +7,7 @@ moments have kernels of their own.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -37,6 +38,7 @@ class Rule(BaseModel):
     states: ClassVar[Mapping[str, Kind]] = {}
     elementwise: ClassVar[bool] = False
 
+    @abstractmethod
     def direction(self, grad: Tensor, states: dict[str, Tensor], step: Tensor) -> Tensor:
         """N, by which the weight is moved against; and the states updated.
 
@@ -49,7 +51,6 @@ class Rule(BaseModel):
         Returns:
             N, of the gradient's shape.
         """
-        raise NotImplementedError(f"{type(self).__name__} has to say how it makes a direction.")
 
     def step_size(self, step: Tensor) -> Tensor | float:
         """A factor of the learning rate at a step, such as a bias correction.

@@ -272,10 +272,12 @@ def test_groups_of_a_model() -> None:
 
 
 def broken(**contents: Any) -> type[ds_fira.Rule]:
-    return type("Broken", (ds_fira.Rule,), {"__module__": __name__, "__qualname__": "Broken", **contents})
+    own = {"__module__": __name__, "__qualname__": "Broken", "direction": lambda rule, grad, states, step: grad}
+    return type("Broken", (ds_fira.Rule,), {**own, **contents})
 
 
 BROKEN = [
+    ({"direction": ds_fira.Rule.direction}, "Broken has no direction; define direction"),
     ({"states": {"basis": "first"}}, "states names 'basis', which means something else"),
     ({"states": {"a": "third"}}, r"states\['a'\] = 'third' is not legal"),
     ({"alpha": 0.5, "__annotations__": {"alpha": float}}, "Broken.alpha has the name of a setting of Fira"),

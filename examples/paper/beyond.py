@@ -79,12 +79,6 @@ def stages(results: Results) -> list[list[Run]]:
     return [*table_2.stages(results), seeds(*every)]
 
 
-def best(results: Results, rank: int) -> str:
-    """The name of the variant with the lowest mean perplexity."""
-    family = runs(results.size)[rank]
-    return min(family, key=lambda name: score(results, family[name]).mean)
-
-
 def recipe(results: Results) -> str:
     """The name of the variant with the lowest perplexity over released Fira's, averaged over both ranks."""
     families = runs(results.size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -117,6 +116,3 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
     collect(list(optimizer.state.values()))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel() > 1)
-
-
-Schedule = Callable[[int], float]
