@@ -31,7 +31,7 @@ def new_basis(task: MatrixTask) -> Tensor | None:
 
 
 def adopt_basis(task: MatrixTask, basis: Tensor) -> None:
-    """Take a new basis for one matrix and bring its moments over (`refresh_moments`); the refresh is done.
+    """Take a new basis for one matrix, and bring moments and limiter over; the refresh is done.
 
     Args:
         task: one matrix.
@@ -42,6 +42,7 @@ def adopt_basis(task: MatrixTask, basis: Tensor) -> None:
         previous = state.basis.to(state.dtype)
         basis = aligned_basis(basis, previous, group)
         carry_moments(state, group, basis_change(basis, previous, group))
+        carry_limiter(state, group)
     state.basis.copy_(basis)
     state.refresh_step.copy_(state.step)
 
@@ -77,3 +78,10 @@ def carry_moments(state: MatrixState, group: dict[str, Any], change: Tensor | No
         else:
             change_moment_(moment, change.square() if kinds[name] == "second" else change, state.side)
     store(state.moments, moments, state.step)
+
+
+def carry_limiter(state: MatrixState, group: dict[str, Any]) -> None:
+    """Bring the limiter's residual norm over a refresh as `refresh_limiter` says; 0 is no history."""
+    # A group that an earlier version saved says nothing.
+    if group.get("refresh_limiter", "keep") == "reset" and state.residual_norm is not None:
+        state.residual_norm.zero_()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_fira.basis import aligned_basis, basis_change, carry_moments
+from ds_fira.basis import aligned_basis, basis_change, carry_limiter, carry_moments
 from ds_fira.comm import Channel, Message
 from ds_fira.cuts import CutMatrix, needs_old_basis
 from ds_fira.lean_part import Part, empty_like_state
@@ -186,14 +186,16 @@ def _unpacked(part: Part, arrived: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _adopt(part: Part, basis: Tensor, change: Tensor | None) -> None:
-    """Take the new basis and bring the moments over; the refresh is done.
+    """Take the new basis, and bring moments and limiter over; the refresh is done.
 
     Args:
         part: its state is changed.
         basis: the part of the new P that this rank holds.
         change: C of `ds_fira.basis.basis_change`; None where moments are not rotated.
     """
-    if part.known and len(part.share.kept):
-        carry_moments(part.state, part.group, change)
+    if part.known:
+        if len(part.share.kept):
+            carry_moments(part.state, part.group, change)
+        carry_limiter(part.state, part.group)
     part.state.basis.copy_(basis)
     part.state.refresh_step.copy_(part.state.step)

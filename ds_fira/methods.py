@@ -59,7 +59,7 @@ class Method:
 FIRA_ADAM = Method("FiraAdam")
 GALORE_ADAM = Method(
     "GaLoreAdam",
-    without=("gamma", "residual_scale", "scaling", "limiter", "formulation"),
+    without=("gamma", "residual_scale", "scaling", "limiter", "refresh_limiter", "formulation"),
     fixed={"residual_scale": 0.0, "scaling": "none", "limiter": "none", "formulation": "released"},
     limited=False,
 )

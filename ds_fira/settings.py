@@ -33,6 +33,7 @@ REMEDIES = {
     "formulation": "choose 'released' or 'paper'",
     "subspace": "choose 'svd', 'gram' or 'randomized'",
     "refresh_moments": "choose 'keep', 'rotate' or 'reset'",
+    "refresh_limiter": "choose 'keep' or 'reset'",
     "stagger": "give true or false",
     "state_dtype": "choose 'float32', 'bfloat16' or 'int8'",
     "matmul_precision": "choose 'float32', 'tf32' or 'bfloat16'",
@@ -52,7 +53,7 @@ class Settings(BaseModel):
     projected), `gamma` (the limiter's largest growth of the residual norm from one step to the next),
     `residual_scale` (multiplies the scaled residual in the update; the paper has 1), `scaling`, `limiter`,
     `formulation`, `subspace` (how a basis is computed), `refresh_moments` (what a refresh does to the moments),
-    `stagger` (matrices refresh on different steps), `state_dtype`, `matmul_precision`, `exact_cuts` (whole steps for
+    `refresh_limiter` (what it does to the limiter's residual norm), `stagger` (matrices refresh on different steps), `state_dtype`, `matmul_precision`, `exact_cuts` (whole steps for
     cut matrices) and `target_modules` (substrings of the names of the modules to project). `max_group_bytes` caps the
     float32 gradients of one param group on one rank, which ZeRO copies at a time. `check_sync_every` is the number of
     steps from one comparison of the replicated weights over the ranks to the next, 0 for none; `record_scaling_factors`
@@ -76,6 +77,7 @@ class Settings(BaseModel):
     formulation: Literal["released", "paper"] = "released"
     subspace: Literal["svd", "gram", "randomized"] = "svd"
     refresh_moments: Literal["keep", "rotate", "reset"] = "keep"
+    refresh_limiter: Literal["keep", "reset"] = "keep"
     stagger: StrictBool = False
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     matmul_precision: Literal["float32", "tf32", "bfloat16"] = "tf32"

@@ -40,6 +40,7 @@ WRONG_VALUES = [
     ("formulation", "published"),
     ("subspace", "magic"),
     ("refresh_moments", "forget"),
+    ("refresh_limiter", "none"),
     ("stagger", 1),
     ("state_dtype", "float16"),
     ("state_dtype", "int4"),

@@ -76,6 +76,23 @@ def test_moments_at_a_refresh(subspace: str, refresh_moments: str) -> None:
         assert (change.diagonal() >= 0.0).all(), "signs follow the old basis"
 
 
+@pytest.mark.parametrize("refresh_limiter", ["keep", "reset"])
+def test_the_limiter_at_a_refresh(refresh_limiter: str) -> None:
+    """A gradient a thousand times larger: gamma times the norm before it, or its own where a refresh forgets that."""
+    optimizer, (param,) = make(update_proj_gap=3, refresh_limiter=refresh_limiter, scaling="none", alpha=1.0)
+    norms, whole = [], []
+    for gradient, factor in zip(make_gradients(SHAPE, 5), (1, 1, 1, 1000, 1000), strict=True):
+        param.grad = factor * gradient
+        optimizer.step()
+        norms.append(float(optimizer.state[param]["residual_norm"]))
+        basis = optimizer.state[param]["basis"].double()
+        whole.append(float((param.grad.double() - basis @ (basis.t() @ param.grad.double())).norm()))
+    expected = 1.01 * norms[2] if refresh_limiter == "keep" else whole[3]
+    assert norms[3] == pytest.approx(expected, rel=1e-4)
+    assert norms[4] == pytest.approx(min(1.01 * norms[3], whole[4]), rel=1e-4)
+    assert whole[3] > 100 * norms[2]
+
+
 @pytest.mark.parametrize("subspace", ["gram", "randomized"])
 def test_a_decomposition_that_fails_keeps_the_old_basis_and_warns_once(monkeypatch, subspace: str) -> None:
     optimizer, (param,) = make(update_proj_gap=3, subspace=subspace)
