@@ -33,8 +33,8 @@ class FiraAdam(LowRankOptimizer):
         formulation: "released", the code behind the published figures (PyPI fira 1.0.2), or "paper", Algorithm 1.
         subspace: how a basis is computed: "svd" exact, "gram" from the Gram matrix, "randomized" by block iteration.
         refresh_moments: what a refresh does to the moments: "keep" (the paper), "rotate" into the new basis, "reset".
-        refresh_limiter: what it does to the limiter: "keep" the residual norm (the paper), or "reset", so that the first
-            step in a new subspace is not limited.
+        refresh_limiter: what it does to the limiter: "keep" the residual norm (the paper), or "reset", so that the
+            first step in a new subspace is not limited.
         stagger: whether matrices refresh on different steps.
         state_dtype: how basis and moments are stored: "float32" (float64 for float64 weights), "bfloat16", "int8".
         matmul_precision: of the products of a step: "float32", "tf32" (on a CPU the same), "bfloat16".

@@ -53,11 +53,12 @@ class Settings(BaseModel):
     projected), `gamma` (the limiter's largest growth of the residual norm from one step to the next),
     `residual_scale` (multiplies the scaled residual in the update; the paper has 1), `scaling`, `limiter`,
     `formulation`, `subspace` (how a basis is computed), `refresh_moments` (what a refresh does to the moments),
-    `refresh_limiter` (what it does to the limiter's residual norm), `stagger` (matrices refresh on different steps), `state_dtype`, `matmul_precision`, `exact_cuts` (whole steps for
-    cut matrices) and `target_modules` (substrings of the names of the modules to project). `max_group_bytes` caps the
-    float32 gradients of one param group on one rank, which ZeRO copies at a time. `check_sync_every` is the number of
-    steps from one comparison of the replicated weights over the ranks to the next, 0 for none; `record_scaling_factors`
-    those from one record of the scaling factors to the next (`ds_fira.scaling_factors`), 0 for none.
+    `refresh_limiter` (what it does to the limiter's residual norm), `stagger` (matrices refresh on different steps),
+    `state_dtype`, `matmul_precision`, `exact_cuts` (whole steps for cut matrices) and `target_modules` (substrings of
+    the names of the modules to project). `max_group_bytes` caps the float32 gradients of one param group on one rank,
+    which ZeRO copies at a time. `check_sync_every` is the number of steps from one comparison of the replicated weights
+    over the ranks to the next, 0 for none; `record_scaling_factors` those from one record of the scaling factors to the
+    next (`ds_fira.scaling_factors`), 0 for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
