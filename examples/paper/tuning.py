@@ -68,7 +68,7 @@ class Method:
     Attributes:
         title: for tables.
         trains: `targets`, the weights of the target modules; `all` weights; `lora` or `prefix`, what peft adds.
-        optimizer: AdamW, FiraAdam, or GaLore, which is FiraAdam without residual.
+        optimizer: "AdamW", "FiraAdam" or "GaLoreAdam".
         paper: the row of the paper's Table 3, None where it has none.
     """
 
@@ -81,13 +81,13 @@ class Method:
 METHODS = {
     "fira": Method("Fira", "targets", "FiraAdam", "Fira"),
     "fira_lora": Method("Fira on LoRA's factors (released script)", "lora", "FiraAdam", None),
-    "galore": Method("GaLore", "targets", "GaLore", "GaLore"),
+    "galore": Method("GaLore", "targets", "GaLoreAdam", "GaLore"),
     "lora": Method("LoRA", "lora", "AdamW", "LoRA"),
     "prefix": Method("Prefix-tuning", "prefix", "AdamW", "Prefix"),
     "full": Method("Full fine-tuning, AdamW", "all", "AdamW", None),
 }
-# GaLore is Fira without what it adds: https://arxiv.org/abs/2403.03507
-GALORE = {"scaling": "none", "residual_scale": 0.0, "limiter": "none"}
+# The package's optimizers by the type that a DeepSpeed config gives them.
+OPTIMIZERS = {"FiraAdam": ds_fira.FiraAdam, "GaLoreAdam": ds_fira.GaLoreAdam}
 
 
 def is_target(name: str, recipe: Recipe) -> bool:
@@ -141,7 +141,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 def optimizer_block(method: str, recipe: Recipe) -> dict[str, Any]:
     """The `optimizer` of a DeepSpeed config for a method.
 
-    Which weights FiraAdam projects need not be said: what the recipe does not project is not trained.
+    Which weights are projected need not be said: what the recipe does not project is not trained.
     """
     chosen = METHODS[method]
     if chosen.optimizer == "AdamW":
@@ -153,7 +153,7 @@ def optimizer_block(method: str, recipe: Recipe) -> dict[str, Any]:
         params |= {"rank": recipe.adapter_rank, "alpha": 1.0}
     else:
         params |= {"rank": recipe.rank, "alpha": recipe.alpha}
-    return {"type": "FiraAdam", "params": params | (GALORE if chosen.optimizer == "GaLore" else {})}
+    return {"type": chosen.optimizer, "params": params}
 
 
 def build_optimizer(model: nn.Module, method: str, recipe: Recipe) -> Optimizer:
@@ -162,4 +162,4 @@ def build_optimizer(model: nn.Module, method: str, recipe: Recipe) -> Optimizer:
     params = block["params"]
     if block["type"] == "AdamW":
         return torch.optim.AdamW(trained_parameters(model), lr=params["lr"], weight_decay=params["weight_decay"])
-    return ds_fira.FiraAdam(ds_fira.param_groups(model, **params), lr=params["lr"])
+    return OPTIMIZERS[block["type"]](ds_fira.param_groups(model, **params), lr=params["lr"])
