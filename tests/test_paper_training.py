@@ -134,10 +134,24 @@ def test_learning_rate_is_the_best_of_the_grid(tmp_path: Path) -> None:
 
 def test_a_run_is_known_by_all_that_decides_it() -> None:
     run = Run(method="Fira", lr=0.01)
-    variants: list[Any] = [{"seed": 1}, {"lr": 0.02}, {"settings": settings_of(rank=2)}, {"text": "python"}]
+    variants: list[Any] = [
+        {"seed": 1},
+        {"lr": 0.02},
+        {"settings": settings_of(rank=2)},
+        {"text": "python"},
+        {"length": 3},
+    ]
     keys = {dataclasses.replace(run, **change).key(TINY) for change in variants}
     keys |= {run.key(TINY), run.key(dataclasses.replace(TINY, steps=9))}
     assert len(keys) == len(variants) + 2
+
+
+def test_a_longer_run_has_more_steps_and_as_many_refreshes(made_text: Text) -> None:
+    result = train.train(Run(method="Fira", lr=0.01, length=3), TINY, CPU)
+    assert len(result["train_loss"]) == 3 * TINY.steps
+    assert Run(method="Fira", lr=0.01, length=3).stretched(TINY).gap == 3 * TINY.gap
+    # The key of a committed result, from before runs had a length.
+    assert Run(method="Fira", lr=0.01).key(SIZES["cpu"]) in Results(SIZES["cpu"]).found
 
 
 def invented(run: Run) -> dict[str, Any]:
@@ -158,7 +172,7 @@ def invented(run: Run) -> dict[str, Any]:
 def test_every_section_renders(tmp_path: Path) -> None:
     """From results of every run that the experiments ask for; they ask for more once learning rates are tuned."""
     results = Results(TINY, tmp_path)
-    for _ in range(3):
+    for _ in range(4):
         for name in report.TRAININGS:
             for stage in report.module(name).stages(results):
                 for run in stage:

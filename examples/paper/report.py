@@ -28,8 +28,8 @@ from examples.paper.tables import Claim, claims_table, table
 
 PAGE = ROOT / "docs" / "reproduction.md"
 # In the order of the page.
-TRAININGS = ("table_2", "ablation", "spikes", "ranks", "factors", "sensitivity", "beyond")
-COMPUTED = ("figure_5", "theorem", "memory_table", "rankings", "finetune", "combined")
+TRAININGS = ("table_2", "ablation", "spikes", "ranks", "factors", "sensitivity", "beyond", "longer")
+COMPUTED = ("figure_5", "theorem", "memory_table", "rankings", "finetune", "combined", "recipe_cost")
 ORDER = (
     "table_2",
     "ablation",
@@ -44,6 +44,8 @@ ORDER = (
     "sensitivity",
     "combined",
     "beyond",
+    "recipe_cost",
+    "longer",
 )
 
 

@@ -117,6 +117,7 @@ class Run:
         architecture: "llama", "gpt_neox" or "opt".
         clip: the largest gradient norm, None for no clipping.
         record: steps between records of the scaling factors, 0 for none.
+        length: steps and gap, in those of the size.
     """
 
     method: str
@@ -127,11 +128,19 @@ class Run:
     architecture: str = "llama"
     clip: float | None = None
     record: int = 0
+    length: int = 1
 
     def key(self, size: Size) -> str:
         """A hash of everything that decides the result."""
-        content = {"size": dataclasses.asdict(size), "run": dataclasses.asdict(self)}
+        own = dataclasses.asdict(self)
+        if self.length == 1:  # so that runs keep the keys that they had before there were longer ones
+            del own["length"]
+        content = {"size": dataclasses.asdict(size), "run": own}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def stretched(self, size: Size) -> Size:
+        """The size with this run's steps, and with its gap."""
+        return dataclasses.replace(size, steps=self.length * size.steps, gap=self.length * size.gap)
 
     def with_seed(self, seed: int) -> Run:
         """The same training from other initial weights, on the data in another order."""

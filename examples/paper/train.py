@@ -129,7 +129,9 @@ def train(run: Run, size: Size, device: torch.device | None = None) -> dict[str,
         wall time on a GPU, and `optimizer_seconds` of the optimizer's steps; `scaling_factors`, if recorded.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    training = Training(run, size, data.load(run.text, size), device)
+    key, text = run.key(size), data.load(run.text, size)
+    size = run.stretched(size)
+    training = Training(run, size, text, device)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     every = max(1, size.steps // VALIDATIONS)
     losses, norms, validation, validating = [], [], [], 0.0
@@ -152,7 +154,7 @@ def train(run: Run, size: Size, device: torch.device | None = None) -> dict[str,
             validating += clock() - pause
     finished = len(losses) == size.steps and math.isfinite(validation[-1][1])
     result = {
-        "key": run.key(size),
+        "key": key,
         "run": dataclasses.asdict(run),
         "size": size.name,
         "provenance": origin(),
