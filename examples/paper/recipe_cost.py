@@ -100,7 +100,7 @@ def measure(size: Size) -> dict[str, dict[str, float]]:
 
 
 def training_steps(size: Size) -> dict[str, float]:
-    """By kind: mean milliseconds of a whole training step, forward and backward in it, over two gaps of released Fira."""
+    """By kind: mean milliseconds of a training step, forward and backward in it, over two gaps of released Fira."""
     text = data.load("reviews", size)
     runs = {name: beyond.changed(FIRA, **settings) for name, settings in kinds(size).items()}
     trainings = {name: Training(run, size, text, torch.device("cpu")) for name, run in runs.items()}
