@@ -23,6 +23,7 @@ from examples.paper.tables import (
     HOLDS,
     WIDTH,
     Claim,
+    Score,
     change,
     claims_table,
     lower,
@@ -37,6 +38,8 @@ NAME, TITLE = "beyond", "Beyond the paper"
 GOAL = 0.05  # lower perplexity than released Fira
 WARM = {"subspace": "randomized", "refresh_moments": "rotate"}
 SHORT, TWICE = "randomized, rotated, a third of the gap", "bfloat16 states at twice the rank"
+# What README recommends: of the variants that cost no time and no memory the best at both ranks.
+RECIPE = f"{SHORT}, gamma 1.1"
 
 
 def variants(size: Size, rank: int) -> dict[str, dict[str, Any]]:
@@ -59,10 +62,10 @@ def variants(size: Size, rank: int) -> dict[str, dict[str, Any]]:
         "stagger": {"stagger": True},
         "Algorithm 1, residual_scale 4": {"formulation": "paper", "residual_scale": 4.0},
         SHORT: short,
-        f"{SHORT}, gamma 1.1": {**short, "gamma": 1.1},
+        RECIPE: {**short, "gamma": 1.1},
         TWICE: halved,
         f"{TWICE}, {SHORT}": {**halved, **short},
-        f"{TWICE}, {SHORT}, gamma 1.1": {**halved, **short, "gamma": 1.1},
+        f"{TWICE}, {RECIPE}": {**halved, **short, "gamma": 1.1},
     }
 
 
@@ -85,18 +88,6 @@ def stages(results: Results) -> list[list[Run]]:
     return [*table_2.stages(results), seeds(*every)]
 
 
-def recipe(results: Results) -> str:
-    """The name of the variant with the lowest perplexity over released Fira's, averaged over both ranks."""
-    families = runs(results.size)
-    released = {rank: score(results, family["released"]).mean for rank, family in families.items()}
-    return min(
-        variants(results.size, results.size.rank),
-        key=lambda name: statistics.fmean(
-            score(results, family[name]).mean / released[rank] for rank, family in families.items()
-        ),
-    )
-
-
 def seconds(results: Results, run: Run) -> float:
     """Processor time of a training without its validations, mean over the seeds."""
     return statistics.fmean(results[run.with_seed(seed)]["seconds"] for seed in SEEDS)
@@ -105,7 +96,11 @@ def seconds(results: Results, run: Run) -> float:
 def section(results: Results, figures: Path) -> str:
     """Markdown of a table per rank, the curves and the claims."""
     adam = score(results, tuned(results, ADAM))
-    parts = [f"Full-rank Adam, tuned: {adam}. Time is processor time of the whole training over released Fira's.\n"]
+    parts = [
+        f"Our settings on top of released Fira; the recipe is `{RECIPE}`. Full-rank Adam, tuned: {adam}. By seed: the "
+        "change at each seed, which shares weights and data with released Fira's run. Time is processor time over "
+        "released Fira's, of trainings on other days; the next section measures it side by side.\n"
+    ]
     for rank, family in runs(results.size).items():
         released = family["released"]
         reference = score(results, released)
@@ -114,6 +109,7 @@ def section(results: Results, figures: Path) -> str:
                 name,
                 f"**{score(results, run)}**",
                 change(score(results, run), reference),
+                by_seed(score(results, run), reference),
                 change(score(results, run), adam),
                 f"{seconds(results, run) / seconds(results, released):.2f}",
                 f"{results[run]['state_bytes'] / results[released]['state_bytes']:.2f}",
@@ -122,44 +118,42 @@ def section(results: Results, figures: Path) -> str:
         ]
         parts += [
             f"Rank {rank} of {results.size.hidden}:\n",
-            table(["on top of released Fira", "perplexity", "to released", "to Adam", "time", "state"], rows),
+            table(
+                ["on released Fira", "perplexity", "to released", "by seed", "to Adam", "time", "state"], rows
+            ),
         ]
     return "\n".join([*parts, plot(results, figures), claims_table(claims(results))])
 
 
+def by_seed(found: Score, reference: Score) -> str:
+    """Changes of perplexity seed by seed."""
+    return " ".join(f"{a / b - 1:+.1%}" for a, b in zip(found.values, reference.values, strict=True))
+
+
 def claims(results: Results) -> list[Claim]:
     """The goal, at both ranks, and the order against Adam."""
-    name = recipe(results)
     adam = ("Adam", score(results, tuned(results, ADAM)))
     found = []
     for rank, family in runs(results.size).items():
-        ours, released = score(results, family[name]), score(results, family["released"])
+        ours, released = score(results, family[RECIPE]), score(results, family["released"])
         gain = 1 - ours.mean / released.mean
-        time = seconds(results, family[name]) / seconds(results, family["released"])
         found += [
             Claim(
-                f"rank {rank}: `{name}` is at least {GOAL:.0%} below released Fira, outside the spread",
+                f"rank {rank}: the recipe is at least {GOAL:.0%} below released Fira, outside the spread",
                 "our goal",
                 f"{ours} against {released}: {-gain:+.1%}",
                 HOLDS if gain >= GOAL and ours.below(released) else FAILS,
             ),
-            Claim(
-                f"rank {rank}: `{name}` is not slower than released Fira",
-                "our goal",
-                f"{time:.2f} of its time",
-                HOLDS if time <= 1.0 else FAILS,
-            ),
-            lower(f"rank {rank}: `{name}` is below full-rank Adam", "our goal", (name, ours), adam),
+            lower(f"rank {rank}: the recipe is below full-rank Adam", "our goal", ("the recipe", ours), adam),
         ]
     return found
 
 
 def plot(results: Results, figures: Path) -> str:
     """Training loss of the recipe, released Fira and Adam at both ranks, at the first seed."""
-    name = recipe(results)
     figure, axes = plt.subplots(1, 2, figsize=(1.5 * WIDTH, HEIGHT), sharey=True)
     for place, (rank, family) in zip(axes, runs(results.size).items(), strict=True):
-        shown = {"released Fira": family["released"], name: family[name], "full-rank Adam": tuned(results, ADAM)}
+        shown = {"released Fira": family["released"], RECIPE: family[RECIPE], "full-rank Adam": tuned(results, ADAM)}
         for label, run in shown.items():
             place.plot(smooth(results[dataclasses.replace(run, seed=SEEDS[0])]["train_loss"]), lw=0.9, label=label)
         place.set(title=f"rank {rank}", xlabel="step")

@@ -50,15 +50,14 @@ def adam_grid() -> list[Run]:
 
 def chosen(results: Results) -> dict[str, Run]:
     """What is compared: Adam at its best rate, GaLore and Fira at the paper's, and the recipe of `beyond`."""
-    name = beyond.recipe(results)
-    recipe = beyond.runs(results.size)[results.size.rank][name]
+    recipe = beyond.runs(results.size)[results.size.rank][beyond.RECIPE]
     adam = tuned(results, stretch(ADAM), RATES)
-    return {"full-rank Adam": adam, "GaLore": stretch(GALORE), "Fira": stretch(FIRA), name: stretch(recipe)}
+    return {"full-rank Adam": adam, "GaLore": stretch(GALORE), "Fira": stretch(FIRA), "the recipe": stretch(recipe)}
 
 
 def stages(results: Results) -> list[list[Run]]:
-    """The recipe is known once all its rivals are trained, Adam's rate once its grid is."""
-    first = [*(run for stage in beyond.stages(results) for run in stage), *adam_grid()]
+    """Adam's rate is known once its grid is trained."""
+    first = adam_grid()
     if any(run not in results for run in first):
         return [first]
     return [first, seeds(*chosen(results).values())]

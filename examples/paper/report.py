@@ -100,6 +100,8 @@ def page(names: list[str], results: Results) -> str:
     sections = [section(name, results) for name in ordered]
     judged = [name for name in ordered if name in TRAININGS and not lacks(name, results)]
     verdicts: list[Claim] = [claim for name in judged for claim in module(name).claims(results)]
+    if "recipe_cost" in ordered and not lacks("recipe_cost", results):
+        verdicts += module("recipe_cost").claims(compute("recipe_cost", again=False))
     return "\n".join([heading(results), claims_table(verdicts), *sections])
 
 
