@@ -72,7 +72,7 @@ def test_recipe_trains(tmp_path: Path) -> None:
     write_text(tmp_path)
     options = ["--data", "text.txt", "--tokenizer", "train", "--cache-dir", "cache", "--output-dir", "out"]
     options += ["--steps", "2", "--batch-size", "1", "--total-batch-size", "4", "--eval-batches", "1", "--report"]
-    options += ["--validation-tokens", "1024"]
+    options += ["--validation-tokens", "1024", "--gamma", "1.1"]
     command = ["bash", str(ROOT / "launch" / "llama_60m.sh"), *options]
     done = run(command, tmp_path, VIRTUAL_ENV=sys.prefix, NPROC="2", LAUNCHER="torchrun")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -83,7 +83,8 @@ def test_recipe_trains(tmp_path: Path) -> None:
     config = summary["deepspeed_config"]
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (4, 2)
     assert config["gradient_clipping"] == 0.0
-    assert config["optimizer"]["params"]["rank"] == 128
+    params = config["optimizer"]["params"]
+    assert (params["rank"], params["gamma"]) == (128, 1.1)
     assert summary["refreshes"] == 56
     page = (tmp_path / "out" / "report.html").read_text()
     # Fira's own events come every ten steps (`steps_per_print`), later than this run ends.

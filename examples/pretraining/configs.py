@@ -15,7 +15,7 @@ from ds_fira.zero import TYPES
 from .batch import MICRO, TOTAL
 
 # JSON parameter of FiraAdam -> option. A value given on the command line wins over the DeepSpeed JSON.
-FIRA_PARAMS = ("rank", "alpha", "update_proj_gap", "target_modules")
+FIRA_PARAMS = ("rank", "alpha", "update_proj_gap", "gamma", "target_modules")
 SHARED_PARAMS = ("lr", "weight_decay")
 SHAPE_OPTIONS = ("hidden_size", "intermediate_size", "layers", "heads")
 SHAPE_DEFAULTS = {"hidden_size": 128, "layers": 4, "heads": 4}

@@ -122,6 +122,7 @@ def build_parser() -> OneSentenceParser:
     optimizer.add_argument("--rank", type=positive, help="of the projection")
     optimizer.add_argument("--alpha", type=float, help="scale of the projected update")
     optimizer.add_argument("--update-proj-gap", type=positive, help="steps between subspace refreshes")
+    optimizer.add_argument("--gamma", type=float, help="largest growth of the residual norm from step to step")
     optimizer.add_argument("--target-modules", nargs="+", help="modules whose weights are projected")
 
     parser.add_argument("--deepspeed-config", type=Path, default=REPOSITORY / "ds_configs" / "zero2_bf16.json")
