@@ -41,6 +41,8 @@ BLOCK_SHARE = 1 / 32
 MIN_BLOCK_ROWS = 8
 # Elements up to which a matrix is summed up in float64, at no cost worth saving.
 SMALL_MATRIX = 2**13
+# A block of so many elements, a quarter of a megabyte in float64, costs more than the call that sums it.
+BLOCK_ELEMENTS = 2**15
 
 
 def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:
@@ -98,9 +100,9 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32")
 def squared_norms(matrix: Tensor, side: Side) -> Tensor:
     """|G_j|^2 of every column (left, n values) or of every row (right, m values), in float64; R's likewise.
 
-    In a large matrix squares are summed in its own dtype inside a block of rows (left) or a row (right), and in float64
-    from there on; the errors average out over the blocks or rows. A small matrix has few of them, and is summed in
-    float64 throughout. A sum that is not finite says that the matrix holds NaN, infinity or elements whose squares
+    In a large matrix squares are summed in its own dtype inside a large block of rows (left) or a row (right), and in
+    float64 from there on; the errors average out over the blocks or rows. A small matrix has few of them, and is summed
+    in float64 throughout. A sum that is not finite says that the matrix holds NaN, infinity or elements whose squares
     overflow.
     """
     if matrix.numel() <= SMALL_MATRIX:
@@ -108,9 +110,14 @@ def squared_norms(matrix: Tensor, side: Side) -> Tensor:
     if side == "right":
         return torch.linalg.vector_norm(matrix, dim=1).double().square()
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for block in matrix.split(block_rows(matrix.shape[0])):
-        total += block.square().sum(0)
+    for block in matrix.split(summed_rows(matrix.shape)):
+        total += (block.double().square_() if block.numel() <= BLOCK_ELEMENTS else block.square()).sum(0)
     return total
+
+
+def summed_rows(shape: torch.Size, bytes_ratio: float = 1.0) -> int:
+    """Rows summed at once of a matrix, (m, n): `block_rows`, and more of them in a small one, to make fewer calls."""
+    return max(block_rows(shape[0], bytes_ratio), BLOCK_ELEMENTS // max(1, shape[1]))
 
 
 def adam_direction_(

@@ -55,7 +55,7 @@ class MatrixTask:
 
 def total_square(grad: Tensor, state: MatrixState) -> Tensor:
     """|G|^2 of a gradient, or of a block of one, float64, 0-dim; formed in blocks of rows."""
-    blocks = grad.split(F.block_rows(grad.shape[0], 4.0))
+    blocks = grad.split(F.summed_rows(grad.shape, 4.0))
     return sum(F.squared_norms(block.to(state.dtype), state.side).sum() for block in blocks)
 
 

@@ -61,6 +61,8 @@ def variants(size: Size, rank: int) -> dict[str, dict[str, Any]]:
         "randomized": {"subspace": "randomized"},
         "stagger": {"stagger": True},
         "Algorithm 1, residual_scale 4": {"formulation": "paper", "residual_scale": 4.0},
+        "randomized, rotated": WARM,
+        "randomized, rotated, gamma 1.1": {**WARM, "gamma": 1.1},
         SHORT: short,
         RECIPE: {**short, "gamma": 1.1},
         TWICE: halved,
@@ -118,9 +120,7 @@ def section(results: Results, figures: Path) -> str:
         ]
         parts += [
             f"Rank {rank} of {results.size.hidden}:\n",
-            table(
-                ["on released Fira", "perplexity", "to released", "by seed", "to Adam", "time", "state"], rows
-            ),
+            table(["on released Fira", "perplexity", "to released", "by seed", "to Adam", "time", "state"], rows),
         ]
     return "\n".join([*parts, plot(results, figures), claims_table(claims(results))])
 
