@@ -39,10 +39,8 @@ NEGLIGIBLE_RESIDUAL = 1e-4
 # smaller than so many rows: no temporary comes near the size of a large matrix, and a block stays in cache.
 BLOCK_SHARE = 1 / 32
 MIN_BLOCK_ROWS = 8
-# Elements up to which a matrix is summed up in float64, at no cost worth saving.
+# Elements up to which a matrix, or a block of one, is summed up in float64: there it costs less than the calls.
 SMALL_MATRIX = 2**13
-# A block of so many elements, a quarter of a megabyte in float64, costs more than the call that sums it.
-BLOCK_ELEMENTS = 2**15
 
 
 def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:
@@ -111,13 +109,13 @@ def squared_norms(matrix: Tensor, side: Side) -> Tensor:
         return torch.linalg.vector_norm(matrix, dim=1).double().square()
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
     for block in matrix.split(summed_rows(matrix.shape)):
-        total += (block.double().square_() if block.numel() <= BLOCK_ELEMENTS else block.square()).sum(0)
+        total += (block.double() if block.numel() <= SMALL_MATRIX else block).square().sum(0)
     return total
 
 
 def summed_rows(shape: torch.Size, bytes_ratio: float = 1.0) -> int:
     """Rows summed at once of a matrix, (m, n): `block_rows`, and more of them in a small one, to make fewer calls."""
-    return max(block_rows(shape[0], bytes_ratio), BLOCK_ELEMENTS // max(1, shape[1]))
+    return max(block_rows(shape[0], bytes_ratio), SMALL_MATRIX // max(1, shape[1]))
 
 
 def adam_direction_(
