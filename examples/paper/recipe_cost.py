@@ -101,7 +101,7 @@ def measure(size: Size) -> dict[str, dict[str, float]]:
 
 
 def training_steps(size: Size) -> dict[str, list[float]]:
-    """By kind: mean milliseconds of a training step, forward and backward in it, by stretch of a gap, `WINDOWS` of them."""
+    """By kind: mean milliseconds of a training step, forward and backward in it, in each stretch of a gap."""
     text = data.load("reviews", size)
     runs = {name: beyond.changed(FIRA, **settings) for name, settings in kinds(size).items()}
     trainings = {name: Training(run, size, text, torch.device("cpu")) for name, run in runs.items()}
