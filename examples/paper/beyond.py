@@ -58,6 +58,7 @@ def variants(size: Size, rank: int) -> dict[str, dict[str, Any]]:
         "limiter restarted": {"refresh_limiter": "reset"},
         "moments rotated": {"refresh_moments": "rotate"},
         "moments reset": {"refresh_moments": "reset"},
+        "the first subspace throughout": {"update_proj_gap": size.steps},
         "randomized": {"subspace": "randomized"},
         "stagger": {"stagger": True},
         "Algorithm 1, residual_scale 4": {"formulation": "paper", "residual_scale": 4.0},
