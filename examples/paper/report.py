@@ -30,6 +30,19 @@ PAGE = ROOT / "docs" / "reproduction.md"
 # In the order of the page.
 TRAININGS = ("table_2", "ablation", "spikes", "ranks", "factors", "sensitivity", "beyond", "longer")
 COMPUTED = ("figure_5", "theorem", "memory_table", "rankings", "finetune", "combined", "recipe_cost")
+# What takes GPUs, and the command there.
+NOT_RUN = (
+    ("every section at LLaMA 60M and the paper's settings", "python -m examples.paper.report --size gpu"),
+    ("the same in fewer steps", "python -m examples.paper.report --size gpu --steps 1000"),
+    ("Table 2 at 60M, 130M, 350M, 1B; GaLore beside it", "bash launch/llama_130m.sh [--optimizer GaLoreAdam]"),
+    ("Figure 5, LLaMA 7B", "bash launch/llama_7b_rank64.sh"),
+    (
+        "Table 3, LLaMA-7B on commonsense questions",
+        "deepspeed --num_gpus 8 examples/finetune_commonsense.py --model /data/llama-7b --train "
+        "/data/commonsense_170k.json --tests /data/dataset/*/test.json",
+    ),
+    ("the recipe at 60M", "bash launch/llama_60m.sh --gamma 1.1 --update-proj-gap 67"),
+)
 ORDER = (
     "table_2",
     "ablation",
@@ -102,7 +115,7 @@ def page(names: list[str], results: Results) -> str:
     verdicts: list[Claim] = [claim for name in judged for claim in module(name).claims(results)]
     if "recipe_cost" in ordered and not lacks("recipe_cost", results):
         verdicts += module("recipe_cost").claims(compute("recipe_cost", again=False))
-    return "\n".join([heading(results), claims_table(verdicts), *sections])
+    return "\n".join([heading(results), claims_table(verdicts), *sections, not_run(results.size)])
 
 
 def heading(results: Results) -> str:
@@ -136,11 +149,20 @@ def heading(results: Results) -> str:
             table(["", ""], facts),
             f"{stamp_line(first['provenance'])}\n",
             "Perplexities are of held-out text, mean ± standard deviation over three seeds (weights, data order).",
+            "These runs are short; the section on runs twice as long tells what of them lasts.",
             "That one method is below another **holds** where its worst seed is below the other's best, is",
             "**not told apart** where seeds overlap, and else **does not hold**.\n",
             "## All verdicts\n",
         ]
     )
+
+
+def not_run(size: Size) -> str:
+    """What this page lacks for want of GPUs; nothing at their size."""
+    if size.dtype != "float32":
+        return ""
+    rows = [(what, f"`{command}`") for what, command in NOT_RUN]
+    return "## What was not run here\n\nIt takes GPUs. On a machine that has them:\n\n" + table(["", "command"], rows)
 
 
 def pictures(text: str) -> list[str]:
