@@ -17,7 +17,7 @@ from examples.paper.provenance import stamp, stamp_line
 from examples.paper.tables import table
 
 NAME, TITLE = "combined", "Fira under ZeRO-2 with every saving at once"
-STEPS = 150
+STEPS = 100
 SEED = 0
 CONFIGS = CONFIG.parent
 CHECKPOINTED = ["--activation-checkpointing", "transformers"]
