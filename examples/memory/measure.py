@@ -20,8 +20,6 @@ from ds_fira.zero_memory import held_tensors, is_offloaded
 from .grid import Cell, Run, deepspeed_config
 
 STATE_LABELS = ("master weights", "optimizer states", "host gradients", "host buffers")
-# Other threads need microseconds; on a machine with more processes than cores they wait for their turn.
-SETTLE_SECONDS = 0.2
 # Label of what an engine holds, by the names of `held_tensors`.
 LABELS = {
     "parameters": "parameters",
@@ -119,8 +117,6 @@ def train(engine: deepspeed.DeepSpeedEngine, run: Run, tokens: torch.Tensor, rec
         torch.cuda.reset_peak_memory_stats()
     # What is left of an earlier engine would be freed in the middle of the measured step, which never allocated it.
     gc.collect()
-    # So would what a thread of gloo still holds of the last collective, if this one left it no time to let go.
-    time.sleep(SETTLE_SECONDS)
     recording.begin()
     held = held_bytes(engine)
     step(engine, tokens, recording)

@@ -21,12 +21,15 @@ STEPS = 100
 SEED = 0
 CONFIGS = CONFIG.parent
 CHECKPOINTED = ["--activation-checkpointing", "transformers"]
+# Of the quickstart's config; the other files are for larger models and batches.
+SMALL = {"rank": 32, "update_proj_gap": 50, "lr": 0.005}
+BATCH = ["--batch-size", "8", "--total-batch-size", "16"]
 # Name, DeepSpeed config, settings on top of its own (None: AdamW), arguments of the script.
 RUNS: list[tuple[str, str, dict[str, Any] | None, list[str]]] = [
     ("AdamW, bf16, ZeRO-2", "zero2_bf16.json", None, ["--lr", "0.001"]),
-    ("GaLoreAdam, bf16, ZeRO-2", "zero2_galore.json", {}, []),
+    ("GaLoreAdam, bf16, ZeRO-2", "zero2_bf16.json", {}, ["--optimizer", "GaLoreAdam"]),
     ("FiraAdam, bf16, ZeRO-2", "zero2_bf16.json", {}, []),
-    ("FiraAdam, fp16, ZeRO-2", "zero2_fp16.json", {}, []),
+    ("FiraAdam, fp16, ZeRO-2", "zero2_fp16.json", SMALL, BATCH),
     ("FiraAdam, int8 states", "zero2_bf16.json", {"state_dtype": "int8"}, []),
     ("FiraAdam, bf16 states, checkpointing", "zero2_bf16.json", {"state_dtype": "bfloat16"}, CHECKPOINTED),
 ]
