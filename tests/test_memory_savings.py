@@ -107,7 +107,8 @@ def test_categories_add_up_to_the_peak(figures: dict, cell: tuple[Any, ...]) -> 
 
 def test_every_byte_is_explained(fresh_ranks: Pools) -> None:
     """In one process. Whether gloo's thread, which the profiler does not see, is the last to let go of a buffer is a
-    race; it wins some of the time, and a byte that nothing explains would be there every time."""
+    race; it wins some of the time, and a byte that nothing explains would be there every time.
+    """
     least = dict.fromkeys(CELLS[:6], math.inf)
     for _ in range(5):
         cells = [cell for cell, found in least.items() if found > 64]  # more than a loss or two
