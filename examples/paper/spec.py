@@ -49,7 +49,7 @@ class Size:
 
 
 SIZES = {
-    # All runs of the report in about an hour on two cores. The gap is a tenth of the run: 10 refreshes.
+    # All runs of the report in about an hour and a half on two cores. The gap is a tenth of the run: 10 refreshes.
     "cpu": Size(
         name="cpu",
         hidden=128,
