@@ -150,6 +150,23 @@ def test_low_precision_is_carried_over_to_the_bit(ranks: Pools, folders: Path) -
         assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+@pytest.mark.parametrize(("dtype", "other"), [("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "bf16"), ("bf16", "fp16")])
+def test_another_dtype(ranks: Pools, folders: Path, dtype: str, other: str) -> None:
+    """Master weights and states go into an engine of another dtype and back to the bit, and training goes on there."""
+    first = saved(ranks, folders, 2, 2, dtype)
+    second, third = folders / f"{dtype}-as-{other}", folders / f"{dtype}-from-{other}"
+    job(ranks, 2, 2, other, first=0, last=0, load=str(first), save=str(second))
+    job(ranks, 2, 2, dtype, first=0, last=0, load=str(second), save=str(third))
+    before, after = canonical(first), canonical(third)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    found = job(ranks, 3, 2, other, first=SAVED, last=END, load=str(first), seed=7)
+    # From here on it is a run in another precision: its losses are near the first one's, its weights its own.
+    assert (found["error"], found["steps"]) == ("", SAVED)
+    assert found["lr"] == pytest.approx(whole(ranks, dtype)["lr"], rel=1e-12)
+    assert found["losses"] == pytest.approx(whole(ranks, dtype)["losses"][SAVED:], rel=0.02)
+
+
 def canonical(folder: Path) -> dict[Any, torch.Tensor]:
     """Every tensor of a checkpoint by what it is."""
     state = CheckpointFiles.find(folder / f"global_step{SAVED}").read()
