@@ -82,6 +82,6 @@ def carry_moments(state: MatrixState, group: dict[str, Any], change: Tensor | No
 
 def carry_limiter(state: MatrixState, group: dict[str, Any]) -> None:
     """Bring the limiter's residual norm over a refresh as `refresh_limiter` says; 0 is no history."""
-    # A group that an earlier version saved says nothing.
+    # A method without a limiter, and a group that an earlier version saved, say nothing.
     if group.get("refresh_limiter", "keep") == "reset" and state.residual_norm is not None:
         state.residual_norm.zero_()

@@ -6,7 +6,6 @@ python -m examples.paper.report --only beyond
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +91,12 @@ def stages(results: Results) -> list[list[Run]]:
     return [*table_2.stages(results), seeds(*every)]
 
 
-def seconds(results: Results, run: Run) -> float:
-    """Processor time of a training without its validations, mean over the seeds."""
-    return statistics.fmean(results[run.with_seed(seed)]["seconds"] for seed in SEEDS)
-
-
 def section(results: Results, figures: Path) -> str:
     """Markdown of a table per rank, the curves and the claims."""
     adam = score(results, tuned(results, ADAM))
     parts = [
         f"Our settings on top of released Fira; the recipe is `{RECIPE}`. Full-rank Adam, tuned: {adam}. By seed: the "
-        "change at each seed, which shares weights and data with released Fira's run. Time is processor time over "
-        "released Fira's, of trainings on other days; the next section measures it side by side.\n"
+        "change at each seed, which shares weights and data with released Fira's run. The next section has the time.\n"
     ]
     for rank, family in runs(results.size).items():
         released = family["released"]
@@ -115,14 +108,13 @@ def section(results: Results, figures: Path) -> str:
                 change(score(results, run), reference),
                 by_seed(score(results, run), reference),
                 change(score(results, run), adam),
-                f"{seconds(results, run) / seconds(results, released):.2f}",
                 f"{results[run]['state_bytes'] / results[released]['state_bytes']:.2f}",
             )
             for name, run in family.items()
         ]
         parts += [
             f"Rank {rank} of {results.size.hidden}:\n",
-            table(["on released Fira", "perplexity", "to released", "by seed", "to Adam", "time", "state"], rows),
+            table(["on released Fira", "perplexity", "to released", "by seed", "to Adam", "state"], rows),
         ]
     return "\n".join([*parts, plot(results, figures), claims_table(claims(results))])
 
