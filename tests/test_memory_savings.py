@@ -106,8 +106,9 @@ def test_categories_add_up_to_the_peak(figures: dict, cell: tuple[Any, ...]) -> 
 
 
 def test_every_byte_is_explained(fresh_ranks: Pools) -> None:
-    """In one process. Whether gloo's thread, which the profiler does not see, is the last to let go of a buffer is a
-    race; it wins some of the time, and a byte that nothing explains would be there every time.
+    """In one process. Rarely a buffer is freed where the profiler does not see it, by a thread of gloo it seems.
+
+    A byte that nothing explains would be there every time.
     """
     least = dict.fromkeys(CELLS[:6], math.inf)
     for _ in range(5):
