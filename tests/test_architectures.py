@@ -101,7 +101,11 @@ def test_one_low_rank_state_for_every_matrix(trained: tuple[str, list[dict[str, 
 
 
 def test_the_same_steps_as_one_process(trained: tuple[str, list[dict[str, Any]]]) -> None:
-    """Against one process with the whole batch: within 1e-5 of the weight change; and the loss falls."""
+    """Against one process that sums the same micro-batches: within 1e-5 of the weight change; and the loss falls.
+
+    The whole batch at once is summed in another order. On a CPU without AVX-512 the rounding of that alone moves
+    Mixtral's weights by 2e-5 of their change.
+    """
     kind, results = trained
     torch.manual_seed(0)
     model = getattr(small_models, kind)()
@@ -110,11 +114,12 @@ def test_the_same_steps_as_one_process(trained: tuple[str, list[dict[str, Any]]]
     of_ranks = [batches(STEPS, rank) for rank in range(WORLD_SIZE)]
     losses = []
     for tokens in zip(*of_ranks, strict=True):
-        loss = small_models.loss_of(model, torch.cat(tokens))
-        loss.backward()
+        parts = [small_models.loss_of(model, part) / WORLD_SIZE for part in tokens]
+        for part in parts:
+            part.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        losses.append(float(sum(part.detach() for part in parts)))
     mean = [sum(values) / WORLD_SIZE for values in zip(*(result["losses"] for result in results), strict=True)]
     assert mean == pytest.approx(losses, rel=1e-5)
     assert losses[-1] < losses[0] - 0.05

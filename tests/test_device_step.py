@@ -144,8 +144,9 @@ def test_neighbours_of_one_shape_are_one_batch() -> None:
 
 
 def test_a_model_with_kernels_matches_one_without() -> None:
-    """A flat list of a module's parameters in bfloat16, norms and biases included."""
-    found = []
+    """A model's parameters in bfloat16, norms and biases included, both times with the gradients of the first run."""
+    found: list[list[Tensor]] = []
+    gradients: list[list[Tensor]] = []
     for kernel in (False, True):
         if DEVICE.type == "cpu":
             kernels.interpret_on_cpu(kernel)
@@ -153,11 +154,15 @@ def test_a_model_with_kernels_matches_one_without() -> None:
         model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.LayerNorm(20), torch.nn.Linear(20, 8))
         model = model.to(DEVICE, torch.bfloat16)
         optimizer = FiraAdam(ds_fira.param_groups(model, rank=4), lr=0.01)
-        for _ in range(4):
-            optimizer.zero_grad()
-            model(torch.ones(5, 12, device=DEVICE, dtype=torch.bfloat16)).float().square().sum().backward()
+        for step in range(4):
+            if not kernel:
+                optimizer.zero_grad()
+                model(torch.ones(5, 12, device=DEVICE, dtype=torch.bfloat16)).float().square().sum().backward()
+                gradients.append([param.grad.clone() for param in model.parameters()])
+            for param, gradient in zip(model.parameters(), gradients[step], strict=True):
+                param.grad = gradient.clone()
             optimizer.step()
         found.append([param.detach().float().cpu() for param in model.parameters()])
     for expected, mine in zip(*found, strict=True):
         # One unit in the last place of bfloat16 where the two round differently.
-        torch.testing.assert_close(mine, expected, rtol=2.0**-6, atol=1e-3)
+        torch.testing.assert_close(mine, expected, rtol=2.0**-7, atol=1e-3)

@@ -31,11 +31,11 @@ def run_both(weight, gradients, **group):
     return weight_change_error(weight, ours, theirs), state, reference
 
 
-def assert_parity(shape, gradients=None, *, seed=0, **group):
+def assert_parity(shape, gradients=None, *, seed=0, within=tolerances.FLOAT32_VS_REFERENCE, **group):
     group = {**BASE, **group}
     gradients = make_gradients(shape, STEPS, seed=seed) if gradients is None else gradients
     error, state, reference = run_both(make_weight(shape, seed=seed), gradients, **group)
-    assert error <= tolerances.FLOAT32_VS_REFERENCE, f"{shape} {group}: {error:.2e}"
+    assert error <= within, f"{shape} {group}: {error:.2e}"
     return state, reference
 
 
@@ -149,7 +149,8 @@ def test_a_small_residual_is_measured_not_cancelled(shape, side, formulation, sh
     """
     strong = low_rank_gradient(shape, true_rank=4, seed=1)
     weak = low_rank_gradient(shape, true_rank=24, seed=2, scale=share)
-    state, reference = assert_parity(shape, [strong + weak] * 3, proj_type=side, formulation=formulation)
+    within = tolerances.FLOAT32_SMALL_RESIDUAL
+    state, reference = assert_parity(shape, [strong + weak] * 3, within=within, proj_type=side, formulation=formulation)
     assert share / 20 < reference.residual_share[0] < share * 20
     # float32 carries G itself to 6e-8 of |G|, so the norm of a residual of relative size s is known to 6e-8 / s.
     known_to = tolerances.FLOAT32_STATE + 1e-6 / share
