@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_fira import tags
+from ds_fira import manifest, tags
 
 FILES = {"mp_rank_00_model_states.pt": b"model" * 100, "zero_pp_rank_0_mp_rank_00_optim_states.pt": b"optimizer" * 100}
 MODEL, OPTIMIZER = FILES
@@ -195,10 +195,13 @@ def test_prune(tmp_path: Path) -> None:
 
 
 def test_no_module_of_deepspeed_is_needed() -> None:
-    """The file works without ds_fira and DeepSpeed, so that tools may use it."""
-    path = Path(tags.__file__)
-    code = f"import runpy, sys; runpy.run_path({str(path)!r}); assert not {{'torch', 'deepspeed'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    """The files work without torch and DeepSpeed, so that tools may use them: the reading side as one file."""
+    reading = f"import runpy; runpy.run_path({manifest.__file__!r})"
+    package = "import types; sys.modules['ds_fira'] = types.ModuleType('ds_fira')"
+    writing = f"{package}; sys.modules['ds_fira'].__path__ = [{str(Path(tags.__file__).parent)!r}]; import ds_fira.tags"
+    for code in (reading, writing):
+        check = "assert not {'torch', 'deepspeed'} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", f"import sys; {code}; {check}"], check=True)
 
 
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
