@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -138,27 +137,66 @@ def save_until(folder: Path, operation: int) -> int:
     os._exit(0)
 
 
-def test_killed_at_every_file_operation(tmp_path: Path) -> None:
-    """A save over the checkpoint of the same name, cut short anywhere, leaves the old or the new one, and `latest`."""
+FOREIGN = ("notes.txt", "tokenizer/vocab.json", "tokenizer/empty", "link", "dangling", "empty")
+
+
+def add_foreign(tag: Path) -> None:
+    """What a user may keep beside a checkpoint: files, folders, empty ones, links."""
+    (tag / "tokenizer" / "empty").mkdir(parents=True)
+    (tag / "empty").mkdir()
+    for name in ("notes.txt", "tokenizer/vocab.json"):
+        (tag / name).write_text(name)
+    (tag / "link").symlink_to("notes.txt")
+    (tag / "dangling").symlink_to("nowhere")
+
+
+def where_foreign(folder: Path) -> dict[str, list[str]]:
+    """By what a user has put there, in which folders it lies."""
+    hidden = ("same", ".replaced-same")
+    return {name: [tag for tag in hidden if os.path.lexists(folder / tag / name)] for name in FOREIGN}
+
+
+@pytest.mark.parametrize("before", ["ours", "no checkpoint"])
+def test_killed_at_every_file_operation(before: str, tmp_path: Path) -> None:
+    """A save over a folder of its name, cut short anywhere, leaves the old or the new one, and all that is foreign.
+
+    The next save brings everything to its place, and the one that was complete becomes `latest`.
+    """
     seen = set()
-    for operation in range(1, 100):
+    for operation in range(1, 200):
         folder = tmp_path / str(operation)
-        save(folder, "same", b"old")
+        if before == "ours":
+            save(folder, "same", b"old")
+        add_foreign(folder / "same")
         status = save_until(folder, operation)
+        found = where_foreign(folder)
+        assert all(found.values()), (operation, found)
         tag = tags.find_complete(folder)
-        assert tags.find_damage(folder / tag) is None
-        mark = (folder / tag / MODEL).read_bytes()[-3:]
-        seen.add((tag, mark))
-        assert status == 9 or mark == b"new"
+        if before == "ours" or tag is not None:
+            assert tags.find_damage(folder / tag) is None
+            mark = (folder / tag / MODEL).read_bytes()[-3:]
+            seen.add((tag, mark))
+            assert status == 9 or mark == b"new"
         save(folder, "next")
-        assert sorted(path.name for path in folder.iterdir()) == ["latest", "next", "same", "zero_to_fp32.py"]
-        assert tags.find_damage(folder / "same") is None
+        names = ["latest", "next", "same", "zero_to_fp32.py"]
+        assert sorted(path.name for path in folder.iterdir()) == names, operation
+        assert where_foreign(folder) == {name: ["same"] for name in FOREIGN}, operation
+        ours = [*FILES, tags.MANIFEST] if before == "ours" or tag is not None else []
+        assert {path.name for path in (folder / "same").iterdir()} == {
+            *ours,
+            *(name.partition("/")[0] for name in FOREIGN),
+        }
+        if ours:
+            assert tags.find_damage(folder / "same") is None
+            # What was to be loaded before the next save is not lost by it.
+            assert (folder / "same" / MODEL).read_bytes()[-3:] == mark
         if status == 0:
             break
     assert status == 0
     assert operation > 20
-    # The window between the two renames was met.
-    assert {("same", b"old"), (".saving-same", b"new"), ("same", b"new")} <= seen
+    # The windows before, between and behind the two renames were met.
+    expected = {(".saving-same", b"new"), ("same", b"new")}
+    assert expected | ({("same", b"old")} if before == "ours" else set()) <= seen
 
 
 def test_a_failed_publish_puts_the_old_one_back(tmp_path: Path) -> None:
@@ -202,10 +240,3 @@ def test_no_module_of_deepspeed_is_needed() -> None:
     for code in (reading, writing):
         check = "assert not {'torch', 'deepspeed'} & set(sys.modules)"
         subprocess.run([sys.executable, "-c", f"import sys; {code}; {check}"], check=True)
-
-
-def test_manifest_is_plain_json(tmp_path: Path) -> None:
-    """Other programs read it."""
-    save(tmp_path, "one")
-    content = json.loads((tmp_path / "one" / tags.MANIFEST).read_text())
-    assert set(content) == {"format", "serial", "save_latest", "world_size", "files"}
