@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ds_fira.checkpoint import KEY, SavedState
+from ds_fira.manifest import listed_files
 
 # Keys of DeepSpeed's files.
 OUTER = "optimizer_state_dict"
@@ -89,7 +90,9 @@ class CheckpointFiles:
 
 
 def _by_rank(folder: Path, pattern: re.Pattern[str], prefix: str | None = "") -> dict[int, Path]:
-    matches = [(pattern.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    listed = listed_files(folder)  # what else has such a name does not belong to it
+    paths = [path for path in folder.iterdir() if listed is None or path.name in listed] if folder.is_dir() else []
+    matches = [(pattern.fullmatch(path.name), path) for path in paths]
     found = {
         int(match.groups()[-1] or 0): path for match, path in matches if match and prefix in ("", match.groups()[0])
     }

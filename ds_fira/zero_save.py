@@ -13,9 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import secrets
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,16 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 
-from ds_fira import tags
+from ds_fira import folder_lock, tags
 from ds_fira.comm import Channel
 from ds_fira.contact import tell_lost_contact
+from ds_fira.manifest import FORMAT, MARK
+from ds_fira.save_errors import save_sentence
 from ds_fira.tags import CheckpointError
-from ds_fira.zero_choose import choose, owns_storage
+from ds_fira.zero_choose import choose, only_listed_files, owns_storage
+from ds_fira.zero_files import OUTER
+from ds_fira.zero_resume import KEY
 
-_PROBE = 1 << 20  # bytes
 _warned: set[str] = set()
 
 
@@ -42,7 +43,7 @@ def guard_checkpoints(uses_fira: Callable[[Any], bool]) -> None:
         uses_fira: whether an engine trains with FiraAdam; others keep DeepSpeed's own methods.
     """
     save, load = DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint
-    configure = DeepSpeedEngine._configure_checkpointing
+    configure, destroy = DeepSpeedEngine._configure_checkpointing, DeepSpeedEngine.destroy
 
     @functools.wraps(save)
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +58,10 @@ def guard_checkpoints(uses_fira: Callable[[Any], bool]) -> None:
         call = _bind(load, args, kwargs)
         engine = call.arguments["self"]
         if uses_fira(engine) and _can_stage(engine) and not engine.load_universal_checkpoint():
-            call.arguments["tag"] = choose(engine, call)
+            tag = call.arguments["tag"] = choose(engine, call)
+            if tag is not None:
+                with only_listed_files(Path(call.arguments["load_dir"]), tag):
+                    return load(*call.args, **call.kwargs)
         return load(*call.args, **call.kwargs)
 
     @functools.wraps(configure)
@@ -66,6 +70,12 @@ def guard_checkpoints(uses_fira: Callable[[Any], bool]) -> None:
         if uses_fira(engine):
             tell_lost_contact()
 
+    @functools.wraps(destroy)
+    def destroy_engine(engine: Any) -> None:
+        folder_lock.release(engine)
+        destroy(engine)
+
+    DeepSpeedEngine.destroy = destroy_engine
     DeepSpeedEngine._configure_checkpointing = _configure_checkpointing
     DeepSpeedEngine.save_checkpoint = save_checkpoint
     DeepSpeedEngine.load_checkpoint = load_checkpoint
@@ -91,8 +101,8 @@ def _can_stage(engine: Any) -> bool:
     return False
 
 
-def _require_all(channel: Channel, error: str | None, item: Any = None) -> list[Any]:
-    """`item` of every rank.
+def _require_all(name: str, channel: Channel, error: str | None, item: Any = None) -> list[Any]:
+    """`item` of every rank; `name` is the optimizer's.
 
     Raises:
         CheckpointError: some rank has an error; on every rank with the same sentence.
@@ -102,7 +112,7 @@ def _require_all(channel: Channel, error: str | None, item: Any = None) -> list[
     if errors:
         rank, text = min(errors.items())
         others = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
-        raise CheckpointError(f"FiraAdam: rank {rank}{others} {text}")
+        raise CheckpointError(f"{name}: rank {rank}{others} {text}")
     return [item for _, item in answers]
 
 
@@ -117,6 +127,9 @@ class _Save:
         self.save_latest: bool = given["save_latest"]
         self.owner = owns_storage(engine)
         self.staging = self.folder / tags.staging_tag(self.tag)
+        self.name: str = engine.basic_optimizer.method.name
+        self.save_id = ""
+        self.prepared = False
         self.error: str | None = None
         self.cause: Exception | None = None
         self.written: list[Path] = []
@@ -130,23 +143,31 @@ class _Save:
             with self._caught():
                 for path in self.written if self.error is None else ():
                     records[path.relative_to(self.staging).as_posix()] = tags.record_file(path)
-            answers = _require_all(self.channel, self.error, (token, records))
+            answers = self._require_all((token, records))
             shared = {name: record for other, part in answers if other == token for name, record in part.items()}
             details = {"world_size": self.channel.dp_size, "global_steps": self.engine.global_steps}
+            details |= {"save_id": self.save_id}
             self._as_owner(tags.seal, self.folder, self.tag, shared, details, self.save_latest)
             self._as_owner(tags.publish, self.folder, self.tag, self.save_latest)
         except CheckpointError as error:
-            if self.owner:
-                tags.discard(self.folder, self.tag)
+            if self.prepared:
+                # Another run that has taken over the folder may have a save of this name under way.
+                with contextlib.suppress(folder_lock.InUse, OSError):
+                    folder_lock.hold(self.folder, self.engine)
+                    tags.discard(self.folder, self.tag)
             raise error from self.cause
         return done
+
+    def _require_all(self, item: Any = None) -> list[Any]:
+        return _require_all(self.name, self.channel, self.error, item)
 
     def _as_owner(self, function: Callable[..., None], *args: Any) -> None:
         """Call a function of `tags` on the ranks that own a storage, and agree on how it went."""
         with self._caught():
             if self.owner:
+                folder_lock.hold(self.folder, self.engine)
                 function(*args)
-        _require_all(self.channel, self.error)
+        self._require_all()
 
     @contextlib.contextmanager
     def _caught(self, path: Path | None = None) -> Iterator[None]:
@@ -158,29 +179,26 @@ class _Save:
 
     def _keep(self, error: Exception, path: Path | None = None) -> None:
         if self.error is None:
-            self.error, self.cause = self._sentence(error, path), error
-
-    def _sentence(self, error: Exception, path: Path | None) -> str:
-        """What went wrong on this rank, with the file, the reason and the remedy."""
-        found = _os_error(error, path)
-        kept = f"the save of {self.tag!r} was given up and earlier checkpoints are as they were"
-        if found is None:
-            where = f" {path}" if path else f" checkpoint {self.tag!r}"
-            return f"could not save{where}: {type(error).__name__}: {error}; {kept}."
-        where = found.filename or path or self.folder
-        return (
-            f"could not write {where}: {found.strerror or found}; {kept}: make room or mend the folder and save "
-            "again, or give save_checkpoint another folder."
-        )
+            self.error, self.cause = save_sentence(error, path, self.folder, self.tag), error
 
     def _prepare(self) -> str:
         """Make the staging folder; returns the token of the storage that this rank writes to."""
         token = secrets.token_hex(8)
         self._agree_on_tag()
+        self.save_id = self.channel.gather_objects(token)[0]
         with self._caught():
-            if self.owner:
+            fault = tags.find_tag_fault(self.folder, self.tag, saving=True) if self.owner else None
+            if fault is not None:
+                self.error = (
+                    f"cannot save under tag {tags.shown(self.tag)}, which {fault}: give save_checkpoint the name of a "
+                    f"folder inside {self.folder}, such as 'global_step{self.engine.global_steps}'."
+                )
+            elif self.owner:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                folder_lock.hold(self.folder, self.engine)
+                self.prepared = True
                 tags.prepare(self.folder, self.tag, token)
-        _require_all(self.channel, self.error)
+        self._require_all()
         if not self.owner:
             try:
                 token = tags.token_of(self.folder, self.tag)
@@ -189,7 +207,7 @@ class _Save:
                     f"does not see the folder {self.staging} that another rank made ({error.strerror}): save to a "
                     'file system that all machines share, or set "checkpoint": {"use_node_local_storage": true}.'
                 )
-        _require_all(self.channel, self.error)
+        self._require_all()
         return token
 
     def _agree_on_tag(self) -> None:
@@ -208,8 +226,8 @@ class _Save:
         self.staging = self.folder / tags.staging_tag(self.tag)
         if dist.get_rank() == 0:
             logger.warning(
-                f"FiraAdam: save_checkpoint got {len(set(names))} different tags, such as {max(names)!r}; saving under "
-                f"rank 0's, {self.tag!r}: give all ranks the same tag."
+                f"{self.name}: save_checkpoint got {len(set(names))} different tags, such as {max(names)!r}; saving "
+                f"under rank 0's, {self.tag!r}: give all ranks the same tag."
             )
 
     def _let_deepspeed_write(self, save: Callable[..., Any]) -> Any:
@@ -221,7 +239,7 @@ class _Save:
         def write(state_dict: Any, path: str) -> None:
             if self.error is None:
                 with self._caught(Path(path)):
-                    save_file(state_dict, path)
+                    save_file(_marked(state_dict), path)
                     self.written.append(Path(path))
 
         def copy_script(folder: str) -> None:
@@ -240,6 +258,13 @@ class _Save:
             return None
 
 
+def _marked(state_dict: Any) -> Any:
+    """A file's content, in whose entry of ours it says that there is a manifest, and of which format."""
+    if not isinstance(state_dict, dict) or not {KEY, OUTER} & state_dict.keys():
+        return state_dict
+    return {**state_dict, KEY: {**state_dict.get(KEY, {}), MARK: FORMAT}}
+
+
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., None]) -> Iterator[None]:
     """Let an object have another method for a while."""
@@ -249,23 +274,3 @@ def _replaced(owner: Any, name: str, function: Callable[..., None]) -> Iterator[
         yield
     finally:
         delattr(owner, name) if before is None else setattr(owner, name, before)
-
-
-def _os_error(error: Exception, path: Path | None) -> OSError | None:
-    """The operating system's error behind one of torch.save, which drops it: the system is asked again."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen
-        seen = seen.__context__
-    if path is None or not isinstance(error, RuntimeError):
-        return None
-    probe = path if path.exists() else path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        with probe.open("ab") as file:
-            file.write(bytes(_PROBE))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as found:
-        return OSError(found.errno, found.strerror, str(path))
-    return None

@@ -234,7 +234,7 @@ def fill_the_disk(folder: str, disk: str) -> None:
 def _save_thrice(folder: str, state: str, fill: Any, free: Any) -> None:
     import torch
 
-    from ds_fira.tags import CheckpointError, read_latest
+    from ds_fira.tags import LOCK, CheckpointError, read_latest
     from tests.zero_jobs import batches, build, config
 
     rank, seen = torch.distributed.get_rank(), {"error": None}
@@ -247,7 +247,7 @@ def _save_thrice(folder: str, state: str, fill: Any, free: Any) -> None:
 
     def look() -> list[Any]:
         torch.distributed.barrier()
-        return [read_latest(Path(state)), sorted(path.name for path in Path(state).iterdir())]
+        return [read_latest(Path(state)), sorted({path.name for path in Path(state).iterdir()} - {LOCK})]
 
     step()
     engine.save_checkpoint(state, "kept")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_fira.tags import MANIFEST
+from ds_fira.tags import LOCK, MANIFEST
 from tests.distributed import Pools
 
 MODULE = "tests.save_jobs"
@@ -67,7 +67,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(ranks: Pools, tmp_path: Path
     assert "given up and earlier checkpoints are as they were" in results["client"][1]
     assert "File exists" in results["folder"][1]
     assert "rank 1 could not save checkpoint 'global_step1': MemoryError: no room" in results["state"][1]
-    assert results["left"] == ["kept", "latest", "zero_to_fp32.py", "zero_to_torch.py"]
+    assert results["left"] == [LOCK, "kept", "latest", "zero_to_fp32.py", "zero_to_torch.py"]
     assert Path(results["loaded"]).parent.name == "kept"
 
 
@@ -102,4 +102,4 @@ def test_tag_validation_decides_about_different_tags(ranks: Pools, tmp_path: Pat
             error, loaded, names = result[mode]
             assert error is None
             assert Path(loaded).parent == tmp_path / mode / "rank0"
-            assert names == ["latest", "rank0", "zero_to_fp32.py", "zero_to_torch.py"]
+            assert names == [LOCK, "latest", "rank0", "zero_to_fp32.py", "zero_to_torch.py"]
