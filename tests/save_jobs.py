@@ -15,6 +15,7 @@ from deepspeed.checkpoint.constants import CHECKPOINT_PARALLEL_DIMS
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 
+from ds_fira.tags import LOCK
 from tests.crash_jobs import SETTINGS, SHAPES
 from tests.zero_jobs import Net, batches, build, config
 
@@ -65,9 +66,15 @@ def save_both_ways(folder: str, stage: int, dtype: str) -> dict[str, Any]:
         seen["weights"] = all(torch.equal(a, b) for a, b in zip(weights(engine), kept, strict=True))
         seen["without manifest"] = str(engine.load_checkpoint(str(theirs))[0])
     for at in (ours, theirs):
-        seen[at.name] = sorted(path.relative_to(at).as_posix() for path in at.rglob("*") if path.is_file())
+        seen[at.name] = files_in(at)
         seen[f"{at.name} latest"] = (at / "latest").read_bytes()
     return seen
+
+
+def files_in(folder: Path) -> list[str]:
+    """All files, but the lock, which rank 0 gives up when it ends its engine, before or after this rank looks."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def harm(path: Path, how: str) -> None:
@@ -213,5 +220,5 @@ def save_under_own_tags(folder: str) -> dict[str, Any]:
         with engine_of(checkpoint={"tag_validation": mode}) as engine:
             _, error = attempt(engine.save_checkpoint, str(at), f"rank{torch.distributed.get_rank()}")
             loaded = engine.load_checkpoint(str(at))[0]
-        results[mode] = (error, loaded, sorted(os.listdir(at)) if at.exists() else [])
+        results[mode] = (error, loaded, sorted({*os.listdir(at)} - {LOCK}) if at.exists() else [])
     return results

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_fira.tags import MANIFEST
+from ds_fira.tags import reseal
 from tests.distributed import Pools, free_port
 from tests.hf_jobs import EXAMPLES, MATRICES, optimizer_states, states_files, write_config, write_inputs
 from tests.programs import run
@@ -112,7 +112,7 @@ def test_resuming_restores_the_optimizers_state(ranks: Pools, whole: dict[str, A
             for value in state.values():
                 value.zero_()
         torch.save(content, path)
-    (checkpoint / f"global_step{HALF}" / MANIFEST).unlink()  # whose checksums would not fit
+    reseal(checkpoint, f"global_step{HALF}")  # the checksums would not fit
     dropped = ranks.run(2, "train", JOBS, arguments=arguments(folder, "dropped", resume_from_checkpoint=checkpoint))[0]
     ours, theirs = curve(dropped["history"]), curve(whole["history"])
     first = next(index for index, entry in enumerate(theirs) if entry[0] == HALF + 1)

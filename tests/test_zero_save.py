@@ -102,4 +102,4 @@ def test_tag_validation_decides_about_different_tags(ranks: Pools, tmp_path: Pat
             error, loaded, names = result[mode]
             assert error is None
             assert Path(loaded).parent == tmp_path / mode / "rank0"
-            assert names == [LOCK, "latest", "rank0", "zero_to_fp32.py", "zero_to_torch.py"]
+            assert names == ["latest", "rank0", "zero_to_fp32.py", "zero_to_torch.py"]
