@@ -52,6 +52,7 @@ class _Choice:
         given, self.channel = call.arguments, Channel()
         self.name: str = engine.basic_optimizer.method.name
         self.folder = Path(given["load_dir"])
+        self.told = ""  # rank 0's folder, for sentences that are the same on every rank
         self.asked = None if given["tag"] is None else str(given["tag"])
         partial = given["load_module_only"] or not given["load_optimizer_states"]
         self.model_only = partial and engine.zero_optimization_stage() < 3
@@ -65,7 +66,7 @@ class _Choice:
         if fault is not None and self.asked is not None:
             raise CheckpointError(
                 f"{self.name}: nothing can be loaded under tag {tags.shown(wanted)}, which {fault}: give "
-                f"load_checkpoint the name of a folder inside {self.folder}."
+                f"load_checkpoint the name of a folder inside {self.told}."
             )
         faults = {} if fault is None else {tags.LATEST: fault}
         for tag, save_id in candidates:
@@ -91,7 +92,7 @@ class _Choice:
             # Of rank 0: the others may come here later, when the folder has changed.
             others = self._gathered(lambda: self._others(faults))[0]
             remedy = f"load another tag, such as {others[0]!r}" if others else "load from another folder"
-            told = "; ".join(f"{self.folder / tag}: {text}" for tag, text in faults.items())
+            told = "; ".join(f"{Path(self.told, tag)}: {text}" for tag, text in faults.items())
             raise CheckpointError(f"{self.name}: no complete checkpoint to load ({told}): {remedy}.")
         self._warn(faults, "there is no complete one")
         return None
@@ -107,15 +108,16 @@ class _Choice:
             answer = function(*args)
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
-        answers = self.channel.gather_objects((answer, error))
-        failed = [(rank, text) for rank, (_, text) in enumerate(answers) if text is not None]
+        answers = self.channel.gather_objects((answer, error, str(self.folder)))
+        self.told = answers[0][2]
+        failed = [(rank, text) for rank, (_, text, _) in enumerate(answers) if text is not None]
         if failed:
             rank, text = failed[0]
             raise CheckpointError(
-                f"{self.name}: rank {rank} cannot read the checkpoints in {self.folder} ({text}): mend the folder or "
+                f"{self.name}: rank {rank} cannot read the checkpoints in {self.told} ({text}): mend the folder or "
                 "load from another one."
             )
-        return [answer for answer, _ in answers]
+        return [answer for answer, *_ in answers]
 
     def _candidates(self) -> tuple[str | None, str | None, list[tuple[str, str | None]]] | None:
         """The tag that is wanted, its fault, and what to try with the ids of its saves.

@@ -58,6 +58,8 @@ def guard_checkpoints(uses_fira: Callable[[Any], bool]) -> None:
         call = _bind(load, args, kwargs)
         engine = call.arguments["self"]
         if uses_fira(engine) and _can_stage(engine) and not engine.load_universal_checkpoint():
+            # Asked for both, DeepSpeed looks for the weights of stage 3 where that stage saves none, and says nothing.
+            call.arguments["load_optimizer_states"] &= not call.arguments["load_module_only"]
             tag = call.arguments["tag"] = choose(engine, call)
             if tag is not None:
                 with only_listed_files(Path(call.arguments["load_dir"]), tag):

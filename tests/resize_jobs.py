@@ -8,6 +8,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from ds_fira.tags import CheckpointError
 from ds_fira.zero import fira_of
 from tests.zero_jobs import Net, build
 
@@ -89,7 +90,7 @@ def run(
             result["steps"] = engine.global_steps
         save_at = last if save_at is None else save_at
         result["losses"] = advance(engine, first, save_at)
-    except ValueError as error:
+    except (ValueError, CheckpointError) as error:
         engine.destroy()
         return {"error": str(error)}
     if save is not None:

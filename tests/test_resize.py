@@ -12,6 +12,7 @@ import torch
 
 from ds_fira.__main__ import main
 from ds_fira.checkpoint import KEY
+from ds_fira.manifest import MARK
 from ds_fira.tags import MANIFEST
 from ds_fira.zero_files import CheckpointFiles
 from tests.distributed import Pools
@@ -243,9 +244,18 @@ def test_what_cannot_be_resumed_is_refused_on_every_rank(
 def test_a_missing_file_is_refused_on_every_rank(ranks: Pools, folders: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(saved(ranks, folders, 3, 2), tmp_path / "copy")
     (copy / f"global_step{SAVED}" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    (copy / f"global_step{SAVED}" / MANIFEST).unlink()  # as of a run from before there were any
+    forget_manifest(copy / f"global_step{SAVED}")
     error = job(ranks, 2, 2, first=SAVED, last=END, load=str(copy))["error"]
     assert "lacks the optimizer states of ranks [1] of the 3" in error
+
+
+def forget_manifest(checkpoint: Path) -> None:
+    """As of a run from before there were manifests: its files say nothing of one."""
+    (checkpoint / MANIFEST).unlink()
+    for path in checkpoint.glob("*.pt"):
+        content = torch.load(path, weights_only=False)
+        del content["ds_fira"][MARK]
+        torch.save(content, path)
 
 
 def test_the_weights_alone_start_anew(ranks: Pools, folders: Path) -> None:
