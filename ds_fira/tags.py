@@ -127,23 +127,29 @@ def _clear_up(folder: Path, parent: Path) -> None:
     for left in sorted(parent.glob(f"{SCRATCH}*")):
         shutil.rmtree(left, ignore_errors=True)
     for left in filter(is_ours, sorted(parent.glob(f"{STAGING}*"))):
-        final = left.with_name(left.name.removeprefix(STAGING))
-        tag = final.relative_to(folder).as_posix()
-        moves_latest = find_interrupted(folder) == staging_tag(tag)
-        if find_fault(left) is None and (moves_latest or not os.path.lexists(final)):
-            _swap(folder, tag, moves_latest)
-            continue
-        if _reads(folder / NEW_LATEST, tag):
-            (folder / NEW_LATEST).unlink(missing_ok=True)  # before the save it belongs to is gone
-        remove(left)
-        if final.is_dir():
-            unclaim(final)
+        with contextlib.suppress(OSError):  # what cannot be cleared up is in the way of its own tag only
+            _clear_up_unfinished(folder, left)
     for left in filter(is_ours, sorted(parent.glob(f"{REPLACED}*"))):
         final = left.with_name(left.name.removeprefix(REPLACED))
-        if not os.path.lexists(final) and own_names(left) and find_fault(left) is None:
-            left.rename(final)
-        elif not final.is_symlink():
-            hand_over(left, final)
+        with contextlib.suppress(OSError):
+            if not os.path.lexists(final) and own_names(left) and find_fault(left) is None:
+                left.rename(final)
+            elif not final.is_symlink():
+                hand_over(left, final)
+
+
+def _clear_up_unfinished(folder: Path, left: Path) -> None:
+    final = left.with_name(left.name.removeprefix(STAGING))
+    tag = final.relative_to(folder).as_posix()
+    moves_latest = find_interrupted(folder) == staging_tag(tag)
+    if find_fault(left) is None and (moves_latest or not os.path.lexists(final)):
+        _swap(folder, tag, moves_latest)
+        return
+    if _reads(folder / NEW_LATEST, tag):
+        (folder / NEW_LATEST).unlink(missing_ok=True)  # before the save it belongs to is gone
+    remove(left)
+    if final.is_dir():
+        unclaim(final)
 
 
 def _clear_up_latest(folder: Path) -> None:
@@ -270,9 +276,9 @@ def prune(folder: str | os.PathLike[str], keep: int) -> list[str]:
     """
     path = Path(folder)
     listed = [(content.get("serial", 0), name) for name, content in manifests(path) if content.get("save_latest")]
-    old, complete = [], 0
+    latest, old, complete = os.path.realpath(path / (read_latest(path) or LATEST)), [], 0
     for name in [name for _, name in sorted(listed, reverse=True) if not is_leftover(name)]:
-        if complete >= max(keep, 1) and name != read_latest(path):
+        if complete >= max(keep, 1) and os.path.realpath(path / name) != latest:
             old.append(name)
         complete += find_fault(path / name) is None
     for name in old:

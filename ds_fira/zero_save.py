@@ -186,8 +186,7 @@ class _Save:
     def _prepare(self) -> str:
         """Make the staging folder; returns the token of the storage that this rank writes to."""
         token = secrets.token_hex(8)
-        self._agree_on_tag()
-        self.save_id = self.channel.gather_objects(token)[0]
+        self._agree_on_tag(token)
         with self._caught():
             fault = tags.find_tag_fault(self.folder, self.tag, saving=True) if self.owner else None
             if fault is not None:
@@ -198,8 +197,8 @@ class _Save:
             elif self.owner:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 folder_lock.hold(self.folder, self.engine)
-                self.prepared = True
                 tags.prepare(self.folder, self.tag, token)
+                self.prepared = True
         self._require_all()
         if not self.owner:
             try:
@@ -212,15 +211,16 @@ class _Save:
         self._require_all()
         return token
 
-    def _agree_on_tag(self) -> None:
-        """Take rank 0's tag where ranks gave different ones and `checkpoint.tag_validation` lets them.
+    def _agree_on_tag(self, save_id: str) -> None:
+        """Take rank 0's id of the save; and its tag, if ranks gave several and `checkpoint.tag_validation` lets them.
 
         Files in folders that depend on the rank would not be a checkpoint.
 
         Raises:
             AssertionError: DeepSpeed's, on every rank, with `checkpoint.tag_validation` = "Fail".
         """
-        names = self.channel.gather_objects(self.tag)
+        names, ids = zip(*self.channel.gather_objects((self.tag, save_id)), strict=True)
+        self.save_id = ids[0]
         if len(set(names)) == 1:
             return
         self.engine._checkpoint_tag_validation(self.tag)

@@ -89,6 +89,29 @@ def test_prune_leaves_what_no_manifest_names(tmp_path: Path) -> None:
     assert tags.find_fault(tmp_path / "step2") is None
 
 
+def test_prune_spares_what_latest_leads_to(tmp_path: Path) -> None:
+    """By whatever way."""
+    for number in range(3):
+        save(tmp_path, f"step{number}")
+    (tmp_path / "link").symlink_to("step0")
+    (tmp_path / "latest").write_text("link")
+    assert tags.prune(tmp_path, 1) == ["step1"]
+    assert tags.find_complete(tmp_path) == "link"
+
+
+def test_a_leftover_that_cannot_be_cleared_up_stops_no_other_save(tmp_path: Path) -> None:
+    """A complete save cut short, in whose place someone has put a link since."""
+    save(tmp_path, "one")
+    tags.prepare(tmp_path, "two", "token")
+    (tmp_path / ".saving-two" / MODEL).write_text("cut short")
+    tags.seal(tmp_path, "two", {}, {}, True)
+    (tmp_path / "two").symlink_to("one")
+    save(tmp_path, "three")
+    assert tags.find_complete(tmp_path) == "three"
+    assert os.readlink(tmp_path / "two") == "one"
+    assert tags.find_fault(tmp_path / "one") is None
+
+
 def test_a_folder_in_the_way_of_a_file_is_refused_in_time(tmp_path: Path) -> None:
     """Nothing is moved where a user's folder has the name of a file of the checkpoint, or a file that of a folder."""
     (tmp_path / "same" / MODEL).mkdir(parents=True)
