@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ds_fira import safe_load
 from ds_fira.checkpoint import KEY, SavedState
 from ds_fira.manifest import listed_files
 
@@ -32,18 +33,21 @@ class CheckpointFiles:
     Attributes:
         models: with the module's weights: one, or under stage 3 one a rank.
         optimizers: one a rank; none at stage 0, where the states are in the model's file.
+        unpickle: see `load`.
     """
 
     models: tuple[Path, ...]
     optimizers: tuple[Path, ...]
+    unpickle: bool = False
 
     @classmethod
-    def find(cls, folder: Path, every: bool = True) -> CheckpointFiles:
+    def find(cls, folder: Path, every: bool = True, unpickle: bool = False) -> CheckpointFiles:
         """The files in the folder of a tag.
 
         Args:
             folder: of the tag.
             every: whether there have to be those of all ranks that saved it; on node-local storage there are not.
+            unpickle: see `load`.
 
         Raises:
             ValueError: some are missing.
@@ -55,7 +59,7 @@ class CheckpointFiles:
         found = [_by_rank(folder, OPTIMIZER_FILE, prefix) for prefix in ("bf16_", None)]
         optimizers = max(found, key=lambda files: max((path.stat().st_mtime for path in files.values()), default=0.0))
         if optimizers and every:
-            ranks = int(load(next(iter(models.values())))["dp_world_size"])
+            ranks = int(load(next(iter(models.values())), unpickle)["dp_world_size"])
             absent = [rank for rank in range(ranks) if rank not in optimizers]
             if absent:
                 raise ValueError(
@@ -63,11 +67,15 @@ class CheckpointFiles:
                     "to resume on other ranks all of its files must be in one folder that every node can read."
                 )
             optimizers = {rank: optimizers[rank] for rank in range(ranks)}
-        return cls(tuple(models.values()), tuple(optimizers.values()))
+        return cls(tuple(models.values()), tuple(optimizers.values()), unpickle)
+
+    def model(self, number: int = 0) -> dict[str, Any]:
+        """What the file with the module's weights holds, of one rank under stage 3."""
+        return load(self.models[number], self.unpickle)
 
     def optimizer_state(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a rank's wrapper has saved, and in it the state dict of FiraAdam."""
-        wrapper = load(self.optimizers[number])[OUTER] if self.optimizers else load(self.models[0])["optimizer"]
+        wrapper = load(self.optimizers[number], self.unpickle)[OUTER] if self.optimizers else self.model()["optimizer"]
         for key in BASE_OPTIMIZER:
             if key in wrapper:
                 return wrapper, wrapper[key]
@@ -83,7 +91,7 @@ class CheckpointFiles:
                 weights = [tensor for group in wrapper["fp32_groups"] for tensor in group]
             elif weights is None:
                 # Stage 0 in float32 steps the module's own weights.
-                module = normalized(load(self.models[0])["module"])
+                module = normalized(self.model()["module"])
                 weights = [module[name] for group in state_dict[KEY]["members"] for name, _ in group]
             saved.add(state_dict, weights)
         return saved
@@ -99,12 +107,22 @@ def _by_rank(folder: Path, pattern: re.Pattern[str], prefix: str | None = "") ->
     return dict(sorted(found.items()))
 
 
-def load(path: Path) -> dict[str, Any]:
-    """One of DeepSpeed's files, its tensors mapped, not read.
+def load(path: Path, unpickle: bool = False) -> dict[str, Any]:
+    """One of DeepSpeed's files, its tensors mapped, not read; nothing that stands in it is run.
 
-    Like DeepSpeed's own loader it unpickles: the files hold its loss scaler.
+    Args:
+        path: of the file.
+        unpickle: run it, as DeepSpeed's own loader does; only where the user has said so.
+
+    Raises:
+        UnsafeFileError: it cannot be read without running it; a `ValueError`.
+        ValueError: it cannot be read, or is none of DeepSpeed's.
+        OSError: it cannot be opened.
     """
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    content = torch.load(path, map_location="cpu", weights_only=False) if unpickle else safe_load.read(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where DeepSpeed keeps a dict; load another tag.")
+    return content
 
 
 def normalized(named: Mapping[str, Any]) -> dict[str, Any]:
