@@ -59,10 +59,10 @@ def load_released_state(
         refuse_changed_structure(saved.groups, optimizer.param_groups, members)
         with stepped_params(engine_or_optimizer):
             optimizer.restore(saved, weights=False)
-    except ValueError as raised:
+    except Exception as raised:
         error = raised
     if optimizer.channel is not None:
-        agree(optimizer.channel, error)
+        agree(optimizer.channel, error, optimizer.method.name)
     elif error is not None:
         raise error
 

@@ -18,7 +18,7 @@ class GaLoreAdam(LowRankOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; groups may set every argument but
-            `target_modules`, `check_sync_every` and `record_scaling_factors` for themselves.
+            `target_modules`, `check_sync_every`, `record_scaling_factors` and `unpickle_checkpoints` for themselves.
         lr: learning rate.
         betas: decay rates of the moments.
         eps: added to sqrt(V).
@@ -39,6 +39,8 @@ class GaLoreAdam(LowRankOptimizer):
             next; 0 for none.
         record_scaling_factors: steps from one record of the scaling factors of all linear layers, projected or not, to
             the next (`ds_fira.scaling_factors`); 0 for none.
+        unpickle_checkpoints: whether `engine.load_checkpoint` runs what stands in a checkpoint's files, which takes
+            trust in whoever wrote it, rather than refuse what needs it.
 
     Raises:
         ValueError: a value is out of range, nothing is to be projected, or a parameter cannot be.
@@ -67,6 +69,7 @@ class GaLoreAdam(LowRankOptimizer):
         target_modules: Sequence[str] | str | None = None,
         check_sync_every: int = 0,
         record_scaling_factors: int = 0,
+        unpickle_checkpoints: bool = False,
         **unknown: Any,
     ) -> None:
         not_settings = ("self", "params", "unknown", "__class__")

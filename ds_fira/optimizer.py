@@ -52,7 +52,7 @@ class LowRankOptimizer(Resumable):
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; groups may set every argument but
-            `target_modules`, `check_sync_every` and `record_scaling_factors` for themselves.
+            `target_modules`, `check_sync_every`, `record_scaling_factors` and `unpickle_checkpoints` for themselves.
         **given: settings of the method; `rank` never applies to param groups.
 
     Attributes:
@@ -73,6 +73,7 @@ class LowRankOptimizer(Resumable):
         self._reset_runtime()
         self.given: list[dict[str, Any]] = []
         self.check_sync_every = settings["check_sync_every"]
+        self.unpickle_checkpoints = settings["unpickle_checkpoints"]
         if settings["record_scaling_factors"]:
             self.recorder = ScalingRecorder(settings["record_scaling_factors"])
         if settings["rank"] is not None and params:
@@ -90,6 +91,7 @@ class LowRankOptimizer(Resumable):
         """What does not travel with a state dict, a pickle or a copy."""
         self.suspended = False
         self.check_sync_every = 0
+        self.unpickle_checkpoints = False
         self.recorder: ScalingRecorder | None = None
         self._recording = False
         self.metrics = StepMetrics()

@@ -22,7 +22,7 @@ DOCUMENTATION = """Fira around {rule}, in place of Adam.
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; groups may set every setting but
-            `target_modules` and `check_sync_every` for themselves.
+            `target_modules`, `check_sync_every` and `unpickle_checkpoints` for themselves.
         **settings: {own}; and FiraAdam's: {shared}.
 
     Raises:

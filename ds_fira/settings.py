@@ -41,6 +41,7 @@ REMEDIES = {
     "max_group_bytes": "give a whole number of bytes of at least 1, such as 1073741824",
     "check_sync_every": "give a whole number of steps, such as 100, or 0 for no check",
     "record_scaling_factors": "give a whole number of steps, such as 10, 1 for every step, or 0 for no record",
+    "unpickle_checkpoints": "give true to let checkpoints run the code in them, or false",
     "target_modules": "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer",
 }
 
@@ -58,7 +59,8 @@ class Settings(BaseModel):
     the names of the modules to project). `max_group_bytes` caps the float32 gradients of one param group on one rank,
     which ZeRO copies at a time. `check_sync_every` is the number of steps from one comparison of the replicated weights
     over the ranks to the next, 0 for none; `record_scaling_factors` those from one record of the scaling factors to the
-    next (`ds_fira.scaling_factors`), 0 for none.
+    next (`ds_fira.scaling_factors`), 0 for none. `unpickle_checkpoints` lets a checkpoint that is loaded run what
+    stands in its files, as DeepSpeed does; without it only tensors and plain values are read.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -86,6 +88,7 @@ class Settings(BaseModel):
     max_group_bytes: int = Field(2**30, ge=1)
     check_sync_every: int = Field(0, ge=0)
     record_scaling_factors: int = Field(0, ge=0)
+    unpickle_checkpoints: StrictBool = False
     target_modules: tuple[str, ...] | None = None
 
     @field_validator(
@@ -122,7 +125,13 @@ LEGAL = tuple(Settings.model_fields)
 OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "wd": "weight_decay"}
 OTHER_NAMES |= {"scale": "alpha"}
 # What a param group may not set for itself: it acts before there are groups, or on the whole training.
-NOT_OF_GROUPS = ("target_modules", "max_group_bytes", "check_sync_every", "record_scaling_factors")
+NOT_OF_GROUPS = (
+    "target_modules",
+    "max_group_bytes",
+    "check_sync_every",
+    "record_scaling_factors",
+    "unpickle_checkpoints",
+)
 
 
 def legal_settings(method: Method = FIRA_ADAM) -> tuple[str, ...]:

@@ -225,7 +225,9 @@ def register(*types: type[LowRankOptimizer]) -> None:
             logger.warning(
                 f"{name}: no rank is set, so nothing is projected: this is AdamW. Set optimizer.params.rank."
             )
-        whole_training = {key: settings[key] for key in ("check_sync_every", "record_scaling_factors")}
+        whole_training = {
+            key: settings[key] for key in ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints")
+        }
         optimizer = TYPES[name](groups, **group_defaults(settings), **whole_training)
         optimizer.suspended = True
         return optimizer

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from ds_fira.carry_over import carry_schedule, refuse_changed_structure
 from ds_fira.checkpoint import KEY
 from ds_fira.comm import Channel
+from ds_fira.methods import METHODS
 from ds_fira.optimizer import LowRankOptimizer
+from ds_fira.safe_load import only_safe_loads
 from ds_fira.zero_files import MODEL_FILE, CheckpointFiles, load, normalized
 
 # What a dynamic loss scaler counts, in every wrapper that has one.
@@ -41,29 +43,66 @@ def saved_elsewhere(engine: Any, folder: Path) -> bool:
     layout, error = None, None
     if optimizer.channel.dp_rank == 0:
         try:
-            files = CheckpointFiles.find(folder, every=False)
+            files = CheckpointFiles.find(folder, every=False, unpickle=optimizer.unpickle_checkpoints)
             if files.models:
                 _, state_dict = files.optimizer_state(0)
                 layout = (state_dict or {}).get(KEY, {}).get("layout")
         except Exception as raised:
             error = raised
-    agree(optimizer.channel, error)
+    agree(optimizer.channel, error, optimizer.method.name)
     layout = optimizer.channel.gather_objects(layout)[0]
     return layout is not None and layout != optimizer.layout_digest
 
 
-def agree(channel: Channel, error: Exception | None) -> None:
+def agree(channel: Channel, error: Exception | None, name: str) -> None:
     """Stop on every rank if any has failed.
 
+    Args:
+        channel: of the ranks.
+        error: of this rank, of whatever kind; None without one.
+        name: of the optimizer.
+
     Raises:
-        ValueError: with the text of the first rank that failed.
+        ValueError: with the text of the first rank that failed, one sentence.
     """
-    texts = channel.gather_objects(None if error is None else str(error))
-    failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+    texts = channel.gather_objects(None if error is None else sentence(error, name, channel.dp_rank))
+    failed = [text for text in texts if text is not None]
     if failed:
-        rank, text = failed[0]
-        text = text if text.startswith("FiraAdam") else f"FiraAdam: rank {rank} could not load the checkpoint: {text}"
-        raise ValueError(text) from error
+        raise ValueError(failed[0]) from error
+
+
+def sentence(error: Exception, name: str, rank: int = 0) -> str:
+    """What an error of loading says, with the optimizer's name before it."""
+    if not isinstance(error, ValueError):
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{name}: rank {rank} could not load the checkpoint ({told}); load another tag."
+    return str(error) if str(error).partition(":")[0] in METHODS else f"{name}: {error}"
+
+
+def require_loadable(engine: Any, folder: Path, model_only: bool = False) -> None:
+    """Stop on every rank if a file of a checkpoint cannot be read without running what stands in it; collective.
+
+    DeepSpeed reads one file on one rank, where an error would leave the others waiting. So all are looked into before:
+    each by one of the ranks that share a storage.
+
+    Args:
+        engine: that loads.
+        folder: of the tag.
+        model_only: leave out the optimizer's files, which are not read.
+
+    Raises:
+        ValueError: with the file, what it would import, and the remedy.
+    """
+    optimizer: LowRankOptimizer = engine.basic_optimizer
+    channel, error = optimizer.channel, None
+    try:
+        paths = sorted(folder.glob("*model_states.pt" if model_only else "*_states.pt")) if folder.is_dir() else []
+        first, step = (0, 1) if engine.use_node_local_storage() else (channel.dp_rank, channel.dp_size)
+        for path in paths[first::step]:
+            load(path)
+    except Exception as raised:
+        error = raised
+    agree(channel, error, optimizer.method.name)
 
 
 def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: dict[str, Any]) -> Any:
@@ -85,7 +124,7 @@ def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: d
     channel, stage = optimizer.channel, engine.zero_optimization_stage()
     error, saved, rest = None, None, {}
     try:
-        files = CheckpointFiles.find(folder)
+        files = CheckpointFiles.find(folder, unpickle=optimizer.unpickle_checkpoints)
         saved = files.read()
         refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
         with stepped_params(engine):
@@ -94,7 +133,7 @@ def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: d
         rest = _untrained(files)
     except Exception as raised:
         error = raised
-    agree(channel, error)
+    agree(channel, error, optimizer.method.name)
     simple = stage < 3 and len(files.models) == 1 and not _is_partitioned(files)
     with _overridden(
         engine,
@@ -105,7 +144,7 @@ def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: d
         path, client_state = load_engine_state(
             **{**options, "load_optimizer_states": stage > 0, "load_lr_scheduler_states": False}
         )
-    model = load(files.models[0])
+    model = files.model()
     if options.get("load_lr_scheduler_states", True) and engine.lr_scheduler is not None and model["lr_scheduler"]:
         schedule = engine.lr_scheduler.state_dict()
         engine.lr_scheduler.load_state_dict(
@@ -191,7 +230,7 @@ def _is_partitioned(files: CheckpointFiles) -> bool:
 
 def _untrained(files: CheckpointFiles) -> dict[str, Tensor]:
     """Buffers and frozen weights by name, whole."""
-    models = [load(path) for path in files.models] if _is_partitioned(files) else [load(files.models[0])]
+    models = [files.model(number) for number in range(len(files.models) if _is_partitioned(files) else 1)]
     found = {name: value for name, value in models[0]["module"].items() if isinstance(value, Tensor)}
     shapes = models[0].get("frozen_param_shapes") or {}
     if _is_partitioned(files):
@@ -225,20 +264,30 @@ def register_checkpoint() -> None:
     @functools.wraps(load_checkpoint)
     def _load_checkpoint(engine: Any, load_dir: str, tag: str, **options: Any) -> Any:
         engine.fira_has_loaded = False
+        optimizer = engine.basic_optimizer
+        if not isinstance(optimizer, LowRankOptimizer):
+            return load_checkpoint(engine, load_dir, tag, **options)
+        folder = Path(load_dir, str(tag))
         optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
-        if isinstance(engine.basic_optimizer, LowRankOptimizer) and optimizer_too:
-            folder = Path(load_dir, str(tag))
-            if saved_elsewhere(engine, folder):
-                loaded = load_elsewhere(
-                    engine, folder, functools.partial(load_checkpoint, engine, load_dir, tag), options
-                )
+        with only_safe_loads(not optimizer.unpickle_checkpoints):
+            if not optimizer.unpickle_checkpoints:
+                # Stage 3 takes the weights from the optimizer's files.
+                require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3)
+            if optimizer_too and saved_elsewhere(engine, folder):
+                load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
+                loaded = load_elsewhere(engine, folder, load_engine_state, options)
                 engine.fira_has_loaded = True
                 return loaded
-        return load_checkpoint(engine, load_dir, tag, **options)
+            return load_checkpoint(engine, load_dir, tag, **options)
 
     @functools.wraps(load_zero)
     def _load_zero_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> bool:
-        return True if engine.fira_has_loaded else load_zero(engine, *args, **kwargs)
+        if engine.fira_has_loaded:
+            return True
+        optimizer = engine.basic_optimizer
+        ours = isinstance(optimizer, LowRankOptimizer)
+        with only_safe_loads(ours and not optimizer.unpickle_checkpoints):
+            return load_zero(engine, *args, **kwargs)
 
     DeepSpeedEngine._load_checkpoint = _load_checkpoint
     DeepSpeedEngine._load_zero_checkpoint = _load_zero_checkpoint

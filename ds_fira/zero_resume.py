@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -21,6 +22,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.rng import rng_state, set_rng_state
 from ds_fira.tracking import StepMetrics
+from ds_fira.zero_loadable import warn_if_unloadable
 from ds_fira.zero_monitor import forget_watch
 
 KEY = "ds_fira"
@@ -44,8 +46,12 @@ def register_resume() -> None:
             return save(engine, *args, **kwargs)
         given = save_signature.bind(engine, *args, **kwargs)
         given.apply_defaults()
-        given.arguments["client_state"] = {**given.arguments["client_state"], KEY: _state_of_all(engine)}
-        return save(*given.args, **given.kwargs)
+        client_state, tag = given.arguments["client_state"], given.arguments["tag"]
+        given.arguments["client_state"] = {**client_state, KEY: _state_of_all(engine)}
+        done = save(*given.args, **given.kwargs)
+        folder = Path(given.arguments["save_dir"], f"global_step{engine.global_steps}" if tag is None else str(tag))
+        warn_if_unloadable(engine, folder, client_state)
+        return done
 
     @functools.wraps(load)
     def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
