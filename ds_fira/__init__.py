@@ -4,6 +4,9 @@ Importing this package registers `FiraAdam`, `GaLoreAdam` and `FiraRMSProp` with
 `"optimizer": {"type": "FiraAdam"}` works in a DeepSpeed config.
 """
 
+import ds_fira.command_output  # noqa: F401
+
+# isort: split
 from ds_fira.activations import checkpoint_activations
 from ds_fira.fira_adam import FiraAdam
 from ds_fira.foreign import load_released_state

@@ -8,8 +8,8 @@ import sys
 from ds_fira import checkpoint_command, plots
 from ds_fira.estimate import command as estimate
 
-# Each has `register(commands)`, which adds a parser whose default `run` is called with the parsed arguments and raises
-# ValueError, with one sentence, for arguments that are not legal.
+# Each has `register(commands)`, which adds a parser whose default `run` is called with the parsed arguments, gives the
+# exit status (None for 0), and raises ValueError, with one sentence, for arguments that are not legal.
 COMMANDS = (estimate, plots, checkpoint_command)
 
 
@@ -21,11 +21,10 @@ def main(argv: list[str] | None = None) -> int:
         command.register(commands)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"python -m ds_fira {args.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def read(
         mmap = file.read(len(_ZIP)) == _ZIP and mmap
     try:
         with safe_globals(list(stand_ins)), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            warnings.simplefilter("ignore")  # about what is refused here in one sentence
             return torch.load(os.fspath(path), map_location=map_location, mmap=mmap, weights_only=True)
     except UnpicklingError as error:
         text = str(error)

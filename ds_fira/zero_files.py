@@ -75,7 +75,12 @@ class CheckpointFiles:
 
     def optimizer_state(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a rank's wrapper has saved, and in it the state dict of FiraAdam."""
-        wrapper = load(self.optimizers[number], self.unpickle)[OUTER] if self.optimizers else self.model()["optimizer"]
+        path = self.optimizers[number] if self.optimizers else self.models[0]
+        wrapper = load(path, self.unpickle).get(OUTER if self.optimizers else "optimizer")
+        if not isinstance(wrapper, Mapping):
+            raise ValueError(
+                f"{path} holds no optimizer states; load with load_optimizer_states=False, or another tag."
+            )
         for key in BASE_OPTIMIZER:
             if key in wrapper:
                 return wrapper, wrapper[key]

@@ -147,3 +147,39 @@ def real_files(folder: str, cases: list[tuple[int, str, dict[str, Any]]]) -> Non
         engine.step()
         engine.save_checkpoint(f"{folder}/{number}", client_state={"a": [1, {"b": torch.ones(2)}], "c": {1, 2}})
         engine.destroy()
+
+
+def spoiled(folder: str, state_dtype: str) -> None:
+    """Save checkpoints in which one number of a kind is not finite, under tags named after the kinds."""
+    ds_config = config(2, "fp32", {**PARAMS, "state_dtype": state_dtype})
+    engine = build(ds_config, [(80, 80), (6, 12)], model=Net([(80, 80), (6, 12)], width=400))
+    engine.backward(engine(batches(1, torch.distributed.get_rank())[0]))
+    engine.step()
+    optimizer = fira_of(engine)
+    engine.save_checkpoint(folder, tag="fine")
+    coded = state_dtype == "int8"
+
+    def found(key: str, projected: bool = True) -> torch.Tensor | None:
+        """A state of this rank, of a projected tensor or another."""
+        for state in optimizer.state.values():
+            if projected == any(name.startswith("basis") for name in state):
+                # The states of a cut matrix, or of one of several shapes, have a mark behind their name.
+                return next((value for name, value in state.items() if name.partition(".")[0] == key), None)
+        return None
+
+    moments = "scales of moments" if coded else "moments"
+    kinds = {
+        "limiters": found("residual_norm"),
+        "bases": found("basis"),
+        moments: found("exp_avg_sq_scale" if coded else "exp_avg_sq"),
+        f"{moments} of AdamW": found("exp_avg_scale" if coded else "exp_avg", projected=False),
+        "master weights": optimizer.param_groups[0]["params"][0].data,
+    }
+    for tag, tensor in kinds.items():
+        before = None if tensor is None else tensor.clone()
+        if tensor is not None and torch.distributed.get_rank() == 1:
+            tensor.view(-1)[-1 if "AdamW" not in tag else 0] = float("inf" if tag == "bases" else "nan")
+        engine.save_checkpoint(folder, tag=tag)
+        if tensor is not None:
+            tensor.copy_(before)
+    engine.destroy()

@@ -288,6 +288,6 @@ def test_the_command_says_what_a_folder_holds(
     assert f"8 x 6, right, rank 2, step {SAVED}, basis of step 3" in entry["states"]["matrices"]
     assert entry["states"]["finite"]
     (copy / f"global_step{SAVED}" / "mp_rank_00_model_states.pt").write_bytes(b"torn")
-    assert main(["checkpoint", str(copy)]) == 0
+    assert main(["checkpoint", str(copy)]) == 1
     assert "not complete" in capsys.readouterr().out
     assert main(["checkpoint", str(tmp_path / "nowhere")]) == 2

@@ -15,6 +15,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch.optim import lr_scheduler as schedules
 
 from ds_fira import safe_load
+from ds_fira.__main__ import main
 from ds_fira.zero_files import load
 from tests.distributed import Pools
 from tests.safe_jobs import WANTED, Calls, evil
@@ -54,6 +55,20 @@ def test_no_load_runs_code(ranks: Pools, folders: Path, stage: int, dtype: str, 
     (warning,) = [text for text in first["told"] if "unpickle_checkpoints" in text]
     assert warning.startswith("FiraAdam: client_state['x'] holds posix.system, which is saved but not loaded again")
     assert not [text for text in second["told"] if "unpickle_checkpoints" in text]
+
+
+def test_the_inspector_runs_nothing(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever it is asked; it says what it would have had to import, and that something is wrong."""
+    for folder in folders.iterdir():
+        for path in folder.glob("m-*"):
+            path.unlink()
+        for options in ([], ["--verify"], ["--json"], ["--tag", "client-eval"], ["--tag", "optimizer-system"]):
+            assert main(["checkpoint", str(folder), *options]) == 1
+            told = capsys.readouterr()
+            assert told.err == ""
+            assert "posix.system" in told.out or "builtins.eval" in told.out
+        assert main(["checkpoint", str(folder), "--tag", "good"]) == 0
+        assert not list(folder.glob("m-*"))
 
 
 def test_real_files_need_no_more_than_the_stand_ins(ranks: Pools, tmp_path: Path) -> None:
