@@ -1,25 +1,24 @@
 """The state of a run by the names of parameters and matrices: read from any number of ranks, restored on any other.
 
 A saved optimizer describes what its tensors hold (`describe`, in its state dict under "fira"). `SavedState` puts the
-state dicts of all ranks together under names, without copying; `restore` fills an optimizer from it, wherever that
-keeps what. Whole matrices, parts of cut ones and flat AdamW states are all copied by the ranges they have in common.
+state dicts of all ranks together under names, without copying; `ds_fira.restore` fills an optimizer from it, wherever
+that keeps what.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_fira import compression
 from ds_fira.carry_over import SavedGroup
 from ds_fira.methods import FIRA_ADAM, Method
-from ds_fira.places import MatrixPlace, Piece, overlap
-from ds_fira.state import BASIS, EXP_AVG, STEP, MatrixState, compute_dtype, state_views, stored_moment
+from ds_fira.places import MatrixPlace, Piece
+from ds_fira.state import EXP_AVG, STEP, MatrixState, state_views, stored_moment
 
 # Where the description is in a state dict, and the version of its form.
 KEY = "fira"
@@ -55,6 +54,7 @@ def describe(
     given: Sequence[dict[str, Any]],
     members: Sequence[Sequence[tuple[str, tuple[int, ...]]]],
     places: Sequence[Places],
+    states: Sequence[Mapping[str, Any]],
     method: Method = FIRA_ADAM,
 ) -> dict[str, Any]:
     """What goes into a state dict beside the tensors.
@@ -65,6 +65,7 @@ def describe(
         given: of every param group, the settings it was made with.
         members: of every param group, the names and shapes of its parameters, over all ranks.
         places: of every tensor of this rank, in the order of the state dict.
+        states: likewise its state; the description names what is in it, so that a loss is seen.
         method: the optimizer; a description without one is FiraAdam's.
     """
     return {
@@ -74,6 +75,7 @@ def describe(
         "settings": [dict(settings) for settings in given],
         "members": [[[name, list(shape)] for name, shape in group] for group in members],
         "places": [place.to_plain() for place in places],
+        "states": [sorted(state) for state in states],
     }
 
 
@@ -132,12 +134,16 @@ class SavedState:
                 shapes = {name: tuple(shape) for name, shape in members}
                 self.groups.append(SavedGroup(shapes, given, values))
         ids = [number for group in groups for number in group["params"]]
-        for position, (number, listed) in enumerate(zip(ids, plain["places"], strict=True)):
+        # Version 0.1.0 did not say what states there were.
+        kept = plain.get("states") or [()] * len(ids)
+        for position, (number, listed, keys) in enumerate(zip(ids, plain["places"], kept, strict=True)):
             places = Places.from_plain(listed)
+            state = state_dict["state"].get(number, {})
+            self._require_state(set(keys) - set(state), places)
             if weights is not None:
                 for piece in places.pieces:
                     self.weights[piece.name].append((piece, weights[position].reshape(-1)))
-            self._add_state(state_dict["state"].get(number, {}), places)
+            self._add_state(state, places)
 
     def _add_state(self, state: dict[str, Tensor], places: Places) -> None:
         method = self.method
@@ -145,11 +151,19 @@ class SavedState:
             if STEP + place.mark in state:
                 views = state_views(state, place.side, place.mark, place.index, method=method)
                 self.matrices[place.name].append((place, views))
-        plain = STEP in state and not any(key.startswith(BASIS) for key in state)
-        if plain and not places.matrices and method.states.keys() <= state.keys():
+        if STEP in state and not places.matrices:
+            self._require_state(method.states.keys() - state.keys(), places)
             moments = SavedMoments(state[STEP], {name: stored_moment(state, name) for name in method.states})
             for piece in places.pieces:
                 self.moments[piece.name].append((piece, moments))
+
+    def _require_state(self, lost: set[str], places: Places) -> None:
+        if lost:
+            names = ", ".join(sorted({piece.name for piece in places.pieces})[:3])
+            raise ValueError(
+                f"{self.method.name}: the saved state of {names} has lost {', '.join(sorted(lost)[:3])}; load another "
+                "checkpoint."
+            )
 
 
 def described(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -170,162 +184,3 @@ def described(state_dict: dict[str, Any]) -> dict[str, Any]:
             "ds_fira."
         )
     return plain
-
-
-def restore(
-    saved: SavedState,
-    places: Iterable[tuple[Tensor, Places]],
-    state_of: Callable[[Tensor], dict[str, Tensor]],
-    *,
-    weights: bool,
-    method: Method = FIRA_ADAM,
-) -> None:
-    """Fill tensors and their states from a saved state; what was saved without a state is left without one.
-
-    Args:
-        saved: read completely; its structure has been checked (`refuse_changed_structure`).
-        places: the tensors to fill, and what they hold.
-        state_of: gives the state of a tensor, allocated.
-        weights: whether to fill the tensors themselves too.
-        method: of the optimizer that is filled, and of the one that saved.
-
-    Raises:
-        ValueError: a part of the saved state is missing, or the rule kept others.
-    """
-    refuse_other_states(saved, method)
-    for param, held in places:
-        if weights:
-            _fill(param.detach().view(-1), held.pieces, saved.weights, "weights")
-        if held.matrices:
-            known = [place for place in held.matrices if saved.matrices.get(place.name)]
-            state = state_of(param) if known else {}
-            for place in known:
-                dtype = compute_dtype(param.dtype)
-                target = state_views(state, place.side, place.mark, place.index, method=method, dtype=dtype)
-                _restore_matrix(place, target, saved.matrices[place.name])
-        elif any(saved.moments.get(piece.name) for piece in held.pieces):
-            _restore_moments(param, state_of(param), held.pieces, saved, method)
-
-
-def refuse_other_states(saved: SavedState, method: Method) -> None:
-    """Stop if a rule keeps other states than when it was saved.
-
-    Raises:
-        ValueError: one sentence with both.
-    """
-    before, now = list(saved.method.states), list(method.states)
-    if before != now:
-        raise ValueError(
-            f"{method.name}: the rule keeps the states {now}, and the checkpoint holds {before}; resume with the rule "
-            "that saved it."
-        )
-
-
-def _restore_matrix(place: MatrixPlace, target: MatrixState, parts: list[tuple[MatrixPlace, MatrixState]]) -> None:
-    first = parts[0][1]
-    target.step.copy_(first.step)
-    target.refresh_step.copy_(first.refresh_step)
-    if target.residual_norm is not None:
-        target.residual_norm.copy_(first.residual_norm)
-    missing = set(place.basis)
-    for other, state in parts:
-        common = overlap(place.basis, other.basis)
-        if missing.intersection(common):
-            target.basis[_within(common, place.basis)].copy_(state.basis[_within(common, other.basis)])
-            missing.difference_update(common)
-    _require_all(not missing, "basis", place.name)
-    for name, stored in target.moments.items():
-        if stored:
-            _restore_moment(place, stored, [(other, state.moments[name]) for other, state in parts], target.dtype)
-
-
-def _restore_moment(
-    place: MatrixPlace,
-    stored: compression.Stored,
-    parts: list[tuple[MatrixPlace, compression.Stored]],
-    dtype: torch.dtype,
-) -> None:
-    parts = [(other, part) for other, part in parts if part and len(other.kept)]
-    for other, part in parts:
-        if other.kept == place.kept and _same_form(stored, part):
-            _copy(stored, part)
-            return
-    shape = stored[compression.VALUES].shape
-    value = torch.zeros(shape, dtype=dtype, device=stored[compression.VALUES].device)
-    missing = set(place.kept)
-    for other, part in parts:
-        common = overlap(place.kept, other.kept)
-        if len(common):
-            values = compression.read(part, dtype)
-            source = values.narrow(place.axis, common.start - other.kept.start, len(common))
-            value.narrow(place.axis, common.start - place.kept.start, len(common)).copy_(source)
-            missing.difference_update(common)
-    _require_all(not missing, "moments", place.name)
-    compression.write_(stored, value, seed=None)
-
-
-def _restore_moments(
-    param: Tensor, state: dict[str, Tensor], pieces: Sequence[Piece], saved: SavedState, method: Method
-) -> None:
-    """Fill the state of one tensor without a projection; its step count is the largest of its parameters'."""
-    found = {piece.name: saved.moments.get(piece.name, []) for piece in pieces}
-    steps = [int(moments.step) for parts in found.values() for _, moments in parts]
-    state[STEP].fill_(max(steps))
-    for key in method.states:
-        stored = stored_moment(state, key)
-        sources = {name: [(piece, held.moments[key]) for piece, held in parts] for name, parts in found.items()}
-        alike = [part for piece, part in sources[pieces[0].name] if piece == pieces[0] and _same_form(stored, part)]
-        if alike and all(any(p == piece and s is alike[0] for p, s in sources[piece.name]) for piece in pieces):
-            _copy(stored, alike[0])
-            continue
-        value = torch.zeros(param.numel(), dtype=torch.float64 if param.dtype == torch.float64 else torch.float32)
-        present = [piece for piece in pieces if sources[piece.name]]
-        _fill(value, present, sources, "moments", compression.elements)
-        compression.write_(stored, value.to(param.device), seed=None)
-
-
-def _fill(
-    target: Tensor,
-    pieces: Sequence[Piece],
-    sources: dict[str, list[tuple[Piece, Any]]],
-    what: str,
-    read: Callable[[Any, int, int], Tensor] = lambda flat, start, stop: flat[start:stop],
-) -> None:
-    """Copy the elements of `pieces` to their offsets in a 1-D tensor, from wherever they were."""
-    for piece in pieces:
-        copied = 0
-        for other, flat in sources.get(piece.name, []):
-            common = overlap(range(piece.start, piece.stop), range(other.start, other.stop))
-            if len(common):
-                values = read(flat, *_bounds(common, other))
-                start, stop = _bounds(common, piece)
-                target[start:stop].copy_(values)
-                copied += len(common)
-        _require_all(copied >= piece.stop - piece.start, what, piece.name)
-
-
-def _bounds(common: range, piece: Piece) -> tuple[int, int]:
-    return piece.offset + common.start - piece.start, piece.offset + common.stop - piece.start
-
-
-def _within(common: range, held: range) -> slice:
-    return slice(common.start - held.start, common.stop - held.start)
-
-
-def _same_form(stored: compression.Stored, other: compression.Stored) -> bool:
-    return stored.keys() == other.keys() and all(
-        value.numel() == other[key].numel() and value.dtype == other[key].dtype for key, value in stored.items()
-    )
-
-
-def _copy(stored: compression.Stored, other: compression.Stored) -> None:
-    for key, value in stored.items():
-        value.view(-1).copy_(other[key].reshape(-1))
-
-
-def _require_all(complete: bool, what: str, name: str) -> None:
-    if not complete:
-        raise ValueError(
-            f"FiraAdam: the checkpoint lacks a part of the {what} of {name}; a file of it is missing or from another "
-            "save, so load an older tag."
-        )

@@ -22,7 +22,8 @@ from ds_fira.places import MatrixPlace, Piece
 from ds_fira.state import MatrixState
 from ds_fira.subspace import Side, basis_shape, effective_rank, projection_side
 from ds_fira.zero import fira_of
-from ds_fira.zero_checkpoint import agree, stepped_params
+from ds_fira.zero_check import agree
+from ds_fira.zero_checkpoint import stepped_params
 from ds_fira.zero_files import normalized
 
 

@@ -131,3 +131,29 @@ def overlap(first: range, second: range) -> range:
     """What two ranges have in common; empty where they have nothing."""
     start = max(first.start, second.start)
     return range(start, max(start, min(first.stop, second.stop)))
+
+
+class Missing:
+    """Which elements of a range have not been found yet.
+
+    Attributes:
+        ranges: of those, in order, none of them empty.
+    """
+
+    def __init__(self, wanted: range) -> None:
+        self.ranges = [wanted] if len(wanted) else []
+
+    def take(self, found: range) -> list[range]:
+        """What of a range that was found is missing; from here on it is not."""
+        taken: list[range] = []
+        left: list[range] = []
+        for part in self.ranges:
+            common = overlap(part, found)
+            if len(common):
+                taken.append(common)
+                sides = (range(part.start, common.start), range(common.stop, part.stop))
+                left += [side for side in sides if len(side)]
+            else:
+                left.append(part)
+        self.ranges = left
+        return taken

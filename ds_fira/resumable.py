@@ -12,15 +12,16 @@ from torch.optim import Optimizer
 from ds_fira import compression
 from ds_fira.binding import Binding
 from ds_fira.carry_over import Members, carry_values, refuse_changed_structure
-from ds_fira.checkpoint import KEY, Places, SavedState, describe, described, refuse_other_states, restore
+from ds_fira.checkpoint import KEY, Places, SavedState, describe, described
 from ds_fira.comm import Channel
 from ds_fira.methods import FIRA_ADAM, Method, method_of
 from ds_fira.places import Piece, matrix_places
 from ds_fira.refresh import Refresher
+from ds_fira.restore import refuse_other_states, restore
 from ds_fira.scaling_record import ScalingRecorder
 from ds_fira.settings import group_settings
 from ds_fira.shard import matrices_of
-from ds_fira.state import BASIS, STEP, allocate, compute_dtype, host_key
+from ds_fira.state import STEP, allocate, compute_dtype, host_key
 
 # AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
 SMALL_PARAM = 4096
@@ -74,23 +75,27 @@ class Resumable(Optimizer):
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of one parameter, allocated."""
         state = self.state[param]
-        if state:
-            return state
+        if not state:
+            state.update(self._allocated(param, group, param))
+        return state
+
+    def _allocated(self, param: Tensor, group: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
+        """A new state of one parameter, in tensors of the device and dtype that suit `like`, of the same shape."""
         if "rank" in group:
             binding = self._binding(param)
-            state.update(allocate(param, binding.shapes, group, binding.batched))
+            state = allocate(like, binding.shapes, group, binding.batched)
             if binding.lean is not None:
-                state.update(binding.lean.allocate(param, group))
+                state.update(binding.lean.allocate(like, group))
             return state
-        state[STEP] = torch.zeros((), dtype=torch.int64)
+        state = {STEP: torch.zeros((), dtype=torch.int64)}
         state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
         for key, kind in self.method.states.items():
             stored = compression.allocate(
                 tuple(param.shape),
                 (),
                 state_dtype,
-                dtype=compute_dtype(param.dtype),
-                device=param.device,
+                dtype=compute_dtype(like.dtype),
+                device=like.device,
                 signed=kind != "second",
             )
             state.update({key + suffix: value for suffix, value in stored.items()})
@@ -100,7 +105,8 @@ class Resumable(Optimizer):
         """As in `torch.optim`, with a description of what the tensors hold; tensors, numbers, strings, lists, dicts."""
         result = super().state_dict()
         places = [self._places(param, group) for group in self.param_groups for param in group["params"]]
-        result[KEY] = describe(self.layout_digest, self.given, self._members(), places, self.method)
+        states = [result["state"].get(number, {}) for group in result["param_groups"] for number in group["params"]]
+        result[KEY] = describe(self.layout_digest, self.given, self._members(), places, states, self.method)
         if self.recorder is not None and self.channel is None:
             # Inside an engine the record goes over ranks, and `ds_fira.zero_resume` saves it.
             result[KEY][RECORD] = self.recorder.state_dict()
@@ -114,28 +120,11 @@ class Resumable(Optimizer):
         saved: these keep their new values, with a warning. Another `state_dtype` converts the states.
 
         Raises:
-            ValueError: the state was made with another rank, side or shape of a matrix, or for other ranks.
+            ValueError: the state was made with another rank, side or shape of a matrix, or for other ranks, or a part
+                of it is missing; nothing is changed.
         """
         given = [dict(group) for group in self.param_groups]
-        saved, convert = None, False
-        if KEY in state_dict:
-            plain = described(state_dict)
-            saved = SavedState()
-            saved.add(state_dict)
-            members = [[(name, tuple(shape)) for name, shape in group] for group in plain["members"]]
-            if len(members) == len(self.param_groups):
-                # By position, as torch does: alone, names are only positions.
-                refuse_changed_structure(saved.groups, self.param_groups, self._renamed(members))
-            refuse_other_states(saved, self.method)
-            if plain["layout"] != self.layout_digest:
-                raise ValueError(
-                    "FiraAdam: this state dict is a rank's share of a run on other ranks, or with other settings; "
-                    "load it through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."
-                )
-            convert = any(
-                group["state_dtype"] != before["state_dtype"]
-                for group, before in zip(self.given, plain["settings"], strict=False)
-            )
+        saved, members, convert = self.require_fit(state_dict)
         super().load_state_dict(state_dict)
         self._refresher.forget_counts()
         if self.recorder is not None and self.channel is None:
@@ -146,25 +135,91 @@ class Resumable(Optimizer):
                 group.update({**own, "params": params})
             self.carry_groups(saved, [list(group.members.items()) for group in saved.groups])
         if convert:
-            self.restore(saved, weights=False)
+            self.restore(saved, weights=False, members=members)
             return
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for saved_id, param in zip(saved_ids, params, strict=True):
+        owners = {param: group for group in self.param_groups for param in group["params"]}
+        for saved_id, param in zip(saved_ids, owners, strict=True):
             values = state_dict["state"].get(saved_id, {})
             for key, value in values.items():
-                if isinstance(value, Tensor):
-                    # AdamW counts every step, so its count is the host's.
-                    on_host = host_key(key) or (key == STEP and BASIS not in values)
-                    device = torch.device("cpu") if on_host else param.device
-                    self.state[param][key] = value.detach().to(device=device, copy=True)
+                # AdamW counts every step, so its count is the host's.
+                on_host = host_key(key) or (key == STEP and "rank" not in owners[param])
+                device = torch.device("cpu") if on_host else param.device
+                self.state[param][key] = value.detach().to(device=device, copy=True)
 
-    def restore(self, saved: SavedState, *, weights: bool) -> None:
+    def require_fit(self, state_dict: dict[str, Any]) -> tuple[SavedState | None, list[Members], bool]:
+        """Check all that `load_state_dict` relies on, and change nothing.
+
+        Returns:
+            What was learned, by name, where the state dict says of what its tensors are; the members of the groups now
+            under the names that they had; whether states have to be converted to another dtype.
+
+        Raises:
+            ValueError: as of `load_state_dict`.
+        """
+        counts = [len(group["params"]) for group in state_dict["param_groups"]]
+        own = [len(group["params"]) for group in self.param_groups]
+        saved, members, convert = None, self._members(), False
+        if KEY in state_dict:
+            plain = described(state_dict)
+            saved = SavedState()
+            saved.add(state_dict)
+            listed = [[(name, tuple(shape)) for name, shape in group] for group in plain["members"]]
+            if len(listed) == len(members):
+                # By position, as torch does: alone, names are only positions.
+                members = self._renamed(listed)
+                refuse_changed_structure(saved.groups, self.param_groups, members)
+            refuse_other_states(saved, self.method)
+            if plain["layout"] != self.layout_digest:
+                raise ValueError(
+                    f"{self.method.name}: this state dict is a rank's share of a run on other ranks, or with other "
+                    "settings; load it through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."
+                )
+            convert = any(
+                group["state_dtype"] != before["state_dtype"]
+                for group, before in zip(self.given, plain["settings"], strict=False)
+            )
+        if counts != own:
+            raise ValueError(
+                f"{self.method.name}: the state dict has param groups of {counts} tensors, and the optimizer of {own}; "
+                "build the same groups as the run that saved."
+            )
+        params = [(param, group) for group in self.param_groups for param in group["params"]]
+        if saved is not None:
+            places = [self._places(param, group, members).to_plain() for param, group in params]
+            if places != plain["places"]:
+                raise ValueError(
+                    f"{self.method.name}: this state dict is another rank's share of the run; load each rank's own."
+                )
+        if not convert:
+            self._require_states(state_dict, params)
+        return saved, members, convert
+
+    def _require_states(self, state_dict: dict[str, Any], params: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Stop unless every state that there is has the tensors, of the shapes, that this optimizer gives it."""
+        ids = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for position, (number, (param, group)) in enumerate(zip(ids, params, strict=True)):
+            state = state_dict["state"].get(number)
+            if not state:
+                continue
+            expected = self._allocated(param, group, torch.empty_like(param, device="meta"))
+            found = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in state.items()}
+            wanted = {key: tuple(value.shape) for key, value in expected.items()}
+            if found != wanted:
+                key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+                raise ValueError(
+                    f"{self.method.name}: the state of parameter {position} of shape {tuple(param.shape)} has "
+                    f"{key} of shape {found.get(key)} where {wanted.get(key)} belongs; load the state that this model "
+                    "and these settings made."
+                )
+
+    def restore(self, saved: SavedState, *, weights: bool, members: list[Members] | None = None) -> None:
         """Take over what a run had learned, on whatever ranks it ran; its structure has been checked.
 
         Args:
             saved: read from the state dicts of all its ranks.
             weights: whether the stepped tensors are filled too.
+            members: of every param group, the names by which `saved` knows its parameters; None for its own.
 
         Raises:
             ValueError: a part of it is missing.
@@ -173,7 +228,7 @@ class Resumable(Optimizer):
         self.state.clear()
         restore(
             saved,
-            [(param, self._places(param, group)) for param, group in owners.items()],
+            [(param, self._places(param, group, members)) for param, group in owners.items()],
             lambda param: self._state_of(param, owners[param]),
             weights=weights,
             method=self.method,
@@ -205,12 +260,12 @@ class Resumable(Optimizer):
             for a, b in zip(members, own, strict=True)
         ]
 
-    def _places(self, param: Tensor, group: dict[str, Any]) -> Places:
+    def _places(self, param: Tensor, group: dict[str, Any], members: list[Members] | None = None) -> Places:
         pieces = self.pieces.get(param)
         if pieces is None:
             # Alone the names are found by position.
-            listed = zip(self.param_groups, self._members(), strict=True)
-            names = {id(p): name for g, members in listed for p, (name, _) in zip(g["params"], members, strict=True)}
+            listed = zip(self.param_groups, members or self._members(), strict=True)
+            names = {id(p): name for g, named in listed for p, (name, _) in zip(g["params"], named, strict=True)}
             pieces = (Piece(names[id(param)], 0, 0, param.numel()),)
         if "rank" not in group:
             return Places(pieces, ())

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from ds_fira.carry_over import carry_schedule, refuse_changed_structure
 from ds_fira.checkpoint import KEY
-from ds_fira.comm import Channel
-from ds_fira.methods import METHODS
 from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.safe_load import only_safe_loads
-from ds_fira.zero_files import MODEL_FILE, CheckpointFiles, load, normalized
+from ds_fira.zero_check import agree, require_loadable, require_own_share
+from ds_fira.zero_files import MODEL_FILE, CheckpointFiles, normalized
 
 # What a dynamic loss scaler counts, in every wrapper that has one.
 SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -52,57 +51,6 @@ def saved_elsewhere(engine: Any, folder: Path) -> bool:
     agree(optimizer.channel, error, optimizer.method.name)
     layout = optimizer.channel.gather_objects(layout)[0]
     return layout is not None and layout != optimizer.layout_digest
-
-
-def agree(channel: Channel, error: Exception | None, name: str) -> None:
-    """Stop on every rank if any has failed.
-
-    Args:
-        channel: of the ranks.
-        error: of this rank, of whatever kind; None without one.
-        name: of the optimizer.
-
-    Raises:
-        ValueError: with the text of the first rank that failed, one sentence.
-    """
-    texts = channel.gather_objects(None if error is None else sentence(error, name, channel.dp_rank))
-    failed = [text for text in texts if text is not None]
-    if failed:
-        raise ValueError(failed[0]) from error
-
-
-def sentence(error: Exception, name: str, rank: int = 0) -> str:
-    """What an error of loading says, with the optimizer's name before it."""
-    if not isinstance(error, ValueError):
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"{name}: rank {rank} could not load the checkpoint ({told}); load another tag."
-    return str(error) if str(error).partition(":")[0] in METHODS else f"{name}: {error}"
-
-
-def require_loadable(engine: Any, folder: Path, model_only: bool = False) -> None:
-    """Stop on every rank if a file of a checkpoint cannot be read without running what stands in it; collective.
-
-    DeepSpeed reads one file on one rank, where an error would leave the others waiting. So all are looked into before:
-    each by one of the ranks that share a storage.
-
-    Args:
-        engine: that loads.
-        folder: of the tag.
-        model_only: leave out the optimizer's files, which are not read.
-
-    Raises:
-        ValueError: with the file, what it would import, and the remedy.
-    """
-    optimizer: LowRankOptimizer = engine.basic_optimizer
-    channel, error = optimizer.channel, None
-    try:
-        paths = sorted(folder.glob("*model_states.pt" if model_only else "*_states.pt")) if folder.is_dir() else []
-        first, step = (0, 1) if engine.use_node_local_storage() else (channel.dp_rank, channel.dp_size)
-        for path in paths[first::step]:
-            load(path)
-    except Exception as raised:
-        error = raised
-    agree(channel, error, optimizer.method.name)
 
 
 def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: dict[str, Any]) -> Any:
@@ -278,6 +226,9 @@ def register_checkpoint() -> None:
                 loaded = load_elsewhere(engine, folder, load_engine_state, options)
                 engine.fira_has_loaded = True
                 return loaded
+            if optimizer_too:
+                with stepped_params(engine):
+                    require_own_share(engine, folder)
             return load_checkpoint(engine, load_dir, tag, **options)
 
     @functools.wraps(load_zero)

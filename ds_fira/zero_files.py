@@ -73,6 +73,18 @@ class CheckpointFiles:
         """What the file with the module's weights holds, of one rank under stage 3."""
         return load(self.models[number], self.unpickle)
 
+    def of_rank(self, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `optimizer_state`, of the rank by its number: files of other ranks may be on other nodes.
+
+        Raises:
+            ValueError: it has no file.
+        """
+        ranks = [int(OPTIMIZER_FILE.fullmatch(path.name).groups()[-1]) for path in self.optimizers]
+        if ranks and rank not in ranks:
+            folder = self.models[0].parent
+            raise ValueError(f"{folder} lacks the optimizer states of rank {rank}; load another tag.")
+        return self.optimizer_state(ranks.index(rank) if ranks else 0)
+
     def optimizer_state(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a rank's wrapper has saved, and in it the state dict of FiraAdam."""
         path = self.optimizers[number] if self.optimizers else self.models[0]
