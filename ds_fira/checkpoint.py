@@ -18,7 +18,7 @@ from ds_fira import compression
 from ds_fira.carry_over import SavedGroup
 from ds_fira.methods import FIRA_ADAM, Method
 from ds_fira.places import MatrixPlace, Piece
-from ds_fira.state import EXP_AVG, STEP, MatrixState, state_views, stored_moment
+from ds_fira.state import BASIS, EXP_AVG, REFRESH_STEP, RESIDUAL_NORM, STEP, MatrixState, state_views, stored_moment
 
 # Where the description is in a state dict, and the version of its form.
 KEY = "fira"
@@ -147,12 +147,16 @@ class SavedState:
 
     def _add_state(self, state: dict[str, Tensor], places: Places) -> None:
         method = self.method
+        if not state:
+            return  # of a tensor that never had a gradient
+        present = {key for key, value in state.items() if isinstance(value, Tensor)}
         for place in places.matrices:
-            if STEP + place.mark in state:
-                views = state_views(state, place.side, place.mark, place.index, method=method)
-                self.matrices[place.name].append((place, views))
-        if STEP in state and not places.matrices:
-            self._require_state(method.states.keys() - state.keys(), places)
+            own = (STEP, REFRESH_STEP, BASIS, *((RESIDUAL_NORM,) if method.limited else ()))
+            self._require_state({key + place.mark for key in own} - present, places)
+            views = state_views(state, place.side, place.mark, place.index, method=method)
+            self.matrices[place.name].append((place, views))
+        if not places.matrices:
+            self._require_state({STEP, *method.states} - present, places)
             moments = SavedMoments(state[STEP], {name: stored_moment(state, name) for name in method.states})
             for piece in places.pieces:
                 self.moments[piece.name].append((piece, moments))

@@ -48,6 +48,19 @@ class AdaGrad(ds_fira.Rule):
         return 1.0 - 0.5**step
 
 
+class Ages(ds_fira.Rule):
+    """Momentum that learns less with age, and a state whose name begins as that of the basis."""
+
+    beta: float = 0.9
+    states: ClassVar = {"basis_age": "first", "momentum": "first"}
+    elementwise: ClassVar = True
+
+    def direction(self, grad: Tensor, states: dict[str, Tensor], step: Tensor) -> Tensor:
+        """N = M / (1 + A), A the sum of |R|."""
+        age = states["basis_age"].add_(grad.abs())
+        return states["momentum"].mul_(self.beta).add_(grad, alpha=1.0 - self.beta) / (1.0 + age)
+
+
 class Normalized(ds_fira.Rule):
     """Momentum over its norm, which needs the whole of it."""
 
@@ -63,7 +76,8 @@ class Normalized(ds_fira.Rule):
 FiraLion = ds_fira.plug(Lion)
 FiraAdaGrad = ds_fira.plug(AdaGrad)
 FiraNormalized = ds_fira.plug(Normalized)
-ds_fira.register(FiraLion, FiraAdaGrad, FiraNormalized)
+FiraAges = ds_fira.plug(Ages)
+ds_fira.register(FiraLion, FiraAdaGrad, FiraNormalized, FiraAges)
 
 
 def alone(kind: type, shapes: list[tuple[int, int]], steps: int, settings: dict[str, Any], frozen: bool = False) -> Any:
