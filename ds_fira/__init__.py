@@ -20,7 +20,9 @@ from ds_fira.runtime import init_distributed, shutdown
 from ds_fira.scaling_report import read_scaling_factors, scaling_factors, write_scaling_factors
 from ds_fira.version import __version__
 from ds_fira.zero import register
+from ds_fira.zero_agree import DeviatingRank
 from ds_fira.zero_monitor import register_watch
+from ds_fira.zero_peers import register_agreement
 from ds_fira.zero_resume import register_resume
 from ds_fira.zero_sync import register_sync
 
@@ -28,8 +30,10 @@ register()
 register_watch()
 register_sync()
 register_resume()
+register_agreement()
 
 __all__ = [
+    "DeviatingRank",
     "FiraAdam",
     "FiraRMSProp",
     "GaLoreAdam",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -46,7 +47,7 @@ class Run:
         folder: for checkpoints (`state`), `log-RANK.txt` and `final-RANK.pt`.
         kills: by rank, how it kills itself.
         world_size: processes.
-        function: of this module, called on every rank with the folder.
+        function: of this module, or by its module's name, called on every rank with the folder.
         timeout: seconds, of the collectives.
         **arguments: further ones of the function.
     """
@@ -118,7 +119,8 @@ def _start(
             _join_namespace(arguments.pop("namespace"))  # before there are threads
         ds_fira.init_distributed(timeout=timeout)
         count = _arm(kill, f"{folder}/state")
-        globals()[function](folder, **arguments)
+        module, _, name = function.rpartition(".")
+        getattr(importlib.import_module(module or __name__), name)(folder, **arguments)
         ds_fira.shutdown()
         print("file operations and saves:", *count, flush=True)
     except Exception:
