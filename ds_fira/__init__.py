@@ -18,6 +18,7 @@ from ds_fira.report import memory_report, metrics
 from ds_fira.rules import Rule
 from ds_fira.runtime import init_distributed, shutdown
 from ds_fira.scaling_report import read_scaling_factors, scaling_factors, write_scaling_factors
+from ds_fira.termination import Termination
 from ds_fira.version import __version__
 from ds_fira.zero import register
 from ds_fira.zero_agree import DeviatingRank
@@ -38,6 +39,7 @@ __all__ = [
     "FiraRMSProp",
     "GaLoreAdam",
     "Rule",
+    "Termination",
     "__version__",
     "checkpoint_activations",
     "init_distributed",

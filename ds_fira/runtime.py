@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from torch.distributed import distributed_c10d
 
-from ds_fira import launchers
+from ds_fira import launchers, peers
 from ds_fira.contact import tell_lost_contact
 from ds_fira.zero import skip_shared_memory_op
 
@@ -95,4 +95,5 @@ def shutdown(engine: Any = None) -> None:
     gc.collect()
     if torch.distributed.is_initialized():
         dist.barrier()
+        peers.stop()  # before the process that holds the store may end
         torch.distributed.destroy_process_group()

@@ -36,6 +36,8 @@ from ds_fira.plots import write_page
 from ds_fira.tags import CheckpointError
 from ds_fira.zero import TYPES
 
+STATUS_OF_SIGTERM = 143
+
 
 def main() -> None:
     """Prepare the text, train, validate, save, and report."""
@@ -67,6 +69,9 @@ def main() -> None:
         data.close()
         stop(str(error), engine)
     data.close()
+    if summary is None:
+        ds_fira.shutdown(engine)
+        sys.exit(STATUS_OF_SIGTERM)
     summary |= final_figures(engine, data, options, history)
     summary |= {"parameters": parameters, "model": model_config.to_diff_dict(), "deepspeed_config": deepspeed_config}
     save_model(engine, data, options.output_dir / "model")

@@ -16,6 +16,9 @@
 #   LAUNCHER_ARGS  further options of the launcher, split at spaces
 #   MAX_RESTARTS   how often a run that failed is started again, default 0; the script has to go on where it stopped,
 #                  as examples/pretrain_llama.py does with --save-every N --resume auto
+#
+# SIGTERM goes on to every process of the training on this machine, which may save before it ends
+# (ds_fira.Termination); then this script exits with 143 and starts nothing again.
 set -euo pipefail
 
 fail() {
@@ -46,11 +49,14 @@ fi
 
 if [[ ${MAX_RESTARTS:-0} -gt 0 ]]; then
   # The same again, in a process of its own: free ports and visible GPUs are looked up anew.
-  trap 'trap "" TERM INT; kill -TERM "$run" 2>/dev/null; wait "$run"; exit 143' TERM INT
+  trap 'trap "" TERM INT; kill -TERM "$run" 2>/dev/null; wait "$run"; exit 143' TERM
+  trap 'trap "" TERM INT; kill -INT "$run" 2>/dev/null; wait "$run"; exit 143' INT
   for ((restart = 1; ; restart++)); do
     # In the background, or a signal would wait for the training to end.
-    MAX_RESTARTS=0 bash "${BASH_SOURCE[0]}" "$@" &
+    set -m # or it would not see SIGINT
+    MAX_RESTARTS=0 bash "${BASH_SOURCE[0]}" "$@" </dev/null &
     run=$!
+    set +m
     status=0
     wait "$run" || status=$?
     # 2 is a wrong setting or option, which would be as wrong the next time.
@@ -69,6 +75,80 @@ command -v "$launcher" >/dev/null || fail "$launcher was not found in $environme
 
 read -ra command <<<"$launcher ${LAUNCHER_ARGS:-}"
 
+# The processes of the training below a process: the first with a rank on each branch, not what they started themselves,
+# such as workers that load data.
+ranks_below() {
+  local child
+  # shellcheck disable=SC2013  # one word a process
+  for child in $(cat /proc/"$1"/task/*/children 2>/dev/null); do
+    if tr '\0' '\n' 2>/dev/null <"/proc/$child/environ" | grep -qE '^(RANK|OMPI_COMM_WORLD_RANK|PMI_RANK)='; then
+      echo "$child"
+    else
+      ranks_below "$child"
+    fi
+  done
+}
+
+tree_below() {
+  local child
+  # shellcheck disable=SC2013  # one word a process
+  for child in $(cat /proc/"$1"/task/*/children 2>/dev/null); do
+    echo "$child"
+    tree_below "$child"
+  done
+}
+
+# Tell the training to end. Launchers would pass the signal on to one rank after the other (deepspeed) or not at all
+# (deepspeed's first process), would kill after half a minute (torchrun) or a few seconds (mpirun), or would start the
+# ranks again; so it goes to the ranks, and what is left of the launcher follows them.
+end_run() {
+  trap '' TERM USR1
+  local ranks=
+  case $launcher in
+    srun) ;;
+    python) ranks=$run ;;
+    *)
+      ranks=$(ranks_below "$run")
+      [[ -n $ranks ]] || ranks=$(tree_below "$run") # none has started yet
+      ;;
+  esac
+  # srun passes this signal on to its tasks, and ends them at once on SIGTERM; they are this script on every machine.
+  if [[ $launcher == srun ]]; then kill -USR1 "$run" 2>/dev/null || true; fi
+  # shellcheck disable=SC2086  # one word a process
+  [[ -z $ranks ]] || kill -TERM $ranks 2>/dev/null || true
+  # shellcheck disable=SC2086
+  while [[ -n $ranks ]] && kill -0 $ranks 2>/dev/null; do sleep 0.2; done
+  if [[ $launcher != srun ]]; then
+    for ((tenth = 0; tenth < 50; tenth++)); do
+      kill -0 "$run" 2>/dev/null || break
+      sleep 0.1
+    done
+    # shellcheck disable=SC2046
+    kill -TERM "$run" $(tree_below "$run") 2>/dev/null || true
+  fi
+  wait "$run" || true
+  exit 143
+}
+
+# Start a launcher, in the background and in a process group of its own, so that a signal is this script's to pass on.
+start() {
+  # As a task of srun this script gets SIGUSR1 (above), and so may all below it, which it would kill.
+  [[ -z ${SLURM_JOB_ID:-} || $launcher == srun ]] || trap '' USR1
+  set -m
+  "$@" </dev/null &
+  run=$!
+  set +m
+  trap end_run TERM
+  [[ -z ${SLURM_JOB_ID:-} ]] || trap end_run USR1
+  trap 'kill -INT -- "-$run" 2>/dev/null' INT
+  local status
+  while :; do
+    status=0
+    wait "$run" || status=$?
+    kill -0 "$run" 2>/dev/null || exit "$status"
+  done
+}
+
 if [[ $launcher == srun ]]; then
   # One task a machine, which starts torchrun: that sees all GPUs of its machine, whatever srun binds tasks to.
   [[ -n ${SLURM_JOB_ID:-} ]] || fail "LAUNCHER=srun works inside a SLURM job: sbatch launch/slurm.sbatch, or salloc"
@@ -80,7 +160,7 @@ if [[ $launcher == srun ]]; then
   # srun does not take --cpus-per-task over from sbatch.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   # shellcheck disable=SC2016  # expanded on each machine
-  exec "${command[@]}" --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  start "${command[@]}" --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' task "$repository/launch/run.sh" "$@"
 fi
 
@@ -143,6 +223,8 @@ case $launcher in
       command+=(--master_addr 127.0.0.1 --master_port "$MASTER_PORT")
     fi
     command+=(--nproc_per_node "$nproc" "$@")
+    # Seconds that it gives its processes where a signal reaches it directly; saving may need more than its 30.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
     ;;
   mpirun)
     # By its path, so that Open MPI looks for its daemon at the same place on the other machines.
@@ -170,4 +252,4 @@ case $launcher in
 esac
 
 echo "+ ${command[*]}" >&2
-exec "${command[@]}"
+start "${command[@]}"

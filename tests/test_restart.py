@@ -1,9 +1,11 @@
-"""The launcher's restart: one killed process of two, and the run ends with the weights of one that nobody touched."""
+"""The launcher's restarts, and its end: a killed process of two, SIGTERM; the weights are those of an untouched run."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,3 +122,92 @@ def test_a_run_that_is_told_to_end_is_not_started_again(tmp_path: Path) -> None:
         assert process.wait(30) == 143
         assert not child.is_running()
     assert "restart" not in (tmp_path / "log").read_text()
+
+
+SAVES_AT_THE_END = """
+import os, pathlib, signal, sys, time
+rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+pathlib.Path(f"started-{rank}").touch()
+while not told:
+    time.sleep(0.02)
+time.sleep(2)
+pathlib.Path(f"saved-{rank}").touch()
+sys.exit(143)
+"""
+
+
+def ends_with(process: subprocess.Popen[bytes], folder: Path, ranks: int) -> int:
+    """Send SIGTERM when all ranks have started; returns the exit status."""
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("started-*"))) < ranks and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    return process.wait(60)
+
+
+@pytest.mark.parametrize("restarts", ["0", "2"])
+@pytest.mark.parametrize("launcher", ["python", "torchrun", "mpirun", "deepspeed"])
+def test_sigterm_reaches_every_rank_and_gives_it_time(launcher: str, restarts: str, tmp_path: Path) -> None:
+    """To launch/run.sh alone: each rank does what it has to do first, the status is 143, nothing starts again."""
+    if shutil.which(launcher, path=ENVIRONMENT["PATH"]) is None:
+        pytest.skip(f"no {launcher}")
+    if restarts != "0" and launcher not in ("torchrun", "python"):
+        pytest.skip("one level more, the same below it")
+    (tmp_path / "saves.py").write_text(SAVES_AT_THE_END)
+    settings = {"LAUNCHER": launcher, "NPROC": "2", "MAX_RESTARTS": restarts}
+    if launcher == "torchrun" and restarts != "0":
+        settings["LAUNCHER_ARGS"] = "--max-restarts 2"
+    ranks = 1 if launcher == "python" else 2
+    with started(tmp_path, ["saves.py"], "log", **settings) as process:
+        status = ends_with(process, tmp_path, ranks)
+        left = [each for each in psutil.process_iter() if "saves.py" in " ".join(_command(each))]
+        assert not [each for each in left if _folder(each) == str(tmp_path)]
+    assert status == 143, (tmp_path / "log").read_text()
+    assert len(list(tmp_path.glob("saved-*"))) == ranks, (tmp_path / "log").read_text()
+    assert "launch/run.sh: the run ended" not in (tmp_path / "log").read_text()
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def _folder(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return process.cwd()
+    return ""
+
+
+def test_a_rank_that_ends_with_143_by_itself_is_a_failure(tmp_path: Path) -> None:
+    """A notice to the processes alone, as on a spot machine: the status says so, and the run is started again."""
+    (tmp_path / "fails.py").write_text(FAILS_TWICE)
+    with started(tmp_path, ["fails.py", "143"], "log", LAUNCHER="python", MAX_RESTARTS="1") as process:
+        assert process.wait(120) == 143
+    assert len(list(tmp_path.glob("run*"))) == 2
+
+
+@pytest.mark.timeout(900)
+def test_sigterm_saves_and_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """To launch/run.sh in mid-training, without --save-every: a state of that step, from which --resume auto goes on."""
+    write_text(tmp_path)
+    options = [*SMALL, "--steps", "25", "--resume", "auto"]
+    whole = Forked(SCRIPT, [*options, "--output-dir", "whole"], tmp_path, "whole", ranks=2)
+    with started(tmp_path, [SCRIPT, *options, "--output-dir", "cut"], "cut.txt", NPROC="2") as process:
+        log, deadline = tmp_path / "cut.txt", time.monotonic() + 400
+        while not re.search(r"\b[3-9]/25", log.read_text()) and time.monotonic() < deadline:
+            assert process.poll() is None, log.read_text()[-6000:]
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(200) == 143, log.read_text()[-6000:]
+    step = int(re.findall(r"SIGTERM: saved the training state of step (\d+)", log.read_text())[0])
+    assert 3 <= step < 25
+    assert (tmp_path / "cut" / "state" / "latest").read_text() == f"global_step{step}"
+    assert not (tmp_path / "cut" / "model").exists()
+    again = Forked(SCRIPT, [*options, "--output-dir", "cut"], tmp_path, "again", ranks=2)
+    for done in [*whole.wait(), *again.wait()]:
+        assert done.returncode == 0, done.stderr[-4000:]
+    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "cut")]
+    assert files[0] == files[1]

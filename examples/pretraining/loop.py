@@ -12,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+import ds_fira
 from ds_fira.tags import prune
 
 from .data import TrainingData
@@ -45,8 +46,11 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, options: argparse.Namespac
 
 def train(
     engine: deepspeed.DeepSpeedEngine, data: TrainingData, options: argparse.Namespace, history: History
-) -> dict[str, Any]:
-    """Run the training steps, fill `history`, and return the size and the speed of the run."""
+) -> dict[str, Any] | None:
+    """Run the training steps, fill `history`, and return the size and the speed of the run.
+
+    On SIGTERM, to any process, it saves the training state and returns None.
+    """
     start, world_size = engine.global_steps, dist.get_world_size()
     micro_steps, batch_size = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
     batches = data.batches()
@@ -58,7 +62,7 @@ def train(
 
     step, logged, requested = start, start, options.steps
     probe_step, probe_time, stepping = None, 0.0, 0.0
-    with training_bar(options.steps, start) as bar:
+    with training_bar(options.steps, start) as bar, ds_fira.Termination() as termination:
         while step < options.steps:
             for _ in range(micro_steps):
                 ids = next(batches).to(engine.device)
@@ -91,8 +95,12 @@ def train(
                 history.validation.append((step, evaluate(engine, data, options.eval_batches)))
                 write_above(bar, f"step {step}: validation loss {history.validation[-1][1]:.3f}")
                 evaluating += time.perf_counter() - pause
-            if options.save_every is not None and step % options.save_every == 0:
+            terminated = termination.requested()
+            if terminated or (options.save_every is not None and step % options.save_every == 0):
                 save_state(engine, data, options)
+            if terminated:
+                write_above(bar, f"SIGTERM: saved the training state of step {step}; --resume auto goes on from it")
+                return None
 
     tokens = (step - start) * tokens_per_step
     waiting = torch.tensor(data.waiting_seconds, device=engine.device)
