@@ -32,9 +32,11 @@ SEQ_LENGTH = 128
 WARMUP = 5
 
 
-def build(folder: str, interval: int | None) -> Any:
-    """An engine around the quickstart's model; `interval` None has no monitor."""
+def build(folder: str, interval: int | None, stage: int | None = None) -> Any:
+    """An engine around the quickstart's model; `interval` None has no monitor, `stage` None is the file's."""
     config = json.loads(CONFIG.read_text())
+    if stage is not None:
+        config["zero_optimization"] = {"stage": stage}
     config["optimizer"]["params"]["update_proj_gap"] = 10**6
     if interval is not None:
         config["csv_monitor"] = {"enabled": True, "output_path": folder, "job_name": f"every{interval}"}

@@ -42,7 +42,7 @@ class FiraAdam(LowRankOptimizer):
             to a matrix that is not cut, even where exchanging low-rank data is cheaper.
         target_modules: for a flat list with a rank, substrings of the names of the modules to project.
         check_sync_every: inside an engine, steps from one comparison of the replicated weights over the ranks to the
-            next (`ds_fira.zero_sync`); 0 for none.
+            next (`ds_fira.zero_sync`); 0 for none, None for every 100 at stage 0 and none elsewhere.
         record_scaling_factors: steps from one record of the scaling factors of all linear layers, projected or not, to
             the next (`ds_fira.scaling_factors`); 0 for none.
         unpickle_checkpoints: whether `engine.load_checkpoint` runs what stands in a checkpoint's files, which takes
@@ -79,7 +79,7 @@ class FiraAdam(LowRankOptimizer):
         matmul_precision: str = "tf32",
         exact_cuts: bool = False,
         target_modules: Sequence[str] | str | None = None,
-        check_sync_every: int = 0,
+        check_sync_every: int | None = None,
         record_scaling_factors: int = 0,
         unpickle_checkpoints: bool = False,
     ) -> None:

@@ -36,7 +36,7 @@ class GaLoreAdam(LowRankOptimizer):
         exact_cuts: inside ZeRO, whether a matrix that a partition cuts is stepped whole on its owner.
         target_modules: for a flat list with a rank, substrings of the names of the modules to project.
         check_sync_every: inside an engine, steps from one comparison of the replicated weights over the ranks to the
-            next; 0 for none.
+            next; 0 for none, None for every 100 at stage 0 and none elsewhere.
         record_scaling_factors: steps from one record of the scaling factors of all linear layers, projected or not, to
             the next (`ds_fira.scaling_factors`); 0 for none.
         unpickle_checkpoints: whether `engine.load_checkpoint` runs what stands in a checkpoint's files, which takes
@@ -67,7 +67,7 @@ class GaLoreAdam(LowRankOptimizer):
         matmul_precision: str = "tf32",
         exact_cuts: bool = False,
         target_modules: Sequence[str] | str | None = None,
-        check_sync_every: int = 0,
+        check_sync_every: int | None = None,
         record_scaling_factors: int = 0,
         unpickle_checkpoints: bool = False,
         **unknown: Any,

@@ -58,9 +58,10 @@ class Settings(BaseModel):
     `state_dtype`, `matmul_precision`, `exact_cuts` (whole steps for cut matrices) and `target_modules` (substrings of
     the names of the modules to project). `max_group_bytes` caps the float32 gradients of one param group on one rank,
     which ZeRO copies at a time. `check_sync_every` is the number of steps from one comparison of the replicated weights
-    over the ranks to the next, 0 for none; `record_scaling_factors` those from one record of the scaling factors to the
-    next (`ds_fira.scaling_factors`), 0 for none. `unpickle_checkpoints` lets a checkpoint that is loaded run what
-    stands in its files, as DeepSpeed does; without it only tensors and plain values are read.
+    over the ranks to the next, 0 for none, None for `ds_fira.zero_sync.DEFAULT` at stage 0 and none elsewhere;
+    `record_scaling_factors` those from one record of the scaling factors to the next (`ds_fira.scaling_factors`), 0 for
+    none. `unpickle_checkpoints` lets a checkpoint that is loaded run what stands in its files, as DeepSpeed does;
+    without it only tensors and plain values are read.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -86,7 +87,7 @@ class Settings(BaseModel):
     matmul_precision: Literal["float32", "tf32", "bfloat16"] = "tf32"
     exact_cuts: StrictBool = False
     max_group_bytes: int = Field(2**30, ge=1)
-    check_sync_every: int = Field(0, ge=0)
+    check_sync_every: int | None = Field(None, ge=0)
     record_scaling_factors: int = Field(0, ge=0)
     unpickle_checkpoints: StrictBool = False
     target_modules: tuple[str, ...] | None = None

@@ -20,10 +20,13 @@ from ds_fira import sync
 from ds_fira.optimizer import LowRankOptimizer
 
 _CHECKED = "_fira_sync"
+# Steps between two comparisons at stage 0, unless `check_sync_every` is given: about 0.02% of a training step there
+# (docs/monitoring.md).
+DEFAULT = 100
 
 
 def register_sync() -> None:
-    """Let every engine whose FiraAdam has `check_sync_every` compare its weights over the ranks.
+    """Let every engine whose FiraAdam has `check_sync_every`, or is at stage 0, compare its weights over the ranks.
 
     Called by `import ds_fira`, and again without effect. Other engines go on as before.
     """
@@ -89,16 +92,23 @@ def check_sync(engine: Any) -> None:
     if channel.all_equal(sync.combine(hashes)):
         return
     difference = sync.describe_difference(names, channel.gather_objects(hashes.tolist()))
+    given = optimizer.check_sync_every
+    default = " (the default at stage 0; 0 switches it off)" if given is None else ""
     raise RuntimeError(
-        f"FiraAdam: check_sync_every = {optimizer.check_sync_every} found at step {engine.global_steps} that the ranks "
+        f"FiraAdam: check_sync_every = {_interval(engine)}{default} found at step {engine.global_steps} that the ranks "
         f"no longer hold the same weights, {difference} of the data-parallel group: load the last checkpoint from "
         "before, and where it happens again check the memory of that machine and what changes weights on one rank only."
     )
 
 
 def _interval(engine: Any) -> int:
+    """Steps from one comparison to the next, 0 for none."""
     optimizer = getattr(engine, "basic_optimizer", None)
-    return optimizer.check_sync_every if isinstance(optimizer, LowRankOptimizer) else 0
+    if not isinstance(optimizer, LowRankOptimizer):
+        return 0
+    if optimizer.check_sync_every is None:
+        return DEFAULT if engine.zero_optimization_stage() == 0 else 0
+    return optimizer.check_sync_every
 
 
 def _replicated(engine: Any, optimizer: LowRankOptimizer) -> list[tuple[str, Tensor]]:

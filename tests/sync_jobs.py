@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fira import sync
+from ds_fira import sync, zero_sync
 from tests.zero_jobs import Net, batches, build
 
 
 def train_with_flip(
-    ds_config: dict[str, Any], shapes: list[tuple[int, int]], steps: int, flip: tuple[int, int, str] | None
+    ds_config: dict[str, Any],
+    shapes: list[tuple[int, int]],
+    steps: int,
+    flip: tuple[int, int, str] | None,
+    default: int | None = None,
 ) -> tuple[int, str, list[int], int]:
     """Train with a frozen embedding, and flip the lowest bit of one weight on one rank, as a broken memory would.
 
@@ -22,11 +26,13 @@ def train_with_flip(
         steps: optimizer steps.
         flip: in which step, counted from 1 and when its new weights are there, on which rank, the first element of
             which parameter; "master" is stage 0's copy of the first. None for no flip.
+        default: steps between two comparisons at stage 0 where none are given; None for what the package has.
 
     Returns:
         Steps made without an error, the error's text, the steps at which hashes were compared, and the collectives
         that FiraAdam counts.
     """
+    zero_sync.DEFAULT, usual = default or zero_sync.DEFAULT, zero_sync.DEFAULT
     torch.manual_seed(0)
     model = Net(shapes)
     model.embedding.weight.requires_grad_(False)
@@ -55,7 +61,7 @@ def train_with_flip(
     except RuntimeError as error:
         raised = str(error)
     finally:
-        sync.combine = combine
+        sync.combine, zero_sync.DEFAULT = combine, usual
         del engine.optimizer.step
     done, collectives = engine.global_steps, optimizer.channel.collectives
     engine.destroy()

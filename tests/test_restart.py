@@ -191,7 +191,7 @@ def test_a_rank_that_ends_with_143_by_itself_is_a_failure(tmp_path: Path) -> Non
 
 @pytest.mark.timeout(900)
 def test_sigterm_saves_and_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
-    """To launch/run.sh in mid-training, without --save-every: a state of that step, from which --resume auto goes on."""
+    """To launch/run.sh in mid-training, without --save-every: --resume auto goes on from the step at which it came."""
     write_text(tmp_path)
     options = [*SMALL, "--steps", "25", "--resume", "auto"]
     whole = Forked(SCRIPT, [*options, "--output-dir", "whole"], tmp_path, "whole", ranks=2)

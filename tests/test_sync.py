@@ -19,11 +19,27 @@ PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int64]
 
 
-def run(ranks: Pools, world_size: int, stage: int, dtype: str, every: int, flip: Any, **extra: Any) -> list[Any]:
+def run(
+    ranks: Pools,
+    world_size: int,
+    stage: int,
+    dtype: str,
+    every: int | None,
+    flip: Any,
+    default: int | None = None,
+    **extra: Any,
+) -> list[Any]:
     """`train_with_flip` for six steps on every rank."""
     ds_config = config(stage, dtype, {**PARAMS, "check_sync_every": every}, **extra)
     return ranks.run(
-        world_size, "train_with_flip", "tests.sync_jobs", ds_config=ds_config, shapes=SHAPES, steps=6, flip=flip
+        world_size,
+        "train_with_flip",
+        "tests.sync_jobs",
+        ds_config=ds_config,
+        shapes=SHAPES,
+        steps=6,
+        flip=flip,
+        default=default,
     )
 
 
@@ -68,6 +84,18 @@ def test_ranks_that_agree_train_as_without_the_check(ranks: Pools) -> None:
         assert [compared for _, _, compared, _ in checked] == [list(range(1, made + 1))] * 3
         assert [compared for _, _, compared, _ in plain] == [[]] * 3
         assert [counted for *_, counted in checked] == [counted for *_, counted in plain]
+
+
+@pytest.mark.parametrize(("stage", "found"), [(0, 5), (1, 0)])
+def test_stage_0_compares_by_default(ranks: Pools, stage: int, found: int) -> None:
+    """Every `zero_sync.DEFAULT` steps, here 5; elsewhere it has to be asked for, and 0 is never."""
+    flip = (2, 1, "embedding.weight")
+    results = run(ranks, 2, stage, "bf16", None, flip, default=5)
+    assert [compared for _, _, compared, _ in results] == [[found] if found else []] * 2
+    (text,) = {raised for _, raised, *_ in results}
+    expected = "check_sync_every = 5 (the default at stage 0; 0 switches it off) found at step 5"
+    assert (expected in text) == (stage == 0)
+    assert [compared for _, _, compared, _ in run(ranks, 2, stage, "bf16", 0, flip, default=5)] == [[]] * 2
 
 
 def test_one_process_has_nobody_to_compare_with(ranks: Pools) -> None:
