@@ -38,7 +38,7 @@ LONGEST = 1000  # characters of an error's text that are passed on
 class PeerFailed(RuntimeError):
     """Another rank failed, and said why."""
 
-    says_why = True
+    says_why = True  # to whoever ends because of it
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,13 @@ class Peers:
         if failure is not None:
             self._raise(failure)
 
-    def publish(self, place: str, sentence: str) -> None:
+    def publish(self, place: str, sentence: str, listening: int | None = None) -> None:
         """Tell the others that this rank failed, and wait a moment until they know.
 
         Args:
             place: where, the same on every rank that gets there; told once.
             sentence: what the others raise.
+            listening: ranks that look for failures, this one among them; None for all.
         """
         if place in self._own or self._process != os.getpid():
             return
@@ -117,7 +118,10 @@ class Peers:
         with contextlib.suppress(Exception):  # the store may be gone, and the error that is being raised counts
             number = self.store.add("failures", 1)
             self.store.set(f"failure/{number}", json.dumps([self.rank, place, sentence]))
-            while self.store.add(f"known/{number}", 0) < self.world_size - 1 and time.monotonic() < deadline:
+            while (
+                self.store.add(f"known/{number}", 0) < (listening or self.world_size) - 1
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.02)
 
     def settle(self, error: Exception, place: str | None, doing: str, name: str) -> None:
@@ -243,7 +247,7 @@ def stop() -> None:
 
 def _tell(error: BaseException, lost: bool) -> str | None:
     """For a process that an error ends: the sentence of the rank that caused it, or this rank's, told to the others."""
-    if _current is None or isinstance(error, PeerFailed):
+    if _current is None or getattr(error, "says_why", False):
         return None
     peers = _current[1]
     if lost:

@@ -36,6 +36,8 @@ REMEDY = "give every rank the same DeepSpeed config, model and parameters"
 class DeviatingRank(ValueError, RuntimeError):
     """One rank was given something else than the others; the same sentence on every rank."""
 
+    says_why = True  # to whoever ends because of it
+
 
 @dataclass
 class Engines:
@@ -87,8 +89,10 @@ def engines_of(mpu: Any) -> Engines:
     """The engines of the ranks that will train together: those that `mpu` names, else all."""
     ranks: Sequence[int] = range(torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
     for name in ("get_sequence_data_parallel_group", "get_data_parallel_group"):
-        if hasattr(mpu, name) and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_process_group_ranks(getattr(mpu, name)())
+        if hasattr(mpu, name):
+            # What is wrong with an mpu is for DeepSpeed to say.
+            with contextlib.suppress(Exception):
+                ranks = torch.distributed.get_process_group_ranks(getattr(mpu, name)())
             break
     key = f"{len(ranks)} ranks {zlib.crc32(str(list(ranks)).encode()):08x}"
     return _engines.setdefault(key, Engines(key, ranks))
@@ -148,7 +152,10 @@ def agree(building: Building, phase: str, describe: Callable[[], Description], e
         table = _Table(others, building, phase)
         if not table.all_same(hashlib.sha256(text.encode()).hexdigest()):
             found = {rank: json.loads(each) for rank, each in table.gather(text).items()}
+            table.leave()
             raise DeviatingRank(_difference(found)) from error
+        if error is not None:
+            table.leave()
     if error is not None:
         raise error
     building.refused = False
@@ -194,6 +201,14 @@ class _Table:
         ranks = self.building.engines.ranks
         return {rank: zlib.decompress(store.get(f"{base}/text/{rank}")).decode() for rank in ranks}
 
+    def leave(self) -> None:
+        """Before this rank raises, and may end: wait a moment until the others have read what they need."""
+        key, deadline = f"{self.building.place}/{self.phase}/left", time.monotonic() + peers.ACKNOWLEDGED
+        with contextlib.suppress(Exception):  # the rank that holds the store has ended, when all had read
+            self.peers.store.add(key, 1)
+            while self.peers.store.add(key, 0) < len(self.building.engines.ranks) and time.monotonic() < deadline:
+                time.sleep(0.01)
+
     def _arrive(self, key: str) -> None:
         """Wait until every rank has called this.
 
@@ -210,6 +225,9 @@ class _Table:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.25)
             now = time.monotonic()
+            strangers = self.peers.failure()
+            if strangers is not None and strangers.place == f"{self.building.place}/foreign":
+                raise DeviatingRank(strangers.sentence)
             self.peers.check()
             note = f"{engines.key}/foreign/{engines.foreign + 1}"
             if pause < 0.25 or store.add(note, 0) <= 0:
@@ -234,10 +252,12 @@ class _Table:
         if kinds:
             named = ", ".join(f"rank {rank} builds an engine with {kind}" for rank, kind in list(kinds.items())[:8])
             rest = [rank for rank in engines.ranks if rank not in kinds]
-            raise DeviatingRank(
+            sentence = (
                 f"{self.building.name}: the ranks would not train the same: {named}, and ranks {rest[:8]} build one "
                 f"with {self.building.name}; {REMEDY}."
             )
+            self.peers.publish(f"{self.building.place}/foreign", sentence, listening=len(rest))
+            raise DeviatingRank(sentence)
 
 
 def names_ours(function: Any, names: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -63,27 +63,20 @@ def register_agreement() -> None:
         global _begun
         _begun += 1
         bound = inspect.signature(init).bind(engine, *args, **kwargs)
-        given, config = bound.arguments, bound.arguments["config_class"]
-        optimizer = given.get("optimizer")
-        engines, name = engines_of(given.get("mpu")), _name_of(optimizer, config.optimizer_name)
+        given, optimizer = bound.arguments, bound.arguments.get("optimizer")
+        json_type = getattr(given.get("config_class"), "optimizer_name", None)
+        engines, name = engines_of(given.get("mpu")), _name_of(optimizer, json_type)
         building = engine.__dict__[_BUILDING] = Building(engines, name or "FiraAdam", given)
-        if isinstance(given.get("model_parameters"), Iterator):
-            given["model_parameters"] = list(given["model_parameters"])
-        if name is None:
-            with foreign(engines, _label(optimizer, config.optimizer_name)):
-                init(*bound.args, **bound.kwargs)
-            return
         try:
-            init(*bound.args, **bound.kwargs)
-        except Exception as error:
-            if CONFIG not in building.phases:
-                agree(building, CONFIG, dict, error)
-            others = None if building.refused else peers.current()
-            if others is not None:
-                others.settle(error, building.place, "as it built its engine", building.name)
-            raise
+            if name is None:
+                with foreign(engines, _label(optimizer, json_type)):
+                    init(*bound.args, **bound.kwargs)
+                return
+            if isinstance(given.get("model_parameters"), Iterator):  # looked at here, used behind
+                given["model_parameters"] = list(given["model_parameters"])
+            _build(building, lambda: init(*bound.args, **bound.kwargs))
         finally:
-            building.given.clear()
+            given.clear()  # or the engine would keep the model and the optimizer alive
 
     @functools.wraps(sanity_check)
     def _do_sanity_check(engine: Any) -> None:
@@ -118,6 +111,19 @@ def register_agreement() -> None:
     DeepSpeedEngine._do_optimizer_sanity_check = _do_optimizer_sanity_check
     for name in ("forward", "backward", "step"):
         setattr(DeepSpeedEngine, name, _among_peers(getattr(DeepSpeedEngine, name), is_step=name == "step"))
+
+
+def _build(building: Building, init: Callable[[], None]) -> None:
+    """Build an engine of ours; what is raised before the ranks agree is agreed on, and what is raised later is told."""
+    try:
+        init()
+    except Exception as error:
+        if CONFIG not in building.phases:
+            agree(building, CONFIG, dict, error)
+        others = None if building.refused else peers.current()
+        if others is not None:
+            others.settle(error, building.place, "as it built its engine", building.name)
+        raise
 
 
 def _among_peers(method: Any, is_step: bool) -> Any:

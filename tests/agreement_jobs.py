@@ -176,3 +176,9 @@ def foreign_in_between() -> dict[str, Any]:
         counts.append(len(agreed))
     zero_agree._Table.all_same = agree
     return {"errors": errors, "agreements": counts}
+
+
+def build_uncaught(folder: str, odd: int, params: dict[str, Any]) -> None:
+    """Build an engine whose params differ on one rank; the error ends each process."""
+    is_odd = torch.distributed.get_rank() == odd
+    build(config(0, "fp32", PARAMS | (params if is_odd or odd < 0 else {})), SHAPES)

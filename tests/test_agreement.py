@@ -152,3 +152,22 @@ def test_values_that_two_processes_print_differently_are_the_same() -> None:
     long = {**empty, "settings": {"x": "a" * 200}}
     other = {**empty, "settings": {"x": "a" * 199 + "b"}}
     assert "x is " in describe_difference({0: long, 1: other, 2: long})
+
+
+@pytest.mark.parametrize(
+    ("odd", "params", "sentence"),
+    [
+        (1, {"alpha": 0.7}, "DeviatingRank: FiraAdam: the ranks would not train the same: optimizer.params.alpha is"),
+        (-1, {"rank": 0}, "ValueError: FiraAdam in the DeepSpeed config: rank = 0 is not legal"),
+    ],
+    ids=["one", "all"],
+)
+def test_processes_that_the_sentence_ends(odd: int, params: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    """Rank 0 holds the store that the others read: each has its sentence, and nobody lost contact."""
+    run = Run(tmp_path, world_size=3, function="tests.agreement_jobs.build_uncaught", odd=odd, params=params)
+    statuses, waited = run.wait(60)
+    assert statuses == [1, 1, 1]
+    assert waited < LIMIT
+    for rank in range(3):
+        assert sentence in run.log(rank)
+        assert "ended or did not answer" not in run.log(rank)
