@@ -94,7 +94,9 @@ def main() -> None:
         embedding = (VOCABULARY, LLAMAS[model][0])
         for state_dtype in ("float32", "bfloat16", "int8"):
             peak, state = measure(
-                lambda param, _, kept=state_dtype: ds_fira.FiraAdam([param], lr=1e-3, state_dtype=kept),
+                lambda param, _, kept=state_dtype: ds_fira.FiraAdam(
+                    [param], lr=1e-3, rank=min(param.shape), state_dtype=kept
+                ),
                 embedding,
                 rank,
                 torch.float32,

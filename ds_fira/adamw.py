@@ -33,7 +33,7 @@ def step_adamw_(
         exp_avg_sq: second moment, likewise.
         dtype: in which the step is computed.
         step: this step's count, from 1; rounds bfloat16 and 8-bit moments too.
-        **settings: `lr`, `betas`, `eps` and `weight_decay` of `adamw_`.
+        **settings: `lr`, `betas`, `eps`, `weight_decay` and `alpha` of `adamw_`.
     """
     flat = param.view(-1) if param.is_contiguous() else param.reshape(-1)
     slope = grad.reshape(-1)
@@ -64,6 +64,7 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    alpha: float = 1.0,
 ) -> None:
     """One AdamW step as the released code makes it: bias correction on the step size, decay after the update.
 
@@ -81,6 +82,7 @@ def adamw_(
         betas: decay rates of the moments.
         eps: added to sqrt(V).
         weight_decay: decoupled, times lr.
+        alpha: multiplies the step, not the decay.
     """
     value, slope = param.to(exp_avg.dtype), grad.to(exp_avg.dtype)
     moments = (exp_avg, exp_avg_sq)
@@ -89,7 +91,7 @@ def adamw_(
     tensors = (value, slope, *moments)
     if usable is not None:
         tensors = tuple(tensor[usable] for tensor in tensors)
-    _fused_adamw_(tensors, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    _fused_adamw_(tensors, step=step, lr=lr * alpha, betas=betas, eps=eps, keep=1.0 - lr * weight_decay)
     if usable is not None:
         for tensor, part in zip((value, *moments), (tensors[0], *tensors[2:]), strict=True):
             tensor[usable] = part
@@ -98,7 +100,7 @@ def adamw_(
 
 
 def _fused_adamw_(
-    tensors: tuple[Tensor, ...], *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    tensors: tuple[Tensor, ...], *, step: int, lr: float, betas: tuple[float, float], eps: float, keep: float
 ) -> None:
     """Torch's fused Adam, then decay, on (param, grad, M, V), 1-D; all but the gradient are updated.
 
@@ -115,8 +117,8 @@ def _fused_adamw_(
         _fused_adam_(padded, step=step, lr=lr, betas=betas, eps=eps)
         for whole, tensor in zip(padded, tensors, strict=True):
             tensor[even:] = whole[: size - even]
-    if weight_decay != 0.0:
-        tensors[0].mul_(1.0 - lr * weight_decay)
+    if keep != 1.0:
+        tensors[0].mul_(keep)
 
 
 def _fused_adam_(tensors: tuple[Tensor, ...], *, step: int, lr: float, betas: tuple[float, float], eps: float) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_fira.methods import FIRA_ADAM, KEY, method_of
+from ds_fira.projection import PROJECT_FULL_RANK, hangs_on_full_rank, is_projected
 from ds_fira.subspace import effective_rank, projection_side
 
 
@@ -29,6 +30,11 @@ class SavedGroup:
     members: dict[str, tuple[int, ...]]
     given: dict[str, Any]
     values: dict[str, Any]
+
+    @property
+    def projects_full_rank(self) -> bool:
+        """Whether it projected matrices at full rank; version 0.1.0, which had no such setting, did."""
+        return self.values.get("rank") is not None and self.values.get(PROJECT_FULL_RANK, True)
 
 
 Members = Sequence[tuple[str, tuple[int, ...]]]
@@ -72,8 +78,11 @@ def refuse_changed_structure(
             raise ValueError(
                 f"FiraAdam: {name} has shape {shape} and had {old_shape} in the checkpoint; build the model as it was."
             )
+        # Which of the two it is at full rank the checkpoint says (`saved_projection`).
+        full_rank = {PROJECT_FULL_RANK: old.projects_full_rank}
+        group, values = {**group, **full_rank}, {**old.values, **full_rank}
         for setting in ("rank", "proj_type", "formulation"):
-            mine, theirs = _structure(setting, shape, group), _structure(setting, shape, old.values)
+            mine, theirs = _structure(setting, shape, group), _structure(setting, shape, values)
             if mine != theirs:
                 value, previous = group.get(setting), old.values.get(setting)
                 raise ValueError(
@@ -89,12 +98,42 @@ def _first(names: set[str]) -> str:
 
 def _structure(setting: str, shape: tuple[int, ...], group: Mapping[str, Any]) -> Any:
     """What a setting makes of the state of one parameter: two values that make the same are no difference."""
-    if group.get("rank") is None:
+    if not is_projected(shape, group):
         return None
     matrix = (shape[-2], shape[-1])
     if setting == "rank":
         return effective_rank(matrix, group["rank"])
     return projection_side(matrix, group["proj_type"], group["formulation"])
+
+
+def saved_projection(
+    saved: Sequence[SavedGroup], group: Mapping[str, Any], listed: Members, name: str = FIRA_ADAM.name
+) -> bool | None:
+    """What `project_full_rank` of a param group has to be for its states to be those of the checkpoint.
+
+    Args:
+        saved: the groups of the run that saved.
+        group: the param group now.
+        listed: names and shapes of its parameters.
+        name: of the optimizer.
+
+    Returns:
+        None where the states are the same either way.
+
+    Raises:
+        ValueError: it was true for some parameters of the group and false for others.
+    """
+    found = {
+        saved[number].projects_full_rank: member
+        for number, (member, shape) in _numbered(saved, listed)
+        if hangs_on_full_rank(shape, group)
+    }
+    if len(found) > 1:
+        raise ValueError(
+            f"{name}: project_full_rank was true for {found[True]} and false for {found[False]} in the checkpoint, and "
+            "one param group has both now; put them into groups of their own, as they were."
+        )
+    return next(iter(found), None)
 
 
 def carry_values(
@@ -117,7 +156,12 @@ def carry_values(
     notes: dict[str, None] = {}
     for group, listed, own in zip(groups, members, given, strict=True):
         sources = [saved[index] for index in sorted(set(_sources(saved, listed)))]
-        for key in sources[0].values if sources else ():
+        full_rank = saved_projection(saved, group, listed)
+        if full_rank is not None:
+            group[PROJECT_FULL_RANK] = full_rank
+            if own.get(PROJECT_FULL_RANK, full_rank) != full_rank:
+                notes[f"{PROJECT_FULL_RANK} goes on from the checkpoint's {full_rank}, not from {not full_rank}"] = None
+        for key in [key for key in (sources[0].values if sources else ()) if key != PROJECT_FULL_RANK]:
             found = [source.values.get(key) for source in sources]
             if any(not _equal(value, found[0]) for value in found):
                 notes[f"{key} = {group.get(key)!r}, since its parameters were in groups with different values"] = None
@@ -136,8 +180,13 @@ def carry_values(
 
 def _sources(saved: Sequence[SavedGroup], listed: Members) -> list[int]:
     """For each parameter of a group, the number of the saved group that had it."""
+    return [number for number, _ in _numbered(saved, listed)]
+
+
+def _numbered(saved: Sequence[SavedGroup], listed: Members) -> list[tuple[int, tuple[str, tuple[int, ...]]]]:
+    """The parameters of a group that were saved, each with the number of the saved group that had it."""
     number = {name: index for index, group in enumerate(saved) for name in group.members}
-    return [number[name] for name, _ in listed if name in number]
+    return [(number[name], (name, shape)) for name, shape in listed if name in number]
 
 
 def _equal(first: Any, second: Any) -> bool:

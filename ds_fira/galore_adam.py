@@ -34,6 +34,8 @@ class GaLoreAdam(LowRankOptimizer):
         state_dtype: how basis and moments are stored: "float32" (float64 for float64 weights), "bfloat16", "int8".
         matmul_precision: of the products of a step: "float32", "tf32" (on a CPU the same), "bfloat16".
         exact_cuts: inside ZeRO, whether a matrix that a partition cuts is stepped whole on its owner.
+        project_full_rank: whether a matrix whose rank is at or above its smaller side is projected, as the released
+            code does, though its states are then larger. Else it is stepped unprojected, with lr x alpha.
         target_modules: for a flat list with a rank, substrings of the names of the modules to project.
         check_sync_every: inside an engine, steps from one comparison of the replicated weights over the ranks to the
             next; 0 for none, None for every 100 at stage 0 and none elsewhere.
@@ -66,6 +68,7 @@ class GaLoreAdam(LowRankOptimizer):
         state_dtype: str = "float32",
         matmul_precision: str = "tf32",
         exact_cuts: bool = False,
+        project_full_rank: bool = False,
         target_modules: Sequence[str] | str | None = None,
         check_sync_every: int | None = None,
         record_scaling_factors: int = 0,

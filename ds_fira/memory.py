@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ds_fira.cuts import state_numel
 from ds_fira.methods import FIRA_ADAM, METHODS, method_of
+from ds_fira.projection import is_projected
 from ds_fira.shard import matrices_of
 
 
@@ -22,7 +23,7 @@ class ParamRecord:
     Attributes:
         name: in the module.
         shape: of the whole parameter.
-        rank: subspace rank, None for AdamW.
+        rank: subspace rank, None for AdamW, and for a matrix that AdamW steps because its rank saves nothing.
         proj_type: as in `FiraAdam`.
         formulation: as in `FiraAdam`.
         method: the name of the optimizer.
@@ -38,7 +39,7 @@ class ParamRecord:
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], group: dict[str, Any]) -> ParamRecord:
         """The record of a parameter in a param group."""
-        rank, method = group.get("rank"), method_of(group).name
+        rank, method = group["rank"] if is_projected(shape, group) else None, method_of(group).name
         return cls(name, shape, rank, group["proj_type"], group["formulation"], method)
 
     @property

@@ -7,43 +7,29 @@ updated one by one.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_fira import functional as F
-from ds_fira import kernels
-from ds_fira.adamw import step_adamw_
-from ds_fira.binding import Binding, batch_runs, stacked
-from ds_fira.comm import Channel, CutExchange
-from ds_fira.groups import group_defaults, split_flat_list
+from ds_fira.comm import Channel
+from ds_fira.groups import by_kind, group_defaults, ranked_groups
 from ds_fira.layout import GroupLayout
-from ds_fira.matrix_step import MatrixTask, update
 from ds_fira.memory import ParamRecord
 from ds_fira.methods import KEY
+from ds_fira.projection import PROJECT_FULL_RANK, warn_of_costly_ranks
 from ds_fira.refresh import Refresher
-from ds_fira.resumable import Resumable, settings_of
-from ds_fira.rule_step import rule_of, step_plain_
+from ds_fira.resumable import settings_of
 from ds_fira.scaling_record import ScalingRecorder
-from ds_fira.scaling_series import Series
 from ds_fira.settings import check_params, group_settings, refuse_foreign
 from ds_fira.shard import matrices_of
-from ds_fira.state import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    STEP,
-    compute_dtype,
-    matrix_states,
-    stored_moment,
-)
+from ds_fira.stepping import Stepping
 from ds_fira.tracking import StepMetrics
 from ds_fira.zero_shapes import shape_of
 
 
-class LowRankOptimizer(Resumable):
+class LowRankOptimizer(Stepping):
     """What the optimizers of this package have in common: low-rank states for matrices, and the same for the rest.
 
     Param groups with a `rank` key are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
@@ -76,16 +62,10 @@ class LowRankOptimizer(Resumable):
         self.unpickle_checkpoints = settings["unpickle_checkpoints"]
         if settings["record_scaling_factors"]:
             self.recorder = ScalingRecorder(settings["record_scaling_factors"])
-        if settings["rank"] is not None and params:
-            if not isinstance(params[0], dict):
-                params = split_flat_list(params, settings["rank"], settings["target_modules"])
-            elif not any("rank" in group for group in params):
-                warnings.warn(
-                    f"{self.method.name}: rank = {settings['rank']} does not apply to param groups, and none has a "
-                    "'rank' of its own: nothing is projected. Give the groups a 'rank', or pass a flat list.",
-                    stacklevel=3,
-                )
+        if params:
+            params = ranked_groups(params, settings["rank"], settings["target_modules"], self.method.name)
         super().__init__(params, {**group_defaults(settings), **self.method.group_values})
+        warn_of_costly_ranks(self.param_groups)
 
     def _reset_runtime(self) -> None:
         """What does not travel with a state dict, a pickle or a copy."""
@@ -109,6 +89,9 @@ class LowRankOptimizer(Resumable):
         if fresh:
             self._reset_runtime()
         super().__setstate__(state)
+        for group in self.param_groups:
+            # Of version 0.1.0, which projected at any rank.
+            group.setdefault(PROJECT_FULL_RANK, True)
         if fresh:
             self.given = [settings_of(group) for group in self.param_groups]
 
@@ -148,6 +131,24 @@ class LowRankOptimizer(Resumable):
         others = {key: value for key, value in param_group.items() if key not in own or own[key] != value}
         refuse_foreign(others, f"{self.method.name} param group", self.method)
 
+    def separate(self) -> None:
+        """Split groups with a rank that projects some of their matrices only: a flat partition has to be of one kind.
+
+        Not where a scheduler holds a list of one learning rate a group.
+        """
+        if any("initial_lr" in group for group in self.param_groups):
+            return
+        groups, given = self.param_groups, self.given
+        parts = [by_kind(group, group) for group in groups]
+        self.given = [dict(own) for own, kinds in zip(given, parts, strict=True) for _ in kinds]
+        groups[:] = [part for kinds in parts for part in kinds]
+
+    def project_full_rank(self, values: Mapping[int, bool]) -> None:
+        """Set `project_full_rank` of groups, by their numbers, and forget what lies where."""
+        for number, value in values.items():
+            self.param_groups[number][PROJECT_FULL_RANK] = value
+        self._reset_places()
+
     def replicate(self, channel: Channel) -> None:
         """Say that all ranks of `channel` hold the same parameters, so that each basis is computed once for all."""
         self._refresher.replicas = channel if channel.dp_size > 1 else None
@@ -181,132 +182,13 @@ class LowRankOptimizer(Resumable):
                 if self._recording and self.channel is None:
                     self.recorder.watch_alone(self.param_groups)
             if "rank" in group:
-                self._step_projected(params, group)
-            else:
-                for param in params:
-                    self._step_adamw(param, group)
+                self._step_projected([param for param in params if self._projects(param, group)], group)
+            for param in params:
+                if not self._projects(param, group):
+                    self._step_plain(param, group)
                     if self._recording:
                         self.recorder.full_rank(param, group, self.state[param])
         return loss
-
-    def _step_projected(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Step the matrices of a group: those stepped whole, in as many turns as they are gathered; then the rest."""
-        record: dict[Tensor, list[Series]] = {}
-        if self._recording:
-            record = {p: self.recorder.low_rank(p, lambda p=p: self._places(p, group).matrices) for p in params}
-        turns = max((len(self._binding(param).exchanges) for param in params), default=0)
-        for turn in range(max(1, turns)):
-            self._step_whole(params, group, turn, record)
-        for param in params:
-            lean = self._binding(param).lean
-            if lean is not None:
-                whole = len(self._binding(param).shapes)
-                series = record.get(param, [])[whole:]
-                resolution = self._resolution(param)
-                lean.step(param, self.state[param], group, resolution, self._refresher, self.metrics, series)
-
-    def _step_whole(
-        self, params: list[Tensor], group: dict[str, Any], turn: int, record: dict[Tensor, list[Series]]
-    ) -> None:
-        """One turn: gather what is cut, refresh what is due, update, give back what was cut."""
-        tasks: list[list[MatrixTask]] = []
-        due: list[MatrixTask] = []
-        borrowed: list[tuple[CutExchange, Tensor, list[Tensor]]] = []
-        for param in params:
-            binding = self._binding(param)
-            pairs = self._whole_pairs(param, binding) if turn == 0 else []
-            if turn < len(binding.exchanges):
-                exchange = binding.exchanges[turn]
-                assembled = exchange.to_owners(param, param.grad)
-                borrowed.append((exchange, param, [weight for weight, _ in assembled]))
-                pairs += [(weight, grad) for weight, grad in assembled]
-            first = binding.first_of(turn)
-            tasks.append(self._tasks(param, pairs, binding, group, first, record.get(param, [])[first:]))
-            due += self._refresher.due(param, tasks[-1], binding.indices, first)
-        self._refresher.refresh(due)
-        for param, singles in zip(params, tasks, strict=True):
-            together = turn == 0 and kernels.usable(param) and group["state_dtype"] == "float32"
-            together &= self.method.rule is None  # a rule sees one matrix at a time
-            for task in self._batches(param, singles) if together else singles:
-                update(task, self.metrics)
-        for exchange, param, weights in borrowed:
-            exchange.to_holders(param, weights)
-
-    def _whole_pairs(self, param: Tensor, binding: Binding) -> list[tuple[Tensor, Tensor]]:
-        """Weight and gradient of the matrices that lie whole in a parameter."""
-        if param in self._bindings:
-            return [(shard.matrix(param), shard.matrix(param.grad)) for shard in binding.whole]
-        # By dimension rather than through a flat view: a parameter or gradient may have any strides.
-        return [(param, param.grad)] if param.ndim == 2 else list(zip(param, param.grad, strict=True))
-
-    def _tasks(
-        self,
-        param: Tensor,
-        pairs: list[tuple[Tensor, Tensor]],
-        binding: Binding,
-        group: dict[str, Any],
-        first: int,
-        record: Sequence[Series],
-    ) -> list[MatrixTask]:
-        state = self._state_of(param, group)
-        dtype = compute_dtype(param.dtype)
-        states = matrix_states(state, binding.shapes, group, binding.batched, dtype=dtype)[first : first + len(pairs)]
-        resolution = self._resolution(param)
-        return [
-            MatrixTask(weight, grad, matrix, group, resolution, tuple(record[i : i + 1]))
-            for i, ((weight, grad), matrix) in enumerate(zip(pairs, states, strict=True))
-        ]
-
-    def _resolution(self, param: Tensor) -> float:
-        return F.negligible_share(self.gradient_dtypes.get(param, param.grad.dtype))
-
-    def _batches(self, param: Tensor, tasks: list[MatrixTask]) -> list[MatrixTask]:
-        """The tasks of one parameter with neighbours of one shape put together; alone where one has no basis yet."""
-        binding = self._binding(param)
-        group = tasks[0].group if tasks else {}
-        batches = []
-        for first, last in batch_runs(binding, [int(task.state.refresh_step) >= 0 for task in tasks]):
-            if last - first == 1:
-                batches.append(tasks[first])
-                continue
-            (state,) = matrix_states(
-                self.state[param],
-                binding.shapes,
-                group,
-                binding.batched,
-                [(first, last)],
-                dtype=compute_dtype(param.dtype),
-            )
-            if param in self._bindings:
-                weight, grad = (stacked(flat, binding.whole[first], last - first) for flat in (param, param.grad))
-            else:
-                weight, grad = param[first:last], param.grad[first:last]
-            record = tuple(series for task in tasks[first:last] for series in task.record)
-            batches.append(MatrixTask(weight, grad, state, group, tasks[first].resolution, record))
-        return batches
-
-    def _step_adamw(self, param: Tensor, group: dict[str, Any]) -> None:
-        state = self._state_of(param, group)
-        dtype = compute_dtype(param.dtype)
-        state[STEP] += 1
-        rule = rule_of(group)
-        if rule is not None:
-            moments = {name: stored_moment(state, name) for name in rule.states}
-            settings = {name: group[name] for name in ("lr", "weight_decay")}
-            step_plain_(rule, param, param.grad, moments, state[STEP], dtype=dtype, **settings)
-            return
-        step_adamw_(
-            param,
-            param.grad,
-            stored_moment(state, EXP_AVG),
-            stored_moment(state, EXP_AVG_SQ),
-            dtype=dtype,
-            step=int(state[STEP]),
-            lr=group["lr"],
-            betas=tuple(group["betas"]),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
 
     @property
     def inventory(self) -> list[ParamRecord]:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ds_fira import compression
 from ds_fira.cuts import CutMatrix, state_numel
-from ds_fira.groups import build_groups, group_defaults
+from ds_fira.groups import build_groups, by_kind, group_defaults
 from ds_fira.layout import GroupLayout, plan_groups
 from ds_fira.memory import ParamRecord
 from ds_fira.methods import FIRA_ADAM, Method, method_of
+from ds_fira.projection import is_projected
 from ds_fira.resumable import SMALL_PARAM
 from ds_fira.settings import check_params
 from ds_fira.shard import Partitioning, matrices_of
@@ -93,10 +94,10 @@ class PlannedGroup:
     """One param group of a planned run.
 
     Attributes:
-        settings: of the group, defaults filled in; with a rank for projected ones.
+        settings: of the group, defaults filled in.
         shapes: of its parameters.
         buffer: of its parameters.
-        layout: of projected groups, None for AdamW's.
+        layout: of projected groups, None for AdamW's, and for those whose rank saves nothing.
     """
 
     settings: dict[str, Any]
@@ -191,18 +192,20 @@ def plan_run(
     sharded = zero_stage > 0
     drafts: list[tuple[dict[str, Any], tuple, FlatBuffer, list]] = []
     records = []
-    for group in build_groups(module, module.parameters(), settings, zero_stage=zero_stage, dp_size=ranks):
+    groups = build_groups(module, module.parameters(), settings, zero_stage, ranks, method)
+    # At stage 0, where nothing is flat, a group may hold both kinds.
+    for group in [part for mixed in groups for part in by_kind(mixed, defaults)]:
         own = {**defaults, **{key: value for key, value in group.items() if key != "params"}}
         shapes = tuple(tuple(param.shape) for param in group["params"])
         buffer = FlatBuffer.of(map(math.prod, shapes), ranks, zero_stage)
         matrices, partitioning = [], buffer.partitioning
         for index, shape in enumerate(shapes):
             records.append(ParamRecord.of("", shape, own))
-            if "rank" in own:
+            if is_projected(shape, own):
                 found = matrices_of(f"matrix {len(records)}", shape)
                 matrices += [partitioning.fragments(index, matrix) for matrix in found]
         drafts.append((own, shapes, buffer, matrices))
-    projected = [(own, buffer, matrices) for own, _, buffer, matrices in drafts if "rank" in own]
+    projected = [(own, buffer, matrices) for own, _, buffer, matrices in drafts if matrices]
     layouts = iter(
         plan_groups(
             [(matrices, buffer.partition_size) for _, buffer, matrices in projected],
@@ -212,7 +215,8 @@ def plan_run(
         )
     )
     groups = [
-        PlannedGroup(own, shapes, buffer, next(layouts) if "rank" in own else None) for own, shapes, buffer, _ in drafts
+        PlannedGroup(own, shapes, buffer, next(layouts) if matrices else None)
+        for own, shapes, buffer, matrices in drafts
     ]
     return PlannedRun(ranks, sharded, groups, records)
 

@@ -16,6 +16,7 @@ from ds_fira.checkpoint import KEY, Places, SavedState, describe, described
 from ds_fira.comm import Channel
 from ds_fira.methods import FIRA_ADAM, Method, method_of
 from ds_fira.places import Piece, matrix_places
+from ds_fira.projection import is_projected
 from ds_fira.refresh import Refresher
 from ds_fira.restore import refuse_other_states, restore
 from ds_fira.scaling_record import ScalingRecorder
@@ -72,6 +73,10 @@ class Resumable(Optimizer):
             self._alone[param] = Binding(matrices, indices, batched=param.ndim == 3)
         return self._alone[param]
 
+    def _projects(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a stepped tensor has low-rank states. A flat partition has them where its matrices were bound."""
+        return param in self._bindings or is_projected(param.shape, group)
+
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of one parameter, allocated."""
         state = self.state[param]
@@ -81,7 +86,7 @@ class Resumable(Optimizer):
 
     def _allocated(self, param: Tensor, group: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
         """A new state of one parameter, in tensors of the device and dtype that suit `like`, of the same shape."""
-        if "rank" in group:
+        if self._projects(param, group):
             binding = self._binding(param)
             state = allocate(like, binding.shapes, group, binding.batched)
             if binding.lean is not None:
@@ -267,7 +272,7 @@ class Resumable(Optimizer):
             listed = zip(self.param_groups, members or self._members(), strict=True)
             names = {id(p): name for g, named in listed for p, (name, _) in zip(g["params"], named, strict=True)}
             pieces = (Piece(names[id(param)], 0, 0, param.numel()),)
-        if "rank" not in group:
+        if not self._projects(param, group):
             return Places(pieces, ())
         # Where the binding is of one parameter, it does not know the name.
         prefix = "" if param in self._bindings else pieces[0].name

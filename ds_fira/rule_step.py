@@ -99,8 +99,9 @@ def step_plain_(
     lr: float,
     weight_decay: float,
     dtype: torch.dtype,
+    alpha: float = 1.0,
 ) -> None:
-    """W <- (1 - lr * weight_decay) (W - lr * step_size * N) for a parameter that is not projected.
+    """W <- (1 - lr * weight_decay) (W - lr * alpha * step_size * N) for a parameter that is not projected.
 
     What is not finite in the gradient, or has a square that overflows, changes nothing: element by element where the
     rule is elementwise, so that it is the same on any fragment, else for the whole parameter.
@@ -114,8 +115,9 @@ def step_plain_(
         lr: learning rate.
         weight_decay: decoupled.
         dtype: in which the step is computed.
+        alpha: of the step alone, not of the decay.
     """
-    size = lr * float(rule.step_size(step))
+    size = lr * alpha * float(rule.step_size(step))
     if not rule.elementwise:
         slope = grad.to(dtype)
         if bool(slope.square().isfinite().all()):

@@ -20,6 +20,7 @@ from ds_fira.comm import Channel
 from ds_fira.groups import owning_modules
 from ds_fira.pieces import inside, row_pieces
 from ds_fira.places import MatrixPlace
+from ds_fira.projection import is_projected
 from ds_fira.rule_step import rule_of
 from ds_fira.scaling_series import Factors, Series, carry_on, join
 from ds_fira.selection import find_projected_weights
@@ -31,9 +32,9 @@ from ds_fira.subspace import Side, projection_side
 BLOCK = 2**20
 
 
-def under_adamw(group: dict[str, Any]) -> bool:
-    """Whether a param group is neither projected nor stepped by a rule of the user's, whose factors nobody can tell."""
-    return "rank" not in group and rule_of(group) is None
+def under_adamw(shape: Sequence[int], group: dict[str, Any]) -> bool:
+    """Whether a parameter is neither projected nor stepped by a rule of the user's, whose factors nobody can tell."""
+    return not is_projected(shape, group) and rule_of(group) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class ScalingRecorder:
         order = {key: place for place, key in enumerate(owned)}
         self.names = [self._alone[param] for param in sorted(params, key=lambda p: order.get(id(p), len(order)))]
         for group in param_groups:
-            for param in group["params"] if under_adamw(group) else ():
+            for param in [param for param in group["params"] if under_adamw(param.shape, group)]:
                 if id(param) in linear or (id(param) not in owned and param.ndim == 2):
                     matrices = matrices_of(self._alone[param], tuple(param.shape))
                     sides = [projection_side(m.shape, group["proj_type"], group["formulation"]) for m in matrices]

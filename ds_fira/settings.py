@@ -38,6 +38,7 @@ REMEDIES = {
     "state_dtype": "choose 'float32', 'bfloat16' or 'int8'",
     "matmul_precision": "choose 'float32', 'tf32' or 'bfloat16'",
     "exact_cuts": "give true or false",
+    "project_full_rank": "give true or false",
     "max_group_bytes": "give a whole number of bytes of at least 1, such as 1073741824",
     "check_sync_every": "give a whole number of steps, such as 100, or 0 for no check",
     "record_scaling_factors": "give a whole number of steps, such as 10, 1 for every step, or 0 for no record",
@@ -55,8 +56,9 @@ class Settings(BaseModel):
     `residual_scale` (multiplies the scaled residual in the update; the paper has 1), `scaling`, `limiter`,
     `formulation`, `subspace` (how a basis is computed), `refresh_moments` (what a refresh does to the moments),
     `refresh_limiter` (what it does to the limiter's residual norm), `stagger` (matrices refresh on different steps),
-    `state_dtype`, `matmul_precision`, `exact_cuts` (whole steps for cut matrices) and `target_modules` (substrings of
-    the names of the modules to project). `max_group_bytes` caps the float32 gradients of one param group on one rank,
+    `state_dtype`, `matmul_precision`, `exact_cuts` (whole steps for cut matrices), `project_full_rank` (also where the
+    rank saves nothing: `ds_fira.projection`) and `target_modules` (substrings of the names of the modules to project).
+    `max_group_bytes` caps the float32 gradients of one param group on one rank,
     which ZeRO copies at a time. `check_sync_every` is the number of steps from one comparison of the replicated weights
     over the ranks to the next, 0 for none, None for `ds_fira.zero_sync.DEFAULT` at stage 0 and none elsewhere;
     `record_scaling_factors` those from one record of the scaling factors to the next (`ds_fira.scaling_factors`), 0 for
@@ -86,6 +88,7 @@ class Settings(BaseModel):
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     matmul_precision: Literal["float32", "tf32", "bfloat16"] = "tf32"
     exact_cuts: StrictBool = False
+    project_full_rank: StrictBool = False
     max_group_bytes: int = Field(2**30, ge=1)
     check_sync_every: int | None = Field(None, ge=0)
     record_scaling_factors: int = Field(0, ge=0)

@@ -19,7 +19,6 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import logger
 from torch import Tensor
 
 from ds_fira.binding import Binding
@@ -34,6 +33,7 @@ from ds_fira.methods import KEY
 from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.places import Piece
 from ds_fira.plug_and_play import FiraRMSProp
+from ds_fira.projection import is_projected
 from ds_fira.settings import check_params, refuse_auto
 from ds_fira.shard import Partitioning
 from ds_fira.versions import warn_if_untested
@@ -41,6 +41,7 @@ from ds_fira.zero_checkpoint import register_checkpoint
 from ds_fira.zero_files import normalized
 from ds_fira.zero_fp16 import mend_loss_scaling
 from ds_fira.zero_groups import flat_groups
+from ds_fira.zero_projection import kinds_of, project_as_flat
 from ds_fira.zero_record import watch_weights
 from ds_fira.zero_refuse import refuse_object, refuse_sharding, refuse_unsupported, refuse_unsupported_module
 from ds_fira.zero_save import guard_checkpoints
@@ -68,8 +69,13 @@ def attach(engine: Any) -> None:
         for group in range(len(optimizer.param_groups))
     ]
     structure = [
-        (group.get("rank"), group["proj_type"], group["formulation"], *((group[KEY],) if KEY in group else ()))
-        for group in optimizer.param_groups
+        (
+            *(group.get("rank"), group["proj_type"], group["formulation"]),
+            *((group[KEY],) if KEY in group else ()),
+            # Of a group with a rank what it leaves unprojected, if anything.
+            *((name for name, shape in listed if not is_projected(shape, group)) if "rank" in group else ()),
+        )
+        for group, listed in zip(optimizer.param_groups, optimizer.members, strict=True)
     ]
     kinds = [
         (number, optimizer.param_groups[number]["state_dtype"], sorted({str(param.dtype) for param in params}))
@@ -110,9 +116,10 @@ def _attach_sharded(
         As `_attach_replicated`, and what lies where in each of the flat tensors.
     """
     channel = optimizer.channel
-    refuse_sharding(optimizer.method, optimizer.param_groups, engine.zero_optimization_stage())
     flats = flat_groups(engine.optimizer, channel.dp_size)
-    projected = [flat for flat in flats if "rank" in optimizer.param_groups[flat.group]]
+    project_as_flat(optimizer, flats)
+    projected = [flat for flat in flats if all(kinds_of(flat, optimizer.param_groups))]
+    refuse_sharding(optimizer.method, len(projected) < len(flats), engine.zero_optimization_stage())
     buffers = [(flat.matrices(names), flat.partitioning.partition_size) for flat in projected]
     settings = [optimizer.param_groups[flat.group] for flat in projected]
     layouts = plan_groups(buffers, channel.dp_size, settings, spread=engine.zero_optimization_stage() == 3)
@@ -196,7 +203,7 @@ def register(*types: type[LowRankOptimizer]) -> None:
             ZERO_SUPPORTED_OPTIMIZERS.append(kind)
     if hasattr(DeepSpeedEngine._configure_optimizer, "__wrapped__"):
         return
-    register_checkpoint()
+    register_checkpoint(attach)
     sanity_check = DeepSpeedEngine._do_sanity_check
     configure_basic = DeepSpeedEngine._configure_basic_optimizer
     configure = DeepSpeedEngine._configure_optimizer
@@ -220,11 +227,9 @@ def register(*types: type[LowRankOptimizer]) -> None:
         refuse_unsupported_module(engine.module, engine.has_moe_layers)
         settings = _checked_params(engine)
         dp_size = dist.get_world_size(group=engine.seq_data_parallel_group)
-        groups = build_groups(engine.module, model_parameters, settings, engine.zero_optimization_stage(), dp_size)
-        if not any("rank" in group for group in groups):
-            logger.warning(
-                f"{name}: no rank is set, so nothing is projected: this is AdamW. Set optimizer.params.rank."
-            )
+        groups = build_groups(
+            engine.module, model_parameters, settings, engine.zero_optimization_stage(), dp_size, TYPES[name].method
+        )
         whole_training = {
             key: settings[key] for key in ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints")
         }
@@ -242,6 +247,8 @@ def register(*types: type[LowRankOptimizer]) -> None:
                 refuse_unsupported_module(engine.module, engine.has_moe_layers)
                 # Some wrappers make a step with zero gradients as they are built; it must not decay the weights.
                 optimizer.suspended = True
+                if engine.zero_optimization_stage() > 0:
+                    optimizer.separate()
             return optimizer
 
         if callable(client_optimizer):

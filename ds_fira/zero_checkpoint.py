@@ -10,7 +10,7 @@ What it relies on, of DeepSpeed 0.17 to 0.19, beside what `ds_fira.zero_files` d
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
-from ds_fira.carry_over import carry_schedule, refuse_changed_structure
-from ds_fira.checkpoint import KEY
+from ds_fira.carry_over import SavedGroup, carry_schedule, refuse_changed_structure
+from ds_fira.checkpoint import KEY, SavedState
+from ds_fira.comm import Channel
 from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.safe_load import only_safe_loads
 from ds_fira.zero_check import agree, require_loadable, require_own_share
 from ds_fira.zero_files import MODEL_FILE, CheckpointFiles, normalized
+from ds_fira.zero_projection import project_as_saved
 
 # What a dynamic loss scaler counts, in every wrapper that has one.
 SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -51,6 +53,27 @@ def saved_elsewhere(engine: Any, folder: Path) -> bool:
     agree(optimizer.channel, error, optimizer.method.name)
     layout = optimizer.channel.gather_objects(layout)[0]
     return layout is not None and layout != optimizer.layout_digest
+
+
+def saved_groups(engine: Any, folder: Path) -> list[SavedGroup]:
+    """The param groups of a checkpoint of FiraAdam, of rank 0, alike on all ranks; none where it does not say.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    optimizer: LowRankOptimizer = engine.basic_optimizer
+    channel: Channel = optimizer.channel
+    saved, error = SavedState(), None
+    if channel.dp_rank == 0:
+        try:
+            files = CheckpointFiles.find(folder, every=False, unpickle=optimizer.unpickle_checkpoints)
+            _, state_dict = files.optimizer_state(0) if files.models else (None, None)
+            if KEY in (state_dict or {}):
+                saved.add(state_dict)
+        except Exception as raised:
+            error = raised
+    agree(channel, error, optimizer.method.name)
+    return channel.gather_objects(saved.groups)[0]
 
 
 def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: dict[str, Any]) -> Any:
@@ -203,8 +226,12 @@ def _load_untrained(engine: Any, values: Mapping[str, Tensor]) -> None:
                     param.data.copy_(values[name])
 
 
-def register_checkpoint() -> None:
-    """Extend DeepSpeed's loading for engines that train with FiraAdam; again without effect."""
+def register_checkpoint(attach: Callable[[Any], None]) -> None:
+    """Extend DeepSpeed's loading for engines that train with FiraAdam; again without effect.
+
+    Args:
+        attach: tells an engine's optimizer what lies where, where a checkpoint changes what is projected.
+    """
     load_checkpoint, load_zero = DeepSpeedEngine._load_checkpoint, DeepSpeedEngine._load_zero_checkpoint
     if hasattr(load_zero, "__wrapped__"):
         return
@@ -221,6 +248,8 @@ def register_checkpoint() -> None:
             if not optimizer.unpickle_checkpoints:
                 # Stage 3 takes the weights from the optimizer's files.
                 require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3)
+            if optimizer_too:
+                project_as_saved(engine, saved_groups(engine, folder), attach)
             if optimizer_too and saved_elsewhere(engine, folder):
                 load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
                 loaded = load_elsewhere(engine, folder, load_engine_state, options)

@@ -16,7 +16,7 @@ from ds_fira.zero_shapes import shape_of
 
 
 def watch_weights(engine: Any, optimizer: LowRankOptimizer, names: dict[int, str]) -> None:
-    """Tell an optimizer's recorder where the weights lie that a rank would project, in param groups without one.
+    """Tell an optimizer's recorder where the weights lie that a rank would project, and that are not projected.
 
     Args:
         engine: its optimizer wrapper is built.
@@ -29,7 +29,7 @@ def watch_weights(engine: Any, optimizer: LowRankOptimizer, names: dict[int, str
     if engine.zero_optimization_stage() == 0:
         shapes = {names[id(p)]: shape_of(p) for p in engine.module.parameters() if id(p) in linear}
         for group in optimizer.param_groups:
-            for param in group["params"] if under_adamw(group) else ():
+            for param in [param for param in group["params"] if under_adamw(param.shape, group)]:
                 name = optimizer.pieces[param][0].name
                 if name in shapes:
                     matrices = matrices_of(name, shapes[name])
@@ -37,7 +37,7 @@ def watch_weights(engine: Any, optimizer: LowRankOptimizer, names: dict[int, str
         return
     for flat in flat_groups(engine.optimizer, channel.dp_size):
         group = optimizer.param_groups[flat.group]
-        if not under_adamw(group):
+        if not all(under_adamw(shape_of(param), group) for param in flat.lp_params):
             continue
         matrices = [
             flat.partitioning.fragments(index, matrix)

@@ -7,7 +7,7 @@ a run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -184,13 +184,18 @@ def refuse_unsupported_module(module: nn.Module, has_moe_layers: bool) -> None:
             raise ValueError(f"FiraAdam: {name} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
 
 
-def refuse_sharding(method: Method, groups: Sequence[Mapping[str, Any]], stage: int) -> None:
+def refuse_sharding(method: Method, unprojected: bool, stage: int) -> None:
     """Stop if ZeRO would take apart what the method's rule has to see whole.
+
+    Args:
+        method: of the optimizer.
+        unprojected: whether it trains anything that is not projected.
+        stage: of ZeRO.
 
     Raises:
         ValueError: names the rule and what to use instead.
     """
-    if method.rule is not None and not method.rule.elementwise and any("rank" not in group for group in groups):
+    if method.rule is not None and not method.rule.elementwise and unprojected:
         raise ValueError(
             f"{method.name}: zero_optimization.stage = {stage} takes the parameters that are not projected apart, and "
             f"{method.rule.__name__}.elementwise = False says that they cannot be; use stage 0, or train only "

@@ -11,6 +11,7 @@ import ds_fira
 from ds_fira import FiraAdam
 from ds_fira.settings import check_params
 from tests.reference.gradients import make_weight
+from tests.reference.harness import with_a_rank
 
 WRONG_VALUES = [
     ("rank", 0),
@@ -80,7 +81,7 @@ def test_constructor(key, value):
 @pytest.mark.parametrize("when", ["in_the_constructor", "add_param_group"])
 def test_param_group(key, value, when):
     group = {"params": [nn.Parameter(make_weight((6, 8)))], "rank": 4, key: value}
-    optimizer = FiraAdam([nn.Parameter(make_weight((6, 8)))])
+    optimizer = FiraAdam([nn.Parameter(make_weight((6, 8)))], rank=4)
     with pytest.raises(ValueError, match=key) as error:
         FiraAdam([group]) if when == "in_the_constructor" else optimizer.add_param_group(group)
     assert_names(error, key, value)
@@ -156,7 +157,7 @@ def test_a_model_with_nothing_to_project():
 @pytest.mark.parametrize("group", [{"rank": 4}, {}], ids=["projected", "adamw"])
 def test_sparse_gradients(group):
     embedding = nn.Embedding(8, 6, sparse=True)
-    optimizer = FiraAdam([{"params": [embedding.weight], **group}])
+    optimizer = FiraAdam(with_a_rank({"params": [embedding.weight], **group}))
     embedding(torch.tensor([1, 2])).sum().backward()
     assert embedding.weight.grad.is_sparse
     with pytest.raises(ValueError, match="sparse") as error:
@@ -168,7 +169,7 @@ def test_sparse_gradients(group):
 def test_complex_parameters(group):
     parameter = nn.Parameter(torch.zeros(6, 8, dtype=torch.complex64))
     with pytest.raises(ValueError, match="complex"):
-        FiraAdam([{"params": [parameter], **group}])
+        FiraAdam(with_a_rank({"params": [parameter], **group}))
 
 
 @pytest.mark.parametrize("shape", [(6,), (), (2, 3, 4, 5)], ids=str)
@@ -176,7 +177,7 @@ def test_only_matrices_and_experts_take_a_rank(shape):
     with pytest.raises(ValueError, match="rank") as error:
         FiraAdam([{"params": [nn.Parameter(torch.zeros(shape))], "rank": 4}])
     assert str(tuple(shape)) in str(error.value), "the message must give the shape"
-    optimizer = FiraAdam([nn.Parameter(make_weight((6, 8)))])
+    optimizer = FiraAdam([nn.Parameter(make_weight((6, 8)))], rank=4)
     with pytest.raises(ValueError, match="rank"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(shape))], "rank": 4})
 

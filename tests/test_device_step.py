@@ -17,6 +17,7 @@ from ds_fira.binding import MAX_BATCH, Binding, batch_runs
 from ds_fira.shard import MatrixShard
 from ds_fira.state import host_key
 from tests.reference.gradients import make_gradients, make_weight
+from tests.reference.harness import with_a_rank
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("kernels_allowed")
@@ -42,7 +43,8 @@ def drive(kind: str, kernel: bool, steps: int = 7, spoil: int | None = None, **s
     param = Parameter(start.clone())
     # As in ZeRO, the flat buffer takes the parameters' place when the optimizer is there.
     group = {"params": [Parameter(torch.empty(1, 1)) if kind == "flat" else param]}
-    optimizer = FiraAdam([group if kind == "adamw" else {**group, "rank": 4}], lr=0.01, **settings)
+    groups = with_a_rank(group if kind == "adamw" else {**group, "rank": 4})
+    optimizer = FiraAdam(groups, lr=0.01, project_full_rank=True, **settings)
     if kind == "flat":
         optimizer.param_groups[0]["params"] = [param]
         offsets = [sum(w.numel() for w in weights[:i]) for i in range(len(weights))]

@@ -17,7 +17,7 @@ from ds_fira import FiraAdam
 from tests.reference import tolerances
 from tests.reference.fira_reference import AdamWReference, FiraReference
 from tests.reference.gradients import low_rank_gradient, make_gradients, make_weight
-from tests.reference.harness import drive, run_optimizer, run_reference, weight_change_error
+from tests.reference.harness import drive, run_optimizer, run_reference, weight_change_error, with_a_rank
 
 LR = 1e-2
 SHAPE, EXPERTS = (10, 14), (3, 10, 14)
@@ -291,7 +291,7 @@ def test_an_svd_that_fails_keeps_the_old_basis_and_warns_once(monkeypatch, faili
 
 def test_adamw_leaves_elements_without_a_finite_gradient_alone():
     parameter = nn.Parameter(make_weight((6, 5)))
-    optimizer = FiraAdam([parameter], lr=LR, weight_decay=0.1)
+    optimizer = FiraAdam(with_a_rank({"params": [parameter]}), lr=LR, weight_decay=0.1)
     reference = AdamWReference(parameter, lr=LR, weight_decay=0.1)
     start = parameter.detach().clone()
     for index, gradient in enumerate(make_gradients((6, 5), 6)):

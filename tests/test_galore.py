@@ -17,7 +17,7 @@ from ds_fira.plan import plan_run
 from tests.distributed import Pools
 from tests.reference import tolerances
 from tests.reference.gradients import make_gradients, make_weight
-from tests.reference.harness import run_optimizer, weight_change_error
+from tests.reference.harness import run_optimizer, weight_change_error, with_a_rank
 from tests.released_jobs import released_run
 from tests.small_models import llama
 from tests.zero_jobs import Net, config
@@ -60,7 +60,7 @@ def test_steps_and_states_are_those_of_galore_torch(
 def test_a_group_without_a_rank_is_galores_adamw() -> None:
     weight, gradients = make_weight((5, 7)), make_gradients((5, 7), STEPS)
     theirs, _ = run_optimizer(galore, weight, gradients, weight_decay=0.1)
-    found, state = run_optimizer(ours, weight, gradients, weight_decay=0.1)
+    found, state = run_optimizer(lambda groups: ours(with_a_rank(*groups)), weight, gradients, weight_decay=0.1)
     assert weight_change_error(weight, found, theirs) < tolerances.FLOAT32_VS_FIRA
     assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
 

@@ -18,6 +18,7 @@ from ds_fira import FiraAdam
 from ds_fira.monitoring import Watch
 from tests.distributed import Pools
 from tests.reference.fira_reference import FiraReference
+from tests.reference.harness import with_a_rank
 from tests.test_device_step import HostReads
 from tests.zero_jobs import Net, batches, config
 
@@ -232,7 +233,7 @@ def test_a_step_between_events_reads_and_sends_nothing(ranks: Pools, tmp_path: P
 
 def test_a_watched_step_leaves_losses_and_norms_on_their_device() -> None:
     """The host asks for no number before the interval ends."""
-    optimizer, written = FiraAdam([Parameter(torch.ones(3))]), []
+    optimizer, written = FiraAdam(with_a_rank({"params": [Parameter(torch.ones(3))]})), []
     watch = Watch(optimizer, written.extend, interval=4)
     norm = torch.tensor(2.0)
     for step in range(1, 5):

@@ -12,7 +12,7 @@ from ds_fira import FiraAdam
 from tests.reference import tolerances
 from tests.reference.fira_reference import AdamWReference, FiraReference
 from tests.reference.gradients import make_gradients, make_weight
-from tests.reference.harness import drive, run_reference, weight_change_error
+from tests.reference.harness import drive, run_reference, weight_change_error, with_a_rank
 
 LR = 1e-2
 STEPS = 13
@@ -30,7 +30,7 @@ KINDS = {  # shape, dtype, group settings
 def build(kind, weight=None):
     shape, dtype, group = KINDS[kind]
     parameter = nn.Parameter(make_weight(shape, dtype=dtype) if weight is None else weight.clone())
-    return parameter, FiraAdam([{"params": [parameter], **group}], lr=LR)
+    return parameter, FiraAdam(with_a_rank({"params": [parameter], **group}), lr=LR)
 
 
 def gradients_for(kind, steps=STEPS):
@@ -279,7 +279,8 @@ def test_transposed_weights_and_gradients():
 
 def test_adamw_against_its_reference_with_schedule():
     parameter = nn.Parameter(make_weight((9,)))
-    optimizer, reference = FiraAdam([parameter], lr=LR, weight_decay=0.1), AdamWReference(parameter, weight_decay=0.1)
+    optimizer = FiraAdam(with_a_rank({"params": [parameter]}), lr=LR, weight_decay=0.1)
+    reference = AdamWReference(parameter, weight_decay=0.1)
     start = parameter.detach().clone()
     for index, gradient in enumerate(gradients_for("adamw")):
         reference.lr = optimizer.param_groups[0]["lr"] = LR / (1 + index)

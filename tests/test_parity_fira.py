@@ -17,7 +17,7 @@ from ds_fira import FiraAdam
 from tests.reference import tolerances
 from tests.reference.fira_reference import FiraReference, side_of
 from tests.reference.gradients import make_gradients, make_weight
-from tests.reference.harness import run_optimizer, run_reference, weight_change_error
+from tests.reference.harness import run_optimizer, run_reference, weight_change_error, with_a_rank
 
 LR = 1e-2
 STEPS, GAP = 13, 4  # refreshes at steps 0, 4, 8 and 12
@@ -36,7 +36,7 @@ def fira_runs(shape, rank, proj_type):
 
 
 def make_ours(groups, **settings):
-    return FiraAdam(groups, lr=LR, **settings)
+    return FiraAdam(groups, lr=LR, project_full_rank=True, **settings)
 
 
 def make_fira(groups, **settings):
@@ -135,7 +135,9 @@ def test_a_group_without_rank_is_firas_adamw(shape, weight_decay):
     weight = 0.02 * torch.randn(shape, generator=generator)
     gradients = [torch.randn(shape, generator=generator) for _ in range(STEPS)]
     theirs, _ = run_optimizer(make_fira, weight, gradients, weight_decay=weight_decay)
-    ours, state = run_optimizer(make_ours, weight, gradients, weight_decay=weight_decay)
+    ours, state = run_optimizer(
+        lambda groups: make_ours(with_a_rank(*groups)), weight, gradients, weight_decay=weight_decay
+    )
     assert weight_change_error(weight, ours, theirs) <= tolerances.FLOAT32_VS_FIRA
     assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
 

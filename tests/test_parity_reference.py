@@ -10,7 +10,14 @@ from ds_fira import FiraAdam
 from tests.reference import tolerances
 from tests.reference.fira_reference import AdamWReference, FiraReference, FiraStackReference
 from tests.reference.gradients import low_rank_gradient, make_gradients, make_weight
-from tests.reference.harness import drive, relative_error, run_optimizer, run_reference, weight_change_error
+from tests.reference.harness import (
+    drive,
+    relative_error,
+    run_optimizer,
+    run_reference,
+    weight_change_error,
+    with_a_rank,
+)
 
 LR = 1e-2
 STEPS, GAP = 13, 4
@@ -21,7 +28,7 @@ BASE = {"rank": 4, "update_proj_gap": GAP}
 
 
 def make_ours(groups):
-    return FiraAdam(groups, lr=LR)
+    return FiraAdam(groups, lr=LR, project_full_rank=True)
 
 
 def run_both(weight, gradients, **group):
@@ -192,7 +199,7 @@ def test_bfloat16_weights_are_the_float32_result_rounded_once(shape, formulation
 
 def test_bfloat16_adamw_weights_are_rounded_once():
     parameter = nn.Parameter(make_weight((40,), dtype=torch.bfloat16))
-    optimizer = FiraAdam([parameter], lr=LR, weight_decay=0.1)
+    optimizer = FiraAdam(with_a_rank({"params": [parameter]}), lr=LR, weight_decay=0.1)
     reference = AdamWReference(parameter, lr=LR, weight_decay=0.1)
     for gradient in make_gradients((1, 40), STEPS, dtype=torch.bfloat16):
         before = parameter.detach().double()

@@ -18,7 +18,7 @@ from tests.distributed import Pools
 from tests.reference import tolerances
 from tests.reference.fira_rmsprop_reference import fira_rmsprop
 from tests.reference.gradients import make_gradients, make_weight
-from tests.reference.harness import drive, relative_error, run_optimizer, weight_change_error
+from tests.reference.harness import drive, relative_error, run_optimizer, weight_change_error, with_a_rank
 from tests.rule_jobs import AdaGrad, FiraAdaGrad, FiraLion, FiraNormalized, Lion, alone
 from tests.zero_jobs import Net, config
 
@@ -37,7 +37,7 @@ def ds_config(kind: type, stage: int = 2, dtype: str = "fp32", **params: Any) ->
 
 def one(kind: type, weight: Tensor, **settings: Any) -> tuple[nn.Parameter, torch.optim.Optimizer]:
     param = nn.Parameter(weight.clone())
-    return param, kind([{"params": [param], **settings}], lr=LR)
+    return param, kind(with_a_rank({"params": [param], **settings}), lr=LR)
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)], ids=str)
@@ -110,10 +110,12 @@ def test_compressed_states(state_dtype: str, group: dict[str, Any]) -> None:
     shape = (60, 80)  # large enough that a parameter that is not projected has compressed states too
     weight, gradients = make_weight(shape), make_gradients(shape, STEPS)
     for kind, bound in ((ds_fira.FiraRMSProp, 0.05), (FiraAdaGrad, 0.1)):
-        exact, _ = run_optimizer(lambda groups, kind=kind: kind(groups, lr=LR), weight, gradients, **group)
-        found, state = run_optimizer(
-            lambda groups, kind=kind: kind(groups, lr=LR), weight, gradients, **group, state_dtype=state_dtype
-        )
+
+        def make(groups: list[dict[str, Any]], kind: type = kind) -> torch.optim.Optimizer:
+            return kind(with_a_rank(*groups), lr=LR)
+
+        exact, _ = run_optimizer(make, weight, gradients, **group)
+        found, state = run_optimizer(make, weight, gradients, **group, state_dtype=state_dtype)
         assert 0.0 < (found - exact).norm() < bound * (exact - weight).norm()
         for name, moment in kind.method.states.items():
             expected = {"bfloat16": torch.bfloat16, "int8": torch.uint8 if moment == "second" else torch.int8}
@@ -152,9 +154,9 @@ def test_with_the_kernels(kind: type) -> None:
     weight, gradients = make_weight((20, 12)), make_gradients((20, 12), 5)
     gradients[2][1, 1] = math.nan
     group = {"rank": 4, "update_proj_gap": 2, "matmul_precision": "float32"}
-    found, state = run_optimizer(lambda groups: kind(groups, lr=LR), weight, gradients, **group)
+    found, state = run_optimizer(lambda groups: kind(with_a_rank(*groups), lr=LR), weight, gradients, **group)
     kernels.interpret_on_cpu(False)
-    expected, other = run_optimizer(lambda groups: kind(groups, lr=LR), weight, gradients, **group)
+    expected, other = run_optimizer(lambda groups: kind(with_a_rank(*groups), lr=LR), weight, gradients, **group)
     assert weight_change_error(weight, found, expected) < 1e-5
     assert int(state["step"]) == int(other["step"]) == 4
     for name in kind.method.states:

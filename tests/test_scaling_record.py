@@ -17,6 +17,7 @@ import ds_fira
 from ds_fira import FiraAdam, scaling_record
 from tests.reference.fira_reference import FiraReference
 from tests.reference.gradients import make_gradients, make_weight
+from tests.reference.harness import with_a_rank
 from tests.small_models import llama, loss_of, mixtral
 from tests.test_device_step import HostReads, drive
 
@@ -47,7 +48,8 @@ def train_alone(shapes: list[tuple[int, int]], group: dict[str, Any], every: int
     """An optimizer over named matrices after some steps, and the gradients it had, by name and step."""
     params = {f"m{i}": Parameter(make_weight(shape, seed=i).float()) for i, shape in enumerate(shapes)}
     gradients = {name: make_gradients(p.shape, steps, seed=i) for i, (name, p) in enumerate(params.items())}
-    optimizer = FiraAdam([{"params": list(params.items()), **group}], record_scaling_factors=every, **settings)
+    groups = with_a_rank({"params": list(params.items()), **group})
+    optimizer = FiraAdam(groups, record_scaling_factors=every, **settings)
     for step in range(steps):
         for name, param in params.items():
             param.grad = gradients[name][step].float()
@@ -148,9 +150,9 @@ def test_a_wrong_value_is_refused(value: Any) -> None:
         FiraAdam([Parameter(torch.ones(3, 4))], record_scaling_factors=value)
 
 
-@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.parametrize("rank", [2, 99])
 @pytest.mark.parametrize("build", [llama, mixtral])
-def test_linear_layers_of_a_model_by_name(build: Any, rank: int | None) -> None:
+def test_linear_layers_of_a_model_by_name(build: Any, rank: int) -> None:
     """The weights that a rank would project and no others, in the model's order, with names from the live model."""
     torch.manual_seed(0)
     model = build()
@@ -167,13 +169,14 @@ def test_linear_layers_of_a_model_by_name(build: Any, rank: int | None) -> None:
             expected += [f"{name}[{e}]" for e in range(len(param))] if param.ndim == 3 else [name]
     found = ds_fira.scaling_factors(optimizer)
     assert list(found) == expected
-    assert all(one["steps"] == [1, 2] and one["rank"] == rank for one in found.values())
+    # At full rank nothing is projected.
+    assert all(one["steps"] == [1, 2] and one["rank"] == (None if rank == 99 else 2) for one in found.values())
 
 
 def test_two_modules_with_the_same_names_stay_apart() -> None:
     """The second one's names get a number."""
     modules = [nn.Linear(6, 9, bias=False), nn.Linear(6, 9, bias=False)]
-    optimizer = FiraAdam([module.weight for module in modules], record_scaling_factors=1)
+    optimizer = FiraAdam([module.weight for module in modules], rank=99, record_scaling_factors=1)
     for module in modules:
         module(torch.ones(6)).square().sum().backward()
     optimizer.step()
@@ -184,7 +187,7 @@ def test_two_modules_with_the_same_names_stay_apart() -> None:
 def test_what_has_no_factor_is_left_out(group: dict[str, Any]) -> None:
     """A gradient of zero or one that is not finite at matrix level; a column of zeros there alone."""
     params = [Parameter(make_weight((9, 20), seed=0).float())]
-    optimizer = FiraAdam([{"params": params, **group}], record_scaling_factors=1)
+    optimizer = FiraAdam(with_a_rank({"params": params, **group}), record_scaling_factors=1)
     for step in range(1, 7):
         grad = make_gradients((9, 20), 7, seed=0)[step].float()
         if step == 2:
@@ -213,7 +216,7 @@ def test_a_loaded_state_dict_goes_on_recording(group: dict[str, Any]) -> None:
     buffer.seek(0)
     saved = torch.load(buffer, weights_only=True)
     second = FiraAdam(
-        [{"params": [(f"m{i}", p) for i, p in enumerate(first.param_groups[0]["params"])], **group}],
+        with_a_rank({"params": [(f"m{i}", p) for i, p in enumerate(first.param_groups[0]["params"])], **group}),
         record_scaling_factors=2,
         **SETTINGS,
     )

@@ -154,7 +154,11 @@ def test_matrices_larger_than_a_block(ranks: Pools) -> None:
     shapes = [(300, 260), (5, 7), (260, 300), (300, 260), (300, 260)]
     assert SMALL_MATRIX < 300 * 260
     results = ranks.run(
-        2, "train", ds_config=config(2, "fp32", {**EXACT, "rank": 16, "lr": 0.001}), shapes=shapes, steps=5
+        2,
+        "train",
+        ds_config=config(2, "fp32", {**EXACT, "rank": 16, "lr": 0.001, "project_full_rank": True}),
+        shapes=shapes,
+        steps=5,
     )
     check(results)
 
@@ -220,7 +224,7 @@ def test_groups_of_the_user_s_optimizer(ranks: Pools, world_size: int) -> None:
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
 def test_sides(ranks: Pools, proj_type: str, formulation: str) -> None:
     """Both sides of cut matrices, at a rank above some smaller sides."""
-    params = {**EXACT, "rank": 6, "proj_type": proj_type, "formulation": formulation}
+    params = {**EXACT, "rank": 6, "project_full_rank": True, "proj_type": proj_type, "formulation": formulation}
     check(ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=SHAPES, steps=5))
 
 

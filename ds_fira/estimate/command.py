@@ -40,6 +40,7 @@ def register(commands: Any) -> None:
     add("--proj-type", choices=_choices("proj_type"), default="std")
     add("--formulation", choices=_choices("formulation"), default="released")
     add("--state-dtype", choices=_choices("state_dtype"), default="float32", help="of Fira's and GaLore's states")
+    add("--project-full-rank", action="store_true", help="FiraAdam's setting of this name")
     add("--max-group-bytes", type=int, help="FiraAdam's setting of this name")
     add("--zero-stage", type=int, default=2, help="0, 1 or 2 (default %(default)s)")
     add("--gpus", type=int, default=1, help="data-parallel ranks (default %(default)s)")
@@ -91,7 +92,8 @@ def _estimate(args: argparse.Namespace) -> tuple[list[str], Any]:
         )
     available = None if args.gpu_memory is None else Available(card_memory(args.gpu_memory))
     setup = Setup(**{name: getattr(args, name) for name in Setup.__dataclass_fields__})
-    params = {name: getattr(args, name) for name in ("rank", "proj_type", "formulation", "state_dtype")}
+    plain = ("rank", "proj_type", "formulation", "state_dtype", "project_full_rank")
+    params = {name: getattr(args, name) for name in plain}
     params |= {
         name: getattr(args, name) for name in ("target_modules", "max_group_bytes") if getattr(args, name) is not None
     }

@@ -18,6 +18,7 @@ from ds_fira.estimate.setup import Setup
 from ds_fira.memory import adamw_bytes, formula_bytes
 from ds_fira.methods import FIRA_ADAM, KEY, method_of
 from ds_fira.plan import PlannedRun, plan_run
+from ds_fira.projection import PROJECT_FULL_RANK, is_projected
 from ds_fira.settings import check_params
 
 # Share of a card left to the CUDA context, the allocator's gaps and an optimizer step's own temporaries.
@@ -147,7 +148,7 @@ def estimate(
         setup=setup,
         params=params,
         methods=found,
-        notes=tuple(_notes(setup, config, sequence, methods)),
+        notes=(*_rank_notes(run), *_notes(setup, config, sequence, methods)),
     )
 
 
@@ -180,12 +181,28 @@ def require_fit(found: MethodEstimate, available: Available) -> None:
 
 
 def _require_rank(run: PlannedRun, rank: int) -> None:
-    sizes = [min(record.shape[-2:]) for record in run.records if record.rank is not None]
+    sizes = [min(shape[-2:]) for group in run.groups if "rank" in group.settings for shape in group.shapes]
     if sizes and rank > max(sizes):
         raise ValueError(
             f"--rank = {rank} is larger than the smaller side of every projected weight, {max(sizes)} at most; give a "
             "smaller rank."
         )
+
+
+def _rank_notes(run: PlannedRun) -> list[str]:
+    unprojected = [
+        shape
+        for group in run.groups
+        if "rank" in group.settings
+        for shape in group.shapes
+        if not is_projected(shape, group.settings)
+    ]
+    if not unprojected:
+        return []
+    return [
+        f"{len(unprojected)} weights are stepped unprojected, since at their rank low-rank states save nothing: "
+        f"{PROJECT_FULL_RANK} projects them."
+    ]
 
 
 def _notes(setup: Setup, config: Any, sequence: int | None, methods: Sequence[str]) -> list[str]:

@@ -170,6 +170,7 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    alpha: float = 1.0,
 ) -> None:
     """One AdamW step as the released code makes it: bias correction on the step size, decay after the update.
 
@@ -186,6 +187,7 @@ def adamw_(
         betas: decay rates of the moments.
         eps: added to sqrt(V).
         weight_decay: decoupled, times lr.
+        alpha: multiplies the step, not the decay.
 
     Raises:
         ValueError: a tensor is not contiguous, or not of the parameter's size.
@@ -206,7 +208,7 @@ def adamw_(
         exp_avg,
         exp_avg_sq,
         numel,
-        lr * math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step),
+        lr * alpha * math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step),
         1.0 - lr * weight_decay,
         float(betas[0]),
         1.0 - betas[0],

@@ -49,7 +49,7 @@ def table_3() -> list[dict[str, Any]]:
     share = round(adapters / total, 4)
     lora[f"modules of Table 6, {share:.2%} of 7e9 weights"] = round(3 * BYTES * share * NOMINAL)
     fira_held = sum(
-        group.state_bytes(0, torch.bfloat16, sharded=False) for group in run[TABLE_6].groups if "rank" in group.settings
+        group.state_bytes(0, torch.bfloat16, sharded=False) for group in run[TABLE_6].groups if group.layout is not None
     )
     readings = {"Fira": fira, "GaLore": galore, "LoRA": lora, "Prefix": {f"{VIRTUAL_TOKENS} virtual tokens": _prefix()}}
     measured = {"Fira": fira_held, "LoRA": held}

@@ -62,9 +62,9 @@ def build_optimizer(run: Run, size: Size, model: nn.Module) -> torch.optim.Optim
         kind = ds_fira.FiraAdam if run.method == "Fira" else ds_fira.GaLoreAdam
         return kind(groups, lr=run.lr, record_scaling_factors=run.record)
     if run.record:
-        # Without a rank ours is Adam, and can record; with torch's eps.
+        # At full rank ours is Adam, and can record; with torch's eps.
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        settings = {"eps": ADAM_EPS, **dict(run.settings)}
+        settings = {"eps": ADAM_EPS, "rank": max(max(param.shape) for param in trainable), **dict(run.settings)}
         return ds_fira.FiraAdam(named, lr=run.lr, record_scaling_factors=run.record, **settings)
     return torch.optim.Adam(trainable, lr=run.lr, **dict(run.settings))
 

@@ -15,6 +15,13 @@ def drive(optimizer, parameter, gradients, *, before_step=None):
     return parameter.detach().clone()
 
 
+def with_a_rank(*groups):
+    """Param groups, and where none has a rank, without which there is no Fira, one that never gets a gradient."""
+    if any("rank" in group for group in groups):
+        return list(groups)
+    return [*groups, {"params": [nn.Parameter(torch.zeros(2, 3))], "rank": 1}]
+
+
 def run_optimizer(make, weight, gradients, **group_settings):
     """The weight after ``gradients`` under ``make([{params, **group_settings}])``, and the optimizer's state for it."""
     parameter = nn.Parameter(weight.clone())

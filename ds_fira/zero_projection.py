@@ -1,0 +1,80 @@
+"""What an engine's optimizer projects: one flat partition holds one kind, and a checkpoint says what it was.
+
+Reads DeepSpeed's books through `ds_fira.zero_groups` only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ds_fira.carry_over import SavedGroup, refuse_changed_structure, saved_projection
+from ds_fira.optimizer import LowRankOptimizer
+from ds_fira.projection import PROJECT_FULL_RANK, is_projected
+from ds_fira.zero_groups import FlatGroup
+from ds_fira.zero_shapes import shape_of
+
+
+def kinds_of(flat: FlatGroup, groups: Sequence[dict[str, Any]]) -> Iterable[bool]:
+    """Of every parameter of a flat tensor whether it is projected."""
+    return (is_projected(shape_of(param), groups[flat.group]) for param in flat.lp_params)
+
+
+def project_as_flat(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup]) -> None:
+    """Project at full rank after all where a flat tensor cannot be stepped otherwise, with a warning.
+
+    That is where it holds matrices of both kinds, or where a rule has to see whole what is not projected.
+
+    Args:
+        optimizer: whose param groups are changed.
+        flats: of all of them.
+    """
+    groups, rule, kept = optimizer.param_groups, optimizer.method.rule, {}
+    whole = rule is not None and not rule.elementwise
+    for flat in flats:
+        kinds = set(kinds_of(flat, groups))
+        if "rank" in groups[flat.group] and (len(kinds) > 1 or (whole and False in kinds)):
+            kept[flat.group] = None
+    for number in kept:
+        groups[number][PROJECT_FULL_RANK] = True
+    if kept and optimizer.channel.dp_rank == 0:
+        reason = f"{rule.__name__} is not elementwise" if whole else "ZeRO steps them with others as one flat tensor"
+        remedy = "" if whole else "build the learning-rate scheduler after deepspeed.initialize, "
+        warnings.warn(
+            f"{optimizer.method.name}: matrices of param group {', '.join(map(str, kept))} have a rank at which "
+            f"low-rank states save nothing, and are projected all the same, because {reason}; {remedy}give a smaller "
+            f"rank, put them into a group with rank = None, or say {PROJECT_FULL_RANK} = true.",
+            stacklevel=2,
+        )
+
+
+def project_as_saved(engine: Any, saved: Sequence[SavedGroup], attach: Callable[[Any], None]) -> None:
+    """Let the param groups project what those of a checkpoint did, before its states are loaded; a collective call.
+
+    Args:
+        engine: trains with FiraAdam.
+        saved: the groups of the checkpoint, alike on all ranks.
+        attach: tells the engine's optimizer anew what lies where.
+
+    Raises:
+        ValueError: the checkpoint does not fit, the same on every rank.
+    """
+    optimizer: LowRankOptimizer = engine.basic_optimizer
+    changed = {}
+    for number, (group, listed) in enumerate(zip(optimizer.param_groups, optimizer.members, strict=True)):
+        wanted = saved_projection(saved, group, listed, optimizer.method.name)
+        if wanted is not None and wanted != group[PROJECT_FULL_RANK]:
+            changed[number] = wanted
+    if not changed:
+        return
+    refuse_changed_structure(saved, optimizer.param_groups, optimizer.members)
+    optimizer.project_full_rank(changed)
+    attach(engine)
+    for number, wanted in changed.items():
+        if optimizer.param_groups[number][PROJECT_FULL_RANK] != wanted:
+            raise ValueError(
+                f"{optimizer.method.name}: {PROJECT_FULL_RANK} was {wanted} in the checkpoint, and param group "
+                f"{number} cannot be stepped so at this ZeRO stage; resume at stage 0, or give matrices of both kinds "
+                "groups of their own."
+            )
