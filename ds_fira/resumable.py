@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from ds_fira import compression
 from ds_fira.binding import Binding
-from ds_fira.carry_over import Members, carry_values, refuse_changed_structure
+from ds_fira.carry_over import Members, carry_values, refuse_changed_structure, saved_projection
 from ds_fira.checkpoint import KEY, Places, SavedState, describe, described
 from ds_fira.comm import Channel
 from ds_fira.methods import FIRA_ADAM, Method, method_of
 from ds_fira.places import Piece, matrix_places
-from ds_fira.projection import is_projected
+from ds_fira.projection import PROJECT_FULL_RANK, is_projected
 from ds_fira.refresh import Refresher
 from ds_fira.restore import refuse_other_states, restore
 from ds_fira.scaling_record import ScalingRecorder
@@ -148,7 +148,7 @@ class Resumable(Optimizer):
             values = state_dict["state"].get(saved_id, {})
             for key, value in values.items():
                 # AdamW counts every step, so its count is the host's.
-                on_host = host_key(key) or (key == STEP and "rank" not in owners[param])
+                on_host = host_key(key) or (key == STEP and not self._projects(param, owners[param]))
                 device = torch.device("cpu") if on_host else param.device
                 self.state[param][key] = value.detach().to(device=device, copy=True)
 
@@ -189,7 +189,7 @@ class Resumable(Optimizer):
                 f"{self.method.name}: the state dict has param groups of {counts} tensors, and the optimizer of {own}; "
                 "build the same groups as the run that saved."
             )
-        params = [(param, group) for group in self.param_groups for param in group["params"]]
+        params = [(param, group) for group in self._grouped_as(saved, members) for param in group["params"]]
         if saved is not None:
             places = [self._places(param, group, members).to_plain() for param, group in params]
             if places != plain["places"]:
@@ -199,6 +199,19 @@ class Resumable(Optimizer):
         if not convert:
             self._require_states(state_dict, params)
         return saved, members, convert
+
+    def _grouped_as(self, saved: SavedState | None, members: list[Members]) -> list[dict[str, Any]]:
+        """The param groups as they will be: what had low-rank states at full rank when it was saved, keeps them."""
+        if saved is None:
+            return self.param_groups
+        wanted = [
+            saved_projection(saved.groups, group, listed, self.method.name)
+            for group, listed in zip(self.param_groups, members, strict=True)
+        ]
+        return [
+            group if value is None else {**group, PROJECT_FULL_RANK: value}
+            for group, value in zip(self.param_groups, wanted, strict=True)
+        ]
 
     def _require_states(self, state_dict: dict[str, Any], params: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """Stop unless every state that there is has the tensors, of the shapes, that this optimizer gives it."""

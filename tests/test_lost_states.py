@@ -176,9 +176,9 @@ def test_another_ranks_file_is_refused_on_every_rank(ranks: Pools, tmp_path: Pat
     arguments = {"module": "tests.resize_jobs", "shapes": SHAPES, "ds_config": config(stage, "fp32", params)}
     ranks.run(2, "run", first=0, last=2, save=str(tmp_path), **arguments)
     (tag,) = [path for path in tmp_path.iterdir() if path.is_dir()]
-    (tag / ds_fira.tags.MANIFEST).unlink()
     names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
     shutil.copy(tag / names[0], tag / names[1])
+    ds_fira.tags.reseal(tmp_path, tag.name)
     found = ranks.run(2, "run", first=2, last=3, load=str(tmp_path), **arguments)
     assert found[0]["error"] == found[1]["error"]
     assert "another rank's share of the run; load each rank's own" in found[0]["error"]
