@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,6 +77,11 @@ def launch(
         return results
     finally:
         for started, log in running:
+            # The launcher is in a process group of its own.
+            below = psutil.Process(started.pid).children(recursive=True) if started.poll() is None else []
+            for process in below:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(started.pid, signal.SIGKILL)
             started.wait()
