@@ -171,7 +171,7 @@ def test_a_rules_state_may_be_named_after_the_basis(ranks: Pools, tmp_path: Path
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_another_ranks_file_is_refused_on_every_rank(ranks: Pools, tmp_path: Path, stage: int) -> None:
-    """Without a manifest, as of DeepSpeed's own save, nothing else tells the two files apart."""
+    """Under a manifest that was made anew, nothing else tells the two files apart."""
     params = {"rank": 2, "update_proj_gap": 3, "lr": 0.01}
     arguments = {"module": "tests.resize_jobs", "shapes": SHAPES, "ds_config": config(stage, "fp32", params)}
     ranks.run(2, "run", first=0, last=2, save=str(tmp_path), **arguments)
