@@ -14,6 +14,7 @@ from ds_fira.galore_adam import GaLoreAdam
 from ds_fira.groups import param_groups
 from ds_fira.memory import state_bytes
 from ds_fira.plug_and_play import FiraRMSProp, plug
+from ds_fira.released import read_released_state
 from ds_fira.report import memory_report, metrics
 from ds_fira.rules import Rule
 from ds_fira.runtime import init_distributed, shutdown
@@ -48,6 +49,7 @@ __all__ = [
     "metrics",
     "param_groups",
     "plug",
+    "read_released_state",
     "read_scaling_factors",
     "register",
     "scaling_factors",

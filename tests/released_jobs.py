@@ -83,3 +83,27 @@ def continued(
     result["weights"] = module_weights(engine)
     engine.destroy()
     return result
+
+
+def bad_on_one_rank(
+    ds_config: dict[str, Any], shapes: list[tuple[int, int]], settings: dict[str, Any], kind: str
+) -> str:
+    """What a load says where rank 1 alone has a damaged state."""
+    state, weights, _, _ = released_run("fira", shapes, 3, 2, settings)
+    model = Net(shapes)
+    model.load_state_dict(weights)
+    groups = released_groups(model, {})
+    engine = build({**ds_config, "train_micro_batch_size_per_gpu": 6}, shapes, model=model)
+    if torch.distributed.get_rank() == 1:
+        first = state["state"][state["param_groups"][0]["params"][0]]
+        if kind == "nan":
+            first["exp_avg"].fill_(float("nan"))
+        else:
+            state["state"][state["param_groups"][0]["params"][0]] = [3]
+    try:
+        ds_fira.load_released_state(engine, state, groups)
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
