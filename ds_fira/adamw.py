@@ -80,7 +80,7 @@ def adamw_(
         step: this step's count, from 1.
         lr: learning rate.
         betas: decay rates of the moments.
-        eps: added to sqrt(V).
+        eps: added to sqrt(V); where the sum is zero the element makes no step.
         weight_decay: decoupled, times lr.
         alpha: multiplies the step, not the decay.
     """
@@ -107,6 +107,8 @@ def _fused_adamw_(
     torch divides by sqrt(V) / sqrt(1 - beta2^t) + eps where the released code has (sqrt(V) + eps) / sqrt(1 - beta2^t):
     the same with another eps.
     """
+    # With eps = 0 it would divide zero by zero where no gradient has been.
+    before = tensors[0].clone() if eps < torch.finfo(tensors[0].dtype).tiny else None
     size = tensors[0].numel()
     even = size - size % (FUSED_BYTES // tensors[0].element_size())
     _fused_adam_(tuple(tensor[:even] for tensor in tensors), step=step, lr=lr, betas=betas, eps=eps)
@@ -117,6 +119,8 @@ def _fused_adamw_(
         _fused_adam_(padded, step=step, lr=lr, betas=betas, eps=eps)
         for whole, tensor in zip(padded, tensors, strict=True):
             tensor[even:] = whole[: size - even]
+    if before is not None:
+        tensors[0].copy_(torch.where(tensors[3] == 0.0, before, tensors[0]))
     if keep != 1.0:
         tensors[0].mul_(keep)
 

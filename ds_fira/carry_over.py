@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ds_fira.methods import FIRA_ADAM, KEY, method_of
 from ds_fira.projection import PROJECT_FULL_RANK, hangs_on_full_rank, is_projected
 from ds_fira.subspace import effective_rank, projection_side
@@ -173,8 +175,10 @@ def carry_values(
                 notes[f"lr goes on from the checkpoint's {found[0]!r}, not from {own[key]!r}"] = None
             if changed and key != "lr":
                 notes[f"{key} = {own[key]!r} where the checkpoint had {found[0]!r}"] = None
+            elif isinstance(group.get(key), Tensor):
+                group[key].fill_(float(found[0]))  # who holds the tensor goes on changing this learning rate
             else:
-                group[key] = found[0]
+                group[key] = float(found[0]) if isinstance(found[0], Tensor) else found[0]
     return list(notes)
 
 
@@ -190,6 +194,7 @@ def _numbered(saved: Sequence[SavedGroup], listed: Members) -> list[tuple[int, t
 
 
 def _equal(first: Any, second: Any) -> bool:
+    first, second = (float(value) if isinstance(value, Tensor) else value for value in (first, second))
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return len(first) == len(second) and all(map(_equal, first, second))
     if isinstance(first, float) and isinstance(second, float):

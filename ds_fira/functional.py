@@ -14,13 +14,15 @@ scale per column j of G; on the right everything is transposed. The method (Fira
 It is computed without forming S. The update is phi * G + P (a N - a phi * R), one product accumulated into W; and P is
 orthonormal, so |G_j - a P R_j|^2 = |G_j|^2 - (2a - a^2) |R_j|^2, with the norms accumulated in float64.
 
-The functions of full-size matrices (`project`, `residual_square`, `apply_update_`, `adam_direction_`) have
-twins of the same signatures in `ds_fira.kernels`, for which they are the reference. These here take one matrix and may
-ask the host for a decision (`host_decides`); the kernels take a batch and decide on the device. The functions between
-them take one matrix or a batch: scales of shape (..., n) or (..., m), one number per matrix of shape (...).
+The functions of full-size matrices (`project`, `residual_square`, `apply_update_`, `adam_direction_`) have twins in
+`ds_fira.kernels`, for which they are the reference. These take one matrix and may ask the host for a decision; the
+kernels take a batch and decide on the device. The functions between them take one matrix or a batch: scales of shape
+(..., n) or (..., m), one number per matrix of shape (...).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -30,13 +32,13 @@ from ds_fira.subspace import Side
 
 # Keeps the quotients of norms finite; the released code's constant, in phi and in the limiter.
 NORM_EPS = 1e-8
-# Below this share of |phi * G|^2 the difference of squares has lost too many digits of |S|^2 in float32 (a relative
-# error of about 5e-7 / share), and |S| is summed from the residual itself.
+# Below this share of |phi * G|^2 the difference of squares has lost too many digits of |S|^2 in float32 (an error of
+# about 5e-7 / share), and |S| is summed from the residual itself.
 EXACT_RESIDUAL_SHARE = 0.01
 # A residual norm under this share of |phi * G| is rounding, not residual, when the gradient is exact in float32.
 NEGLIGIBLE_RESIDUAL = 1e-4
-# What has to be formed beside a matrix is formed in blocks of rows, each this share of the matrix's bytes and no
-# smaller than so many rows: no temporary comes near the size of a large matrix, and a block stays in cache.
+# What has to be formed beside a matrix is formed in blocks of rows of this share of its bytes and no fewer than so many
+# rows: no temporary comes near the size of a large matrix, and a block stays in cache.
 BLOCK_SHARE = 1 / 32
 MIN_BLOCK_ROWS = 8
 # Elements up to which a matrix, or a block of one, is summed up in float64: there it costs less than the calls.
@@ -46,9 +48,7 @@ SMALL_MATRIX = 2**13
 def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:
     """Rows handled at once of a matrix with `rows` rows.
 
-    Args:
-        rows: rows of the matrix.
-        bytes_ratio: bytes formed for an element of the block over those that the matrix holds for it.
+    `bytes_ratio` is that of the bytes formed for an element of the block to those that the matrix holds for it.
     """
     return max(MIN_BLOCK_ROWS, int(rows * BLOCK_SHARE / max(1.0, bytes_ratio)))
 
@@ -98,10 +98,9 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32")
 def squared_norms(matrix: Tensor, side: Side) -> Tensor:
     """|G_j|^2 of every column (left, n values) or of every row (right, m values), in float64; R's likewise.
 
-    In a large matrix squares are summed in its own dtype inside a large block of rows (left) or a row (right), and in
-    float64 from there on; the errors average out over the blocks or rows. A small matrix has few of them, and is summed
-    in float64 throughout. A sum that is not finite says that the matrix holds NaN, infinity or elements whose squares
-    overflow.
+    In a large matrix squares are summed in its own dtype inside a block of rows (left) or a row (right), and in float64
+    from there on: errors average out over them. A small matrix has few, and is summed in float64 throughout. A sum that
+    is not finite says that the matrix holds NaN, infinity or elements whose squares overflow.
     """
     if matrix.numel() <= SMALL_MATRIX:
         return matrix.double().square().sum(0 if side == "left" else 1)
@@ -130,6 +129,8 @@ def adam_direction_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update both moments with R (lines 9 and 10) and give N = M / (sqrt(V) + eps), without bias correction.
 
+    Where the divisor is zero, as with eps = 0 where no gradient has been, N is zero.
+
     Args:
         low_rank: R, (r, n) left or (m, r) right.
         exp_avg: M, the same shape, updated.
@@ -147,6 +148,8 @@ def adam_direction_(
     exp_avg.mul_(beta1).add_(low_rank, alpha=1.0 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(low_rank, low_rank, value=1.0 - beta2)
     denominator = exp_avg_sq.sqrt().add_(eps)
+    if eps < torch.finfo(denominator.dtype).tiny:
+        denominator.masked_fill_(denominator == 0.0, math.inf)
     direction = torch.div(exp_avg, denominator, out=denominator)
     return direction, squared_norms(direction, side), squared_norms(low_rank, side)
 
@@ -160,10 +163,7 @@ def bias_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
 def scaling_factors(direction_sq: Tensor, low_rank_sq: Tensor, scaling: str) -> Tensor:
     """Phi = |N| / |R| (equation 11), float64: per column or row (..., n or m) for "column", (..., 1) for the others.
 
-    Args:
-        direction_sq: `squared_norms` of N.
-        low_rank_sq: `squared_norms` of R.
-        scaling: "column", "matrix" or "none", where phi is 1.
+    The squares are `squared_norms` of N and R; `scaling` is "column", "matrix" or "none", where phi is 1.
     """
     if scaling == "none":
         return torch.ones_like(low_rank_sq[..., :1])
@@ -216,11 +216,8 @@ def residual_square(
 def difference_of_squares(grad_sq: Tensor, low_rank_sq: Tensor, phi: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """|S|^2 = sum of phi_j^2 (|G_j|^2 - (2a - a^2) |R_j|^2), and |phi * G|^2; float64, of shape (...).
 
-    Args:
-        grad_sq: `squared_norms` of G.
-        low_rank_sq: `squared_norms` of R.
-        phi: scaling factors, one per entry of `grad_sq` or one for all.
-        alpha: a, 1 in the paper's formulation.
+    The squares are `squared_norms` of G and R; phi has one factor per entry of `grad_sq` or one for all; `alpha` is a,
+    1 in the paper's formulation.
     """
     weights = phi.square()
     whole = (weights * grad_sq).sum(-1)
@@ -245,7 +242,7 @@ def limit_growth(square: Tensor, whole: Tensor, previous: Tensor, *, gamma: floa
         resolution: below this share of |phi * G| a norm is rounding.
 
     Returns:
-        max(|S| / (|S_prev| + 1e-8), gamma) / gamma, 1 where there is no history; and |S| after it.
+        max(|S| / (|S_prev| + 1e-8), gamma) / gamma, 1 where there is no history; |S| after it.
     """
     norm = square.clamp(min=0.0).sqrt_()
     history = norm > resolution * whole.sqrt()
@@ -268,8 +265,8 @@ def apply_update_(
 ) -> None:
     """W <- keep * W - (phi * G + L R), the update and weight decay in one; step sizes are the caller's to fold in.
 
-    One product, accumulated into W. Where all are of one dtype nothing as large as W is allocated; otherwise W is
-    updated in blocks of rows in `left`'s dtype and rounded once.
+    One product, accumulated into W, without a temporary where all are of one dtype; otherwise W is updated in blocks of
+    rows in `left`'s dtype and rounded once.
 
     Args:
         weight: W, (m, n), updated.

@@ -23,7 +23,8 @@ class GaLoreAdam(LowRankOptimizer):
         betas: decay rates of the moments.
         eps: added to sqrt(V).
         weight_decay: decoupled, applied after the update.
-        rank: subspace rank of the projected weights of a flat list; never applies to param groups.
+        rank: subspace rank of the weights to project, in all groups that do not say `rank = None`; not used where some
+            group has a rank of its own.
         update_proj_gap: steps from one refresh of the subspace to the next.
         alpha: scale of the back-projection, galore-torch's `scale`; 0.25 in GaLore's paper.
         proj_type: the projected side: "std" the smaller, "reverse_std" the larger, "left", "right".
@@ -36,7 +37,7 @@ class GaLoreAdam(LowRankOptimizer):
         exact_cuts: inside ZeRO, whether a matrix that a partition cuts is stepped whole on its owner.
         project_full_rank: whether a matrix whose rank is at or above its smaller side is projected, as the released
             code does, though its states are then larger. Else it is stepped unprojected, with lr x alpha.
-        target_modules: for a flat list with a rank, substrings of the names of the modules to project.
+        target_modules: with a rank, substrings of the names of the modules to project.
         check_sync_every: inside an engine, steps from one comparison of the replicated weights over the ranks to the
             next; 0 for none, None for every 100 at stage 0 and none elsewhere.
         record_scaling_factors: steps from one record of the scaling factors of all linear layers, projected or not, to
@@ -45,7 +46,7 @@ class GaLoreAdam(LowRankOptimizer):
             trust in whoever wrote it, rather than refuse what needs it.
 
     Raises:
-        ValueError: a value is out of range, nothing is to be projected, or a parameter cannot be.
+        ValueError: a value is out of range, there is no rank, nothing is to be projected, or a parameter cannot be.
     """
 
     method = GALORE_ADAM

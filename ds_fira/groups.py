@@ -38,15 +38,16 @@ def param_groups(
         rank: subspace rank of the projected weights.
         target_modules: substrings of the names of the modules to project; None for every linear layer but the head.
         groups: the user's own groups of this model's parameters. Each is split into its projected part and the rest;
-            its lr, weight_decay, name and every other key go to both. A group that sets weight_decay keeps it for its
-            norms and biases too.
+            its lr, weight_decay, name and every other key but a rank go to both. A group that sets weight_decay keeps
+            it for its norms and biases too.
         optimizer: the name of the optimizer that they are for, which says which settings there are.
         **settings: settings of the projected groups, such as `alpha` or `update_proj_gap`. lr, weight_decay and
             those of the base optimizer, such as betas and eps, go to every group.
 
     Returns:
         Groups in the order: per user group its projected weights, its other weights, its norms and biases. Empty ones
-        are left out.
+        are left out. What is not projected is stepped by the released code's AdamW, whose eps is not torch's: see
+        `FiraAdam`.
 
     Raises:
         ValueError: a setting is unknown or out of range, or nothing is to be projected.

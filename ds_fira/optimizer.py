@@ -22,30 +22,30 @@ from ds_fira.projection import PROJECT_FULL_RANK, warn_of_costly_ranks
 from ds_fira.refresh import Refresher
 from ds_fira.resumable import settings_of
 from ds_fira.scaling_record import ScalingRecorder
-from ds_fira.settings import check_params, group_settings, refuse_foreign
+from ds_fira.settings import check_params, group_settings, refuse_foreign, without_torch_options
 from ds_fira.shard import matrices_of
 from ds_fira.stepping import Stepping
 from ds_fira.tracking import StepMetrics
-from ds_fira.zero_shapes import shape_of
+from ds_fira.zero_shapes import numel_of, shape_of
 
 
 class LowRankOptimizer(Stepping):
     """What the optimizers of this package have in common: low-rank states for matrices, and the same for the rest.
 
-    Param groups with a `rank` key are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
-    stepped by the same rule without a projection. A flat list of parameters with a constructor `rank` is split as
-    `ds_fira.param_groups` would.
+    Param groups with a `rank` are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
+    stepped by the same rule without a projection. Where no group has a rank, the constructor's applies to all of them,
+    as `ds_fira.groups.ranked_groups` says.
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; groups may set every argument but
             `target_modules`, `check_sync_every`, `record_scaling_factors` and `unpickle_checkpoints` for themselves.
-        **given: settings of the method; `rank` never applies to param groups.
+        **given: settings of the method.
 
     Attributes:
         method: what the optimizer is; of the class.
 
     Raises:
-        ValueError: a value is out of range, nothing is to be projected, or a parameter cannot be.
+        ValueError: a value is out of range, there is no rank, nothing is to be projected, or a parameter cannot be.
     """
 
     def __init__(self, params: Iterable[Any], **given: Any) -> None:
@@ -104,7 +104,9 @@ class LowRankOptimizer(Stepping):
         """
         self._refuse_method(param_group)
         own = {name: param_group[name] for name in group_settings(self.method) if name in param_group}
-        checked = check_params(own, f"{self.method.name} param group", self.method)
+        where = f"{self.method.name} param group"
+        without_torch_options(param_group, where)
+        checked = check_params(own, where, self.method)
         param_group = {**param_group, **{name: checked[name] for name in own}}
         if "rank" in own and own["rank"] is None:
             del param_group["rank"]
@@ -118,7 +120,7 @@ class LowRankOptimizer(Stepping):
                     f"{self.method.name}: a parameter of dtype {param.dtype} cannot be optimized; use "
                     "its torch.view_as_real."
                 )
-            if "rank" in group:
+            if "rank" in group and numel_of(param) > 0:
                 matrices_of("", shape_of(param))
 
     def _refuse_method(self, param_group: dict[str, Any]) -> None:
@@ -172,7 +174,7 @@ class LowRankOptimizer(Stepping):
                 loss = closure()
         if self.suspended:
             return loss
-        for group in self.param_groups:
+        for group in map(with_number, self.param_groups):
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 _require_dense(param)
@@ -201,6 +203,11 @@ class LowRankOptimizer(Stepping):
     def replicated(self) -> bool:
         """Whether other ranks hold the same parameters and states."""
         return self._refresher.replicas is not None
+
+
+def with_number(group: dict[str, Any]) -> dict[str, Any]:
+    """A param group whose learning rate is a number, read now where it is a tensor."""
+    return {**group, "lr": float(group["lr"])} if isinstance(group["lr"], Tensor) else group
 
 
 def _require_dense(param: Tensor) -> None:

@@ -17,8 +17,8 @@ ADAM_SETTINGS = ("betas", "eps")
 TAKEN = (STEP, REFRESH_STEP, BASIS, RESIDUAL_NORM)
 DOCUMENTATION = """Fira around {rule}, in place of Adam.
 
-    Param groups with a `rank` key are projected; their parameters are 2-D, or 3-D for experts. The others are stepped
-    by {rule} alone.
+    Param groups with a `rank` are projected; their parameters are 2-D, or 3-D for experts. The others are stepped by
+    {rule} alone. Where no group has one, the constructor's applies to the weights to project in all of them.
 
     Args:
         params: parameters, (name, parameter) pairs, or param groups; groups may set every setting but

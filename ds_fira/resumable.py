@@ -32,7 +32,9 @@ RECORD = "scaling_factors"
 
 def settings_of(group: dict[str, Any]) -> dict[str, Any]:
     """The settings of the optimizer that a param group has."""
-    return {name: group[name] for name in group_settings(method_of(group)) if name in group}
+    found = {name: group[name] for name in group_settings(method_of(group)) if name in group}
+    # A number at this moment, where it is a tensor that may change.
+    return {**found, "lr": float(found["lr"])} if isinstance(found.get("lr"), Tensor) else found
 
 
 class Resumable(Optimizer):

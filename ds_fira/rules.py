@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -79,4 +80,7 @@ class RMSProp(Rule):
     def direction(self, grad: Tensor, states: dict[str, Tensor], step: Tensor) -> Tensor:
         """N; see the class."""
         square = states["square_avg"].mul_(self.rho).addcmul_(grad, grad, value=1.0 - self.rho)
-        return grad / square.sqrt().add_(self.eps)
+        divisor = square.sqrt().add_(self.eps)
+        if self.eps < torch.finfo(divisor.dtype).tiny:
+            divisor.masked_fill_(divisor == 0.0, torch.inf)  # no gradient yet: N = 0, not 0 / 0
+        return grad / divisor

@@ -34,7 +34,7 @@ BLOCK = 2**20
 
 def under_adamw(shape: Sequence[int], group: dict[str, Any]) -> bool:
     """Whether a parameter is neither projected nor stepped by a rule of the user's, whose factors nobody can tell."""
-    return not is_projected(shape, group) and rule_of(group) is None
+    return 0 not in shape and not is_projected(shape, group) and rule_of(group) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +279,8 @@ def _adamw_squares(
             start = fragment.offset + piece.offset + first * width
             stop = start + len(rows) * width
             exp_avg, exp_avg_sq = (compression.elements(moment, start, stop, dtype) for moment in moments)
-            direction = (exp_avg / exp_avg_sq.sqrt().add_(group["eps"])).view(len(rows), width)
+            divisor = exp_avg_sq.sqrt().add_(group["eps"])
+            direction = torch.where(divisor > 0.0, exp_avg / divisor, 0.0).view(len(rows), width)
             slope = grad[start:stop].to(dtype).view(len(rows), width)
             along = inside(piece.columns if side == "left" else rows, range(count))
             found[:, along] += torch.stack([F.squared_norms(direction, side), F.squared_norms(slope, side)])

@@ -80,8 +80,8 @@ def projected_weights(model: nn.Module, target_modules: Sequence[str] | None = N
         )
     if not found:
         raise ValueError(
-            f"FiraAdam: a rank is set, but {type(model).__name__} has no linear weight to project; remove the rank or "
-            "give param groups that say what to project."
+            f"FiraAdam: a rank is set, but {type(model).__name__} has no linear weight to project; give param "
+            "groups that say what to project, or train with AdamW."
         )
     return found
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
+from torch import Tensor
 
 from ds_fira.compression import require_library
 from ds_fira.methods import FIRA_ADAM, Method
@@ -22,7 +24,7 @@ REMEDIES = {
     "betas": "give two numbers from 0 up to but not including 1, such as [0.9, 0.999]",
     "eps": "give a number of at least 0, such as 1e-6",
     "weight_decay": "give a number of at least 0",
-    "rank": "give a whole number of at least 1, such as 128, or leave it out for plain AdamW",
+    "rank": "give a whole number of at least 1, such as 128",
     "update_proj_gap": "give a whole number of steps of at least 1, such as 200",
     "alpha": "give a number above 0, such as 0.25 or 1.0",
     "proj_type": "choose 'std', 'reverse_std', 'left' or 'right'",
@@ -50,8 +52,8 @@ REMEDIES = {
 class Settings(BaseModel):
     """Every hyper-parameter of `FiraAdam`, with its default and its legal range.
 
-    `lr`, `betas`, `eps` and `weight_decay` are AdamW's. The rest belongs to projected groups: `rank` (None: nothing is
-    projected), `update_proj_gap` in steps, `alpha` (GaLore's scale of the back-projection), `proj_type` (which side is
+    `lr`, `betas`, `eps` and `weight_decay` are AdamW's. The rest belongs to projected groups: `rank` (of the weights
+    to project), `update_proj_gap` in steps, `alpha` (GaLore's scale of the back-projection), `proj_type` (which side is
     projected), `gamma` (the limiter's largest growth of the residual norm from one step to the next),
     `residual_scale` (multiplies the scaled residual in the update; the paper has 1), `scaling`, `limiter`,
     `formulation`, `subspace` (how a basis is computed), `refresh_moments` (what a refresh does to the moments),
@@ -106,10 +108,10 @@ class Settings(BaseModel):
     )
     @classmethod
     def _no_bool(cls, value: Any) -> Any:
-        # JSON's true would otherwise pass as the number 1.
-        if isinstance(value, bool):
-            raise ValueError("a truth value is not a number")
-        return value
+        # JSON's true would otherwise pass as the number 1. A tensor is torch's way to give a learning rate.
+        if isinstance(value, bool) or (isinstance(value, Tensor) and (value.numel() != 1 or value.dtype == torch.bool)):
+            raise ValueError("not one number")
+        return float(value) if isinstance(value, Tensor) else value
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -125,6 +127,15 @@ class Settings(BaseModel):
 
 
 LEGAL = tuple(Settings.model_fields)
+# Options of torch's optimizers that are off here, and what to do for one that is on.
+TORCH_OPTIONS = {
+    "amsgrad": "remove it, low-rank states have no maximum of V",
+    "maximize": "remove it, and minimize the loss times -1",
+    "foreach": "remove it, parameters are stepped one at a time",
+    "fused": "remove it, the kernels are fused wherever they can be",
+    "capturable": "remove it, a step cannot be captured in a CUDA graph",
+    "differentiable": "remove it, autograd does not go through a step",
+}
 # What other libraries call a setting, where the spelling alone would suggest another.
 OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "wd": "weight_decay"}
 OTHER_NAMES |= {"scale": "alpha"}
@@ -168,6 +179,7 @@ def check_params(params: dict[str, Any], where: str | None = None, method: Metho
             not installed; one sentence with the name, the value, the remedy.
     """
     where = where or method.name
+    params = without_torch_options(params, where)
     refuse_foreign(params, where, method)
     legal = legal_settings(method)
     unknown = [key for key in params if key not in legal]
@@ -193,7 +205,21 @@ def check_params(params: dict[str, Any], where: str | None = None, method: Metho
             "add a rank, such as 128, or remove target_modules."
         )
     require_library(settings.state_dtype, where)
-    return {name: value for name, value in {**settings.model_dump(), **rule}.items() if name in legal}
+    checked = {name: value for name, value in {**settings.model_dump(), **rule}.items() if name in legal}
+    # As in torch: a learning rate in a tensor may be changed in place.
+    return {**checked, "lr": params["lr"]} if isinstance(params.get("lr"), Tensor) else checked
+
+
+def without_torch_options(params: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings without `TORCH_OPTIONS` that are off, as they are here anyway.
+
+    Raises:
+        ValueError: one is on; one sentence with the option, the value and the remedy.
+    """
+    for name, remedy in TORCH_OPTIONS.items():
+        if params.get(name) not in (None, False):
+            raise ValueError(f"{where}: {name} = {params[name]!r} is not supported; {remedy}.")
+    return {name: value for name, value in params.items() if name not in TORCH_OPTIONS}
 
 
 def _remedy(rule: type[Rule], name: str, found: str) -> str:

@@ -247,7 +247,9 @@ def test_refreshes_and_states(ranks: Pools, options: dict[str, Any]) -> None:
 def test_fewer_matrices_than_ranks(ranks: Pools) -> None:
     """One small matrix on four ranks: some partitions hold nothing of it but padding."""
     shapes = [(1, 5)]
-    results = ranks.run(4, "train", ds_config=config(2, "fp32", {**EXACT, "rank": 1}), shapes=shapes, steps=4)
+    results = ranks.run(
+        4, "train", ds_config=config(2, "fp32", {**EXACT, "rank": 1, "project_full_rank": True}), shapes=shapes, steps=4
+    )
     held = [len(layout.whole[rank]) for layout in results[0]["layouts"] for rank in range(4)]
     sharers = {rank for layout in results[0]["layouts"] for matrix in layout.cuts for rank, _ in matrix.fragments}
     assert sum(held) == 0

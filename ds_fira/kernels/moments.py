@@ -145,8 +145,9 @@ def _adam_direction(
         square = tl.load(sq + at, mask=kept, other=0.0).to(tl.float32) * beta2 + value * value * fresh2
         tl.store(avg + at, rounded(average, exp_avg.dtype.element_ty), mask=kept)
         tl.store(sq + at, rounded(square, exp_avg_sq.dtype.element_ty), mask=kept)
-        # An eps of zero would divide zero by zero outside.
-        quotient = tl.where(kept, tl.div_rn(average, tl.sqrt_rn(square) + eps), 0.0)
+        # An eps of zero would divide zero by zero, outside and where no gradient has been.
+        divisor = tl.sqrt_rn(square) + eps
+        quotient = tl.where(kept & (divisor > 0.0), tl.div_rn(average, divisor), 0.0)
         tl.store(out + at, quotient, mask=line_inside[:, None] & entry_inside)
         direction_squares += tl.sum(quotient * quotient, axis=1).to(tl.float64)
         low_squares += tl.sum(value * value, axis=1).to(tl.float64)
@@ -245,7 +246,8 @@ def _adamw(
     average = tl.load(exp_avg + at, mask=kept, other=0.0).to(tl.float32) * beta1 + gradient * fresh1
     square = tl.load(exp_avg_sq + at, mask=kept, other=0.0).to(tl.float32) * beta2 + gradient_sq * fresh2
     value = tl.load(param + at, mask=kept, other=0.0).to(tl.float32)
-    value = (value - step_size * tl.div_rn(average, tl.sqrt_rn(square) + eps)) * keep
+    divisor = tl.sqrt_rn(square) + eps
+    value = (value - step_size * tl.where(divisor > 0.0, tl.div_rn(average, divisor), 0.0)) * keep
     tl.store(exp_avg + at, rounded(average, exp_avg.dtype.element_ty), mask=kept)
     tl.store(exp_avg_sq + at, rounded(square, exp_avg_sq.dtype.element_ty), mask=kept)
     tl.store(param + at, rounded(value, param.dtype.element_ty), mask=kept)

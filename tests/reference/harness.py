@@ -19,7 +19,8 @@ def with_a_rank(*groups):
     """Param groups, and where none has a rank, without which there is no Fira, one that never gets a gradient."""
     if any("rank" in group for group in groups):
         return list(groups)
-    return [*groups, {"params": [nn.Parameter(torch.zeros(2, 3))], "rank": 1}]
+    beside, named = nn.Parameter(torch.zeros(2, 3)), isinstance(next(iter(groups[0]["params"])), tuple)
+    return [*groups, {"params": [("beside", beside) if named else beside], "rank": 1}]
 
 
 def run_optimizer(make, weight, gradients, **group_settings):
