@@ -16,7 +16,15 @@ from tests.zero_jobs import config
 MODULE = "tests.zero3_jobs"
 # Both sides, rows cut anywhere, three rows, one row, fewer elements than four ranks.
 SHAPES = [(12, 40), (40, 12), (13, 37), (12, 40), (31, 17), (3, 50), (2, 300), (1, 3)]
-PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 4, "alpha": 0.5, "weight_decay": 0.1}
+# Thin matrices are projected at a rank above their smaller side too, as the released code does.
+PARAMS = {
+    "lr": 0.01,
+    "rank": 3,
+    "update_proj_gap": 4,
+    "alpha": 0.5,
+    "weight_decay": 0.1,
+    "project_full_rank": True,
+}
 STEPS = 10  # refreshes at 0, 4 and 8
 # Of the weight change. R is summed over the ranks in another order than in one product: float32 rounding, grown by the
 # moments of a few steps. A forgotten row or a limiter that differs shows at 1e-2 and more.
