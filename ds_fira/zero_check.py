@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_fira.comm import Channel
+from ds_fira.manifest import listed_files
 from ds_fira.methods import METHODS
 from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.zero_files import CheckpointFiles, load
@@ -53,7 +54,9 @@ def require_loadable(engine: Any, folder: Path, model_only: bool = False) -> Non
     optimizer: LowRankOptimizer = engine.basic_optimizer
     channel, error = optimizer.channel, None
     try:
+        listed = listed_files(folder)
         paths = sorted(folder.glob("*model_states.pt" if model_only else "*_states.pt")) if folder.is_dir() else []
+        paths = [path for path in paths if listed is None or path.name in listed]
         first, step = (0, 1) if engine.use_node_local_storage() else (channel.dp_rank, channel.dp_size)
         for path in paths[first::step]:
             load(path)
