@@ -218,7 +218,7 @@ def test_a_changed_setting_is_taken_over(ranks: Pools, folders: Path, change: st
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"params": {"rank": 3}}, "rank = 3 for "),
     "proj_type": ({"params": {"proj_type": "reverse_std"}}, "proj_type = 'reverse_std' for "),
-    "no rank": ({"params": {"rank": None}}, "rank = None for "),
+    "not projected": ({"params": {"target_modules": ["layers.0"]}}, "rank = None for "),
     "a matrix of another shape": (
         {"shapes": [*SHAPES[:-1], (40, 8)]},
         "layers.9.weight has shape (40, 8) and had (40, 7)",
