@@ -14,7 +14,7 @@ from ds_fira import layout
 from ds_fira.zero import fira_of
 from tests.zero_jobs import ExpertNet, Net, batches, build
 
-SHAPES = [(12, 40), (40, 12), (13, 37), (12, 40), (31, 17), (40, 12), (2, 300)]
+SHAPES = [(12, 40), (40, 12), (13, 37), (12, 40), (31, 17), (40, 12), (4, 300)]
 
 
 def model_of(kind: str) -> nn.Module:
