@@ -21,7 +21,7 @@ from tests.zero_jobs import config
 # At 2, 3 and 4 ranks: cuts between rows, in the middle of rows, and matrices that lie whole. (2, 300) on 4 ranks has
 # fragments inside one row.
 SHAPES = [(12, 40), (40, 12), (13, 37), (12, 40), (31, 17), (40, 12), (2, 300)]
-PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 4, "alpha": 0.5, "weight_decay": 0.1}
+PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 4, "alpha": 0.5, "weight_decay": 0.1, "project_full_rank": True}
 STEPS = 9  # refreshes at 0, 4 and 8
 # Of the weight change. R is summed over the ranks in another order than in one product, and nothing else differs, so
 # float32 rounding (6e-8) of R, grown by the moments of a few steps: 1e-7 to 1.2e-6 were measured over these tests. A
