@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import ds_fira
 from benchmarks.allocation import peak_bytes
+from tests.reference.harness import with_a_rank
 
 CPU = torch.device("cpu")
 # R and the direction; with compressed states both moments too.
@@ -20,7 +21,7 @@ def peak(shape: tuple[int, int], rank: int | None, dtype: torch.dtype, grad_dtyp
     param = torch.nn.Parameter(torch.randn(shape, generator=generator).mul_(0.02).to(dtype))
     param.grad_dtype = None
     group = {"params": [param]} if rank is None else {"params": [param], "rank": rank}
-    optimizer = ds_fira.FiraAdam([group], lr=1e-3, weight_decay=0.1, subspace="gram", **settings)
+    optimizer = ds_fira.FiraAdam(with_a_rank(group), lr=1e-3, weight_decay=0.1, subspace="gram", **settings)
     for _ in range(2):
         param.grad = torch.randn(shape, generator=generator).to(grad_dtype)
         optimizer.step()
