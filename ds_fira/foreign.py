@@ -6,9 +6,11 @@ Both keep a pickled projector per projected weight. Neither says which parameter
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -19,10 +21,11 @@ from ds_fira.checkpoint import SavedState
 from ds_fira.methods import FIRA_ADAM, GALORE_ADAM, KEY
 from ds_fira.optimizer import LowRankOptimizer
 from ds_fira.released import optimizer_part, released_state
-from ds_fira.zero import fira_of
+from ds_fira.zero import attach, fira_of
 from ds_fira.zero_check import agree, sentence
 from ds_fira.zero_checkpoint import stepped_params
 from ds_fira.zero_files import normalized
+from ds_fira.zero_projection import project_as_saved
 
 
 def load_released_state(
@@ -52,8 +55,7 @@ def load_released_state(
     optimizer = fira_of(engine_or_optimizer)
     if model is None:
         model = getattr(engine_or_optimizer, "module", None)
-    error = None
-    try:
+    with _agreed(optimizer):
         members = optimizer._members()
         state_dict = optimizer_part(state_dict)
         saved = released_state(state_dict, _names(groups, model, optimizer), dict(chain.from_iterable(members)))
@@ -61,14 +63,11 @@ def load_released_state(
             for group in saved.groups:
                 group.values.update({KEY: optimizer.method.name})
         refuse_changed_structure(saved.groups, optimizer.param_groups, members)
-        with stepped_params(engine_or_optimizer):
-            optimizer.restore(saved, weights=False)
-    except Exception as raised:
-        error = raised
-    if optimizer.channel is not None:
-        agree(optimizer.channel, error, optimizer.method.name)
-    elif error is not None:
-        raise ValueError(sentence(error, optimizer.method.name)) from error
+    # The released code projects at any rank.
+    is_engine = hasattr(engine_or_optimizer, "basic_optimizer")
+    project_as_saved(optimizer, saved.groups, functools.partial(attach, engine_or_optimizer) if is_engine else None)
+    with _agreed(optimizer), stepped_params(engine_or_optimizer):
+        optimizer.restore(saved, weights=False)
     fresh = [name for group in saved.groups for name in group.members if not _has_state(saved, name)]
     if fresh and (optimizer.channel is None or optimizer.channel.dp_rank == 0):
         warnings.warn(
@@ -76,6 +75,20 @@ def load_released_state(
             f"{f' and {len(fresh) - 1} more' if len(fresh) > 1 else ''}, which so begin anew.",
             stacklevel=2,
         )
+
+
+@contextmanager
+def _agreed(optimizer: LowRankOptimizer) -> Iterator[None]:
+    """Stop on every rank, with one sentence, if what is done inside fails on any; inside an engine a collective."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if optimizer.channel is not None:
+        agree(optimizer.channel, error, optimizer.method.name)
+    elif error is not None:
+        raise ValueError(sentence(error, optimizer.method.name)) from error
 
 
 def _has_state(saved: SavedState, name: str) -> bool:

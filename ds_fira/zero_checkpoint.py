@@ -249,7 +249,7 @@ def register_checkpoint(attach: Callable[[Any], None]) -> None:
                 # Stage 3 takes the weights from the optimizer's files.
                 require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3)
             if optimizer_too:
-                project_as_saved(engine, saved_groups(engine, folder), attach)
+                project_as_saved(optimizer, saved_groups(engine, folder), functools.partial(attach, engine))
             if optimizer_too and saved_elsewhere(engine, folder):
                 load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
                 loaded = load_elsewhere(engine, folder, load_engine_state, options)

@@ -49,28 +49,35 @@ def project_as_flat(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup]) -> 
         )
 
 
-def project_as_saved(engine: Any, saved: Sequence[SavedGroup], attach: Callable[[Any], None]) -> None:
-    """Let the param groups project what those of a checkpoint did, before its states are loaded; a collective call.
+def project_as_saved(
+    optimizer: LowRankOptimizer, saved: Sequence[SavedGroup], attach: Callable[[], None] | None
+) -> None:
+    """Let the param groups project what those of a checkpoint did, before its states are loaded.
 
     Args:
-        engine: trains with FiraAdam.
+        optimizer: its param groups are changed.
         saved: the groups of the checkpoint, alike on all ranks.
-        attach: tells the engine's optimizer anew what lies where.
+        attach: tells it anew what lies where, inside an engine; a collective call. None where there is no engine.
 
     Raises:
         ValueError: the checkpoint does not fit, the same on every rank.
     """
-    optimizer: LowRankOptimizer = engine.basic_optimizer
-    changed = {}
-    for number, (group, listed) in enumerate(zip(optimizer.param_groups, optimizer.members, strict=True)):
+    changed, members = {}, optimizer._members()
+    for number, (group, listed) in enumerate(zip(optimizer.param_groups, members, strict=True)):
         wanted = saved_projection(saved, group, listed, optimizer.method.name)
         if wanted is not None and wanted != group[PROJECT_FULL_RANK]:
             changed[number] = wanted
     if not changed:
         return
-    refuse_changed_structure(saved, optimizer.param_groups, optimizer.members)
+    refuse_changed_structure(saved, optimizer.param_groups, members)
+    if attach is None and optimizer.channel is not None:
+        raise ValueError(
+            f"{optimizer.method.name}: {PROJECT_FULL_RANK} has to become that of the run that saved, which its "
+            "DeepSpeed engine has to be told; give the engine instead of its optimizer."
+        )
     optimizer.project_full_rank(changed)
-    attach(engine)
+    if attach is not None:
+        attach()
     for number, wanted in changed.items():
         if optimizer.param_groups[number][PROJECT_FULL_RANK] != wanted:
             raise ValueError(

@@ -50,11 +50,33 @@ def test_a_released_run_goes_on(ranks: Pools, kind: str, stage: int, world_size:
         assert_continued(result)
 
 
-def test_alone() -> None:
-    state, weights, losses, _ = released_run("fira", SHAPES, END, STOP, FIRA)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_at_full_rank(ranks: Pools, stage: int) -> None:
+    """What the default would step unprojected goes on as the released code had it."""
+    results = ranks.run(
+        2,
+        "continued",
+        module="tests.released_jobs",
+        kind="fira",
+        ds_config=config(stage, "fp32", {**OURS, "rank": 6}),
+        shapes=SHAPES,
+        steps=END,
+        stop=STOP,
+        settings={**FIRA, "rank": 6},
+        by_name=True,
+    )
+    for result in results:
+        assert_continued(result)
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+def test_alone(rank: int) -> None:
+    """Also at a rank above sides of matrices, which the released code projects all the same."""
+    settings = {**FIRA, "rank": rank}
+    state, weights, losses, _ = released_run("fira", SHAPES, END, STOP, settings)
     model = Net(SHAPES)
     model.load_state_dict(weights)
-    optimizer = ds_fira.FiraAdam(released_groups(model, FIRA), lr=0.01, weight_decay=0.1)
+    optimizer = ds_fira.FiraAdam(released_groups(model, settings), lr=0.01, weight_decay=0.1)
     ds_fira.load_released_state(optimizer, state, released_groups(model, {}))
     for step in range(STOP, END):
         loss = model(rows(step))
