@@ -182,6 +182,9 @@ def gram_matrix(x: Tensor, inverse: Tensor) -> Tensor:
     for top in range(0, s, STRIP):
         end = top + STRIP
         gram[end:, top:end] = gram[top:end, end:].t()
+        # A product of a block with itself is not symmetric to the bit on every CPU.
+        block = gram[top:end, top:end]
+        block.copy_(block.triu() + block.triu(1).t())
     return gram
 
 
