@@ -15,6 +15,10 @@ if not torch.cuda.is_available():
     # Read when Triton is imported: without a GPU the tests of the kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# As the ranks have: with more threads a decomposition may round otherwise, and the two are compared to the bit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
 # As early as it can be: it goes on while pytest collects the tests.
 preload()
 
