@@ -28,12 +28,13 @@ def write_text(folder: Path) -> None:
     (folder / "text.txt").write_text("\n\n".join(page.read_text() for page in pages))
 
 
-def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], folder: Path, limit: float = 280.0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a folder, as a user would: one of the environment, or of the system where that has none.
 
     Args:
         command: program and arguments.
         folder: to run in.
+        limit: seconds after which it is ended.
         **variables: of the process's environment, over the usual ones.
     """
     path = f"{PROGRAMS}:{os.environ['PATH']}"
@@ -43,7 +44,7 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=limit,
     )
 
 
