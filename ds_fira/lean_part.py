@@ -37,7 +37,7 @@ from ds_fira.tracking import StepMetrics
 
 @dataclass(slots=True)
 class Part:
-    """A share in one step: views of weight and gradient, the state, and what the step has brought forth so far.
+    """A share in one step: views of weight and gradient, the state, and the results of the step so far.
 
     Attributes:
         share: the plan.

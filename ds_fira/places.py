@@ -1,4 +1,4 @@
-"""What of which parameter lies where: the description by which a state is saved and finds its way to other ranks.
+"""Where the elements of each parameter lie: a saved state carries this description, and other ranks load by it.
 
 A rank's share of a run is a number of tensors that the optimizer steps, each with its state. Their geometry depends on
 the number of ranks, the ZeRO stage and the param groups. What it is geometry *of* does not: parameters, by name, and
@@ -144,7 +144,7 @@ class Missing:
         self.ranges = [wanted] if len(wanted) else []
 
     def take(self, found: range) -> list[range]:
-        """What of a range that was found is missing; from here on it is not."""
+        """The part of a range that was missing until now; it is marked as found."""
         taken: list[range] = []
         left: list[range] = []
         for part in self.ranges:

@@ -11,7 +11,7 @@ from ds_fira.rules import RMSProp, Rule
 from ds_fira.settings import LEGAL, Settings, legal_settings
 from ds_fira.state import BASIS, REFRESH_STEP, RESIDUAL_NORM, STEP
 
-# What of FiraAdam's settings is Adam's own.
+# The settings of FiraAdam that belong to Adam.
 ADAM_SETTINGS = ("betas", "eps")
 # Names of states that are not a rule's.
 TAKEN = (STEP, REFRESH_STEP, BASIS, RESIDUAL_NORM)

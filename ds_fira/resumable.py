@@ -38,7 +38,7 @@ def settings_of(group: dict[str, Any]) -> dict[str, Any]:
 
 
 class Resumable(Optimizer):
-    """What of an optimizer holds its state, saves and loads it.
+    """The part of an optimizer that owns its state, saves it and loads it.
 
     Attributes:
         method: what it is.
