@@ -4,32 +4,32 @@ Importing this package registers `FiraAdam`, `GaLoreAdam` and `FiraRMSProp` with
 `"optimizer": {"type": "FiraAdam"}` works in a DeepSpeed config.
 """
 
-import ds_fira.command_output  # noqa: F401
+import ds_fira.runtime.command_output  # noqa: F401
 
 # isort: split
-from ds_fira.activations import checkpoint_activations
-from ds_fira.fira_adam import FiraAdam
-from ds_fira.foreign import load_released_state
-from ds_fira.galore_adam import GaLoreAdam
-from ds_fira.groups import param_groups
-from ds_fira.memory import state_bytes
-from ds_fira.plug_and_play import FiraRMSProp, plug
-from ds_fira.released import read_released_state
-from ds_fira.report import memory_report, metrics
-from ds_fira.rules import Rule
-from ds_fira.runtime import init_distributed, shutdown
-from ds_fira.scaling_report import read_scaling_factors, scaling_factors, write_scaling_factors
-from ds_fira.termination import Termination
+from ds_fira.checkpoint.released_files import read_released_state
+from ds_fira.core.rules import Rule
+from ds_fira.engine.deepspeed.agreement import DeviatingRank
+from ds_fira.engine.deepspeed.attach import register
+from ds_fira.engine.deepspeed.monitor import register_monitor_hook
+from ds_fira.engine.deepspeed.peers import register_agreement
+from ds_fira.engine.deepspeed.released import load_released_state
+from ds_fira.engine.deepspeed.report import memory_report, metrics
+from ds_fira.engine.deepspeed.save_load.client_state import register_resume
+from ds_fira.engine.deepspeed.scaling_report import read_scaling_factors, scaling_factors, write_scaling_factors
+from ds_fira.engine.deepspeed.weight_sync import register_sync
+from ds_fira.optim.fira_adam import FiraAdam
+from ds_fira.optim.galore_adam import GaLoreAdam
+from ds_fira.optim.param_groups import param_groups
+from ds_fira.optim.plug import FiraRMSProp, plug
+from ds_fira.optim.state_size import state_bytes
+from ds_fira.runtime.activation_checkpointing import checkpoint_activations
+from ds_fira.runtime.process import init_distributed, shutdown
+from ds_fira.runtime.termination import Termination
 from ds_fira.version import __version__
-from ds_fira.zero import register
-from ds_fira.zero_agree import DeviatingRank
-from ds_fira.zero_monitor import register_watch
-from ds_fira.zero_peers import register_agreement
-from ds_fira.zero_resume import register_resume
-from ds_fira.zero_sync import register_sync
 
 register()
-register_watch()
+register_monitor_hook()
 register_sync()
 register_resume()
 register_agreement()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ds_fira import checkpoint_command, plots
-from ds_fira.estimate import command as estimate
+from ds_fira.tools import inspect_checkpoint
+from ds_fira.tools.estimate import command as estimate
+from ds_fira.tools.run_report import plots
 
 # Each has `register(commands)`, which adds a parser whose default `run` is called with the parsed arguments, gives the
 # exit status (None for 0), and raises ValueError, with one sentence, for arguments that are not legal.
-COMMANDS = (estimate, plots, checkpoint_command)
+COMMANDS = (estimate, plots, inspect_checkpoint)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 import ds_fira  # registers FiraAdam
-from ds_fira.zero import TYPES
+from ds_fira.engine.deepspeed.attach import TYPES
 
 LAUNCHED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # set by `accelerate launch`
 
@@ -40,7 +40,7 @@ LAUNCHED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # set by `accelerate launc
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train with accelerate and FiraAdam.", allow_abbrev=False)
-    parser.add_argument("--model", default="llama_60m", help="name in ds_fira.models, config file or checkpoint")
+    parser.add_argument("--model", default="llama_60m", help="name in ds_fira.tools.models, config file or checkpoint")
     parser.add_argument(
         "--text", help="file, folder or glob of txt, csv, json, jsonl, parquet (default: the packaged reviews)"
     )

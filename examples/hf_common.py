@@ -15,9 +15,9 @@ from pretraining.text_data import TextData, TextRecipe, prepare
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import ds_fira
-from ds_fira.models import NAMES, config_file
-from ds_fira.settings import check_params
-from ds_fira.zero import TYPES
+from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.optim.settings import check_params
+from ds_fira.tools.models import NAMES, config_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -46,7 +46,7 @@ def check_fira(config: dict[str, Any], source: Any) -> None:
         if value == "auto":
             raise ValueError(f'{source}: optimizer.params.{name} = "auto" is filled in by nobody; give a value.')
     if optimizer["type"] in TYPES:
-        check_params(params, f"{optimizer['type']} in {source}", TYPES[optimizer["type"]].method)
+        check_params(params, f"{optimizer['type']} in {source}", TYPES[optimizer["type"]].algorithm)
         if params.get("rank") is None:
             raise ValueError(
                 f"{source}: optimizer.params.rank is missing, so nothing would be projected; add a rank, such as 128."
@@ -57,8 +57,8 @@ def build_model(name: str) -> tuple[PreTrainedModel, str | None]:
     """The model to train, in float32, and where its tokenizer is if it is a checkpoint.
 
     Args:
-        name: a transformers config file or one of `ds_fira.models.NAMES`, for a new model with random weights; or the
-            folder or hub name of a checkpoint to go on from.
+        name: a transformers config file or one of `ds_fira.tools.models.NAMES`, for a new model with random weights; or
+            the folder or hub name of a checkpoint to go on from.
 
     Raises:
         OSError: there is no such file, model or checkpoint.

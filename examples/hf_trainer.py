@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import ds_fira  # registers FiraAdam
-from ds_fira.zero import TYPES
+from ds_fira.engine.deepspeed.attach import TYPES
 
 # Arguments of the Trainer that act through a value of the JSON, and do nothing where the JSON lacks it.
 THROUGH_JSON = {
@@ -38,7 +38,7 @@ class Options:
 
     model: str = dataclasses.field(
         default="llama_60m",
-        metadata={"help": "a model of ds_fira.models, a transformers config file, or a checkpoint to go on from"},
+        metadata={"help": "a model of ds_fira.tools.models, a transformers config file, or a checkpoint to go on from"},
     )
     text: str | None = dataclasses.field(
         default=None,

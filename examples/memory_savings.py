@@ -35,7 +35,7 @@ from pretraining.arguments import OneSentenceParser, positive
 from tqdm import tqdm
 
 from benchmarks.common import default_device, device_name, save
-from ds_fira.models import NAMES
+from ds_fira.tools.models import NAMES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SWITCH = {"on": True, "off": False}

@@ -32,9 +32,9 @@ from pretraining.sources import DataError
 from pretraining.text_data import TextRecipe
 
 import ds_fira
-from ds_fira.plots import write_page
-from ds_fira.tags import CheckpointError
-from ds_fira.zero import TYPES
+from ds_fira.checkpoint.atomic_save import CheckpointError
+from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.tools.run_report.plots import write_page
 
 STATUS_OF_SIGTERM = 143
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.distributed import Pools, preload
+from tests.ranks import Pools, preload
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 if not torch.cuda.is_available():
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pools]:
-    """Real processes over gloo: `ranks.run(world_size, "function of tests.zero_jobs", **arguments)`."""
+    """Real processes over gloo: `ranks.run(world_size, "function of tests.distributed.zero_jobs", **arguments)`."""
     pools = Pools()
     yield pools
     pools.close()
@@ -44,7 +44,7 @@ def ranks() -> Iterator[Pools]:
 def kernels_allowed() -> Iterator[None]:
     """The kernels, on CPU tensors where there is no GPU."""
     # After the environment above, which the import reads.
-    from ds_fira import kernels
+    from ds_fira.core import kernels
 
     if not torch.cuda.is_available():
         kernels.interpret_on_cpu(True)

@@ -1,4 +1,4 @@
-"""What the test processes have imported before they are forked; see `tests.distributed`."""
+"""What the test processes have imported before they are forked; see `tests.ranks`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 from deepspeed.accelerator import get_accelerator
 
-import tests.zero_jobs  # noqa: F401
+import tests.distributed.zero_jobs  # noqa: F401
 
 if not torch.cuda.is_available():
     # torch computes in half precision on every CPU; DeepSpeed lets only those with fast instructions for it train.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed import START, free_port
+from tests.ranks import START, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = Path(sys.executable).parent

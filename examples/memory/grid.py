@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_fira.models import NAMES, config_file
+from ds_fira.tools.models import NAMES, config_file
 
 # Shapes whose activations, states and weights are of one order at the default sequence length.
 OWN_MODELS = {
@@ -93,7 +93,7 @@ def model_config(name: str, seq_length: int) -> dict[str, Any]:
     """The transformers config of a model.
 
     Args:
-        name: one of `OWN_MODELS` or of `ds_fira.models.NAMES`, or a JSON file of a LLaMA's config.
+        name: one of `OWN_MODELS` or of `ds_fira.tools.models.NAMES`, or a JSON file of a LLaMA's config.
         seq_length: has to fit its positions.
 
     Raises:

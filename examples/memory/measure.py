@@ -14,8 +14,8 @@ import transformers
 from deepspeed.utils import logger
 
 import ds_fira
-from benchmarks.allocation import CPU, Block, Recording, storages
-from ds_fira.zero_memory import held_tensors, is_offloaded
+from benchmarks.memory.allocation import CPU, Block, Recording, storages
+from ds_fira.tools.engine_memory import held_tensors, is_offloaded
 
 from .grid import Cell, Run, deepspeed_config
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training import CONFIG, train
+from benchmarks.speed.training import CONFIG, train
 from examples.paper.alone import run_alone
 from examples.paper.provenance import stamp, stamp_line
 from examples.paper.tables import table

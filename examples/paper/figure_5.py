@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ds_fira.estimate import estimate
-from ds_fira.estimate.from_config import setup_of
+from ds_fira.tools.estimate import estimate
+from ds_fira.tools.estimate.from_config import setup_of
 from examples.paper.alone import run_alone
 from examples.paper.provenance import ROOT, stamp, stamp_line
 from examples.paper.tables import table

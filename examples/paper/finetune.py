@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import transformers
 
-from ds_fira.memory import ParamRecord, formula_bytes, state_bytes
+from ds_fira.optim.state_size import ParamRecord, formula_bytes, state_bytes
 from examples.paper import choice_sets, finetune_report
 from examples.paper.choices import predictions, training_rows
 from examples.paper.finetune_memory import memory_rows

@@ -15,14 +15,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_fira.estimate.cards import Available, card_memory
-from ds_fira.estimate.compute import estimate
-from ds_fira.estimate.from_config import setup_of
-from ds_fira.estimate.methods import lora_numel
-from ds_fira.estimate.model import load_model
-from ds_fira.estimate.table import estimate_lines
-from ds_fira.selection import find_projected_weights
-from ds_fira.shard import matrices_of
+from ds_fira.core.selection import find_projected_weights
+from ds_fira.sharding.geometry import matrices_of
+from ds_fira.tools.estimate.cards import Available, card_memory
+from ds_fira.tools.estimate.compute import estimate
+from ds_fira.tools.estimate.from_config import setup_of
+from ds_fira.tools.estimate.methods import lora_numel
+from ds_fira.tools.estimate.model import load_model
+from ds_fira.tools.estimate.table import estimate_lines
 from examples.paper.tuning import Recipe, prepare
 
 BYTES, GB = 2, 1e9

@@ -7,11 +7,11 @@ from typing import Any
 import peft
 import torch
 
-from ds_fira.estimate.methods import lora_numel
-from ds_fira.estimate.paper import BYTES
-from ds_fira.memory import state_bytes
-from ds_fira.models import config_file
-from ds_fira.plan import plan_run
+from ds_fira.optim.state_size import state_bytes
+from ds_fira.tools.dry_run import plan_run
+from ds_fira.tools.estimate.methods import lora_numel
+from ds_fira.tools.estimate.paper import BYTES
+from ds_fira.tools.models import config_file
 from examples.paper.memory_measure import add_lora, build
 
 MODEL = "llama_7b"

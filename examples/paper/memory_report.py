@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: a training machine has no screen
 import matplotlib.pyplot as plt
 
-from ds_fira.estimate.paper import ROUNDING, UNITS
+from ds_fira.tools.estimate.paper import ROUNDING, UNITS
 from examples.paper.provenance import stamp_line
 
 SIZES = {"llama_60m": "60M", "llama_130m": "130M", "llama_350m": "350M", "llama_1b": "1B"}

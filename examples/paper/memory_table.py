@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ds_fira.estimate.paper import (
+from ds_fira.tools.dry_run import PlannedRun, plan_run
+from ds_fira.tools.estimate.paper import (
     MODELS,
     NOMINAL,
     PUBLISHED,
@@ -24,8 +25,7 @@ from ds_fira.estimate.paper import (
     reproduced,
     state_saving,
 )
-from ds_fira.models import PAPER_RANKS, config_file
-from ds_fira.plan import PlannedRun, plan_run
+from ds_fira.tools.models import PAPER_RANKS, config_file
 from examples.paper import memory_report
 from examples.paper.alone import run_alone
 from examples.paper.memory_finetune import table_3
@@ -109,7 +109,7 @@ def _float32(model: str, rank: int) -> dict[str, int]:
 
 
 def _readings(method: str) -> dict[str, Any]:
-    """Of all ways to count that `ds_fira.estimate.paper` tries: how many give a cell, and which comes nearest."""
+    """Of all ways to count that `ds_fira.tools.estimate.paper` tries: how many give a cell, and which comes nearest."""
     fitting = reproduced(method)
     found = {}
     for model, published in zip(MODELS, PUBLISHED[method], strict=True):

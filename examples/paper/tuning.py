@@ -62,7 +62,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class Algorithm:
     """One row of the comparison.
 
     Attributes:
@@ -79,12 +79,12 @@ class Method:
 
 
 METHODS = {
-    "fira": Method("Fira", "targets", "FiraAdam", "Fira"),
-    "fira_lora": Method("Fira on LoRA's factors (released script)", "lora", "FiraAdam", None),
-    "galore": Method("GaLore", "targets", "GaLoreAdam", "GaLore"),
-    "lora": Method("LoRA", "lora", "AdamW", "LoRA"),
-    "prefix": Method("Prefix-tuning", "prefix", "AdamW", "Prefix"),
-    "full": Method("Full fine-tuning, AdamW", "all", "AdamW", None),
+    "fira": Algorithm("Fira", "targets", "FiraAdam", "Fira"),
+    "fira_lora": Algorithm("Fira on LoRA's factors (released script)", "lora", "FiraAdam", None),
+    "galore": Algorithm("GaLore", "targets", "GaLoreAdam", "GaLore"),
+    "lora": Algorithm("LoRA", "lora", "AdamW", "LoRA"),
+    "prefix": Algorithm("Prefix-tuning", "prefix", "AdamW", "Prefix"),
+    "full": Algorithm("Full fine-tuning, AdamW", "all", "AdamW", None),
 }
 # The package's optimizers by the type that a DeepSpeed config gives them.
 OPTIMIZERS = {"FiraAdam": ds_fira.FiraAdam, "GaLoreAdam": ds_fira.GaLoreAdam}

@@ -8,9 +8,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
-from ds_fira import models
-from ds_fira.settings import check_params, legal_settings
-from ds_fira.zero import TYPES
+from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.optim.settings import check_params, legal_settings
+from ds_fira.tools import models
 
 from .batch import MICRO, TOTAL
 
@@ -122,12 +122,12 @@ def build_deepspeed_config(options: argparse.Namespace) -> dict[str, Any]:
             params["lr"] = ADAMW_LR
         params["torch_adam"] = True  # DeepSpeed's own Adam compiles a C++ or CUDA extension first
     elif base["type"] != options.optimizer:
-        legal = legal_settings(TYPES[options.optimizer].method)
+        legal = legal_settings(TYPES[options.optimizer].algorithm)
         params = {name: value for name, value in params.items() if name in legal}
     for name in (*SHARED_PARAMS, *FIRA_PARAMS):
         if getattr(options, name) is not None:
             params[name] = getattr(options, name)
     if options.optimizer in TYPES:
-        check_params(params, method=TYPES[options.optimizer].method)
+        check_params(params, algorithm=TYPES[options.optimizer].algorithm)
     config["optimizer"] = {"type": options.optimizer, "params": params}
     return config

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import ds_fira
-from ds_fira.tags import prune
+from ds_fira.checkpoint.atomic_save import prune
 
 from .data import TrainingData
 from .options import STATE

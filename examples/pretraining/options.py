@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from ds_fira import models
-from ds_fira.activations import METHODS as CHECKPOINTING
-from ds_fira.tags import find_complete
-from ds_fira.zero import TYPES
+from ds_fira.checkpoint.atomic_save import find_complete
+from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.runtime.activation_checkpointing import METHODS as CHECKPOINTING
+from ds_fira.tools import models
 
 from .arguments import OneSentenceParser, positive
 from .configs import ADAMW_LR, MONITORS, SHAPE_DEFAULTS, VOCAB_SIZE, build_deepspeed_config, build_model_config

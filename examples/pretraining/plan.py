@@ -7,11 +7,11 @@ import deepspeed.comm as dist
 import torch
 import transformers
 
-from ds_fira.estimate import Available, Estimate, available_memory, estimate, require_fit
-from ds_fira.estimate.from_config import setup_of
-from ds_fira.estimate.table import estimate_lines
-from ds_fira.methods import GALORE_ADAM
-from ds_fira.zero import TYPES
+from ds_fira.core.algorithms import GALORE_ADAM
+from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.tools.estimate import Available, Estimate, available_memory, estimate, require_fit
+from ds_fira.tools.estimate.from_config import setup_of
+from ds_fira.tools.estimate.table import estimate_lines
 
 from .data import agreed
 from .sources import DataError

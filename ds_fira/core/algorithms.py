@@ -1,0 +1,83 @@
+"""What the optimizers of this package differ in: states, settings, limiter. A param group names its algorithm.
+
+The name is a plain string, so that it is saved with the group and a checkpoint says what made its states. A group
+without one is FiraAdam's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ds_fira.core.rules import Kind, Rule
+
+ADAM_STATES: Mapping[str, Kind] = {"exp_avg": "first", "exp_avg_sq": "second"}
+KEY = "method"
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One optimizer of this package.
+
+    Attributes:
+        name: its class, and its type in a DeepSpeed config.
+        states: of every projected matrix, of R's shape; every other parameter has the same ones in its own shape.
+        without: settings of FiraAdam that it does not have.
+        fixed: of those, values that the arithmetic reads from a param group.
+        limited: whether a matrix keeps the residual norm of the limiter.
+        rule: the base optimizer, whose hyper-parameters are settings too; None for Adam.
+    """
+
+    name: str
+    states: Mapping[str, Kind] = field(default_factory=lambda: ADAM_STATES)
+    without: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    limited: bool = True
+    rule: type[Rule] | None = None
+
+    @property
+    def own_settings(self) -> tuple[str, ...]:
+        """The hyper-parameters of its rule."""
+        return () if self.rule is None else tuple(self.rule.model_fields)
+
+    @property
+    def group_values(self) -> dict[str, Any]:
+        """What its param groups hold beside settings."""
+        return {**self.fixed, **({} if self.name == FIRA_ADAM.name else {KEY: self.name})}
+
+    def to_plain(self) -> dict[str, Any]:
+        """What a checkpoint says of it, so that its states can be read where the algorithm is not known."""
+        return {"name": self.name, "states": dict(self.states), "limited": self.limited}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any] | None) -> Algorithm:
+        """The reverse of `to_plain`, enough of it to read states; None for a checkpoint that says nothing."""
+        return FIRA_ADAM if plain is None else cls(plain["name"], states=plain["states"], limited=plain["limited"])
+
+
+FIRA_ADAM = Algorithm("FiraAdam")
+GALORE_ADAM = Algorithm(
+    "GaLoreAdam",
+    without=("gamma", "residual_scale", "scaling", "limiter", "refresh_limiter", "formulation"),
+    fixed={"residual_scale": 0.0, "scaling": "none", "limiter": "none", "formulation": "released"},
+    limited=False,
+)
+ALGORITHMS = {algorithm.name: algorithm for algorithm in (FIRA_ADAM, GALORE_ADAM)}
+
+
+def algorithm_of(group: Mapping[str, Any]) -> Algorithm:
+    """The algorithm of a param group.
+
+    Raises:
+        ValueError: it is one that this process does not know.
+    """
+    name = group.get(KEY, FIRA_ADAM.name)
+    if name not in ALGORITHMS:
+        raise ValueError(f"{name} is no optimizer that this process knows; import the module that plugs its rule.")
+    return ALGORITHMS[name]
+
+
+def without_residual(group: Mapping[str, Any]) -> bool:
+    """Whether a step of a group has no residual in it, nor keeps its norm, so that nothing of it need be computed."""
+    return group["residual_scale"] == 0.0 and group["limiter"] == "none"

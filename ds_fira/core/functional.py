@@ -1,0 +1,298 @@
+"""The arithmetic of one Fira step as functions of tensors and plain numbers.
+
+Nothing here knows of processes, partitions or param groups. Names that end in _ change their first arguments.
+
+Letters: W, G are m x n; r = min(rank, m, n); a is alpha. On the left P is m x r, R = P'G is r x n, and there is one
+scale per column j of G; on the right everything is transposed. The method (Fira, arXiv 2410.01623, Algorithm 1):
+
+    R = P'G;  M, V <- Adam moments of R;  N = M / (sqrt(V) + eps)
+    phi_j = |N_j| / (|R_j| + 1e-8)                                            scaling factors, equation 11
+    S = phi * (G - a P R)                                                     scaled residual, equation 10
+    S <- S / (max(|S| / (|S_prev| + 1e-8), gamma) / gamma);  S_prev <- |S|    norm-growth limiter, equation 12
+    W <- W - step_size * (a P N + S)
+
+It is computed without forming S. The update is phi * G + P (a N - a phi * R), one product accumulated into W; and P is
+orthonormal, so |G_j - a P R_j|^2 = |G_j|^2 - (2a - a^2) |R_j|^2, with the norms accumulated in float64.
+
+The functions of full-size matrices (`project`, `residual_square`, `apply_update_`, `adam_direction_`) have twins in
+`ds_fira.core.kernels`, for which they are the reference. These take one matrix and may ask the host for a decision; the
+kernels take a batch and decide on the device. The functions between them take one matrix or a batch: scales of shape
+(..., n) or (..., m), one number per matrix of shape (...).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ds_fira.core.precision import matmul_precision
+from ds_fira.core.subspace import Side
+
+# Keeps the quotients of norms finite; the released code's constant, in phi and in the limiter.
+NORM_EPS = 1e-8
+# Below this share of |phi * G|^2 the difference of squares has lost too many digits of |S|^2 in float32 (an error of
+# about 5e-7 / share), and |S| is summed from the residual itself.
+EXACT_RESIDUAL_SHARE = 0.01
+# A residual norm under this share of |phi * G| is rounding, not residual, when the gradient is exact in float32.
+NEGLIGIBLE_RESIDUAL = 1e-4
+# What has to be formed beside a matrix is formed in blocks of rows of this share of its bytes and no fewer than so many
+# rows: no temporary comes near the size of a large matrix, and a block stays in cache.
+BLOCK_SHARE = 1 / 32
+MIN_BLOCK_ROWS = 8
+# Elements up to which a matrix, or a block of one, is summed up in float64: there it costs less than the calls.
+SMALL_MATRIX = 2**13
+
+
+def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:
+    """Rows handled at once of a matrix with `rows` rows.
+
+    `bytes_ratio` is that of the bytes formed for an element of the block to those that the matrix holds for it.
+    """
+    return max(MIN_BLOCK_ROWS, int(rows * BLOCK_SHARE / max(1.0, bytes_ratio)))
+
+
+def host_decides(condition: Tensor) -> bool:
+    """Ask the host about the condition of one matrix: free on the CPU, a wait on a GPU."""
+    return bool(condition)
+
+
+def negligible_share(dtype: torch.dtype) -> float:
+    """The share of |phi * G| under which a residual norm is only the rounding of gradients computed in `dtype`."""
+    return max(torch.finfo(dtype).eps, NEGLIGIBLE_RESIDUAL)
+
+
+def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32") -> tuple[Tensor, Tensor]:
+    """R and the squared norms of G's columns (left) or rows (right).
+
+    Args:
+        grad: G, (m, n); in a lower precision than P it is converted in blocks of rows.
+        basis: P, (m, r) on the left, (n, r) on the right.
+        side: the projected side.
+        precision: of the product, as in `matmul_precision`.
+
+    Returns:
+        R = P'G, (r, n), or R = GP, (m, r), in P's dtype; `squared_norms` of G in P's dtype.
+    """
+    with matmul_precision(precision):
+        if grad.dtype == basis.dtype:
+            return (basis.t() @ grad if side == "left" else grad @ basis), squared_norms(grad, side)
+        m, n = grad.shape
+        left = side == "left"
+        low_rank = basis.new_zeros((basis.shape[1], n) if left else (m, basis.shape[1]))
+        grad_sq = torch.zeros(n if left else m, dtype=torch.float64, device=grad.device)
+        height = block_rows(m, basis.element_size() / grad.element_size())
+        for first in range(0, m, height):
+            rows = slice(first, first + height)
+            block = grad[rows].to(basis.dtype)
+            if left:
+                low_rank.addmm_(basis[rows].t(), block)
+                grad_sq += squared_norms(block, side)
+            else:
+                torch.mm(block, basis, out=low_rank[rows])
+                grad_sq[rows] = squared_norms(block, side)
+    return low_rank, grad_sq
+
+
+def squared_norms(matrix: Tensor, side: Side) -> Tensor:
+    """|G_j|^2 of every column (left, n values) or of every row (right, m values), in float64; R's likewise.
+
+    In a large matrix squares are summed in its own dtype inside a block of rows (left) or a row (right), and in float64
+    from there on: errors average out over them. A small matrix has few, and is summed in float64 throughout. A sum that
+    is not finite says that the matrix holds NaN, infinity or elements whose squares overflow.
+    """
+    if matrix.numel() <= SMALL_MATRIX:
+        return matrix.double().square().sum(0 if side == "left" else 1)
+    if side == "right":
+        return torch.linalg.vector_norm(matrix, dim=1).double().square()
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for block in matrix.split(summed_rows(matrix.shape)):
+        total += (block.double() if block.numel() <= SMALL_MATRIX else block).square().sum(0)
+    return total
+
+
+def summed_rows(shape: torch.Size, bytes_ratio: float = 1.0) -> int:
+    """Rows summed at once of a matrix, (m, n): `block_rows`, and more of them in a small one, to make fewer calls."""
+    return max(block_rows(shape[0], bytes_ratio), SMALL_MATRIX // max(1, shape[1]))
+
+
+def adam_direction_(
+    low_rank: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    side: Side,
+    usable: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Update both moments with R (lines 9 and 10) and give N = M / (sqrt(V) + eps), without bias correction.
+
+    Where the divisor is zero, as with eps = 0 where no gradient has been, N is zero.
+
+    Args:
+        low_rank: R, (r, n) left or (m, r) right.
+        exp_avg: M, the same shape, updated.
+        exp_avg_sq: V, the same shape, updated.
+        betas: decay rates of the moments.
+        eps: added to sqrt(V).
+        side: the projected side.
+        usable: whether R comes from a finite gradient; the caller has asked already.
+
+    Returns:
+        N, and `squared_norms` of N and of R.
+    """
+    del usable
+    beta1, beta2 = betas
+    exp_avg.mul_(beta1).add_(low_rank, alpha=1.0 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(low_rank, low_rank, value=1.0 - beta2)
+    denominator = exp_avg_sq.sqrt().add_(eps)
+    if eps < torch.finfo(denominator.dtype).tiny:
+        denominator.masked_fill_(denominator == 0.0, math.inf)
+    direction = torch.div(exp_avg, denominator, out=denominator)
+    return direction, squared_norms(direction, side), squared_norms(low_rank, side)
+
+
+def bias_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
+    """sqrt(1 - beta2^t) / (1 - beta1^t) at the t-th step, counted from 1; float64, of `step`'s shape and device."""
+    exponent = step.double()
+    return (1.0 - betas[1] ** exponent).sqrt_().div_(1.0 - betas[0] ** exponent)
+
+
+def scaling_factors(direction_sq: Tensor, low_rank_sq: Tensor, scaling: str) -> Tensor:
+    """Phi = |N| / |R| (equation 11), float64: per column or row (..., n or m) for "column", (..., 1) for the others.
+
+    The squares are `squared_norms` of N and R; `scaling` is "column", "matrix" or "none", where phi is 1.
+    """
+    if scaling == "none":
+        return torch.ones_like(low_rank_sq[..., :1])
+    if scaling == "matrix":
+        direction_sq, low_rank_sq = direction_sq.sum(-1, keepdim=True), low_rank_sq.sum(-1, keepdim=True)
+    return direction_sq.sqrt().div_(low_rank_sq.sqrt().add_(NORM_EPS))
+
+
+def residual_square(
+    grad: Tensor,
+    basis: Tensor,
+    low_rank: Tensor,
+    phi: Tensor,
+    *,
+    side: Side,
+    alpha: float,
+    needed: Tensor,
+    precision: str = "float32",
+) -> Tensor:
+    """|phi * (G - a P R)|^2 from the residual itself, formed in blocks of rows.
+
+    Args:
+        grad: G, (m, n).
+        basis: P.
+        low_rank: R.
+        phi: scaling factors, one per column (left) or row (right), or one for all.
+        side: the projected side.
+        alpha: a inside the residual, 1 in the paper's formulation.
+        needed: whether the caller wants it.
+        precision: of the product, as in `matmul_precision`.
+
+    Returns:
+        float64, 0-dim; 0 where it is not needed.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=grad.device)
+    if not host_decides(needed):
+        return total
+    rows_of, columns = (basis, low_rank) if side == "left" else (low_rank, basis.t())
+    by_row = side == "right" and phi.shape[-1] > 1
+    height = block_rows(grad.shape[0], 2 * basis.element_size() / grad.element_size())
+    with matmul_precision(precision):
+        for first in range(0, grad.shape[0], height):
+            rows = slice(first, first + height)
+            residual = torch.addmm(grad[rows].to(basis.dtype), rows_of[rows], columns, alpha=-alpha)
+            sums = squared_norms(residual, side)
+            total += (sums * (phi[rows] if by_row else phi).square()).sum()
+    return total
+
+
+def difference_of_squares(grad_sq: Tensor, low_rank_sq: Tensor, phi: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """|S|^2 = sum of phi_j^2 (|G_j|^2 - (2a - a^2) |R_j|^2), and |phi * G|^2; float64, of shape (...).
+
+    The squares are `squared_norms` of G and R; phi has one factor per entry of `grad_sq` or one for all; `alpha` is a,
+    1 in the paper's formulation.
+    """
+    weights = phi.square()
+    whole = (weights * grad_sq).sum(-1)
+    return whole - (2.0 * alpha - alpha * alpha) * (weights * low_rank_sq).sum(-1), whole
+
+
+def residual_needed(square: Tensor, whole: Tensor) -> Tensor:
+    """Whether |S|^2 as a difference has lost so many digits beside |phi * G|^2 that S itself has to be summed."""
+    return square < EXACT_RESIDUAL_SHARE * whole
+
+
+def limit_growth(square: Tensor, whole: Tensor, previous: Tensor, *, gamma: float, resolution: float):
+    """The norm-growth limiter (equation 12): its divisor, and |S| to remember.
+
+    A norm that is rounding, not residual, is no history: it would pin the next real one for a thousand steps.
+
+    Args:
+        square: |S|^2, float64, (...).
+        whole: |phi * G|^2.
+        previous: |S_prev|; 0 is no history.
+        gamma: the largest growth.
+        resolution: below this share of |phi * G| a norm is rounding.
+
+    Returns:
+        max(|S| / (|S_prev| + 1e-8), gamma) / gamma, 1 where there is no history; |S| after it.
+    """
+    norm = square.clamp(min=0.0).sqrt_()
+    history = norm > resolution * whole.sqrt()
+    divisor = torch.div(norm, previous + NORM_EPS).clamp_(min=gamma).div_(gamma)
+    divisor.masked_fill_((previous == 0.0).logical_or_(~history), 1.0)
+    return divisor, norm.div_(divisor).mul_(history)
+
+
+def apply_update_(
+    weight: Tensor,
+    grad: Tensor,
+    left: Tensor,
+    right: Tensor,
+    phi: Tensor | None,
+    *,
+    by_row: bool,
+    keep: float,
+    usable: Tensor,
+    precision: str = "float32",
+) -> None:
+    """W <- keep * W - (phi * G + L R), the update and weight decay in one; step sizes are the caller's to fold in.
+
+    One product, accumulated into W, without a temporary where all are of one dtype; otherwise W is updated in blocks of
+    rows in `left`'s dtype and rounded once.
+
+    Args:
+        weight: W, (m, n), updated.
+        grad: G, (m, n).
+        left: L, (m, r).
+        right: R, (r, n).
+        phi: one per column (n,), per row (m,) or for all (1,), in `left`'s dtype; None to leave phi * G out.
+        by_row: whether phi is per row.
+        keep: 1 - lr * weight_decay.
+        usable: whether the gradient is finite; the caller has asked already.
+        precision: of the product, as in `matmul_precision`.
+    """
+    del usable
+    by_row = by_row and phi is not None and phi.numel() > 1
+    scale = phi.unsqueeze(1) if by_row else phi
+    with matmul_precision(precision):
+        if weight.dtype == grad.dtype == left.dtype:
+            weight.addmm_(left, right, beta=keep, alpha=-1.0)
+            if scale is not None:
+                weight.addcmul_(grad, scale, value=-1.0)
+            return
+        # Three blocks live at once: the gradient's, the weight's and the product's.
+        height = block_rows(weight.shape[0], 3 * left.element_size() / weight.element_size())
+        for first in range(0, weight.shape[0], height):
+            rows = slice(first, first + height)
+            value = weight[rows].to(left.dtype).addmm_(left[rows], right, beta=keep, alpha=-1.0)
+            if scale is not None:
+                value.addcmul_(grad[rows].to(left.dtype), scale[rows] if by_row else scale, value=-1.0)
+            weight[rows] = value

@@ -1,0 +1,110 @@
+"""The full-size operations of a step as fused Triton kernels, for float32, bfloat16 and float16 tensors on a GPU.
+
+Each function does what the torch function of the same name in `ds_fira.core.functional` does, on one matrix (m, n) or
+on a batch (k, m, n) of equal shapes, without a synchronization with the host, and gives the same bits on every run.
+Triton is imported when a kernel is first asked for, so that this package can be imported where there is none.
+
+    project            R and the squared norms of G's columns or rows in one pass over G
+    adam_direction_    moments, direction and the squared norms of direction and R
+    residual_square    |phi * (G - a P R)|^2 from the residual itself, without forming it
+    apply_update_      the update of W in one pass over G and W
+    adamw_             AdamW on any fragment of a parameter
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ds_fira.core.kernels.moments import adam_direction_, adamw_
+    from ds_fira.core.kernels.projection import project
+    from ds_fira.core.kernels.residual import residual_square
+    from ds_fira.core.kernels.update import apply_update_
+
+__all__ = ["adam_direction_", "adamw_", "apply_update_", "interpret_on_cpu", "project", "residual_square", "usable"]
+
+# Which module a function comes from; they import Triton.
+_HOMES = {
+    "adam_direction_": "moments",
+    "adamw_": "moments",
+    "apply_update_": "update",
+    "project": "projection",
+    "residual_square": "residual",
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Older devices have neither bfloat16 products nor TF32.
+_LEAST_CAPABILITY = (8, 0)
+# Inside a tile of 128 rows or columns offsets are 32-bit numbers.
+_MOST_STRIDE = 2**24 - 1
+
+_cpu_allowed = False
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = function
+    return function
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether the kernels can work on `tensor`: its dtype, its device, and a Triton that can be imported.
+
+    The answer for a device is found once; after that a call costs a few look-ups.
+
+    Args:
+        tensor: a weight or a gradient, on any device.
+
+    Returns:
+        True for float32, bfloat16 and float16 on an NVIDIA GPU of compute capability 8.0 or newer where Triton is
+        installed, and rows of fewer than 2^24 elements; on the CPU only after `interpret_on_cpu(True)`. False for
+        everything else, float64 included.
+    """
+    if tensor.dtype not in _DTYPES or max(tensor.stride()[-2:], default=1) > _MOST_STRIDE:
+        return False
+    if tensor.is_cuda:
+        return _device_usable(tensor.device.index)
+    return _cpu_allowed and tensor.device.type == "cpu"
+
+
+def interpret_on_cpu(allowed: bool) -> None:
+    """Let the kernels work on CPU tensors through Triton's interpreter, which is for tests: it is slow.
+
+    Args:
+        allowed: whether `usable` may say True of a CPU tensor from now on.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is not set, or Triton is not installed.
+    """
+    global _cpu_allowed
+    if allowed and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"TRITON_INTERPRET = {os.environ.get('TRITON_INTERPRET')!r} lets no kernel run on the CPU; "
+            "set it to 1 before Triton is imported."
+        )
+    if allowed and not _triton_found():
+        raise RuntimeError("interpret_on_cpu(True) needs Triton, which cannot be imported; install it.")
+    _cpu_allowed = allowed
+
+
+@functools.cache
+def _triton_found() -> bool:
+    try:
+        importlib.import_module("triton.language")
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _device_usable(index: int) -> bool:
+    if torch.version.cuda is None or torch.cuda.get_device_capability(index) < _LEAST_CAPABILITY:
+        return False
+    return _triton_found()

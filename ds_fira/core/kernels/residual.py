@@ -1,0 +1,147 @@
+"""The norm of the scaled residual, summed from the residual itself without forming it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fira.core.kernels.tiles import GROUP, batched, flags, launch, load_scale, load_tile, product, tile_corner, tiles
+from ds_fira.core.subspace import Side
+
+# Programs of one matrix: enough to fill the device, and soon over where the sum is not needed.
+PROGRAMS = 256
+# A loop over tiles around a loop over the rank spills the registers of a larger tile.
+LARGEST_TILE = 64
+
+
+def residual_square(
+    grad: Tensor,
+    basis: Tensor,
+    low_rank: Tensor,
+    phi: Tensor,
+    *,
+    side: Side,
+    alpha: float,
+    needed: Tensor,
+    precision: str,
+) -> Tensor:
+    """|phi * (G - a P R)|^2 of each matrix from the residual itself (equation 10, arXiv 2410.01623).
+
+    The squares are summed in float32 inside a row of a tile and in float64 from there on, in a fixed order.
+
+    Args:
+        grad: G, (m, n) or (k, m, n), float32, bfloat16 or float16, any strides.
+        basis: P, (..., m, r) on the left, (..., n, r) on the right.
+        low_rank: R, (..., r, n) on the left, (..., m, r) on the right.
+        phi: scaling factors, (..., n) on the left, (..., m) on the right, or (..., 1).
+        side: the projected side.
+        alpha: a, 1 in the paper's formulation.
+        needed: bool, (k,) or (); where it is False the result is 0 and costs next to nothing.
+        precision: of the product: "float32", "tf32" or "bfloat16"; accumulated in float32 in each.
+
+    Returns:
+        float64, (k,) for a batch and () for one matrix.
+    """
+    m, n = grad.shape[-2:]
+    rank = basis.shape[-1]
+    count = grad.shape[0] if grad.dim() > 2 else 1
+    left, right = (basis, low_rank) if side == "left" else (low_rank, basis.mT)
+    grads, phis = batched(grad, count, m, n), batched(phi, count, n if side == "left" else m)
+    lefts, rights = batched(left, count, m, rank), batched(right, count, rank, n)
+    shaped = tiles(precision)._replace(rows=LARGEST_TILE, columns=LARGEST_TILE).within(m, n, rank)
+    programs = min(triton.cdiv(m, shaped.rows) * triton.cdiv(n, shaped.columns), PROGRAMS)
+    partial = torch.empty((count, programs), dtype=torch.float64, device=grad.device)
+    launch(
+        _residual_square,
+        (programs, count),
+        grad,
+        grads,
+        lefts,
+        rights,
+        phis,
+        flags(needed, count),
+        partial,
+        m,
+        n,
+        rank,
+        float(alpha),
+        *grads.stride(),
+        *lefts.stride(),
+        *rights.stride(),
+        *phis.stride(),
+        BY_ROW=side == "right",
+        PRECISION=precision,
+        ROWS=shaped.rows,
+        COLUMNS=shaped.columns,
+        DEPTH=shaped.depth,
+        GROUP=GROUP,
+        num_warps=shaped.warps,
+        num_stages=shaped.stages,
+    )
+    square = partial.sum(1)
+    return square if grad.dim() > 2 else square[0]
+
+
+@triton.jit
+def _residual_square(
+    grad,
+    left,
+    right,
+    phi,
+    needed,
+    partial,
+    m,
+    n,
+    rank,
+    alpha,
+    grad_k,
+    grad_m,
+    grad_n,
+    left_k,
+    left_m,
+    left_r,
+    right_k,
+    right_r,
+    right_n,
+    phi_k,
+    phi_j,
+    BY_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    matrix = tl.program_id(1).to(tl.int64)
+    programs = tl.num_programs(0)
+    partial_at = partial + matrix * programs + tl.program_id(0)
+    squares = tl.zeros((ROWS,), dtype=tl.float64)
+    if tl.load(needed + matrix) == 0:
+        tl.store(partial_at, tl.sum(squares, axis=0))
+        return
+    tiles_in_all = tl.cdiv(m, ROWS) * tl.cdiv(n, COLUMNS)
+    for index in range(tl.program_id(0), tiles_in_all, programs):
+        row, column = tile_corner(index, m, n, ROWS, COLUMNS, GROUP)
+        inside = product(
+            left + matrix * left_k,
+            right + matrix * right_k,
+            row,
+            column,
+            m,
+            n,
+            rank,
+            left_m,
+            left_r,
+            right_r,
+            right_n,
+            PRECISION,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+        )
+        residual = load_tile(grad + matrix * grad_k, row, column, m, n, grad_m, grad_n, ROWS, COLUMNS) - alpha * inside
+        residual *= load_scale(phi + matrix * phi_k, row, column, m, n, phi_j, BY_ROW, ROWS, COLUMNS)
+        squares += tl.sum(residual * residual, axis=1).to(tl.float64)
+    tl.store(partial_at, tl.sum(squares, axis=0))

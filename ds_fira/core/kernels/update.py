@@ -1,0 +1,153 @@
+"""The update of W, without a temporary of its size."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fira.core.kernels.tiles import (
+    GROUP,
+    batched,
+    flags,
+    launch,
+    load_scale,
+    load_tile,
+    product,
+    rounded,
+    tile_at,
+    tile_corner,
+    tiles,
+)
+
+
+def apply_update_(
+    weight: Tensor,
+    grad: Tensor,
+    left: Tensor,
+    right: Tensor,
+    phi: Tensor | None,
+    *,
+    by_row: bool,
+    keep: float,
+    usable: Tensor,
+    precision: str,
+) -> None:
+    """W <- keep * W - (phi * G + left @ right): lines 14 to 16 of Algorithm 1 (arXiv 2410.01623) and weight decay.
+
+    G and W are read once and W is written once, computed in float32 and rounded once.
+
+    Args:
+        weight: W, (m, n) or (k, m, n), float32, bfloat16 or float16, any strides.
+        grad: G, the same shape, any of these dtypes.
+        left: (..., m, r); P on the left, what P carries back on the right.
+        right: (..., r, n); what P carries back on the left, P' on the right.
+        phi: factors of G, (..., n), one per column, or (..., m), one per row, or (..., 1); None to
+            leave phi * G out, and G unread.
+        by_row: whether phi has one factor per row.
+        keep: the share of W that weight decay leaves.
+        usable: bool, (k,) or (); where it is False nothing is written.
+        precision: of the product: "float32", "tf32" or "bfloat16"; accumulated in float32 in each.
+    """
+    m, n = weight.shape[-2:]
+    rank = left.shape[-1]
+    count = weight.shape[0] if weight.dim() > 2 else 1
+    weights, grads = batched(weight, count, m, n), batched(grad, count, m, n)
+    lefts, rights = batched(left, count, m, rank), batched(right, count, rank, n)
+    # A kernel takes a pointer for what it does not read, too.
+    phis = batched(weight.new_empty(1) if phi is None else phi, count, m if by_row else n)
+    shaped = tiles(precision).within(m, n, rank, weights, grads, lefts, rights)
+    launch(
+        _apply_update,
+        (triton.cdiv(m, shaped.rows) * triton.cdiv(n, shaped.columns), count),
+        weight,
+        weights,
+        grads,
+        lefts,
+        rights,
+        phis,
+        flags(usable, count),
+        m,
+        n,
+        rank,
+        float(keep),
+        *weights.stride(),
+        *grads.stride(),
+        *lefts.stride(),
+        *rights.stride(),
+        *phis.stride(),
+        BY_ROW=by_row,
+        FULL_RANK=phi is not None,
+        PRECISION=precision,
+        ROWS=shaped.rows,
+        COLUMNS=shaped.columns,
+        DEPTH=shaped.depth,
+        GROUP=GROUP,
+        num_warps=shaped.warps,
+        num_stages=shaped.stages,
+    )
+
+
+@triton.jit
+def _apply_update(
+    weight,
+    grad,
+    left,
+    right,
+    phi,
+    usable,
+    m,
+    n,
+    rank,
+    keep,
+    weight_k,
+    weight_m,
+    weight_n,
+    grad_k,
+    grad_m,
+    grad_n,
+    left_k,
+    left_m,
+    left_r,
+    right_k,
+    right_r,
+    right_n,
+    phi_k,
+    phi_j,
+    BY_ROW: tl.constexpr,
+    FULL_RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    matrix = tl.program_id(1).to(tl.int64)
+    if tl.load(usable + matrix) == 0:
+        return
+    row, column = tile_corner(tl.program_id(0), m, n, ROWS, COLUMNS, GROUP)
+    update = product(
+        left + matrix * left_k,
+        right + matrix * right_k,
+        row,
+        column,
+        m,
+        n,
+        rank,
+        left_m,
+        left_r,
+        right_r,
+        right_n,
+        PRECISION,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+    )
+    if FULL_RANK:
+        grad_tile = load_tile(grad + matrix * grad_k, row, column, m, n, grad_m, grad_n, ROWS, COLUMNS)
+        scale = load_scale(phi + matrix * phi_k, row, column, m, n, phi_j, BY_ROW, ROWS, COLUMNS)
+        update += scale * grad_tile
+    value = load_tile(weight + matrix * weight_k, row, column, m, n, weight_m, weight_n, ROWS, COLUMNS)
+    value = value * keep - update
+    weight_at, inside = tile_at(weight + matrix * weight_k, row, column, m, n, weight_m, weight_n, ROWS, COLUMNS)
+    tl.store(weight_at, rounded(value, weight.dtype.element_ty), mask=inside)

@@ -1,0 +1,102 @@
+"""Which weights of a model are projected, and which take no weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ds_fira.core.param_shape import shape_of
+
+# Names that model code gives to the layer that makes logits, where nothing else tells it apart.
+HEAD_NAMES = frozenset({"lm_head", "embed_out", "output_projection", "score", "classifier"})
+_NORM_SUFFIXES = ("norm", "norm1", "norm2", "ln_f", "ln_1", "ln_2")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # transformers' Conv1D (GPT-2) is a linear layer with its weight transposed; known by name, to need no import.
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def _expert_tensors(name: str, module: nn.Module) -> list[str]:
+    """Names of the 3-D expert weights that a module holds directly."""
+    if isinstance(module, nn.modules.conv._ConvNd) or "expert" not in f"{name} {type(module).__name__}".lower():
+        return []
+    return [key for key, param in module.named_parameters(recurse=False) if len(shape_of(param)) == 3]
+
+
+def _head_and_embeddings(model: nn.Module) -> set[int]:
+    """Identities of the weights of embeddings and of the output head, tied or not."""
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    excluded = {id(weight) for weight in embeddings}
+    for module in model.modules():
+        head = getattr(module, "get_output_embeddings", None)
+        head = head() if callable(head) else None
+        if head is not None and getattr(head, "weight", None) is not None:
+            excluded.add(id(head.weight))
+    linears = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
+    excluded |= {id(module.weight) for name, module in linears if name.rpartition(".")[2] in HEAD_NAMES}
+    # A model of one's own: its last linear layer, shaped as an embedding, maps back to the vocabulary.
+    if linears and any(shape_of(linears[-1][1].weight) == shape_of(weight) for weight in embeddings):
+        excluded.add(id(linears[-1][1].weight))
+    return excluded
+
+
+def find_projected_weights(model: nn.Module, target_modules: Sequence[str] | None = None) -> dict[int, str]:
+    """The weights of a model that a rank applies to, none if there are none.
+
+    Without `target_modules`: the weights of `nn.Linear`, of transformers' `Conv1D`, and 3-D expert tensors; not the
+    output head, a head tied to the embedding, embeddings, norms or biases. With it: the weights of those kinds (the
+    head too) whose module's name contains one of the substrings.
+
+    Returns:
+        Parameter names by `id` of the parameter.
+    """
+    excluded = set() if target_modules is not None else _head_and_embeddings(model)
+    found = {}
+    for name, module in model.named_modules():
+        if target_modules is not None and not any(target in name for target in target_modules):
+            continue
+        keys = ["weight"] if _is_linear(module) else _expert_tensors(name, module)
+        for key in keys:
+            weight = getattr(module, key)
+            if id(weight) not in excluded:
+                found[id(weight)] = f"{name}.{key}" if name else key
+    return found
+
+
+def projected_weights(model: nn.Module, target_modules: Sequence[str] | None = None) -> dict[int, str]:
+    """As `find_projected_weights`, for a model that must have some.
+
+    Raises:
+        ValueError: the model has nothing to project, or `target_modules` match nothing.
+    """
+    found = find_projected_weights(model, target_modules)
+    if not found and target_modules is not None:
+        names = [name for name, module in model.named_modules() if _is_linear(module)]
+        raise ValueError(
+            f"FiraAdam: target_modules = {list(target_modules)!r} match no linear module of "
+            f"{type(model).__name__}; use parts of names such as {_some(names)}."
+        )
+    if not found:
+        raise ValueError(
+            f"FiraAdam: a rank is set, but {type(model).__name__} has no linear weight to project; give param "
+            "groups that say what to project, or train with AdamW."
+        )
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return ", ".join(repr(leaf) for leaf in leaves[:6]) or "those that named_modules() gives"
+
+
+def undecayed_weights(model: nn.Module) -> set[int]:
+    """Identities of biases and of norm weights, which usual recipes keep from weight decay."""
+    undecayed = set()
+    for name, module in model.named_modules():
+        is_norm = type(module).__name__.lower().endswith("norm") or name.rpartition(".")[2].endswith(_NORM_SUFFIXES)
+        for key, param in module.named_parameters(recurse=False):
+            if is_norm or key.endswith("bias") or len(shape_of(param)) < 2:
+                undecayed.add(id(param))
+    return undecayed

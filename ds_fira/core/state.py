@@ -1,0 +1,232 @@
+"""The optimizer state of projected matrices: plain tensors, one set for all matrices of a shape in one parameter.
+
+A parameter that is one matrix has states of matrix shape. Where a parameter holds several (a 3-D expert tensor, or a
+flat ZeRO partition), every state has a leading dimension that counts the matrices this rank owns in it. Where their
+shapes differ (param groups that the user made), each shape has its own set, its keys marked with the shape.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fira.core import quantization
+from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
+from ds_fira.core.quantization import Stored
+from ds_fira.core.subspace import Side, basis_shape, low_rank_shape, projection_side
+
+STEP = "step"
+EXP_AVG = "exp_avg"
+EXP_AVG_SQ = "exp_avg_sq"
+BASIS = "basis"
+RESIDUAL_NORM = "residual_norm"
+REFRESH_STEP = "refresh_step"
+# Read by the host in every step, so kept on the CPU whatever the parameter's device.
+HOST_KEYS = (REFRESH_STEP,)
+
+
+@dataclass(slots=True)
+class MatrixState:
+    """The state of one matrix, or of a batch of k of one shape, as views of the parameter's state tensors.
+
+    Attributes:
+        side: the projected side.
+        step: steps made, int64, 0-dim or (k,), on the parameter's device: whether a step counts is decided there.
+        refresh_step: `step` at the last refresh, -1 while there is no basis; int64, on the CPU.
+        basis: P, (m, r) left or (n, r) right.
+        moments: the states of R by name, (r, n) left or (m, r) right, as `ds_fira.core.quantization` stores them; a
+            state without tensors is another rank's.
+        residual_norm: the limiter's |S_prev|, 0-dim or (k,); 0 is no history. None for an algorithm without a limiter.
+        dtype: in which a step is computed, whatever the dtype in which basis and moments are stored.
+    """
+
+    side: Side
+    step: Tensor
+    refresh_step: Tensor
+    basis: Tensor
+    moments: dict[str, Stored]
+    residual_norm: Tensor | None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def exp_avg(self) -> Stored:
+        """Adam's first moment of R."""
+        return self.moments[EXP_AVG]
+
+    @property
+    def exp_avg_sq(self) -> Stored:
+        """Adam's second moment of R."""
+        return self.moments[EXP_AVG_SQ]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a parameter is stepped: float32 for a parameter of lower precision, else the parameter's."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def host_key(key: str) -> bool:
+    """Whether a state lives on the CPU whatever the parameter's device."""
+    return key.partition(".")[0] in HOST_KEYS
+
+
+def allocate(
+    param: Tensor, shapes: Sequence[tuple[int, int]], group: dict[str, Any], batched: bool
+) -> dict[str, Tensor]:
+    """Zero state for the matrices of one parameter, before any of them has a basis.
+
+    Args:
+        param: gives dtype and device.
+        shapes: (m, n) of every matrix owned in it, in order.
+        group: the param group, for `rank`, `proj_type`, `formulation`, `state_dtype` and the algorithm.
+        batched: whether the states have a leading dimension; False only for a parameter that is one matrix.
+    """
+    state: dict[str, Tensor] = {}
+    for shape, rows in _rows_by_shape(shapes).items():
+        side = projection_side(shape, group["proj_type"], group["formulation"])
+        low_rank = low_rank_shape(shape, group["rank"], side)
+        basis = basis_shape(shape, group["rank"], side)
+        batch = (len(rows),) if batched else ()
+        allocated = allocate_matrices(param, basis, low_rank, group["state_dtype"], batch, algorithm_of(group))
+        for key, value in allocated.items():
+            state[key + _mark(shape, shapes)] = value
+    return state
+
+
+def allocate_matrices(
+    param: Tensor,
+    basis: tuple[int, int],
+    low_rank: tuple[int, int] | None,
+    state_dtype: str,
+    batch: tuple[int, ...],
+    algorithm: Algorithm = FIRA_ADAM,
+) -> dict[str, Tensor]:
+    """Zero state for matrices of one shape.
+
+    Args:
+        param: gives dtype and device.
+        basis: shape of P.
+        low_rank: shape of the moments; None where another rank holds them.
+        state_dtype: how basis and moments are stored; "int8" keeps the basis in bfloat16, for an error in P moves the
+            whole update, not one element of it.
+        batch: (k,), or () for one matrix without a leading dimension.
+        algorithm: says which moments there are, and whether the limiter's norm is.
+    """
+    dtype, device = compute_dtype(param.dtype), param.device
+    basis_dtype = dtype if state_dtype == "float32" else torch.bfloat16
+    state = {
+        STEP: torch.zeros(batch, dtype=torch.int64, device=device),
+        REFRESH_STEP: torch.full(batch, -1, dtype=torch.int64),
+        BASIS: torch.zeros((*batch, *basis), dtype=basis_dtype, device=device),
+    }
+    if algorithm.limited:
+        state[RESIDUAL_NORM] = torch.zeros(batch, dtype=dtype, device=device)
+    for key, kind in algorithm.states.items() if low_rank is not None else ():
+        signed = kind != "second"
+        stored = quantization.allocate(low_rank, batch, state_dtype, dtype=dtype, device=device, signed=signed)
+        state |= {key + suffix: value for suffix, value in stored.items()}
+    return state
+
+
+def matrix_states(
+    state: dict[str, Tensor],
+    shapes: Sequence[tuple[int, int]],
+    group: dict[str, Any],
+    batched: bool,
+    runs: Sequence[tuple[int, int]] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> list[MatrixState]:
+    """The states of the matrices of one parameter.
+
+    Args:
+        state: as `allocate` made it.
+        shapes: as in `allocate`.
+        group: as in `allocate`.
+        batched: as in `allocate`.
+        runs: [first, last) positions in `shapes` to be taken as one batch; matrices of one shape with nothing but each
+            other between them. None: every matrix by itself, without a leading dimension.
+        dtype: as in `state_views`.
+    """
+    places = positions(shapes)
+    result = []
+    for first, last in runs if runs is not None else [(i, None) for i in range(len(shapes))]:
+        mark, row = places[first]
+        index: Any = row if last is None else slice(row, row + last - first)
+        side = projection_side(shapes[first], group["proj_type"], group["formulation"])
+        views = state_views(state, side, mark, index if batched else ..., algorithm=algorithm_of(group), dtype=dtype)
+        result.append(views)
+    return result
+
+
+def positions(shapes: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
+    """For every matrix of a parameter, what the keys of its states end in and its row in them.
+
+    Args:
+        shapes: as in `allocate`.
+    """
+    rows: dict[tuple[int, int], int] = defaultdict(int)
+    result = []
+    for shape in shapes:
+        result.append((_mark(shape, shapes), rows[shape]))
+        rows[shape] += 1
+    return result
+
+
+def state_views(
+    state: dict[str, Tensor],
+    side: Side,
+    mark: str = "",
+    index: Any = ...,
+    *,
+    algorithm: Algorithm = FIRA_ADAM,
+    dtype: torch.dtype | None = None,
+) -> MatrixState:
+    """The state at `index` of the leading dimension, from the keys that end in `mark`.
+
+    Args:
+        state: as `allocate` made it.
+        side: the projected side.
+        mark: of a shape, or of a part of a cut matrix.
+        index: into the leading dimension; ... for a state without one.
+        algorithm: says which states there are.
+        dtype: in which the parameter is stepped; None for that of the limiter's norm.
+    """
+
+    def view(key: str) -> Tensor:
+        return state[key + mark][index]
+
+    norm = view(RESIDUAL_NORM) if algorithm.limited else None
+    return MatrixState(
+        side=side,
+        step=view(STEP),
+        refresh_step=view(REFRESH_STEP),
+        basis=view(BASIS),
+        moments={name: stored_moment(state, name, mark, index) for name in algorithm.states},
+        residual_norm=norm,
+        dtype=dtype or (torch.float32 if norm is None else norm.dtype),
+    )
+
+
+def stored_moment(state: dict[str, Tensor], key: str, mark: str = "", index: Any = ...) -> Stored:
+    """One moment as `ds_fira.core.quantization` stores it, from the keys that begin with `key` and end in `mark`."""
+    return {
+        suffix: state[key + suffix + mark][index]
+        for suffix in (quantization.VALUES, quantization.SCALE)
+        if key + suffix + mark in state
+    }
+
+
+def _rows_by_shape(shapes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    rows: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for position, shape in enumerate(shapes):
+        rows[shape].append(position)
+    return rows
+
+
+def _mark(shape: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> str:
+    return "" if all(other == shape for other in shapes) else f".{shape[0]}x{shape[1]}"

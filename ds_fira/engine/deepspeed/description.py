@@ -1,0 +1,206 @@
+"""What an engine is built of, in words that ranks compare, and a sentence about where they differ.
+
+Written against DeepSpeed 0.19.8. What it relies on: `DeepSpeedConfig` keeps every setting, resolved, in attributes of
+its own, most blocks of them as pydantic models.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_fira.core.param_shape import shape_of
+
+# Attributes of DeepSpeedConfig by the names they have in the JSON.
+BLOCKS = {"zero_config": "zero_optimization", "float16_config": "fp16", "bfloat16_config": "bf16"}
+BLOCKS |= {"scheduler_name": "scheduler.type", "scheduler_params": "scheduler.params", "monitor_config": "monitor"}
+# What ranks may have otherwise: their own numbers, and what only prints, measures or records.
+OWN = {
+    "global_rank",
+    "world_size",
+    "steps_per_print",
+    "dump_state",
+    "disable_python_gc",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "log_level",
+    "monitor_config",
+    "flops_profiler_config",
+    "comms_config",
+    "autotuning_config",
+    "aio_config",
+    "timers_config",
+    "datastates_config",
+    "optimizer_name",  # described apart
+    "optimizer_params",
+    "optimizer_legacy_fusion",
+    "zero_optimization_stage",  # twice in the config
+    "zero_enabled",
+}
+SHOWN = 3  # differences in one sentence
+
+# By rank: settings by name; the module's parameters; the names of the parameters that were given, by group.
+Description = dict[str, Any]
+
+
+def describe_config(config: Any) -> dict[str, Any]:
+    """The settings of a DeepSpeedConfig that all ranks have to share, by the names they have in the JSON."""
+    found: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if name not in OWN and not name.startswith("_"):
+            found |= _flat(BLOCKS.get(name, name.removesuffix("_config")), value)
+    return {name: value for name, value in found.items() if not name.endswith(("path", "_dir"))}
+
+
+def describe_module(module: nn.Module) -> list[list[Any]]:
+    """Name, shape, dtype and whether it is trained, of every parameter in the module's order."""
+    return [
+        [name, list(shape_of(param)), str(param.dtype).removeprefix("torch."), param.requires_grad]
+        for name, param in module.named_parameters()
+    ]
+
+
+def describe_groups(module: nn.Module, items: Iterable[Any]) -> tuple[dict[str, Any], list[list[str]]]:
+    """The settings of param groups, and the names of their parameters.
+
+    Args:
+        module: whose parameters they are.
+        items: parameters, (name, parameter) pairs or param groups, as an optimizer or an engine takes them.
+    """
+    names = {id(param): name for name, param in module.named_parameters()}
+    items = [items] if isinstance(items, Tensor | dict) else list(items)
+    groups = items if any(isinstance(item, dict) for item in items) else [{"params": items}]
+    settings: dict[str, Any] = {}
+    members = []
+    for number, group in enumerate(group for group in groups if isinstance(group, dict)):
+        for name, value in group.items():
+            if name not in ("params", "param_names"):
+                settings |= _flat(f"param group {number}: {name}", value)
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        params = [item[1] if isinstance(item, tuple) else item for item in params]
+        members.append([names.get(id(param), f"a tensor {tuple(shape_of(param))}") for param in params])
+    return settings, members
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """A setting, or those of a block by dotted names."""
+    if hasattr(value, "model_dump"):
+        value = value.model_dump()
+    if isinstance(value, Mapping) and value:
+        return {key: item for inner, each in value.items() for key, item in _flat(f"{name}.{inner}", each).items()}
+    return {name: plain(value)}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it; of an object only its type, since its text may be another in every process."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, enum.Enum | torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else f"a tensor {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        items = [plain(item) for item in value]
+        return items if isinstance(value, Sequence) else sorted(items, key=repr)
+    return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
+def describe_difference(descriptions: Mapping[int, Description]) -> str | None:
+    """What ranks have otherwise than others, for a message; None where nothing differs.
+
+    Args:
+        descriptions: of every rank.
+    """
+    settings = {rank: each["settings"] for rank, each in descriptions.items()}
+    names = list(dict.fromkeys(name for each in settings.values() for name in each))
+    found = []
+    for name in names:
+        values = {rank: _shown(each[name]) if name in each else "not set" for rank, each in settings.items()}
+        if len(set(values.values())) > 1:
+            found.append(f"{name} is {_by_rank(values)}")
+    found += _differing_lists("the model's", {rank: each["parameters"] for rank, each in descriptions.items()})
+    given = {rank: each["groups"] for rank, each in descriptions.items()}
+    counts = {rank: f"{len(groups)}" for rank, groups in given.items()}
+    if len(set(counts.values())) > 1:
+        found.append(f"the number of param groups is {_by_rank(counts)}")
+    else:
+        for number, lists in enumerate(zip(*given.values(), strict=True)):
+            where = "the given" if set(counts.values()) == {"1"} else f"param group {number}'s"
+            found += _differing_lists(
+                where, dict(zip(given, ([[name] for name in each] for each in lists), strict=True))
+            )
+    if not found:
+        return None
+    more = f", and {len(found) - SHOWN} more differences" if len(found) > SHOWN else ""
+    return "; ".join(found[:SHOWN]) + more
+
+
+def _differing_lists(whose: str, lists: Mapping[int, list[list[Any]]]) -> list[str]:
+    """Where lists of parameters first differ: those that some ranks lack, else the first that is another one."""
+    usual = _usual({rank: json.dumps(each) for rank, each in lists.items()})
+    names = {rank: [entry[0] for entry in each] for rank, each in lists.items()}
+    for rank, each in lists.items():
+        if each == lists[usual]:
+            continue
+        lacking = [name for name in names[usual] if name not in names[rank]]
+        extra = [name for name in names[rank] if name not in names[usual]]
+        sides = [("lacks", lacking, "has"), ("has", extra, "lacks")]
+        parts = [
+            f"{verb} {found[0]}"
+            + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+            + f", which rank {usual} {other}"
+            for verb, found, other in sides
+            if found
+        ]
+        if parts:
+            return [f"of {whose} parameters rank {rank} {' and '.join(parts)}"]
+        place = next((i for i, pair in enumerate(zip(each, lists[usual], strict=False)) if pair[0] != pair[1]), -1)
+        entries = {other: _parameter(items[place]) if items else "none" for other, items in lists.items()}
+        return [f"{whose} parameter {place} is {_by_rank(entries)}"]
+    return []
+
+
+def _parameter(entry: list[Any]) -> str:
+    name, *rest = entry
+    if not rest:
+        return name
+    shape, dtype, trained = rest
+    return f"{name} {tuple(shape)} {dtype}{'' if trained else ', frozen'}"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; a long one with a number that tells it from others that begin alike."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... (CRC-32 {zlib.crc32(text.encode()):08x})"
+
+
+def _usual(values: Mapping[int, Any]) -> int:
+    """A rank that has the most frequent value; the lowest of those."""
+    items = list(values.values())
+    return max(values, key=lambda rank: (items.count(values[rank]), -rank))
+
+
+def _by_rank(values: Mapping[int, str]) -> str:
+    """Values with the ranks that have them, the odd ones first, as in "0.5 on rank 1 and 0.25 on the others"."""
+    usual = values[_usual(values)]
+    ranks: dict[str, list[int]] = {}
+    for rank, value in values.items():
+        ranks.setdefault(value, []).append(rank)
+    odd = [f"{value} on {_named(found)}" for value, found in ranks.items() if value != usual]
+    shown = odd[:SHOWN] + ([f"others on {len(odd) - SHOWN} more ranks"] if len(odd) > SHOWN else [])
+    rest = ranks[usual]
+    return ", ".join(shown) + f" and {usual} on " + (_named(rest) if len(rest) <= 2 else "the others")
+
+
+def _named(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

@@ -1,0 +1,87 @@
+"""What an engine's optimizer projects: one flat partition holds one kind, and a checkpoint says what it was.
+
+Reads DeepSpeed's books through `ds_fira.engine.deepspeed.flat_groups` only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure, saved_projection
+from ds_fira.core.param_shape import shape_of
+from ds_fira.engine.deepspeed.flat_groups import FlatGroup
+from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
+
+
+def kinds_of(flat: FlatGroup, groups: Sequence[dict[str, Any]]) -> Iterable[bool]:
+    """Of every parameter of a flat tensor whether it is projected."""
+    return (is_projected(shape_of(param), groups[flat.group]) for param in flat.lp_params)
+
+
+def project_as_flat(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup]) -> None:
+    """Project at full rank after all where a flat tensor cannot be stepped otherwise, with a warning.
+
+    That is where it holds matrices of both kinds, or where a rule has to see whole what is not projected.
+
+    Args:
+        optimizer: whose param groups are changed.
+        flats: of all of them.
+    """
+    groups, rule, kept = optimizer.param_groups, optimizer.algorithm.rule, {}
+    whole = rule is not None and not rule.elementwise
+    for flat in flats:
+        kinds = set(kinds_of(flat, groups))
+        if "rank" in groups[flat.group] and (len(kinds) > 1 or (whole and False in kinds)):
+            kept[flat.group] = None
+    for number in kept:
+        groups[number][PROJECT_FULL_RANK] = True
+    if kept and optimizer.communicator.dp_rank == 0:
+        reason = f"{rule.__name__} is not elementwise" if whole else "ZeRO steps them with others as one flat tensor"
+        remedy = "" if whole else "build the learning-rate scheduler after deepspeed.initialize, "
+        warnings.warn(
+            f"{optimizer.algorithm.name}: matrices of param group {', '.join(map(str, kept))} have a rank at which "
+            f"low-rank states save nothing, and are projected all the same, because {reason}; {remedy}give a smaller "
+            f"rank, put them into a group with rank = None, or say {PROJECT_FULL_RANK} = true.",
+            stacklevel=2,
+        )
+
+
+def project_as_saved(
+    optimizer: LowRankOptimizer, saved: Sequence[SavedGroup], attach: Callable[[], None] | None
+) -> None:
+    """Let the param groups project what those of a checkpoint did, before its states are loaded.
+
+    Args:
+        optimizer: its param groups are changed.
+        saved: the groups of the checkpoint, alike on all ranks.
+        attach: tells it anew what lies where, inside an engine; a collective call. None where there is no engine.
+
+    Raises:
+        ValueError: the checkpoint does not fit, the same on every rank.
+    """
+    changed, members = {}, optimizer._members()
+    for number, (group, listed) in enumerate(zip(optimizer.param_groups, members, strict=True)):
+        wanted = saved_projection(saved, group, listed, optimizer.algorithm.name)
+        if wanted is not None and wanted != group[PROJECT_FULL_RANK]:
+            changed[number] = wanted
+    if not changed:
+        return
+    refuse_changed_structure(saved, optimizer.param_groups, members)
+    if attach is None and optimizer.communicator is not None:
+        raise ValueError(
+            f"{optimizer.algorithm.name}: {PROJECT_FULL_RANK} has to become that of the run that saved, which its "
+            "DeepSpeed engine has to be told; give the engine instead of its optimizer."
+        )
+    optimizer.project_full_rank(changed)
+    if attach is not None:
+        attach()
+    for number, wanted in changed.items():
+        if optimizer.param_groups[number][PROJECT_FULL_RANK] != wanted:
+            raise ValueError(
+                f"{optimizer.algorithm.name}: {PROJECT_FULL_RANK} was {wanted} in the checkpoint, and param group "
+                f"{number} cannot be stepped so at this ZeRO stage; resume at stage 0, or give matrices of both kinds "
+                "groups of their own."
+            )

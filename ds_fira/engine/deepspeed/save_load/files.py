@@ -1,0 +1,147 @@
+"""DeepSpeed's checkpoint files: which there are, and what FiraAdam has left in them.
+
+What it relies on, of DeepSpeed 0.19.8: the names of the files and their keys (`DeepSpeedEngine._load_checkpoint`, the
+`state_dict` methods of its optimizer wrappers).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_fira.checkpoint import safe_load
+from ds_fira.checkpoint.manifest import listed_files
+from ds_fira.checkpoint.named_state import KEY, SavedState
+
+# Keys of DeepSpeed's files.
+OUTER = "optimizer_state_dict"
+BASE_OPTIMIZER = ("base_optimizer_state", "optimizer_state_dict")  # stages 1 and 2; stage 3 and the wrapper of stage 0
+MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
+OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_00_model_states\.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """The files of one tag.
+
+    Attributes:
+        models: with the module's weights: one, or under stage 3 one a rank.
+        optimizers: one a rank; none at stage 0, where the states are in the model's file.
+        unpickle: see `load`.
+    """
+
+    models: tuple[Path, ...]
+    optimizers: tuple[Path, ...]
+    unpickle: bool = False
+
+    @classmethod
+    def find(cls, folder: Path, every: bool = True, unpickle: bool = False) -> CheckpointFiles:
+        """The files in the folder of a tag.
+
+        Args:
+            folder: of the tag.
+            every: whether there have to be those of all ranks that saved it; on node-local storage there are not.
+            unpickle: see `load`.
+
+        Raises:
+            ValueError: some are missing.
+        """
+        models = _by_rank(folder, MODEL_FILE)
+        if not models:
+            return cls((), ())
+        # A folder that was saved into twice, in bf16 and not, has two sets; the newer one counts.
+        found = [_by_rank(folder, OPTIMIZER_FILE, prefix) for prefix in ("bf16_", None)]
+        optimizers = max(found, key=lambda files: max((path.stat().st_mtime for path in files.values()), default=0.0))
+        if optimizers and every:
+            ranks = int(load(next(iter(models.values())), unpickle)["dp_world_size"])
+            absent = [rank for rank in range(ranks) if rank not in optimizers]
+            if absent:
+                raise ValueError(
+                    f"FiraAdam: {folder} lacks the optimizer states of ranks {absent} of the {ranks} that saved it; "
+                    "to resume on other ranks all of its files must be in one folder that every node can read."
+                )
+            optimizers = {rank: optimizers[rank] for rank in range(ranks)}
+        return cls(tuple(models.values()), tuple(optimizers.values()), unpickle)
+
+    def model(self, number: int = 0) -> dict[str, Any]:
+        """What the file with the module's weights holds, of one rank under stage 3."""
+        return load(self.models[number], self.unpickle)
+
+    def of_rank(self, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `optimizer_state`, of the rank by its number: files of other ranks may be on other nodes.
+
+        Raises:
+            ValueError: it has no file.
+        """
+        ranks = [int(OPTIMIZER_FILE.fullmatch(path.name).groups()[-1]) for path in self.optimizers]
+        if ranks and rank not in ranks:
+            folder = self.models[0].parent
+            raise ValueError(f"{folder} lacks the optimizer states of rank {rank}; load another tag.")
+        return self.optimizer_state(ranks.index(rank) if ranks else 0)
+
+    def optimizer_state(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a rank's wrapper has saved, and in it the state dict of FiraAdam."""
+        path = self.optimizers[number] if self.optimizers else self.models[0]
+        wrapper = load(path, self.unpickle).get(OUTER if self.optimizers else "optimizer")
+        if not isinstance(wrapper, Mapping):
+            raise ValueError(
+                f"{path} holds no optimizer states; load with load_optimizer_states=False, or another tag."
+            )
+        for key in BASE_OPTIMIZER:
+            if key in wrapper:
+                return wrapper, wrapper[key]
+        return wrapper, wrapper
+
+    def read(self) -> SavedState:
+        """Everything the run had learned, of all ranks."""
+        saved = SavedState()
+        for number in range(max(1, len(self.optimizers))):
+            wrapper, state_dict = self.optimizer_state(number)
+            weights = next((wrapper[key] for key in MASTERS if key in wrapper), None)
+            if weights is None and "fp32_groups" in wrapper:
+                weights = [tensor for group in wrapper["fp32_groups"] for tensor in group]
+            elif weights is None:
+                # Stage 0 in float32 steps the module's own weights.
+                module = normalized(self.model()["module"])
+                weights = [module[name] for group in state_dict[KEY]["members"] for name, _ in group]
+            saved.add(state_dict, weights)
+        return saved
+
+
+def _by_rank(folder: Path, pattern: re.Pattern[str], prefix: str | None = "") -> dict[int, Path]:
+    listed = listed_files(folder)  # what else has such a name does not belong to it
+    paths = [path for path in folder.iterdir() if listed is None or path.name in listed] if folder.is_dir() else []
+    matches = [(pattern.fullmatch(path.name), path) for path in paths]
+    found = {
+        int(match.groups()[-1] or 0): path for match, path in matches if match and prefix in ("", match.groups()[0])
+    }
+    return dict(sorted(found.items()))
+
+
+def load(path: Path, unpickle: bool = False) -> dict[str, Any]:
+    """One of DeepSpeed's files, its tensors mapped, not read; nothing that stands in it is run.
+
+    Args:
+        path: of the file.
+        unpickle: run it, as DeepSpeed's own loader does; only where the user has said so.
+
+    Raises:
+        UnsafeFileError: it cannot be read without running it; a `ValueError`.
+        ValueError: it cannot be read, or is none of DeepSpeed's.
+        OSError: it cannot be opened.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=False) if unpickle else safe_load.read(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where DeepSpeed keeps a dict; load another tag.")
+    return content
+
+
+def normalized(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Names without what `torch.compile` puts in front of them."""
+    return {name.replace("_orig_mod.", ""): value for name, value in named.items()}

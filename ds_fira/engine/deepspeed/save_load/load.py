@@ -1,0 +1,274 @@
+"""Resume anywhere: `engine.load_checkpoint` for a run that was saved by other ranks, another ZeRO stage or dtype.
+
+Reads DeepSpeed's own checkpoint files, of all ranks that saved, mapped into memory, and copies what this rank needs.
+Where nothing but time has passed (the same ranks, stage, dtype and settings), DeepSpeed loads its files itself.
+
+What it relies on, of DeepSpeed 0.17 to 0.19, beside what `ds_fira.engine.deepspeed.save_load.files` does:
+`update_lp_params` and `_link_all_hp_params` of stages 1 and 2; the flat groups and their partitioned parameters of
+stage 3.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger
+from torch import Tensor, nn
+
+from ds_fira.checkpoint.named_state import KEY, SavedState
+from ds_fira.checkpoint.reconcile import SavedGroup, carry_schedule, refuse_changed_structure
+from ds_fira.checkpoint.safe_load import only_safe_loads
+from ds_fira.engine.deepspeed.projection import project_as_saved
+from ds_fira.engine.deepspeed.save_load.check import agree, require_loadable, require_own_share
+from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, CheckpointFiles, normalized
+from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.sharding.comm import Communicator
+
+# What a dynamic loss scaler counts, in every wrapper that has one.
+SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def saved_elsewhere(engine: Any, folder: Path) -> bool:
+    """Whether a checkpoint of FiraAdam was saved by other ranks, another stage, dtype or settings; alike on all ranks.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    optimizer: LowRankOptimizer = engine.basic_optimizer
+    layout, error = None, None
+    if optimizer.communicator.dp_rank == 0:
+        try:
+            files = CheckpointFiles.find(folder, every=False, unpickle=optimizer.unpickle_checkpoints)
+            if files.models:
+                _, state_dict = files.optimizer_state(0)
+                layout = (state_dict or {}).get(KEY, {}).get("layout")
+        except Exception as raised:
+            error = raised
+    agree(optimizer.communicator, error, optimizer.algorithm.name)
+    layout = optimizer.communicator.gather_objects(layout)[0]
+    return layout is not None and layout != optimizer.layout_digest
+
+
+def saved_groups(engine: Any, folder: Path) -> list[SavedGroup]:
+    """The param groups of a checkpoint of FiraAdam, of rank 0, alike on all ranks; none where it does not say.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    optimizer: LowRankOptimizer = engine.basic_optimizer
+    communicator: Communicator = optimizer.communicator
+    saved, error = SavedState(), None
+    if communicator.dp_rank == 0:
+        try:
+            files = CheckpointFiles.find(folder, every=False, unpickle=optimizer.unpickle_checkpoints)
+            _, state_dict = files.optimizer_state(0) if files.models else (None, None)
+            if KEY in (state_dict or {}):
+                saved.add(state_dict)
+        except Exception as raised:
+            error = raised
+    agree(communicator, error, optimizer.algorithm.name)
+    return communicator.gather_objects(saved.groups)[0]
+
+
+def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: dict[str, Any]) -> Any:
+    """Load a checkpoint that was saved by other ranks, another stage, dtype or settings.
+
+    Args:
+        engine: of any stage; its module, optimizer, loss scale and counters are set.
+        folder: of the tag.
+        load_engine_state: DeepSpeed's `_load_checkpoint` of this engine, which does the rest.
+        options: its keyword arguments.
+
+    Returns:
+        What DeepSpeed's returns: the path and the client state.
+
+    Raises:
+        ValueError: the checkpoint does not fit, the same on every rank.
+    """
+    optimizer: LowRankOptimizer = engine.basic_optimizer
+    communicator, stage = optimizer.communicator, engine.zero_optimization_stage()
+    error, saved, rest = None, None, {}
+    try:
+        files = CheckpointFiles.find(folder, unpickle=optimizer.unpickle_checkpoints)
+        saved = files.read()
+        refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
+        with stepped_params(engine):
+            optimizer.restore(saved, weights=True)
+        optimizer.carry_groups(saved)
+        rest = _untrained(files)
+    except Exception as raised:
+        error = raised
+    agree(communicator, error, optimizer.algorithm.name)
+    simple = stage < 3 and len(files.models) == 1 and not _is_partitioned(files)
+    with _overridden(
+        engine,
+        _get_all_ckpt_names=lambda *_: [str(files.models[0])],
+        **({} if simple else {"load_module_state_dict": lambda **_: _load_untrained(engine, rest)}),
+    ):
+        # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
+        path, client_state = load_engine_state(
+            **{**options, "load_optimizer_states": stage > 0, "load_lr_scheduler_states": False}
+        )
+    model = files.model()
+    if options.get("load_lr_scheduler_states", True) and engine.lr_scheduler is not None and model["lr_scheduler"]:
+        schedule = engine.lr_scheduler.state_dict()
+        engine.lr_scheduler.load_state_dict(
+            carry_schedule(model["lr_scheduler"], schedule, saved.groups, optimizer.members)
+        )
+    write_back(engine)
+    _carry_loss_scale(engine.optimizer, files.optimizer_state(0)[0])
+    for key in ("optimizer", "lr_scheduler"):
+        client_state.pop(key, None)
+    if communicator.dp_rank == 0:
+        logger.info(
+            f"FiraAdam: resumed at step {engine.global_steps} on {communicator.dp_size} ranks at ZeRO stage {stage} "
+            f"from {max(1, len(files.optimizers))} files of optimizer states"
+        )
+    return path, client_state
+
+
+@contextmanager
+def stepped_params(engine: Any) -> Iterator[None]:
+    """Where stage 3 keeps the stepped tensors out of the param groups, put them there for a while."""
+    wrapper = getattr(engine, "optimizer", None)
+    if not hasattr(wrapper, "_set_fp32_optimizer_param_groups"):
+        yield
+        return
+    wrapper._set_fp32_optimizer_param_groups()
+    try:
+        yield
+    finally:
+        wrapper._clear_fp32_optimizer_param_groups()
+
+
+@contextmanager
+def _overridden(engine: Any, **methods: Any) -> Iterator[None]:
+    for name, method in methods.items():
+        setattr(engine, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(engine, name)
+
+
+def write_back(engine: Any) -> None:
+    """Give the module the weights of the master copies, as a step does; a collective call."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "update_lp_params"):  # stages 1 and 2
+        wrapper.update_lp_params()
+        wrapper._link_all_hp_params()
+    elif hasattr(wrapper, "fp16_partitioned_groups_flat"):  # stage 3
+        for flat, master, parts in zip(
+            wrapper.fp16_partitioned_groups_flat,
+            wrapper.fp32_partitioned_groups_flat,
+            wrapper.fp16_partitioned_groups,
+            strict=True,
+        ):
+            flat.data.copy_(master.data)
+            for part, values in zip(parts, wrapper.unflatten(flat, parts), strict=True):
+                part.data = values.data
+        if wrapper.persistent_parameters:
+            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+    elif hasattr(wrapper, "fp32_groups"):  # stage 0 in bf16 and fp16
+        for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for param, master in zip(group, masters, strict=True):
+                param.data.copy_(master.data)
+
+
+def _carry_loss_scale(wrapper: Any, saved: dict[str, Any]) -> None:
+    """Go on with the loss scale, and with the steps counted towards the next change of it, if both runs have one."""
+    source: Any = saved.get("loss_scaler", saved)
+    target = getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
+    if target is None or not saved.get("dynamic_loss_scale") or not getattr(wrapper, "dynamic_loss_scale", True):
+        return
+    for name in SCALE_FIELDS:
+        value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+        if value is not None and hasattr(target, name):
+            setattr(target, name, value)
+
+
+def _is_partitioned(files: CheckpointFiles) -> bool:
+    """Whether stage 3 saved it: its model files hold no weights."""
+    return MODEL_FILE.fullmatch(files.models[0].name).groups()[0] is not None
+
+
+def _untrained(files: CheckpointFiles) -> dict[str, Tensor]:
+    """Buffers and frozen weights by name, whole."""
+    models = [files.model(number) for number in range(len(files.models) if _is_partitioned(files) else 1)]
+    found = {name: value for name, value in models[0]["module"].items() if isinstance(value, Tensor)}
+    shapes = models[0].get("frozen_param_shapes") or {}
+    if _is_partitioned(files):
+        for name, shape in shapes.items():
+            whole = torch.cat([model["frozen_param_fragments"][name].reshape(-1) for model in models])
+            found[name] = whole[: shape.numel()].view(shape)
+    return normalized(found)
+
+
+def _load_untrained(engine: Any, values: Mapping[str, Tensor]) -> None:
+    """Set the buffers and the frozen weights; what is trained comes from the master copies. A collective call."""
+    module: nn.Module = engine.module
+    trained = {name for group in engine.basic_optimizer.members for name, _ in group}
+    kept = normalized(module.state_dict(keep_vars=True)).keys()
+    for name, buffer in normalized(dict(module.named_buffers())).items():
+        if name in kept and name in values:
+            buffer.data.copy_(values[name])
+    for name, param in normalized(dict(module.named_parameters())).items():
+        if name not in trained and name in values:
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                if param.numel() == values[name].numel():
+                    param.data.copy_(values[name])
+
+
+def register_checkpoint(attach: Callable[[Any], None]) -> None:
+    """Extend DeepSpeed's loading for engines that train with FiraAdam; again without effect.
+
+    Args:
+        attach: tells an engine's optimizer what lies where, where a checkpoint changes what is projected.
+    """
+    load_checkpoint, load_zero = DeepSpeedEngine._load_checkpoint, DeepSpeedEngine._load_zero_checkpoint
+    if hasattr(load_zero, "__wrapped__"):
+        return
+
+    @functools.wraps(load_checkpoint)
+    def _load_checkpoint(engine: Any, load_dir: str, tag: str, **options: Any) -> Any:
+        engine.fira_has_loaded = False
+        optimizer = engine.basic_optimizer
+        if not isinstance(optimizer, LowRankOptimizer):
+            return load_checkpoint(engine, load_dir, tag, **options)
+        folder = Path(load_dir, str(tag))
+        optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
+        with only_safe_loads(not optimizer.unpickle_checkpoints):
+            if not optimizer.unpickle_checkpoints:
+                # Stage 3 takes the weights from the optimizer's files.
+                require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3)
+            if optimizer_too:
+                project_as_saved(optimizer, saved_groups(engine, folder), functools.partial(attach, engine))
+            if optimizer_too and saved_elsewhere(engine, folder):
+                load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
+                loaded = load_elsewhere(engine, folder, load_engine_state, options)
+                engine.fira_has_loaded = True
+                return loaded
+            if optimizer_too:
+                with stepped_params(engine):
+                    require_own_share(engine, folder)
+            return load_checkpoint(engine, load_dir, tag, **options)
+
+    @functools.wraps(load_zero)
+    def _load_zero_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> bool:
+        if engine.fira_has_loaded:
+            return True
+        optimizer = engine.basic_optimizer
+        ours = isinstance(optimizer, LowRankOptimizer)
+        with only_safe_loads(ours and not optimizer.unpickle_checkpoints):
+            return load_zero(engine, *args, **kwargs)
+
+    DeepSpeedEngine._load_checkpoint = _load_checkpoint
+    DeepSpeedEngine._load_zero_checkpoint = _load_zero_checkpoint

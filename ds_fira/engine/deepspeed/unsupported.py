@@ -1,0 +1,255 @@
+"""What of DeepSpeed FiraAdam does not support: refused before training, on every rank, with one sentence.
+
+docs/compatibility.md lists what is supported and what is refused; `python -m tests.compatibility.matrix` writes it from
+a run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from packaging.version import Version
+from torch import nn
+
+from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
+
+# Options of ZeRO++ and parameter offload: DeepSpeed reads them at stage 3 only, and says nothing at the others.
+STAGE_3_ONLY = {
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False,
+    "zero_hpz_partition_size": 1,
+}
+
+
+def refuse_unsupported(engine: Any) -> None:
+    """Stop before the engine does any work if FiraAdam does not support its config.
+
+    Raises:
+        ValueError: names the setting, its value and what to use instead.
+    """
+    stage = engine.zero_optimization_stage()
+    looks = (_parallelism, _zero_options, _other_blocks, _old_versions)
+    for sentence in itertools.chain.from_iterable(look(engine, stage) for look in looks):
+        raise ValueError(f"{_name(engine)}: {sentence}")
+
+
+def _name(engine: Any) -> str:
+    """What the engine trains with."""
+    if engine.client_optimizer is None:
+        return engine.optimizer_name()
+    return FIRA_ADAM.name if callable(engine.client_optimizer) else type(engine.client_optimizer).__name__
+
+
+def _parallelism(engine: Any, stage: int) -> Iterator[str]:
+    """Sentences about model parallelism that is set."""
+    if isinstance(engine, PipelineEngine):
+        yield (
+            f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
+            "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2."
+        )
+    tensor_parallel = max(engine.autotp_size(), _model_parallel_size(engine.mpu))
+    if tensor_parallel > 1:
+        yield (
+            f"tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not "
+            "supported yet, because a rank would see a part of every matrix; set it to 1."
+        )
+    # AutoEP came with 0.19.
+    if getattr(getattr(engine._config, "expert_parallel_config", None), "enabled", False):
+        yield (
+            "expert_parallel.enabled = True is not supported yet, because its experts have process groups of their "
+            "own; set it to false and train the experts as ordinary parameters."
+        )
+
+
+def _zero_options(engine: Any, stage: int) -> Iterator[str]:
+    """Sentences about options of zero_optimization that are set."""
+    zero = engine._config.zero_config
+    if engine.zero_elastic_checkpoint():
+        yield (
+            "zero_optimization.elastic_checkpoint = True is not supported, because it gives every rank rank "
+            "0's low-rank state on loading; set it to false."
+        )
+    if zero.zenflow is not None:
+        yield "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it."
+    if getattr(zero.offload_optimizer, "super_offload", False):
+        yield (
+            "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam "
+            "on the CPU; set it to false."
+        )
+    if stage > 2:
+        for name in ("offload_optimizer", "offload_param"):
+            if _device(getattr(zero, name)) == "nvme":
+                yield (
+                    f"zero_optimization.{name}.device = 'nvme' is not supported yet, because low-rank states are not "
+                    "swapped; use 'cpu'."
+                )
+        if zero.offload_optimizer is not None and zero.offload_optimizer.ratio != 1.0:
+            yield (
+                f"zero_optimization.offload_optimizer.ratio = {zero.offload_optimizer.ratio} is not supported, because "
+                "the part that stays on the GPU is stepped by torch's AdamW; set it to 1.0."
+            )
+        return
+    for name, off in STAGE_3_ONLY.items():
+        if getattr(zero, name) != off:
+            yield (
+                f"zero_optimization.{name} = {getattr(zero, name)} has no effect at stage {stage}, since DeepSpeed "
+                "reads it at stage 3 only; remove it."
+            )
+    for name, devices in (("offload_optimizer", ("nvme",)), ("offload_param", ("cpu", "nvme"))):
+        device = _device(getattr(zero, name))
+        if device in devices:
+            instead = "use device = 'cpu'" if name == "offload_optimizer" else "remove it"
+            yield (
+                f"zero_optimization.{name}.device = {device!r} has no effect at stage {stage}, since DeepSpeed reads "
+                f"it at stage 3 only; {instead}."
+            )
+
+
+def _old_versions(engine: Any, stage: int) -> Iterator[str]:
+    """Sentences about settings with which DeepSpeed before 0.19 gave wrong gradients on two ranks, or failed."""
+    if Version(deepspeed.__version__) >= Version("0.19"):
+        return
+    if stage == 3:
+        yield (
+            f"zero_optimization.stage = 3 is supported from DeepSpeed 0.19 on, and this is {deepspeed.__version__}; "
+            "use stage 2, or DeepSpeed 0.19."
+        )
+    zero, (dtype, accumulated) = engine._config.zero_config, engine.get_data_types()
+    wrong = {
+        "bf16.enabled = True at stage 0": stage == 0 and dtype == torch.bfloat16,
+        f"data_types.grad_accum_dtype = {engine._config.grad_accum_dtype!r}": dtype != accumulated,
+        "zero_optimization.contiguous_gradients = False": stage > 0 and not zero.contiguous_gradients,
+        "zero_optimization.reduce_scatter = False": stage > 0 and not zero.reduce_scatter,
+    }
+    for setting, is_set in wrong.items():
+        if is_set:
+            yield (
+                f"{setting} is not supported with DeepSpeed {deepspeed.__version__}, which gives wrong gradients with "
+                "it; change the setting, or use DeepSpeed 0.19."
+            )
+
+
+def _other_blocks(engine: Any, stage: int) -> Iterator[str]:
+    """Sentences about other blocks of the config."""
+    config = engine._config
+    if config.load_universal_checkpoint:
+        yield (
+            "checkpoint.load_universal = True is not supported; remove it, load_checkpoint re-shards FiraAdam's state "
+            "by itself."
+        )
+    if config.compile_config.deepcompile:
+        yield (
+            "compile.deepcompile = True is not supported, because its passes replace ZeRO's reduction of gradients; "
+            "set it to false and call engine.compile()."
+        )
+    if config.hybrid_engine.enabled:
+        yield (
+            "hybrid_engine.enabled = True is not supported, because its inference containers hold weights of their "
+            "own; set it to false and generate with the module."
+        )
+    if stage > 0 and _autocast_dtype(config) == torch.float16:
+        # stage_1_and_2.py, `_optimizer_step`: torch.amp.GradScaler.update after every param group.
+        yield (
+            f"torch_autocast.dtype = 'float16' is not supported at stage {stage}, because DeepSpeed changes the loss "
+            "scale from one param group to the next in the same step; use 'bfloat16', or the fp16 block."
+        )
+    # Apex was removed in 0.19.
+    if getattr(config, "amp_enabled", False):
+        yield "amp.enabled = True is not supported; use the bf16 or the fp16 block."
+
+
+def refuse_unsupported_module(module: nn.Module, has_moe_layers: bool) -> None:
+    """Stop if the module gives gradients that FiraAdam cannot take.
+
+    Raises:
+        ValueError: the module has sparse embeddings, complex parameters or DeepSpeed MoE layers.
+    """
+    if has_moe_layers:
+        raise ValueError(
+            "FiraAdam: DeepSpeed MoE layers are not supported yet, because their experts have process groups of their "
+            "own; use a dense model, or one whose experts are ordinary parameters, such as transformers' Mixtral."
+        )
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
+            raise ValueError(f"FiraAdam: {name}.sparse = True gives sparse gradients; build it with sparse=False.")
+    for name, param in module.named_parameters():
+        if param.is_complex():
+            raise ValueError(f"FiraAdam: {name} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
+
+
+def refuse_sharding(algorithm: Algorithm, unprojected: bool, stage: int) -> None:
+    """Stop if ZeRO would take apart what the algorithm's rule has to see whole.
+
+    Args:
+        algorithm: of the optimizer.
+        unprojected: whether it trains anything that is not projected.
+        stage: of ZeRO.
+
+    Raises:
+        ValueError: names the rule and what to use instead.
+    """
+    if algorithm.rule is not None and not algorithm.rule.elementwise and unprojected:
+        raise ValueError(
+            f"{algorithm.name}: zero_optimization.stage = {stage} takes the parameters that are not projected apart, "
+            f"and {algorithm.rule.__name__}.elementwise = False says that they cannot be; use stage 0, or train only "
+            "projected parameters."
+        )
+
+
+class RefusedOptimizer(ValueError, ZeRORuntimeException):
+    """An optimizer object that would not be the one that trains; DeepSpeed's own class for that, and ours."""
+
+
+def refuse_object(engine: Any, optimizer: Any, is_fira: bool) -> None:
+    """Stop if DeepSpeed, or who called it, would train with another optimizer than the FiraAdam that was made.
+
+    Args:
+        engine: that is being built.
+        optimizer: the object it is to train with.
+        is_fira: whether it is a FiraAdam.
+
+    Raises:
+        RefusedOptimizer: the object was made of a FiraAdam's groups, or DeepSpeed wants its own Adam for offload.
+    """
+    remedy = (
+        'give it as "type": "FiraAdam" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = false, which '
+        "keeps the object."
+    )
+    if not is_fira and any("update_proj_gap" in group for group in getattr(optimizer, "param_groups", ())):
+        raise RefusedOptimizer(
+            f"FiraAdam: {type(optimizer).__name__} took the param groups of a FiraAdam, as accelerate does under "
+            f"optimizer offload, and would train without a projection; {remedy}"
+        )
+    if is_fira and engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
+        raise RefusedOptimizer(
+            f"FiraAdam: with optimizer offload DeepSpeed takes no other optimizer object than its own Adam; {remedy}"
+        )
+
+
+def _model_parallel_size(mpu: Any) -> int:
+    # DeepSpeed's own mpu for Ulysses calls its sequence-parallel group the model-parallel one too.
+    if hasattr(mpu, "initialize_sequence_parallel"):
+        return 1
+    for name in ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"):
+        if hasattr(mpu, name):
+            return int(getattr(mpu, name)())
+    return 1
+
+
+def _device(offload: Any) -> str:
+    """The device of an offload block: "none" without one."""
+    return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+
+
+def _autocast_dtype(config: Any) -> torch.dtype | None:
+    """The dtype of torch_autocast where it is enabled."""
+    if not getattr(config, "torch_autocast_enabled", False):
+        return None
+    return config.torch_autocast_dtype

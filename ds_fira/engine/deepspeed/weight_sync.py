@@ -1,0 +1,125 @@
+"""The check of DeepSpeed's engine that the ranks still hold the same weights: `check_sync_every`.
+
+Written against DeepSpeed 0.19.8. What it relies on: `DeepSpeedEngine._take_model_step` makes the optimizer step on
+every rank and counts `global_steps`; at stages 0, 1 and 2 the module's parameters are whole on every rank afterwards.
+
+Ranks that drift apart go unnoticed otherwise: a flipped bit in one GPU's memory, a kernel that is not deterministic at
+stage 0, a script that changes weights on one rank. Each rank goes on with its own weights, and averages gradients of
+different models.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from ds_fira.engine.deepspeed import tensor_hash
+from ds_fira.optim.base import LowRankOptimizer
+
+_CHECKED = "_fira_sync"
+# Steps between two comparisons at stage 0, unless `check_sync_every` is given: about 0.02% of a training step there
+# (docs/monitoring.md).
+DEFAULT = 100
+
+
+def register_sync() -> None:
+    """Let every engine whose FiraAdam has `check_sync_every`, or is at stage 0, compare its weights over the ranks.
+
+    Called by `import ds_fira`, and again without effect. Other engines go on as before.
+    """
+    if hasattr(DeepSpeedEngine._take_model_step, _CHECKED):
+        return
+    configure = DeepSpeedEngine._configure_optimizer
+    take_model_step = DeepSpeedEngine._take_model_step
+
+    @functools.wraps(configure)
+    def _configure_optimizer(engine: Any, *args: Any, **kwargs: Any) -> None:
+        configure(engine, *args, **kwargs)
+        every = _interval(engine)
+        if every:
+            refuse_partitioned_weights(engine.zero_optimization_stage(), every)
+
+    @functools.wraps(take_model_step)
+    def _take_model_step(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        result = take_model_step(engine, *args, **kwargs)
+        every = _interval(engine)
+        if every and engine.global_steps % every == 0:
+            check_sync(engine)
+        return result
+
+    setattr(_take_model_step, _CHECKED, True)
+    DeepSpeedEngine._configure_optimizer = _configure_optimizer
+    DeepSpeedEngine._take_model_step = _take_model_step
+
+
+def refuse_partitioned_weights(stage: int, every: int) -> None:
+    """Stop where no rank holds whole weights.
+
+    Args:
+        stage: of ZeRO.
+        every: `check_sync_every`, above 0.
+
+    Raises:
+        ValueError: the stage is 3.
+    """
+    if stage == 3:
+        raise ValueError(
+            f"FiraAdam: check_sync_every = {every} has nothing to compare at zero_optimization.stage = 3, where every "
+            "weight is held by one rank alone; set it to 0, or use stage 0, 1 or 2."
+        )
+
+
+def check_sync(engine: Any) -> None:
+    """Compare the weights of all data-parallel ranks to the bit; a collective call.
+
+    One number for each rank is compared; only where they differ are those of all parameters gathered.
+
+    Args:
+        engine: a DeepSpeed engine that trains with FiraAdam, at stage 0, 1 or 2.
+
+    Raises:
+        RuntimeError: they differ; on every rank, one sentence with the step, the parameters, the ranks, the remedy.
+    """
+    optimizer = engine.basic_optimizer
+    communicator = optimizer.communicator
+    if communicator.dp_size == 1:
+        return
+    names, tensors = zip(*_replicated(engine, optimizer), strict=True)
+    hashes = tensor_hash.hash_tensors(tensors)
+    if communicator.all_equal(tensor_hash.combine(hashes)):
+        return
+    difference = tensor_hash.describe_difference(names, communicator.gather_objects(hashes.tolist()))
+    given = optimizer.check_sync_every
+    default = " (the default at stage 0; 0 switches it off)" if given is None else ""
+    raise RuntimeError(
+        f"FiraAdam: check_sync_every = {_interval(engine)}{default} found at step {engine.global_steps} that the ranks "
+        f"no longer hold the same weights, {difference} of the data-parallel group: load the last checkpoint from "
+        "before, and where it happens again check the memory of that machine and what changes weights on one rank only."
+    )
+
+
+def _interval(engine: Any) -> int:
+    """Steps from one comparison to the next, 0 for none."""
+    optimizer = getattr(engine, "basic_optimizer", None)
+    if not isinstance(optimizer, LowRankOptimizer):
+        return 0
+    if optimizer.check_sync_every is None:
+        return DEFAULT if engine.zero_optimization_stage() == 0 else 0
+    return optimizer.check_sync_every
+
+
+def _replicated(engine: Any, optimizer: LowRankOptimizer) -> list[tuple[str, Tensor]]:
+    """What every rank has to hold alike: the module's parameters, frozen ones too, and at stage 0 the master copies."""
+    found = list(engine.module.named_parameters())
+    if optimizer.replicated:
+        own = {id(param) for _, param in found}
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        found += [
+            (f"master copy of {record.name or i}", param)
+            for i, (param, record) in enumerate(zip(params, optimizer.inventory, strict=True))
+            if id(param) not in own
+        ]
+    return found

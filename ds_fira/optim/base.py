@@ -1,0 +1,221 @@
+"""The optimizers of this package as `torch.optim.Optimizer`, alone or inside DeepSpeed: what all of them share.
+
+Alone, a parameter is one matrix, or several (3-D expert tensors). Inside ZeRO a parameter is a flat partition, and
+`bind` tells which matrices lie in it, whole or cut. Both take the same path: a list of `MatrixTask`, refreshed, then
+updated one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fira.core.algorithms import KEY
+from ds_fira.core.param_shape import numel_of, shape_of
+from ds_fira.observe.metrics import StepMetrics
+from ds_fira.observe.scaling_recorder import ScalingRecorder
+from ds_fira.optim.param_groups import by_kind, group_defaults, ranked_groups
+from ds_fira.optim.settings import check_params, group_settings, refuse_foreign, without_torch_options
+from ds_fira.optim.state_size import ParamRecord
+from ds_fira.optim.stateful import settings_of
+from ds_fira.optim.stepping import Stepping
+from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.geometry import matrices_of
+from ds_fira.sharding.plan import GroupLayout
+from ds_fira.sharding.projection import PROJECT_FULL_RANK, warn_of_costly_ranks
+from ds_fira.sharding.refresher import Refresher
+
+
+class LowRankOptimizer(Stepping):
+    """What the optimizers of this package have in common: low-rank states for matrices, and the same for the rest.
+
+    Param groups with a `rank` are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
+    stepped by the same rule without a projection. Where no group has a rank, the constructor's applies to all of them,
+    as `ds_fira.optim.param_groups.ranked_groups` says.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or param groups; groups may set every argument but
+            `target_modules`, `check_sync_every`, `record_scaling_factors` and `unpickle_checkpoints` for themselves.
+        **given: settings of the algorithm.
+
+    Attributes:
+        algorithm: what the optimizer is; of the class.
+
+    Raises:
+        ValueError: a value is out of range, there is no rank, nothing is to be projected, or a parameter cannot be.
+    """
+
+    def __init__(self, params: Iterable[Any], **given: Any) -> None:
+        if "max_group_bytes" in given:
+            raise ValueError(
+                f"{self.algorithm.name}: max_group_bytes = {given['max_group_bytes']!r} is a setting of DeepSpeed "
+                "configs; remove it here."
+            )
+        settings = check_params(given, algorithm=self.algorithm)
+        params = [params] if isinstance(params, Tensor) else list(params)
+        self._reset_runtime()
+        self.given: list[dict[str, Any]] = []
+        self.check_sync_every = settings["check_sync_every"]
+        self.unpickle_checkpoints = settings["unpickle_checkpoints"]
+        if settings["record_scaling_factors"]:
+            self.recorder = ScalingRecorder(settings["record_scaling_factors"])
+        if params:
+            params = ranked_groups(params, settings["rank"], settings["target_modules"], self.algorithm.name)
+        super().__init__(params, {**group_defaults(settings), **self.algorithm.group_values})
+        warn_of_costly_ranks(self.param_groups)
+
+    def _reset_runtime(self) -> None:
+        """What does not travel with a state dict, a pickle or a copy."""
+        self.suspended = False
+        self.check_sync_every = 0
+        self.unpickle_checkpoints = False
+        self.recorder: ScalingRecorder | None = None
+        self._recording = False
+        self.metrics = StepMetrics()
+        # Set where the optimizer runs inside an engine.
+        self.communicator: Communicator | None = None
+        self.layouts: list[GroupLayout] = []
+        self.inventory_of_module: list[ParamRecord] | None = None
+        self.gradient_dtypes: dict[Tensor, torch.dtype] = {}
+        self._reset_places()
+        self._refresher = Refresher(self.metrics)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Also called by load_state_dict, on an optimizer that knows its place already.
+        fresh = "_bindings" not in self.__dict__
+        if fresh:
+            self._reset_runtime()
+        super().__setstate__(state)
+        for group in self.param_groups:
+            # Of version 0.1.0, which projected at any rank.
+            group.setdefault(PROJECT_FULL_RANK, True)
+        if fresh:
+            self.given = [settings_of(group) for group in self.param_groups]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as in `torch.optim`, its own settings checked.
+
+        Raises:
+            ValueError: a setting is out of range, a parameter is complex, or one in a group with a rank has neither 2
+                nor 3 dimensions.
+        """
+        self._refuse_algorithm(param_group)
+        own = {name: param_group[name] for name in group_settings(self.algorithm) if name in param_group}
+        where = f"{self.algorithm.name} param group"
+        without_torch_options(param_group, where)
+        checked = check_params(own, where, self.algorithm)
+        param_group = {**param_group, **{name: checked[name] for name in own}}
+        if "rank" in own and own["rank"] is None:
+            del param_group["rank"]
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # Kept apart from the group, whose values a scheduler or the user may change in the course of a run.
+        self.given.append(settings_of(group))
+        for param in group["params"]:
+            if param.is_complex():
+                raise ValueError(
+                    f"{self.algorithm.name}: a parameter of dtype {param.dtype} cannot be optimized; use "
+                    "its torch.view_as_real."
+                )
+            if "rank" in group and numel_of(param) > 0:
+                matrices_of("", shape_of(param))
+
+    def _refuse_algorithm(self, param_group: dict[str, Any]) -> None:
+        """Stop if a group says that another optimizer of this package is to step it."""
+        name, own = param_group.get(KEY, self.algorithm.name), self.algorithm.group_values
+        if name != self.algorithm.name:
+            raise ValueError(
+                f"{self.algorithm.name} param group: {KEY} = {name!r} belongs to another optimizer; make the group "
+                "anew."
+            )
+        others = {key: value for key, value in param_group.items() if key not in own or own[key] != value}
+        refuse_foreign(others, f"{self.algorithm.name} param group", self.algorithm)
+
+    def separate(self) -> None:
+        """Split groups with a rank that projects some of their matrices only: a flat partition has to be of one kind.
+
+        Not where a scheduler holds a list of one learning rate a group.
+        """
+        if any("initial_lr" in group for group in self.param_groups):
+            return
+        groups, given = self.param_groups, self.given
+        parts = [by_kind(group, group) for group in groups]
+        self.given = [dict(own) for own, kinds in zip(given, parts, strict=True) for _ in kinds]
+        groups[:] = [part for kinds in parts for part in kinds]
+
+    def project_full_rank(self, values: Mapping[int, bool]) -> None:
+        """Set `project_full_rank` of groups, by their numbers, and forget what lies where."""
+        for number, value in values.items():
+            self.param_groups[number][PROJECT_FULL_RANK] = value
+        self._reset_places()
+
+    def replicate(self, communicator: Communicator) -> None:
+        """Say that all ranks of `communicator` hold the same parameters, so that each basis is computed once for "
+        "all.
+        """
+        self._refresher.replicas = communicator if communicator.dp_size > 1 else None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step with the gradients as they are.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, None without one.
+
+        Raises:
+            ValueError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.suspended:
+            return loss
+        for group in map(with_number, self.param_groups):
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                _require_dense(param)
+            if params:
+                number = self.metrics.count_step(params[0])
+                self._recording = self.recorder is not None and self.recorder.due(number)
+                if self._recording and self.communicator is None:
+                    self.recorder.watch_alone(self.param_groups)
+            if "rank" in group:
+                self._step_projected([param for param in params if self._projects(param, group)], group)
+            for param in params:
+                if not self._projects(param, group):
+                    self._step_plain(param, group)
+                    if self._recording:
+                        self.recorder.full_rank(param, group, self.state[param])
+        return loss
+
+    @property
+    def inventory(self) -> list[ParamRecord]:
+        """The parameters that are optimized, over all ranks."""
+        if self.inventory_of_module is not None:
+            return self.inventory_of_module
+        return [ParamRecord.of("", shape_of(p), group) for group in self.param_groups for p in group["params"]]
+
+    @property
+    def replicated(self) -> bool:
+        """Whether other ranks hold the same parameters and states."""
+        return self._refresher.replicas is not None
+
+
+def with_number(group: dict[str, Any]) -> dict[str, Any]:
+    """A param group whose learning rate is a number, read now where it is a tensor."""
+    return {**group, "lr": float(group["lr"])} if isinstance(group["lr"], Tensor) else group
+
+
+def _require_dense(param: Tensor) -> None:
+    if param.grad.is_sparse or param.grad.layout != torch.strided:
+        raise ValueError(
+            f"FiraAdam: the gradient of a parameter of shape {tuple(param.shape)} has layout {param.grad.layout}, "
+            "which has no low-rank form here; build the embedding with sparse=False."
+        )

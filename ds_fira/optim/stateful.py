@@ -1,0 +1,297 @@
+"""An optimizer whose state knows what it is the state of, so that it can be saved and taken up anywhere."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ds_fira.checkpoint.named_state import KEY, SavedState, TensorSlices, describe, described
+from ds_fira.checkpoint.reconcile import Members, carry_values, refuse_changed_structure, saved_projection
+from ds_fira.checkpoint.restore import refuse_other_states, restore
+from ds_fira.checkpoint.slices import Piece, state_slices
+from ds_fira.core import quantization
+from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
+from ds_fira.core.state import STEP, allocate, compute_dtype, host_key
+from ds_fira.observe.scaling_recorder import ScalingRecorder
+from ds_fira.optim.settings import group_settings
+from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.geometry import matrices_of
+from ds_fira.sharding.local_matrices import LocalMatrices
+from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
+from ds_fira.sharding.refresher import Refresher
+
+# AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
+SMALL_PARAM = 4096
+# Where the recorded scaling factors are in the description of a state dict.
+RECORD = "scaling_factors"
+
+
+def settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the optimizer that a param group has."""
+    found = {name: group[name] for name in group_settings(algorithm_of(group)) if name in group}
+    # A number at this moment, where it is a tensor that may change.
+    return {**found, "lr": float(found["lr"])} if isinstance(found.get("lr"), Tensor) else found
+
+
+class Resumable(Optimizer):
+    """The part of an optimizer that owns its state, saves it and loads it.
+
+    Attributes:
+        algorithm: what it is.
+        given: of every param group, the settings it was made with.
+        members: of every param group, names and shapes of its parameters over all ranks; empty where no engine says.
+        pieces: by stepped tensor, what it holds of them.
+        layout_digest: of what lies where on all ranks; "" where no engine says.
+    """
+
+    algorithm: Algorithm = FIRA_ADAM
+    given: list[dict[str, Any]]
+    communicator: Communicator | None
+    recorder: ScalingRecorder | None
+    _refresher: Refresher
+
+    def _reset_places(self) -> None:
+        self.members: list[Members] = []
+        self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
+        self.layout_digest = ""
+        self._bindings: dict[Tensor, LocalMatrices] = {}
+        self._alone: dict[Tensor, LocalMatrices] = {}
+
+    def bind(self, param: Tensor, binding: LocalMatrices) -> None:
+        """Say which matrices lie in a flat parameter; called once the parameter is final, before its first step."""
+        self._bindings[param] = binding
+
+    def _binding(self, param: Tensor) -> LocalMatrices:
+        if param in self._bindings:
+            return self._bindings[param]
+        if param not in self._alone:
+            matrices = tuple(matrices_of("", tuple(param.shape)))
+            first = sum(len(binding.whole) for binding in self._alone.values())
+            indices = tuple(range(first, first + len(matrices)))
+            self._alone[param] = LocalMatrices(matrices, indices, batched=param.ndim == 3)
+        return self._alone[param]
+
+    def _projects(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a stepped tensor has low-rank states. A flat partition has them where its matrices were bound."""
+        return param in self._bindings or is_projected(param.shape, group)
+
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of one parameter, allocated."""
+        state = self.state[param]
+        if not state:
+            state.update(self._allocated(param, group, param))
+        return state
+
+    def _allocated(self, param: Tensor, group: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
+        """A new state of one parameter, in tensors of the device and dtype that suit `like`, of the same shape."""
+        if self._projects(param, group):
+            binding = self._binding(param)
+            state = allocate(like, binding.shapes, group, binding.batched)
+            if binding.lean is not None:
+                state.update(binding.lean.allocate(like, group))
+            return state
+        state = {STEP: torch.zeros((), dtype=torch.int64)}
+        state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
+        for key, kind in self.algorithm.states.items():
+            stored = quantization.allocate(
+                tuple(param.shape),
+                (),
+                state_dtype,
+                dtype=compute_dtype(like.dtype),
+                device=like.device,
+                signed=kind != "second",
+            )
+            state.update({key + suffix: value for suffix, value in stored.items()})
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in `torch.optim`, with a description of what the tensors hold; tensors, numbers, strings, lists, dicts."""
+        result = super().state_dict()
+        places = [self._places(param, group) for group in self.param_groups for param in group["params"]]
+        states = [result["state"].get(number, {}) for group in result["param_groups"] for number in group["params"]]
+        result[KEY] = describe(self.layout_digest, self.given, self._members(), places, states, self.algorithm)
+        if self.recorder is not None and self.communicator is None:
+            # Inside an engine the record goes over ranks, and `ds_fira.engine.deepspeed.save_load.client_state` saves
+            # it.
+            result[KEY][RECORD] = self.recorder.state_dict()
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict as in `torch.optim`, every state in the dtype it was saved in.
+
+        `torch.optim.Optimizer` casts floating state to the parameter's dtype and moves counters to its device. Values
+        of param groups are those saved, but for settings that this optimizer was given otherwise than the one that
+        saved: these keep their new values, with a warning. Another `state_dtype` converts the states.
+
+        Raises:
+            ValueError: the state was made with another rank, side or shape of a matrix, or for other ranks, or a part
+                of it is missing; nothing is changed.
+        """
+        given = [dict(group) for group in self.param_groups]
+        saved, members, convert = self.require_fit(state_dict)
+        super().load_state_dict(state_dict)
+        self._refresher.forget_counts()
+        if self.recorder is not None and self.communicator is None:
+            self.recorder.load_state_dict(state_dict.get(KEY, {}).get(RECORD))
+        if saved is not None:
+            for group, own in zip(self.param_groups, given, strict=True):
+                params = group.pop("params")
+                group.update({**own, "params": params})
+            self.carry_groups(saved, [list(group.members.items()) for group in saved.groups])
+        if convert:
+            self.restore(saved, weights=False, members=members)
+            return
+        saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+        owners = {param: group for group in self.param_groups for param in group["params"]}
+        for saved_id, param in zip(saved_ids, owners, strict=True):
+            values = state_dict["state"].get(saved_id, {})
+            for key, value in values.items():
+                # AdamW counts every step, so its count is the host's.
+                on_host = host_key(key) or (key == STEP and not self._projects(param, owners[param]))
+                device = torch.device("cpu") if on_host else param.device
+                self.state[param][key] = value.detach().to(device=device, copy=True)
+
+    def require_fit(self, state_dict: dict[str, Any]) -> tuple[SavedState | None, list[Members], bool]:
+        """Check all that `load_state_dict` relies on, and change nothing.
+
+        Returns:
+            What was learned, by name, where the state dict says of what its tensors are; the members of the groups now
+            under the names that they had; whether states have to be converted to another dtype.
+
+        Raises:
+            ValueError: as of `load_state_dict`.
+        """
+        counts = [len(group["params"]) for group in state_dict["param_groups"]]
+        own = [len(group["params"]) for group in self.param_groups]
+        saved, members, convert = None, self._members(), False
+        if KEY in state_dict:
+            plain = described(state_dict)
+            saved = SavedState()
+            saved.add(state_dict)
+            listed = [[(name, tuple(shape)) for name, shape in group] for group in plain["members"]]
+            if len(listed) == len(members):
+                # By position, as torch does: alone, names are only positions.
+                members = self._renamed(listed)
+                refuse_changed_structure(saved.groups, self.param_groups, members)
+            refuse_other_states(saved, self.algorithm)
+            if plain["layout"] != self.layout_digest:
+                raise ValueError(
+                    f"{self.algorithm.name}: this state dict is a rank's share of a run on other ranks, or with other "
+                    "settings; load it through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."
+                )
+            convert = any(
+                group["state_dtype"] != before["state_dtype"]
+                for group, before in zip(self.given, plain["settings"], strict=False)
+            )
+        if counts != own:
+            raise ValueError(
+                f"{self.algorithm.name}: the state dict has param groups of {counts} tensors, and the optimizer of "
+                f"{own}; build the same groups as the run that saved."
+            )
+        params = [(param, group) for group in self._grouped_as(saved, members) for param in group["params"]]
+        if saved is not None:
+            places = [self._places(param, group, members).to_plain() for param, group in params]
+            if places != plain["places"]:
+                raise ValueError(
+                    f"{self.algorithm.name}: this state dict is another rank's share of the run; load each rank's own."
+                )
+        if not convert:
+            self._require_states(state_dict, params)
+        return saved, members, convert
+
+    def _grouped_as(self, saved: SavedState | None, members: list[Members]) -> list[dict[str, Any]]:
+        """The param groups as they will be: what had low-rank states at full rank when it was saved, keeps them."""
+        if saved is None:
+            return self.param_groups
+        wanted = [
+            saved_projection(saved.groups, group, listed, self.algorithm.name)
+            for group, listed in zip(self.param_groups, members, strict=True)
+        ]
+        return [
+            group if value is None else {**group, PROJECT_FULL_RANK: value}
+            for group, value in zip(self.param_groups, wanted, strict=True)
+        ]
+
+    def _require_states(self, state_dict: dict[str, Any], params: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Stop unless every state that there is has the tensors, of the shapes, that this optimizer gives it."""
+        ids = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for position, (number, (param, group)) in enumerate(zip(ids, params, strict=True)):
+            state = state_dict["state"].get(number)
+            if not state:
+                continue
+            expected = self._allocated(param, group, torch.empty_like(param, device="meta"))
+            found = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in state.items()}
+            wanted = {key: tuple(value.shape) for key, value in expected.items()}
+            if found != wanted:
+                key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+                raise ValueError(
+                    f"{self.algorithm.name}: the state of parameter {position} of shape {tuple(param.shape)} has "
+                    f"{key} of shape {found.get(key)} where {wanted.get(key)} belongs; load the state that this model "
+                    "and these settings made."
+                )
+
+    def restore(self, saved: SavedState, *, weights: bool, members: list[Members] | None = None) -> None:
+        """Take over what a run had learned, on whatever ranks it ran; its structure has been checked.
+
+        Args:
+            saved: read from the state dicts of all its ranks.
+            weights: whether the stepped tensors are filled too.
+            members: of every param group, the names by which `saved` knows its parameters; None for its own.
+
+        Raises:
+            ValueError: a part of it is missing.
+        """
+        owners = {param: group for group in self.param_groups for param in group["params"]}
+        self.state.clear()
+        restore(
+            saved,
+            [(param, self._places(param, group, members)) for param, group in owners.items()],
+            lambda param: self._state_of(param, owners[param]),
+            weights=weights,
+            algorithm=self.algorithm,
+        )
+        self._refresher.forget_counts()
+
+    def carry_groups(self, saved: SavedState, members: list[Any] | None = None) -> None:
+        """Give the param groups the values they had, and say which settings keep a new value instead."""
+        notes = carry_values(saved.groups, self.param_groups, members or self._members(), self.given)
+        if notes and (self.communicator is None or self.communicator.dp_rank == 0):
+            warnings.warn(
+                f"{self.algorithm.name}: the resumed run has other settings: {'; '.join(notes)}.", stacklevel=3
+            )
+
+    def _members(self) -> list[list[tuple[str, tuple[int, ...]]]]:
+        """By group, names and shapes of its parameters; alone without names, their numbers in the state dict."""
+        if self.members:
+            return self.members
+        found: list[list[tuple[str, tuple[int, ...]]]] = []
+        for group in self.param_groups:
+            first = sum(len(listed) for listed in found)
+            names = group.get("param_names") or [str(first + i) for i in range(len(group["params"]))]
+            found.append([(name, tuple(p.shape)) for name, p in zip(names, group["params"], strict=True)])
+        return found
+
+    def _renamed(self, members: list[Any]) -> list[Any]:
+        """Own members under the names of saved ones, position by position."""
+        own = self._members()
+        return [
+            [(theirs[0], mine[1]) for theirs, mine in zip(a, b, strict=False)] + list(b[len(a) :])
+            for a, b in zip(members, own, strict=True)
+        ]
+
+    def _places(self, param: Tensor, group: dict[str, Any], members: list[Members] | None = None) -> TensorSlices:
+        pieces = self.pieces.get(param)
+        if pieces is None:
+            # Alone the names are found by position.
+            listed = zip(self.param_groups, members or self._members(), strict=True)
+            names = {id(p): name for g, named in listed for p, (name, _) in zip(g["params"], named, strict=True)}
+            pieces = (Piece(names[id(param)], 0, 0, param.numel()),)
+        if not self._projects(param, group):
+            return TensorSlices(pieces, ())
+        # Where the binding is of one parameter, it does not know the name.
+        prefix = "" if param in self._bindings else pieces[0].name
+        return TensorSlices(pieces, tuple(state_slices(self._binding(param), group, prefix)))

@@ -1,0 +1,261 @@
+"""What the ranks tell each other outside of collectives, through the store of torch.distributed: that one has failed.
+
+A rank that raises in a step leaves the others in a collective that it will never join, until the timeout of minutes.
+So it publishes what went wrong, and a thread in every process looks for that about twice a second. A failure that all
+ranks have at the same place, such as a refused setting, ends in the exception of each; a rank that did not fail there
+itself ends with the sentence of the one that did:
+
+- its next call of the engine raises it, and so does the collective that it waits in where that can be interrupted:
+  the other process ended and closed its connections, or the backend (NCCL) can abort;
+- where nothing interrupts it (gloo, and the other process lives on because its caller caught the exception), the
+  thread prints the sentence and ends the process with status 1.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed import distributed_c10d
+
+from ds_fira.runtime.contact import is_lost_contact, tell_lost_contact
+
+POLL = 0.5  # seconds from one look at the store to the next
+GRACE = 2.0  # seconds in which a rank may still fail at the same place by itself
+ABORT = 2.0  # seconds for an abort to take effect, before the process is ended
+ACKNOWLEDGED = 5.0  # seconds for which a rank that failed waits until the others know, since it may hold the store
+LONGEST = 1000  # characters of an error's text that are passed on
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed, and said why."""
+
+    says_why = True  # to whoever ends because of it
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What one rank tells the others.
+
+    Attributes:
+        rank: of the process, in all.
+        place: where, the same on every rank that gets there.
+        sentence: what the others raise.
+    """
+
+    rank: int
+    place: str
+    sentence: str
+
+
+@dataclass
+class Peers:
+    """The other processes of a training.
+
+    Attributes:
+        store: a client of its own, or the process group's where a store cannot be cloned.
+        rank: of this process.
+        world_size: processes.
+    """
+
+    store: Any
+    rank: int
+    world_size: int
+    _process: int = field(default_factory=os.getpid)
+    _own: set[str] = field(default_factory=set)
+    _known: list[Failure] = field(default_factory=list)
+    _raised: threading.Event = field(default_factory=threading.Event)
+    _ending: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+    _aborted: bool = False
+
+    def start(self) -> None:
+        """Begin to look for failures of others."""
+        seen = self.store.add("failures", 0)
+        self._thread = threading.Thread(target=self._watch, args=(seen,), name="ds_fira.runtime.lost_peer", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; it must not be inside the store when the interpreter ends."""
+        self._ending.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(5.0)
+
+    def failure(self, place: str | None = None) -> Failure | None:
+        """The first failure known of another rank at a place where this rank did not fail; not at `place`."""
+        return next((each for each in self._known if each.place not in (place, *self._own)), None)
+
+    def check(self, place: str | None = None) -> None:
+        """Raise where another rank failed, unless at `place`, where this one may do so by itself.
+
+        Raises:
+            PeerFailed: with the sentence of the rank that failed.
+        """
+        failure = self.failure(place)
+        if failure is not None:
+            self._raise(failure)
+
+    def publish(self, place: str, sentence: str, listening: int | None = None) -> None:
+        """Tell the others that this rank failed, and wait a moment until they know.
+
+        Args:
+            place: where, the same on every rank that gets there; told once.
+            sentence: what the others raise.
+            listening: ranks that look for failures, this one among them; None for all.
+        """
+        if place in self._own or self._process != os.getpid():
+            return
+        self._own.add(place)
+        deadline = time.monotonic() + ACKNOWLEDGED
+        with contextlib.suppress(Exception):  # the store may be gone, and the error that is being raised counts
+            number = self.store.add("failures", 1)
+            self.store.set(f"failure/{number}", json.dumps([self.rank, place, sentence]))
+            while (
+                self.store.add(f"known/{number}", 0) < (listening or self.world_size) - 1
+                and time.monotonic() < deadline
+            ):
+                time.sleep(0.02)
+
+    def settle(self, error: Exception, place: str | None, doing: str, name: str) -> None:
+        """Say what an error on this rank means for the others, or which other rank's failure it comes from.
+
+        Args:
+            error: that was raised, and goes on to the caller.
+            place: as in `publish`; None for a part of the training whose errors are the user's own, not published.
+            doing: for the sentence, as in "in step 12".
+            name: of the optimizer.
+
+        Raises:
+            PeerFailed: it follows from the failure of another rank.
+        """
+        if isinstance(error, PeerFailed):
+            return
+        if is_lost_contact(error) or self._aborted:
+            failure = self.failure()
+            if failure is not None:
+                self._raise(failure, error)
+        elif place is not None:
+            self.publish(place, sentence_of(self.rank, doing, error, name))
+
+    def _raise(self, failure: Failure, cause: BaseException | None = None) -> None:
+        self._raised.set()
+        raise PeerFailed(failure.sentence) from cause
+
+    def _watch(self, seen: int) -> None:
+        overdue: list[tuple[float, Failure]] = []
+        while not self._ending.wait(POLL):
+            try:
+                count = self.store.add("failures", 0)
+                while seen < count:
+                    seen += 1
+                    failure = Failure(*json.loads(self.store.get(f"failure/{seen}")))
+                    if failure.rank != self.rank:
+                        self._known.append(failure)
+                        self.store.add(f"known/{seen}", 1)
+                        overdue.append((time.monotonic() + GRACE, failure))
+            except Exception:  # the process that held the store is gone
+                if not self._known:
+                    return
+            for deadline, failure in overdue:
+                if time.monotonic() > deadline and failure.place not in self._own:
+                    self._end(failure)
+                    return
+
+    def _end(self, failure: Failure) -> None:
+        """End this process: by an exception where its collective can be interrupted, else at once."""
+        if not self._raised.is_set():
+            self._aborted = True
+            _abort_collectives()
+        # A main thread that has raised the sentence may close its files and end by itself, or live on.
+        if self._raised.wait(ABORT) or self._ending.is_set():
+            return
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        print(failure.sentence, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def sentence_of(rank: int, doing: str, error: BaseException, name: str) -> str:
+    """What the other ranks raise.
+
+    Args:
+        rank: that failed.
+        doing: when, as in "in step 12".
+        error: that it raised.
+        name: of the optimizer.
+    """
+    text = " ".join(str(error).split())[:LONGEST]
+    return (
+        f"{name}: rank {rank} failed {doing}, so every rank ends (mend what it says, then go on from the newest "
+        f"complete checkpoint): {type(error).__name__}: {text}"
+    )
+
+
+def _abort_collectives() -> None:
+    """Interrupt what this process waits for; gloo of torch 2.13 cannot."""
+    for group in list(distributed_c10d._world.pg_names):
+        with contextlib.suppress(Exception):
+            group.abort()
+
+
+_current: tuple[Any, Peers] | None = None
+
+
+def current() -> Peers | None:
+    """The other processes of the default process group, watched from the first call on; None where there are none."""
+    global _current
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    group = distributed_c10d._get_default_group()
+    if _current is None or _current[0] is not group:
+        stop()
+        store = open_store()
+        if store is None:
+            return None
+        _current = (group, Peers(store, torch.distributed.get_rank(), torch.distributed.get_world_size()))
+        _current[1].start()
+        tell_lost_contact(_tell)
+    return _current[1]
+
+
+def open_store() -> Any:
+    """The part of torch.distributed's store that is ours, through a connection of its own; None where there is none."""
+    if not torch.distributed.is_initialized():
+        return None
+    store = distributed_c10d._get_default_store()
+    if store is None:  # MPI has none
+        return None
+    # What waits in one client of the store keeps out whatever else uses it.
+    return torch.distributed.PrefixStore("ds_fira", store.clone() if hasattr(store, "clone") else store)
+
+
+def stop() -> None:
+    """No longer look for failures of other processes; `current` begins anew."""
+    global _current
+    if _current is not None:
+        _current[1].stop()
+        _current = None
+
+
+def _tell(error: BaseException, lost: bool) -> str | None:
+    """For a process that an error ends: the sentence of the rank that caused it, or this rank's, told to the others."""
+    if _current is None or getattr(error, "says_why", False):
+        return None
+    peers = _current[1]
+    if lost:
+        failure = peers.failure()
+        return None if failure is None else failure.sentence
+    if not peers._own:
+        peers.publish("the end", sentence_of(peers.rank, "and ended", error, "ds_fira"))
+    return None
+
+
+atexit.register(stop)

@@ -1,0 +1,81 @@
+"""What one rank has to do with a matrix that is stepped the lean way, looked up once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_fira.sharding.geometry import MatrixShard
+from ds_fira.sharding.row_blocks import RowBlock, row_blocks
+from ds_fira.sharding.split_matrix import SplitMatrix, Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class LocalShardPlan:
+    """What one rank has to do with a lean matrix, as the plan says.
+
+    Attributes:
+        matrix: the cut matrix.
+        position: its number among the cuts of its group; marks its states and messages.
+        number: its number in the model; `stagger` goes by it.
+        dp_rank: the rank.
+        fragment: what the rank holds of it.
+        pieces: the fragment in blocks of rows.
+        region: the entries of R that the rank works on.
+        kept: those of them that it keeps, with their moments.
+        borrowed: those that it borrows, by keeper in ascending order.
+        lent: those that others borrow of it.
+        basis_rows: the rows of P that the rank holds.
+        basis_span: the rows of P that it works with.
+        basis_borrowed: those of them that it borrows for a step.
+        basis_lent: those that others borrow of it.
+    """
+
+    matrix: SplitMatrix
+    position: int
+    number: int
+    dp_rank: int
+    fragment: MatrixShard
+    pieces: tuple[RowBlock, ...]
+    region: range
+    kept: range
+    borrowed: tuple[Transfer, ...]
+    lent: tuple[Transfer, ...]
+    basis_rows: range
+    basis_span: range
+    basis_borrowed: tuple[Transfer, ...]
+    basis_lent: tuple[Transfer, ...]
+
+    @classmethod
+    def of(cls, matrix: SplitMatrix, position: int, number: int, dp_rank: int) -> LocalShardPlan:
+        """The share of a rank that holds a fragment of the matrix."""
+        fragment = matrix.by_rank[dp_rank]
+        links, basis_links = list(matrix.links(dp_rank)), list(matrix.basis_links(dp_rank))
+        return cls(
+            matrix=matrix,
+            position=position,
+            number=number,
+            dp_rank=dp_rank,
+            fragment=fragment,
+            pieces=row_blocks(fragment),
+            region=matrix.region(dp_rank),
+            kept=matrix.kept(dp_rank),
+            borrowed=tuple(link for link in links if link.borrower == dp_rank),
+            lent=tuple(link for link in links if link.keeper == dp_rank),
+            basis_rows=matrix.basis_rows(dp_rank),
+            basis_span=matrix.basis_span(dp_rank),
+            basis_borrowed=tuple(link for link in basis_links if link.borrower == dp_rank),
+            basis_lent=tuple(link for link in basis_links if link.keeper == dp_rank),
+        )
+
+    @property
+    def owns(self) -> bool:
+        """Whether this rank computes the basis, and counts the matrix in the metrics."""
+        return self.dp_rank == self.matrix.owner
+
+    @property
+    def low_rank_shape(self) -> tuple[int, int] | None:
+        """Shape of the moments that the rank keeps, None for none."""
+        kept, r = len(self.kept), self.matrix.rank
+        if not kept:
+            return None
+        return (r, kept) if self.matrix.side == "left" else (kept, r)

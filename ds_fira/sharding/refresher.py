@@ -1,0 +1,147 @@
+"""When the bases of a process's matrices are computed, by whom, and what happens when one cannot be."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fira.core.basis import adopt_basis, new_basis
+from ds_fira.core.step import MatrixTask
+from ds_fira.core.subspace import refresh_due, refresh_offset
+from ds_fira.observe.metrics import StepMetrics
+from ds_fira.sharding.comm import Communicator
+
+
+def phase(group: dict[str, Any], index: int) -> int:
+    """Steps by which the refreshes of a matrix are moved: 0 unless the group staggers them.
+
+    Args:
+        group: the param group.
+        index: the matrix's number in the model.
+    """
+    return refresh_offset(index, group["update_proj_gap"]) if group["stagger"] else 0
+
+
+# Seconds of exact decompositions in one process after which a user is told of faster ways.
+SLOW_SECONDS = 30.0
+
+
+class Refresher:
+    """Finds the matrices whose refresh is due and gives them new bases.
+
+    Attributes:
+        replicas: the ranks that hold the same matrices, so that each basis is computed once for all; None for none.
+    """
+
+    def __init__(self, metrics: StepMetrics) -> None:
+        self.replicas: Communicator | None = None
+        self._metrics = metrics
+        self._warned = False
+        self._told = False
+        self._svd_seconds = 0.0
+        # Step counts are on the device, since it is decided there whether a gradient is usable. These are upper bounds.
+        self._bounds: dict[Tensor, list[int | None]] = {}
+
+    def forget_counts(self) -> None:
+        """Say that step counts have changed otherwise than by steps."""
+        self._bounds.clear()
+
+    def due(self, param: Tensor, tasks: list[MatrixTask], indices: Sequence[int], first: int = 0) -> list[MatrixTask]:
+        """Those of some matrices of a parameter that need a new basis before the step that is about to be made.
+
+        The device's count is read only where a refresh may be due by its upper bound: no step between refreshes waits
+        for a GPU.
+
+        Args:
+            param: the parameter; each of its matrices is asked about once in every step.
+            tasks: the matrices, one each.
+            indices: of all matrices of the parameter, their numbers in the model.
+            first: the place of the first of `tasks` among all.
+        """
+        bounds = self._bounds.setdefault(param, [None] * len(indices))
+        found = []
+        for row, task in enumerate(tasks, first):
+            gap = task.group["update_proj_gap"]
+            moved = phase(task.group, indices[row])
+            last = int(task.state.refresh_step)
+            bound = bounds[row]
+            if bound is None or refresh_due(bound, last, gap, moved):
+                bound = int(task.state.step)
+                if refresh_due(bound, last, gap, moved):
+                    found.append(task)
+            bounds[row] = bound + 1
+        return found
+
+    def refresh(self, due: list[MatrixTask]) -> None:
+        """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all."""
+        if not due:
+            return
+        with self._metrics.refreshing(due[0].weight.device):
+            if self.replicas is None:
+                for task in due:
+                    self._adopt(task, self._new_basis(task))
+            else:
+                self._refresh_replicas(due, self.replicas)
+
+    def _refresh_replicas(self, due: list[MatrixTask], communicator: Communicator) -> None:
+        # In rounds of one matrix a rank: all ranks compute at once, and none holds more than one new basis.
+        for first in range(0, len(due), communicator.dp_size):
+            turn = due[first : first + communicator.dp_size]
+            mine = self._new_basis(turn[communicator.dp_rank]) if communicator.dp_rank < len(turn) else None
+            for rank, task in enumerate(turn):
+                # One element in front says whether there is a basis at all.
+                basis = task.state.basis
+                packed = basis.new_zeros(1 + basis.numel(), dtype=task.state.dtype)
+                if rank == communicator.dp_rank and mine is not None:
+                    packed[0] = 1.0
+                    packed[1:] = mine.reshape(-1)
+                packed = communicator.broadcast(packed, rank)
+                self._adopt(task, packed[1:].view_as(basis) if packed[0] else None)
+
+    def _new_basis(self, task: MatrixTask) -> Tensor | None:
+        """The basis of a task's gradient, None where there is none to be had."""
+        return self.attempt(lambda: new_basis(task), task.group["subspace"])
+
+    def attempt(self, compute: Callable[[], Tensor | None], method: str) -> Tensor | None:
+        """What `compute` returns, a basis or None; None too where it raises LinAlgError, which is reported once.
+
+        Args:
+            compute: makes a basis by `method`.
+            method: the group's `subspace`; it is said once when exact decompositions have taken long.
+        """
+        start = time.perf_counter()
+        try:
+            return compute()
+        except torch.linalg.LinAlgError as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"FiraAdam: a decomposition failed ({error}); the matrix keeps its old basis and tries again at "
+                    "its next step. Further failures are not reported.",
+                    stacklevel=7,
+                )
+            return None
+        finally:
+            if method == "svd":
+                self._svd_seconds += time.perf_counter() - start
+                self._tell_of_faster_ways()
+
+    def _tell_of_faster_ways(self) -> None:
+        if self._svd_seconds > SLOW_SECONDS and not self._told:
+            self._told = True
+            warnings.warn(
+                f"FiraAdam: subspace = 'svd' has spent {self._svd_seconds:.0f} s on exact decompositions so far; "
+                "'randomized' is many times faster at the same loss (docs/performance.md).",
+                stacklevel=8,
+            )
+
+    def _adopt(self, task: MatrixTask, basis: Tensor | None) -> None:
+        if basis is None:
+            return  # stays due
+        adopt_basis(task, basis)
+        self._metrics.refreshes += 1

@@ -1,0 +1,238 @@
+"""A model's param groups over ZeRO's ranks, planned as the engine plans them: shapes only, no processes, no memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_fira.core import quantization
+from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
+from ds_fira.core.state import STEP, allocate, allocate_matrices, compute_dtype
+from ds_fira.optim.param_groups import build_groups, by_kind, group_defaults
+from ds_fira.optim.settings import check_params
+from ds_fira.optim.state_size import ParamRecord
+from ds_fira.optim.stateful import SMALL_PARAM
+from ds_fira.sharding.geometry import Partitioning, matrices_of
+from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
+from ds_fira.sharding.plan import GroupLayout, plan_groups
+from ds_fira.sharding.projection import is_projected
+from ds_fira.sharding.split_matrix import SplitMatrix, state_numel
+
+# ZeRO pads a buffer to a multiple of this many elements for each rank: 4 bytes of a 16-bit dtype.
+ALIGNMENT = 2
+
+
+@dataclass(frozen=True)
+class FlatBuffer:
+    """The flat buffer of one param group.
+
+    Attributes:
+        numels: elements of every parameter, in the buffer's order.
+        ranks: partitions; 1 where the group is not sharded.
+        partition_size: elements in each partition.
+        sliced: whether every parameter is cut by itself (ZeRO-3).
+    """
+
+    numels: tuple[int, ...]
+    ranks: int
+    partition_size: int
+    sliced: bool = False
+
+    @classmethod
+    def of(cls, numels: Iterable[int], ranks: int, zero_stage: int) -> FlatBuffer:
+        """The buffer that ZeRO makes of parameters of these sizes; as they are at stage 0."""
+        numels = tuple(numels)
+        if zero_stage == 0:
+            return cls(numels, 1, sum(numels))
+        if zero_stage == 3:
+            return cls(numels, ranks, Partitioning.of_slices(numels, ranks).partition_size, sliced=True)
+        return cls(numels, ranks, math.ceil(sum(numels) / (ALIGNMENT * ranks)) * ALIGNMENT)
+
+    @property
+    def partitioning(self) -> Partitioning:
+        """Where the parameters lie."""
+        if self.sliced:
+            return Partitioning.of_slices(self.numels, self.ranks)
+        offsets = tuple(end - numel for numel, end in zip(self.numels, self._ends, strict=True))
+        return Partitioning(self.numels, offsets, self.partition_size, self.ranks, sliced=False)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        ends, end = [], 0
+        for numel in self.numels:
+            end += numel
+            ends.append(end)
+        return ends
+
+    def held(self, dp_rank: int) -> int:
+        """Elements of the parameters, each counted whole, that a rank's partition holds any element of.
+
+        That is what ZeRO-2 keeps of the gradients until the step.
+        """
+        assert not self.sliced
+        if self.ranks == 1:
+            return sum(self.numels)
+        first, last = dp_rank * self.partition_size, (dp_rank + 1) * self.partition_size
+        return sum(
+            numel for numel, end in zip(self.numels, self._ends, strict=True) if end > first and end - numel < last
+        )
+
+    @property
+    def padded(self) -> int:
+        """Elements of the whole buffer."""
+        return self.partition_size * self.ranks
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """One param group of a planned run.
+
+    Attributes:
+        settings: of the group, defaults filled in.
+        shapes: of its parameters.
+        buffer: of its parameters.
+        layout: of projected groups, None for AdamW's, and for those whose rank saves nothing.
+    """
+
+    settings: dict[str, Any]
+    shapes: tuple[tuple[int, ...], ...]
+    buffer: FlatBuffer
+    layout: GroupLayout | None
+
+    @property
+    def partition_size(self) -> int:
+        """Elements that every rank holds of the flat buffer."""
+        return self.buffer.partition_size
+
+    def state_bytes(self, dp_rank: int, dtype: torch.dtype, sharded: bool) -> int:
+        """Bytes of FiraAdam's state that a rank holds of the group: what the optimizer allocates, on the meta device.
+
+        Args:
+            dp_rank: the rank; 0 for all where nothing is sharded.
+            dtype: of the master weights.
+            sharded: whether the group is one flat partition.
+        """
+        weight = torch.empty(0, dtype=dtype, device="meta")
+        kept = self.settings["state_dtype"]
+        if self.layout is None:
+            shapes = [(self.partition_size,)] if sharded else self.shapes
+            return sum(_plain_bytes(shape, kept, dtype, algorithm_of(self.settings)) for shape in shapes)
+        owned = (*self.layout.whole[dp_rank], *self.layout.owned_cuts(dp_rank))
+        held = _bytes(allocate(weight, [matrix.shape for matrix in owned], self.settings, batched=True).values())
+        for matrix in self._lean_parts(dp_rank):
+            low_rank = LocalShardPlan.of(matrix, 0, 0, dp_rank).low_rank_shape
+            method = algorithm_of(self.settings)
+            part = allocate_matrices(weight, matrix.basis_shape(dp_rank), low_rank, kept, (), method)
+            held += _bytes(part.values())
+        return held
+
+    def state_elements(self, dp_rank: int) -> int:
+        """Elements of FiraAdam's bases, moments and norms that a rank holds of the group."""
+        if self.layout is None:
+            return 2 * self.partition_size
+        rank, side = self.settings["rank"], (self.settings["proj_type"], self.settings["formulation"])
+        whole = sum(state_numel(matrix.shape, rank, *side) for matrix in self.layout.whole[dp_rank])
+        return whole + sum(matrix.state_numel(dp_rank) for matrix in self.layout.cuts)
+
+    def matrices(self, dp_rank: int) -> int:
+        """How many sets of low-rank state a rank holds."""
+        if self.layout is None:
+            return 0
+        whole = len(self.layout.whole[dp_rank]) + len(self.layout.owned_cuts(dp_rank))
+        return whole + len(self._lean_parts(dp_rank))
+
+    def _lean_parts(self, dp_rank: int) -> list[SplitMatrix]:
+        return [matrix for matrix in self.layout.lean_cuts if dp_rank in dict(matrix.fragments)]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A model's param groups over the data-parallel ranks.
+
+    Attributes:
+        ranks: data-parallel ranks.
+        sharded: whether ZeRO partitions the groups (stages 1 to 3).
+        groups: in the optimizer's order.
+        records: every parameter with its settings.
+    """
+
+    ranks: int
+    sharded: bool
+    groups: list[PlannedGroup]
+    records: list[ParamRecord]
+
+    def state_bytes(self, dp_rank: int, dtype: torch.dtype) -> int:
+        """Bytes of FiraAdam's state that a rank holds, for master weights of `dtype`."""
+        return sum(group.state_bytes(dp_rank, dtype, self.sharded) for group in self.groups)
+
+
+def plan_run(
+    module: nn.Module, ranks: int, zero_stage: int = 2, method: Algorithm = FIRA_ADAM, **params: Any
+) -> PlannedRun:
+    """Plan a model under DeepSpeed as the engine would, with the settings of a JSON `params` block.
+
+    Args:
+        module: on any device; of its parameters only shapes are read.
+        ranks: data-parallel ranks.
+        zero_stage: 0 to 3; 1 and 2 have the same plan.
+        method: the optimizer.
+        **params: its settings.
+
+    Raises:
+        ValueError: a setting is not legal, or nothing is to be projected.
+    """
+    settings = check_params(params, algorithm=method)
+    defaults = {**group_defaults(settings), **method.group_values}
+    sharded = zero_stage > 0
+    drafts: list[tuple[dict[str, Any], tuple, FlatBuffer, list]] = []
+    records = []
+    groups = build_groups(module, module.parameters(), settings, zero_stage, ranks, method)
+    # At stage 0, where nothing is flat, a group may hold both kinds.
+    for group in [part for mixed in groups for part in by_kind(mixed, defaults)]:
+        own = {**defaults, **{key: value for key, value in group.items() if key != "params"}}
+        shapes = tuple(tuple(param.shape) for param in group["params"])
+        buffer = FlatBuffer.of(map(math.prod, shapes), ranks, zero_stage)
+        matrices, partitioning = [], buffer.partitioning
+        for index, shape in enumerate(shapes):
+            records.append(ParamRecord.of("", shape, own))
+            if is_projected(shape, own):
+                found = matrices_of(f"matrix {len(records)}", shape)
+                matrices += [partitioning.fragments(index, matrix) for matrix in found]
+        drafts.append((own, shapes, buffer, matrices))
+    projected = [(own, buffer, matrices) for own, _, buffer, matrices in drafts if matrices]
+    layouts = iter(
+        plan_groups(
+            [(matrices, buffer.partition_size) for _, buffer, matrices in projected],
+            ranks if sharded else 1,
+            [own for own, _, _ in projected],
+            spread=zero_stage == 3,
+        )
+    )
+    groups = [
+        PlannedGroup(own, shapes, buffer, next(layouts) if matrices else None)
+        for own, shapes, buffer, matrices in drafts
+    ]
+    return PlannedRun(ranks, sharded, groups, records)
+
+
+def _plain_bytes(shape: Sequence[int], state_dtype: str, dtype: torch.dtype, method: Algorithm) -> int:
+    """Bytes of the state of one parameter that is not projected: its moments and the step count."""
+    kept = state_dtype if math.prod(shape) >= SMALL_PARAM else "float32"
+    moments = [
+        quantization.allocate(
+            tuple(shape), (), kept, dtype=compute_dtype(dtype), device="meta", signed=kind != "second"
+        )
+        for kind in method.states.values()
+    ]
+    step = {STEP: torch.zeros((), dtype=torch.int64, device="meta")}
+    return sum(_bytes(tensors.values()) for tensors in (*moments, step))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,227 @@
+"""The estimate: bytes per GPU of AdamW, GaLore, LoRA and Fira on a model, and whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ds_fira.core.algorithms import FIRA_ADAM, KEY, algorithm_of
+from ds_fira.optim.settings import check_params
+from ds_fira.optim.state_size import adamw_bytes, formula_bytes
+from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
+from ds_fira.tools.dry_run import PlannedRun, plan_run
+from ds_fira.tools.estimate.activations import KNOWN, activation_bytes
+from ds_fira.tools.estimate.cards import GIB, Available
+from ds_fira.tools.estimate.memory import RankMemory, rank_memory
+from ds_fira.tools.estimate.methods import METHODS, compare_methods
+from ds_fira.tools.estimate.model import load_model
+from ds_fira.tools.estimate.setup import Setup
+
+# Share of a card left to the CUDA context, the allocator's gaps and an optimizer step's own temporaries.
+MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class MethodEstimate:
+    """One method's memory.
+
+    Attributes:
+        method: one of `METHODS`.
+        by_rank: of every data-parallel rank.
+        activations_per_sequence: bytes that one more sequence in a micro-batch takes, None where not known.
+    """
+
+    method: str
+    by_rank: tuple[RankMemory, ...]
+    activations_per_sequence: int | None
+
+    @property
+    def largest(self) -> RankMemory:
+        """The rank that needs most."""
+        return max(self.by_rank, key=lambda memory: memory.total)
+
+    def largest_batch(self, available: Available) -> int | None:
+        """Sequences in the largest micro-batch that fits; 0 where none does, None where activations are not known."""
+        if self.activations_per_sequence is None:
+            return None
+        found = 0
+        most = 2 * int(available.device) // self.activations_per_sequence + 1
+        while found < most:  # bisection: fitting is monotonic
+            middle = (found + most + 1) // 2
+            if fits(self.with_batch(middle), available):
+                found = middle
+            else:
+                most = middle - 1
+        return found
+
+    def with_batch(self, batch_size: int) -> MethodEstimate:
+        """The same with another micro-batch; activations must be known."""
+        activations = batch_size * self.activations_per_sequence
+        by_rank = tuple(
+            RankMemory(replace(memory.device, activations=activations), memory.host) for memory in self.by_rank
+        )
+        return replace(self, by_rank=by_rank)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of a model under a setup.
+
+    Attributes:
+        model: as it was named.
+        parameters: elements of its weights.
+        projected_matrices: matrices with low-rank state.
+        cut_matrices: those that partition boundaries cut.
+        saving: share of AdamW's state elements that the paper's formula saves.
+        setup: of the run.
+        params: settings of FiraAdam.
+        methods: estimates by name, in the order of `METHODS`.
+        notes: what the figures leave out or suppose, one sentence each.
+    """
+
+    model: str
+    parameters: int
+    projected_matrices: int
+    cut_matrices: int
+    saving: float
+    setup: Setup
+    params: dict[str, Any]
+    methods: dict[str, MethodEstimate]
+    notes: tuple[str, ...]
+
+
+def estimate(
+    model: str | Path | nn.Module,
+    setup: Setup | None = None,
+    methods: Sequence[str] = METHODS,
+    optimizer: str = FIRA_ADAM.name,
+    **params: Any,
+) -> Estimate:
+    """Estimate the memory that training a model takes on every rank.
+
+    Args:
+        model: one of `ds_fira.tools.models.NAMES`, a transformers config file, a folder, a hub id, or a module on any
+            device, of which only shapes are read.
+        setup: of the run; its defaults where None.
+        methods: those of `METHODS` to estimate.
+        optimizer: what "Fira" stands for, such as `FiraRMSProp`; the others are compared with FiraAdam alone.
+        **params: its settings, as in a JSON config; `rank` is also GaLore's and LoRA's.
+
+    Returns:
+        Bytes by method, rank and category.
+
+    Raises:
+        ValueError: there is no such model, a setting is not legal, nothing is to be projected, or the rank is missing
+            or larger than every projected weight; one sentence.
+    """
+    setup = setup or Setup()
+    if params.get("rank") is None:
+        raise ValueError("--rank is missing; give the subspace rank, such as 128.")
+    module = model if isinstance(model, nn.Module) else load_model(model)
+    kind = algorithm_of({KEY: optimizer})
+    if kind is not FIRA_ADAM and "GaLore" in methods:
+        raise ValueError(f"optimizer = {optimizer!r} does not go with GaLore among the methods; leave one of them out.")
+    run = plan_run(module, setup.gpus, setup.zero_stage, kind, **params)
+    _require_rank(run, params["rank"])
+    config = getattr(module, "config", None)
+    sequence = activation_bytes(config, setup.seq_length, setup.weight_bytes, setup.activation_checkpointing)
+    found = {}
+    for method in compare_methods(module, run, setup, check_params(params, algorithm=kind)):
+        if method.name not in methods:
+            continue
+        by_rank = tuple(
+            rank_memory(method.buffers, setup, rank, method.state_bytes(rank), method.frozen)
+            for rank in range(setup.gpus if setup.sharded else 1)
+        )
+        draft = MethodEstimate(method.name, by_rank, sequence)
+        found[method.name] = draft if sequence is None else draft.with_batch(setup.batch_size)
+    return Estimate(
+        model=type(module).__name__ if isinstance(model, nn.Module) else str(model),
+        parameters=sum(param.numel() for param in module.parameters()),
+        projected_matrices=sum(record.matrices for record in run.records),
+        cut_matrices=sum(len(group.layout.cuts) for group in run.groups if group.layout is not None),
+        saving=1 - formula_bytes(run.records) / adamw_bytes(run.records),
+        setup=setup,
+        params=params,
+        methods=found,
+        notes=(*_rank_notes(run), *_notes(setup, config, sequence, methods)),
+    )
+
+
+def fits(found: MethodEstimate, available: Available) -> bool:
+    """Whether a method's largest rank fits, `MARGIN` of the device left free; unknown activations count as nothing."""
+    largest = found.largest
+    if available.shared:
+        return largest.total <= (1 - MARGIN) * available.device
+    return largest.device.total <= (1 - MARGIN) * available.device and largest.host.total <= available.host
+
+
+def require_fit(found: MethodEstimate, available: Available) -> None:
+    """Stop where a method does not fit.
+
+    Raises:
+        ValueError: it does not; one sentence with what it needs, what there is and the remedies.
+    """
+    if fits(found, available):
+        return
+    largest = found.largest
+    needed = largest.total if available.shared else largest.device.total
+    there, where = available.device, "process" if available.shared else "GPU"
+    if not available.shared and needed <= (1 - MARGIN) * there:
+        needed, there, where = largest.host.total, available.host, "process on the host"
+    raise ValueError(
+        f"the model needs about {needed / GIB:.2f} GiB for each {where} with {found.method} and {there / GIB:.2f} GiB "
+        "are there; use a smaller model, a smaller micro-batch, activation checkpointing, ZeRO stage 2, more GPUs or "
+        "optimizer offload."
+    )
+
+
+def _require_rank(run: PlannedRun, rank: int) -> None:
+    sizes = [min(shape[-2:]) for group in run.groups if "rank" in group.settings for shape in group.shapes]
+    if sizes and rank > max(sizes):
+        raise ValueError(
+            f"--rank = {rank} is larger than the smaller side of every projected weight, {max(sizes)} at most; give a "
+            "smaller rank."
+        )
+
+
+def _rank_notes(run: PlannedRun) -> list[str]:
+    unprojected = [
+        shape
+        for group in run.groups
+        if "rank" in group.settings
+        for shape in group.shapes
+        if not is_projected(shape, group.settings)
+    ]
+    if not unprojected:
+        return []
+    return [
+        f"{len(unprojected)} weights are stepped unprojected, since at their rank low-rank states save nothing: "
+        f"{PROJECT_FULL_RANK} projects them."
+    ]
+
+
+def _notes(setup: Setup, config: Any, sequence: int | None, methods: Sequence[str]) -> list[str]:
+    notes = []
+    if sequence is None:
+        kind = getattr(config, "model_type", None)
+        notes.append(
+            f"Activations are left out: no formula for the architecture {kind!r}; there is one for {', '.join(KNOWN)}."
+        )
+    else:
+        notes.append(
+            "Activations are an estimate by formula (ds_fira/tools/estimate/activations.py); the rest is counted."
+        )
+    if "LoRA" in methods:
+        notes.append("LoRA trains its adapters alone; embeddings, head and norms are frozen with the other weights.")
+    if "GaLore" in methods and setup.sharded:
+        notes.append("GaLore is GaLoreAdam, in the partitions of Fira: galore-torch itself has no form under ZeRO.")
+    notes.append(
+        f"To fit, {1 - MARGIN:.0%} of the memory must do: the rest is for the CUDA context, the allocator's gaps and "
+        "the temporaries of an optimizer step."
+    )
+    return notes

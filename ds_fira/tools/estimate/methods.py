@@ -1,0 +1,88 @@
+"""AdamW, GaLore, LoRA and Fira on the same model: which param groups each has, and what states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ds_fira.core.selection import find_projected_weights
+from ds_fira.core.state import compute_dtype
+from ds_fira.sharding.geometry import matrices_of
+from ds_fira.tools.dry_run import FlatBuffer, PlannedRun
+from ds_fira.tools.estimate.setup import Setup
+
+METHODS = ("AdamW", "GaLore", "LoRA", "Fira")
+# torch.optim keeps the step count of every tensor that it steps as a float32.
+STEP_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How a method's memory comes about.
+
+    Attributes:
+        name: one of `METHODS`.
+        buffers: of its param groups.
+        frozen: elements of weights that it does not train.
+        state_bytes: of a rank.
+    """
+
+    name: str
+    buffers: tuple[FlatBuffer, ...]
+    frozen: int
+    state_bytes: Callable[[int], int]
+
+
+def lora_numel(shape: Sequence[int], rank: int) -> int:
+    """Elements of a LoRA adapter of a weight: m r + n r for a matrix, the sum of them for experts."""
+    return sum(min(rank, *matrix.shape) * sum(matrix.shape) for matrix in matrices_of("", tuple(shape)))
+
+
+def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: dict[str, Any]) -> list[Algorithm]:
+    """The four methods for one model, with checked settings of FiraAdam.
+
+    AdamW is DeepSpeed's with one param group and states in the masters' dtype. LoRA trains its adapters alone, with
+    AdamW. Fira is planned with its real partitions. GaLore is GaLoreAdam, which has them too: its states are Fira's
+    less one number for each matrix.
+    """
+    trained = [param for param in module.parameters() if param.requires_grad and param.numel() > 0]
+    frozen = sum(param.numel() for param in module.parameters()) - sum(param.numel() for param in trained)
+    projected = find_projected_weights(module, params["target_modules"])
+    # In the module's order: what a boundary cuts depends on it.
+    adapters = [
+        numel for param in trained if id(param) in projected for numel in _adapter(tuple(param.shape), params["rank"])
+    ]
+    dtype = setup.master_dtype
+    norm = compute_dtype(dtype).itemsize
+    fira = tuple(group.buffer for group in run.groups)
+
+    def galore_bytes(dp_rank: int) -> int:
+        return run.state_bytes(dp_rank, dtype) - norm * sum(group.matrices(dp_rank) for group in run.groups)
+
+    return [
+        _adamw("AdamW", [param.numel() for param in trained], frozen, setup),
+        Algorithm("GaLore", fira, frozen, galore_bytes),
+        _adamw("LoRA", adapters, frozen + sum(param.numel() for param in trained), setup),
+        Algorithm("Fira", fira, frozen, lambda dp_rank: run.state_bytes(dp_rank, dtype)),
+    ]
+
+
+def _adapter(shape: Sequence[int], rank: int) -> list[int]:
+    """Elements of the two factors of every matrix of a weight, as peft orders them: (r, n), then (m, r)."""
+    factors = []
+    for matrix in matrices_of("", tuple(shape)):
+        m, n = matrix.shape
+        r = min(rank, m, n)
+        factors += [r * n, m * r]
+    return factors
+
+
+def _adamw(name: str, numels: Sequence[int], frozen: int, setup: Setup) -> Algorithm:
+    """AdamW of torch over one param group: two moments in the dtype of what it steps."""
+    buffer = FlatBuffer.of(numels, setup.gpus, setup.zero_stage)
+    steps = 1 if setup.sharded else len(buffer.numels)
+    held = 2 * setup.master_dtype.itemsize * buffer.partition_size + STEP_BYTES * steps
+    return Algorithm(name, (buffer,), frozen, lambda dp_rank: held)

@@ -1,0 +1,172 @@
+"""`python -m ds_fira checkpoint FOLDER`: what is saved there, whether it is complete, and where it can go on.
+
+Nothing that stands in a file is run, and there is no switch for it: what cannot be read so is told as a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
+
+from ds_fira.checkpoint.atomic_save import find_damage, find_fault, in_order, read_latest
+from ds_fira.checkpoint.named_state import KEY
+from ds_fira.checkpoint.safe_load import UnsafeFileError
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
+from ds_fira.tools.checkpoint_states import states
+
+# Settings of the projected groups that a resumed run has to keep, and those it may change.
+SHOWN = ("rank", "proj_type", "formulation", "update_proj_gap", "subspace", "state_dtype")
+FINE, FAULTY = 0, 1  # and 2 for arguments that are not legal, as of argparse
+EPILOG = """exit status:
+  0  every checkpoint listed is complete and, as far as was asked, unchanged and finite
+  1  one of them is missing, not complete, changed, unreadable or not finite
+  2  the folder holds no checkpoint, or the arguments are not legal
+
+Standard output holds what was asked for and nothing else, with --json one JSON document; messages go to standard error.
+Nothing that stands in a file is run.
+"""
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command to argparse's `commands`."""
+    parser = commands.add_parser(
+        "checkpoint",
+        help="what a checkpoint folder holds, and whether it is complete",
+        description="Lists the checkpoints of a folder, the one that load_checkpoint takes first.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="as given to engine.save_checkpoint")
+    parser.add_argument("--tag", help="only this one, and all of its states: what they are, whether they are finite")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the arguments ask for; gives the exit status.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    if not args.folder.is_dir():
+        raise ValueError(f"{printable(str(args.folder))} is no folder; name one that holds checkpoints.")
+    with _data_only():
+        try:
+            tags = in_order(args.folder, args.tag or read_latest(args.folder), only=args.tag is not None)
+        except Exception as error:
+            where = printable(str(args.folder))
+            raise ValueError(f"{where} cannot be looked into ({_told(error)}); name another folder.") from error
+        found = [describe_tag(args.folder, tag, args.verify, args.tag is not None) for tag in tags if tag]
+    if not found:
+        raise ValueError(f"{printable(str(args.folder))} holds no checkpoint; name another folder.")
+    if args.json:
+        print(json.dumps(_plain(found), indent=2))
+    else:
+        print("\n".join(printable(line) for entry in found for line in lines(entry)))
+    return FINE if all(_is_fine(entry) for entry in found) else FAULTY
+
+
+@contextlib.contextmanager
+def _data_only() -> Iterator[None]:
+    """What libraries print goes to stderr, and no class that one of them trusts is taken from a file."""
+    trusted = get_safe_globals()
+    clear_safe_globals()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        add_safe_globals(trusted)
+
+
+def _is_fine(entry: dict[str, Any]) -> bool:
+    return entry["fault"] is None and entry.get("states", {"finite": True})["finite"]
+
+
+def describe_tag(folder: Path, tag: str, verify: bool = False, with_states: bool = False) -> dict[str, Any]:
+    """One checkpoint: its fault if it has one, else step, ranks, ZeRO stage and settings; its states where asked."""
+    path = folder / tag
+    entry: dict[str, Any] = {"tag": tag, "latest": False, "fault": None}
+    try:
+        entry["latest"] = tag == read_latest(folder)
+        entry["fault"] = find_fault(path) or (find_damage(path) if verify else None)
+        if entry["fault"] is None:
+            entry |= _content(path)
+            if with_states:
+                entry["states"] = states(CheckpointFiles.find(path))
+    except Exception as error:  # a strange folder can hold anything
+        entry["fault"] = _told(error)
+    return entry
+
+
+def _content(path: Path) -> dict[str, Any]:
+    files = CheckpointFiles.find(path)
+    if not files.models:
+        raise ValueError("it holds no file with the weights of a model, such as mp_rank_00_model_states.pt")
+    model = files.model()
+    wrapper, state_dict = files.optimizer_state(0)
+    groups = [group for group in state_dict["param_groups"] if group.get("rank") is not None]
+    return {
+        "step": int(model["global_steps"]),
+        "ranks": int(model["dp_world_size"]),
+        "zero_stage": int(wrapper.get("zero_stage", 1 if files.optimizers else 0)),
+        "resumable_elsewhere": KEY in state_dict,
+        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "settings": [dict(items) for items in sorted({tuple((n, g.get(n)) for n in SHOWN) for g in groups}, key=str)],
+    }
+
+
+def _told(error: Exception) -> str:
+    """An error as a phrase."""
+    if isinstance(error, UnsafeFileError):
+        return error.found
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    if not isinstance(error, ValueError | OSError):
+        text = f"its content makes no sense ({type(error).__name__}{': ' if text else ''}{text})"
+    return text.removeprefix("FiraAdam: ").rstrip(".")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it, whatever a file held."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    known = value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    return value if known else str(value)
+
+
+def printable(text: str) -> str:
+    """Text with names in it that somebody else chose: no control characters for the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def lines(entry: dict[str, Any]) -> list[str]:
+    """A checkpoint as text."""
+    mark = " (latest)" if entry["latest"] else ""
+    if entry["fault"]:
+        return [f"{entry['tag']}{mark}: not complete: {entry['fault']}"]
+    size = entry["bytes"] / 1e9
+    where = "any number of ranks" if entry["resumable_elsewhere"] else "as many ranks only (saved by an older version)"
+    text = [
+        f"{entry['tag']}{mark}: complete, step {entry['step']}, {entry['ranks']} ranks at ZeRO stage "
+        f"{entry['zero_stage']}, {size:.3g} GB, can be resumed on {where}"
+    ]
+    text += ["  " + ", ".join(f"{name} {value}" for name, value in group.items()) for group in entry["settings"]]
+    if "states" in entry:
+        found = entry["states"]
+        text += [f"  {count} matrices of {kind}" for kind, count in found["matrices"].items()]
+        text.append(f"  {found['under_adamw']} parameters without a projection")
+        if found["finite"]:
+            text.append(f"  all finite: {', '.join(found['checked'])}")
+        else:
+            text.append(f"  NOT FINITE: {'; '.join(found['not_finite'])}: load an older one")
+    return text

@@ -1,0 +1,272 @@
+"""DeepSpeed's features beside the options of the matrix: each tried on real ranks, held against one process as there.
+
+`FEATURES` is what `python -m tests.compatibility.matrix` runs, and docs/compatibility.md lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.moe.layer import MoE
+from torch import distributed, nn
+
+import ds_fira
+from tests.compatibility.option_jobs import PARAMS, SHAPES, STEPS, WatchedNet, forget_autocast, measure, try_config
+from tests.compatibility.sequence_jobs import ulysses
+from tests.distributed.zero_jobs import batches, build, config
+
+SUPPORTED, REFUSED, REMOVED = "supported", "refused", "DeepSpeed's refusal"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that DeepSpeed offers.
+
+    Attributes:
+        name: as the page calls it; settings in the notation of the JSON.
+        expected: "supported", "refused" by FiraAdam, or "DeepSpeed's refusal".
+        stages: at which it is tried.
+        dtype: of the module: "fp32", "bf16", "fp16".
+        extra: added to the config, as `tests.distributed.zero_jobs.config` takes it.
+        top: added at the top of the config as it is.
+        way: tries it under a config.
+    """
+
+    name: str
+    expected: str = SUPPORTED
+    stages: tuple[int, ...] = (1, 2)
+    dtype: str = "bf16"
+    extra: dict[str, Any] = field(default_factory=dict)
+    top: dict[str, Any] = field(default_factory=dict)
+    way: Callable[[dict[str, Any]], dict[str, Any]] = try_config
+
+    def ds_config(self, stage: int) -> dict[str, Any]:
+        """The DeepSpeed config at a stage."""
+        return {**config(stage, self.dtype, PARAMS, **{"gradient_clipping": 1.0, **self.extra}), **self.top}
+
+
+def trained(
+    ds_config: dict[str, Any],
+    wrap: Callable[[WatchedNet], nn.Module] | None = None,
+    prepare: Callable[[Any], None] | None = None,
+    plain: WatchedNet | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """`measure` around a model that may come wrapped, and an engine that something is done to before it trains."""
+    engine = None
+    try:
+        plain = plain or make_net()
+        engine = build(ds_config, SHAPES, model=wrap(plain) if wrap else plain, **kwargs)
+        if prepare:
+            prepare(engine)
+        return measure(engine, plain, batches(STEPS, distributed.get_rank()), 1, ds_config["gradient_clipping"])
+    except Exception as error:
+        return {"message": f"{type(error).__name__}: {error}", "refused_by": _refuser(error)}
+    finally:
+        if engine is not None:
+            engine.destroy()
+
+
+def _refuser(error: Exception) -> str:
+    return "FiraAdam" if str(error).startswith("FiraAdam: ") else "DeepSpeed"
+
+
+def compiled_engine(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """`engine.compile()`."""
+    return trained(ds_config, prepare=lambda engine: engine.compile(backend="eager"))
+
+
+def compiled_model(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """`torch.compile(model)` before `deepspeed.initialize`: names get a prefix."""
+    return trained(ds_config, wrap=lambda plain: torch.compile(plain, backend="eager"))
+
+
+def fira_object(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """A FiraAdam object in place of the JSON's optimizer."""
+    plain = make_net().bfloat16()
+    optimizer = ds_fira.FiraAdam(ds_fira.param_groups(plain, **PARAMS))
+    return trained(without_optimizer(ds_config), plain=plain, optimizer=optimizer)
+
+
+def replaced_object(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Another optimizer that took a FiraAdam's groups, as accelerate makes of an object under offload."""
+    plain = make_net().bfloat16()
+    made = ds_fira.FiraAdam(ds_fira.param_groups(plain, **PARAMS))
+    return trained(without_optimizer(ds_config), plain=plain, optimizer=torch.optim.Adam(made.param_groups, lr=0.01))
+
+
+def without_optimizer(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The config without its optimizer."""
+    return {key: value for key, value in ds_config.items() if key != "optimizer"}
+
+
+def make_net() -> WatchedNet:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    return WatchedNet(SHAPES)
+
+
+def pipeline(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """A PipelineModule."""
+    return trained(ds_config, wrap=lambda _: deepspeed.pipe.PipelineModule(layers=[nn.Linear(4, 4)], num_stages=1))
+
+
+def moe(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed MoE layer."""
+
+    def add_experts(plain: WatchedNet) -> WatchedNet:
+        plain.moe = MoE(6, nn.Linear(6, 6), num_experts=2, ep_size=1)
+        return plain
+
+    return trained(ds_config, wrap=add_experts)
+
+
+def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """nn.Embedding(sparse=True)."""
+
+    def make_sparse(plain: WatchedNet) -> WatchedNet:
+        plain.embedding.sparse = True
+        return plain
+
+    return trained(ds_config, wrap=make_sparse)
+
+
+OFFLOAD = {"device": "cpu", "pin_memory": False}
+FEATURES = [
+    Feature("`engine.compile()`", stages=(0, 1, 2), way=compiled_engine),
+    Feature("`torch.compile(model)` before `deepspeed.initialize`", stages=(0, 1, 2), way=compiled_model),
+    Feature("`compile.deepcompile`", REFUSED, extra={"compile": {"deepcompile": True}}),
+    Feature("sequence parallelism: Ulysses, DeepSpeed's `parallel_state_sp`", stages=(1, 2), dtype="fp32", way=ulysses),
+    Feature(
+        "tensor parallelism: `tensor_parallel.autotp_size`", REFUSED, extra={"tensor_parallel": {"autotp_size": 2}}
+    ),
+    Feature("pipeline parallelism: `PipelineModule`", REFUSED, stages=(1,), way=pipeline),
+    Feature("experts: `deepspeed.moe.layer.MoE`", REFUSED, stages=(1, 2, 3), way=moe),
+    Feature("experts: `expert_parallel` (AutoEP)", REFUSED, extra={"expert_parallel": {"enabled": True}}),
+    Feature("ZeRO++: `zero_quantized_weights`", REFUSED, extra={"zero_zero_quantized_weights": True}),
+    Feature(
+        "ZeRO++: `zero_quantized_nontrainable_weights`",
+        REFUSED,
+        extra={"zero_zero_quantized_nontrainable_weights": True},
+    ),
+    Feature("ZeRO++: `zero_quantized_gradients`", REFUSED, extra={"zero_zero_quantized_gradients": True}),
+    Feature("ZeRO++: `zero_hpz_partition_size`", REFUSED, extra={"zero_zero_hpz_partition_size": 2}),
+    Feature(
+        "`offload_optimizer.device` = nvme",
+        REFUSED,
+        extra={"zero_offload_optimizer": {"device": "nvme", "nvme_path": "."}},
+    ),
+    Feature("`offload_param`", REFUSED, extra={"zero_offload_param": {"device": "cpu"}}),
+    Feature("ZeRO++ at stage 3: `zero_hpz_partition_size`", stages=(3,), extra={"zero_zero_hpz_partition_size": 2}),
+    Feature("`offload_param` at stage 3", stages=(3,), extra={"zero_offload_param": OFFLOAD}),
+    Feature(
+        "`offload_param` and `offload_optimizer` at stage 3",
+        stages=(3,),
+        extra={"zero_offload_param": OFFLOAD, "zero_offload_optimizer": OFFLOAD},
+    ),
+    Feature("`sub_group_size` smaller than a parameter", stages=(3,), extra={"zero_sub_group_size": 100}),
+    Feature(
+        "`stage3_param_persistence_threshold` = 0", stages=(3,), extra={"zero_stage3_param_persistence_threshold": 0}
+    ),
+    Feature(
+        "`offload_optimizer.ratio` below 1 at stage 3",
+        REFUSED,
+        stages=(3,),
+        extra={"zero_offload_optimizer": {**OFFLOAD, "ratio": 0.5}},
+    ),
+    Feature(
+        "SuperOffload", REFUSED, stages=(1, 2, 3), extra={"zero_offload_optimizer": {**OFFLOAD, "super_offload": True}}
+    ),
+    Feature("ZenFlow", REFUSED, stages=(1, 2, 3), extra={"zero_zenflow": {}, "zero_offload_optimizer": OFFLOAD}),
+    Feature("an optimizer object", stages=(0, 1, 2, 3), way=fira_object),
+    Feature("an optimizer object under offload", REFUSED, extra={"zero_offload_optimizer": OFFLOAD}, way=fira_object),
+    Feature(
+        "the same with `zero_force_ds_cpu_optimizer` = false",
+        way=fira_object,
+        extra={"zero_offload_optimizer": OFFLOAD},
+        top={"zero_force_ds_cpu_optimizer": False},
+    ),
+    Feature("another optimizer made of a FiraAdam's groups (accelerate under offload)", REFUSED, way=replaced_object),
+    Feature("`elastic_checkpoint`", REFUSED, stages=(1, 2, 3), extra={"zero_elastic_checkpoint": True}),
+    Feature("`checkpoint.load_universal`", REFUSED, stages=(1, 2, 3), extra={"checkpoint": {"load_universal": True}}),
+    Feature("`hybrid_engine`", REFUSED, stages=(2,), extra={"hybrid_engine": {"enabled": True}}),
+    Feature(
+        "`torch_autocast` in bfloat16",
+        stages=(0, 1, 2, 3),
+        dtype="fp32",
+        extra={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    ),
+    Feature(
+        "`torch_autocast` in float16, ZeRO",
+        REFUSED,
+        dtype="fp32",
+        extra={"torch_autocast": {"enabled": True, "dtype": "float16"}},
+    ),
+    Feature("`fp16.loss_scale`, static", stages=(0, 1, 2, 3), dtype="fp16", extra={"fp16": {"loss_scale": 128}}),
+    Feature(
+        "`fp16.loss_scale_window`: the scale grows in every step",
+        stages=(0, 1, 2, 3),
+        dtype="fp16",
+        extra={"fp16": {"initial_scale_power": 4, "loss_scale_window": 1}},
+    ),
+    Feature(
+        "`bf16.immediate_grad_update`",
+        extra={"bf16": {"immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    ),
+    Feature("`bf16.check_grad_overflow` = false", stages=(1, 2, 3), extra={"bf16": {"check_grad_overflow": False}}),
+    Feature("`communication_data_type` = fp32", stages=(0, 1, 2, 3), extra={"communication_data_type": "fp32"}),
+    Feature(
+        "`prescale_gradients`, `gradient_predivide_factor`; `reduce_scatter` = false",
+        stages=(0, 1, 2),
+        dtype="fp32",
+        extra={"prescale_gradients": True, "gradient_predivide_factor": 2.0, "zero_reduce_scatter": False},
+    ),
+    Feature(
+        "`prescale_gradients` at stage 2 with `reduce_scatter`",
+        REMOVED,
+        stages=(2,),
+        extra={"prescale_gradients": True},
+    ),
+    Feature(
+        "`compute_grad_norm` = false, without clipping",
+        extra={"zero_compute_grad_norm": False, "gradient_clipping": 0.0},
+    ),
+    Feature(
+        "`reduce_bucket_size`, `allgather_bucket_size` smaller than a parameter",
+        extra={"zero_reduce_bucket_size": 50, "zero_allgather_bucket_size": 50},
+    ),
+    Feature("`allgather_partitions` = false", extra={"zero_allgather_partitions": False}),
+    Feature("`use_multi_rank_bucket_allreduce` = false", extra={"zero_use_multi_rank_bucket_allreduce": False}),
+    Feature("`parameter_alignment`", extra={"zero_parameter_alignment": True}),
+    Feature("`ignore_unused_parameters` = false", extra={"zero_ignore_unused_parameters": False}),
+    Feature("`zero_allow_untested_optimizer`", top={"zero_allow_untested_optimizer": True}),
+    Feature("`nn.Embedding(sparse=True)`", REFUSED, stages=(0, 2), way=sparse_embedding),
+    *(
+        Feature(f"`{name}`", REMOVED, stages=(1,), extra={name: {"enabled": True}})
+        for name in (
+            "amp",
+            "curriculum_learning",
+            "progressive_layer_drop",
+            "eigenvalue",
+            "quantize_training",
+            "elasticity",
+            "compression_training",
+        )
+    ),
+    Feature("`sparse_gradients`", REMOVED, stages=(1,), extra={"sparse_gradients": True}),
+    Feature("`mics_shard_size` (MiCS)", REMOVED, stages=(1,), extra={"zero_mics_shard_size": 2}),
+]
+
+
+def try_features(chosen: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """What became of features, given by position in `FEATURES` and stage; see `option_jobs.try_config`."""
+    answers = []
+    for position, stage in chosen:
+        feature = FEATURES[position]
+        forget_autocast()
+        answers.append(feature.way(feature.ds_config(stage)))
+    return answers

@@ -1,0 +1,81 @@
+"""Where the kernels can be used, and what the compiler makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_fira.core import kernels
+from tests.unit.core.kernel_cases import (
+    DEVICE,
+    random,
+)
+
+pytest.importorskip("triton", reason="Triton is not installed, and without it there are no kernels")
+# What the interpreter's NumPy says of the NaN and infinity that it is given here.
+pytestmark = [
+    pytest.mark.usefixtures("kernels_allowed"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+]
+
+
+def test_where_the_kernels_are_usable() -> None:
+    assert kernels.usable(random(2, 2))
+    assert kernels.usable(random(2, 2, dtype=torch.bfloat16))
+    assert kernels.usable(random(2, 2, dtype=torch.float16)[:0])
+    assert not kernels.usable(random(2, 2).double())
+    assert not kernels.usable(torch.empty(2, 2, device="meta"))
+    assert not kernels.usable(torch.empty(1, device=DEVICE).as_strided((1, 1), (2**24, 1)))
+    kernels.interpret_on_cpu(False)
+    assert not kernels.usable(torch.zeros(2, 2))
+
+
+def test_the_interpreter_has_to_be_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET = '0' lets no kernel run on the CPU; set it to 1"):
+        kernels.interpret_on_cpu(True)
+
+
+def _python(*arguments: str, **environment: str) -> str:
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**kept, **environment},
+        cwd=Path(__file__).parents[2],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, ds_fira.core.kernels; print('triton' in sys.modules)"
+    assert _python("-c", code).split()[-1] == "False"
+
+
+def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
+    """Within its 227 KB of shared memory, without spilled registers, products on the tensor cores."""
+    backend = pytest.importorskip("triton.backends.nvidia.compiler", reason="this Triton has no compiler for CUDA")
+    try:
+        backend.get_ptxas_version(90)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as missing:
+        pytest.skip(f"this Triton has no assembler for CUDA: {missing}")
+    lines = _python("-m", "tests.gpu.kernel_builds", "quick", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    builds = [json.loads(line) for line in lines if line.startswith("{")]
+    assert {build["kernel"] for build in builds} == {
+        "_project",
+        "_adam_direction",
+        "_residual_square",
+        "_apply_update",
+        "_adamw",
+    }
+    for build in builds:
+        assert build["shared"] <= 227 * 1024, build
+        assert build["spilled"] == 0, build
+        assert bool(build["mma"]) == (build.get("PRECISION", "float32") != "float32"), build

@@ -1,0 +1,163 @@
+"""Real processes over gloo for the tests: a pool of ranks that run a function all together.
+
+Importing torch, DeepSpeed and transformers takes many seconds: ranks are forked from one process that has done so. A
+pool of one size is started once and reused. A rank that raises ends its pool, since the others may wait for it in a
+collective; the next test gets a new one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import socket
+import traceback
+import warnings
+from multiprocessing import forkserver
+from typing import Any
+
+import torch
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.preloaded"])
+# A forked process on a GPU would inherit a CUDA that does not work.
+START = multiprocessing.get_context("spawn") if torch.cuda.is_available() else FORKS
+TIMEOUT = 240.0  # seconds for one job, which only a pool that hangs or a very busy machine needs
+
+
+class RankError(AssertionError):
+    """What the ranks of a pool raised, by rank."""
+
+    def __init__(self, errors: dict[int, tuple[str, str]]) -> None:
+        super().__init__("\n".join(f"rank {rank}: {text}" for rank, (_, text) in errors.items()))
+        self.messages = {rank: message for rank, (message, _) in errors.items()}
+
+
+def preload() -> None:
+    """Begin, in the background, to import what ranks will need."""
+    if START is FORKS:
+        forkserver.ensure_running()
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, world_size: int, port: int, connection: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"),
+    )
+    torch.set_num_threads(1)
+    import ds_fira
+
+    ds_fira.init_distributed()
+    while True:
+        job = connection.recv()
+        if job is None:
+            ds_fira.shutdown()
+            return
+        module, function, arguments = job
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = getattr(importlib.import_module(module), function)(**arguments)
+            connection.send((True, result))
+        except Exception as error:
+            connection.send((False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
+
+
+class Pool:
+    """`world_size` processes that have started torch.distributed."""
+
+    def __init__(self, world_size: int) -> None:
+        port = free_port()
+        self.connections, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = START.Pipe()
+            process = START.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, module: str, function: str, **arguments: Any) -> list[Any]:
+        """Call a function on all ranks.
+
+        Returns:
+            What it returned, by rank.
+
+        Raises:
+            RankError: it raised, or did not end, on some rank.
+        """
+        for connection in self.connections:
+            connection.send((module, function, arguments))
+        results, errors = [], {}
+        for rank, connection in enumerate(self.connections):
+            # Where another rank has failed already, this one may wait for it in vain.
+            if not connection.poll(5.0 if errors else TIMEOUT):
+                errors[rank] = ("no answer", f"no answer within {TIMEOUT} s")
+                continue
+            ok, value = connection.recv()
+            if ok:
+                results.append(value)
+            else:
+                errors[rank] = value
+        if errors:
+            raise RankError(errors)
+        return results
+
+    @property
+    def alive(self) -> bool:
+        """Whether every process still runs."""
+        return all(process.is_alive() for process in self.processes)
+
+    def end(self) -> None:
+        """Ask the processes to end as a script does; `close` waits for it."""
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            if process.is_alive():
+                connection.send(None)
+
+    def close(self, kill: bool = False) -> None:
+        """End the processes."""
+        if kill:
+            for process in self.processes:
+                process.kill()
+        for process in self.processes:
+            process.join(20)
+            process.kill()
+
+
+class Pools:
+    """Pools by world size, started when first asked for."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def run(
+        self, world_size: int, function: str, module: str = "tests.distributed.zero_jobs", **arguments: Any
+    ) -> list[Any]:
+        """Call a function on all ranks of the pool of a size; see `Pool.run`."""
+        pool = self._pools.get(world_size)
+        if pool is None or not pool.alive:
+            pool = self._pools[world_size] = Pool(world_size)
+        try:
+            return pool.run(module, function, **arguments)
+        except RankError:
+            self._pools.pop(world_size).close(kill=True)
+            raise
+
+    def close(self) -> None:
+        """End all processes."""
+        for pool in self._pools.values():
+            pool.end()
+        for pool in self._pools.values():
+            pool.close()

@@ -1,0 +1,149 @@
+"""One rule for ranks: a constructor's, a JSON config's and those of param groups; and no Fira without any."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import ds_fira
+from ds_fira import FiraAdam, FiraRMSProp, GaLoreAdam
+from ds_fira.optim.param_groups import build_groups
+from ds_fira.optim.settings import check_params
+
+KINDS = [FiraAdam, GaLoreAdam, FiraRMSProp]
+
+
+class Model(nn.Module):
+    """Two layers, a norm and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(30, 8)
+        self.first = nn.Linear(8, 12)
+        self.second = nn.Linear(12, 8)
+        self.norm = nn.LayerNorm(8)
+        self.lm_head = nn.Linear(8, 30, bias=False)
+
+
+def by_constructor(model: nn.Module, groups: list, rank: int | None, kind: type = FiraAdam, **settings) -> list:
+    return kind(groups, rank=rank, **settings).param_groups
+
+
+def by_config(model: nn.Module, groups: list, rank: int | None, kind: type = FiraAdam, stage: int = 0, **settings):
+    params = check_params({**settings, "rank": rank}, algorithm=kind.algorithm)
+    return build_groups(model, groups, params, stage, 2, kind.algorithm)
+
+
+WAYS = [by_constructor, by_config]
+
+
+def names_with_a_rank(model: nn.Module, groups: list) -> dict[str, int]:
+    names = {id(param): name for name, param in model.named_parameters()}
+    return {names[id(p)]: g["rank"] for g in groups if g.get("rank") is not None for p in g["params"]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_applies_to_the_weights_of_all_groups(way, kind):
+    """Each group is split into what is projected and the rest, and both keep its keys."""
+    model = Model()
+    groups = [
+        {"params": [*model.first.parameters(), *model.norm.parameters()], "lr": 0.5, "name": "first"},
+        {"params": [*model.second.parameters(), *model.tokens.parameters()], "weight_decay": 0.3, "name": "second"},
+        {"params": list(model.lm_head.parameters()), "name": "head"},
+    ]
+    found = way(model, groups, 3, kind)
+    assert names_with_a_rank(model, found) == {"first.weight": 3, "second.weight": 3}
+    assert [(g["name"], len(g["params"]), g.get("rank")) for g in found] == [
+        ("first", 1, 3),
+        ("first", 3, None),
+        ("second", 1, 3),
+        ("second", 2, None),
+        ("head", 1, None),
+    ]
+    assert {group["lr"] for group in found if group["name"] == "first"} == {0.5}
+    assert {group["weight_decay"] for group in found if group["name"] == "second"} == {0.3}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_group_of_rank_none_stays_unprojected(way):
+    model = Model()
+    groups = [{"params": list(model.first.parameters()), "rank": None}, {"params": list(model.second.parameters())}]
+    assert names_with_a_rank(model, way(model, groups, 3)) == {"second.weight": 3}
+    assert names_with_a_rank(model, way(model, groups, 3, target_modules=["second"])) == {"second.weight": 3}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_groups_with_a_rank_say_what_is_projected(way):
+    """And a rank beside them that does nothing is said."""
+    model = Model()
+    groups = [
+        {"params": [model.first.weight], "rank": 2},
+        {"params": [model.second.weight]},
+        {"params": [model.lm_head.weight], "rank": None},
+    ]
+    with pytest.warns(UserWarning, match=r"FiraAdam: rank = 3.* is not used, because the param groups say themselves"):
+        found = way(model, groups, 3)
+    assert names_with_a_rank(model, found) == {"first.weight": 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert names_with_a_rank(model, way(model, groups, None)) == {"first.weight": 2}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rank_anywhere_is_refused(way, kind):
+    model = Model()
+    weights = [model.first.weight, model.second.weight]
+    missing = rf"^{kind.__name__}: rank = None.*set a rank, such as 128, or train with AdamW\.$"
+    for groups in (weights, [{"params": weights}], [{"params": weights, "rank": None}]):
+        with pytest.raises(ValueError, match=missing):
+            way(model, groups, None, kind)
+    with pytest.raises(ValueError, match=rf"^{kind.__name__}: rank = 3.*every param group says rank = None"):
+        way(model, [{"params": weights, "rank": None}], 3, kind)
+
+
+def test_names_and_one_parameter_of_its_own():
+    model = Model()
+    groups = [{"params": list(model.first.named_parameters()), "name": "named"}, {"params": model.second.weight}]
+    with pytest.raises(ValueError, match="with/without names"):  # torch's own rule: all or none
+        FiraAdam(groups, rank=3)
+    optimizer = FiraAdam(groups[:1], rank=3)
+    assert [group["param_names"] for group in optimizer.param_groups] == [["weight"], ["bias"]]
+    assert len(FiraAdam(groups[1:], rank=3).param_groups) == 1
+    with pytest.raises(TypeError, match="order"):
+        FiraAdam([{"params": set(model.parameters())}], rank=3)
+
+
+def test_param_groups_splits_a_group_that_has_a_rank_of_its_own():
+    """Its norms and biases have none."""
+    model = Model()
+    groups = ds_fira.param_groups(model, 3, groups=[{"params": list(model.parameters()), "rank": 2}])
+    assert names_with_a_rank(model, groups) == {"first.weight": 2, "second.weight": 2}
+    FiraAdam(groups)
+
+
+def test_a_group_added_later_says_itself_what_it_is():
+    model = Model()
+    optimizer = FiraAdam([model.first.weight], rank=3)
+    optimizer.add_param_group({"params": [model.second.weight]})
+    optimizer.add_param_group({"params": [model.lm_head.weight], "rank": 2})
+    assert names_with_a_rank(model, optimizer.param_groups) == {"first.weight": 3, "lm_head.weight": 2}
+
+
+def test_an_engine_without_a_rank_is_refused(ranks):
+    from tests.distributed.zero_jobs import config
+
+    cases = [(config(stage, "fp32", {"lr": 0.01}), None) for stage in (0, 2)]
+    for result in ranks.run(2, "try_to_build", cases=cases, shapes=[(6, 8)]):
+        for kind, text in result:
+            assert kind == "ValueError"
+            assert text.startswith("FiraAdam: rank = None in the DeepSpeed config, and no param group has one")
+
+
+def test_nothing_to_project_is_refused():
+    with pytest.raises(ValueError, match="none of the 1 parameters is a weight to project"):
+        FiraAdam([nn.Parameter(torch.zeros(3))], rank=2)
