@@ -17,12 +17,18 @@ from ds_fira.core.algorithms import algorithm_of
 from ds_fira.core.rules import Rule
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-YES_OR_NO = {"remedy": "give true or false"}
 
 
-def advice(sentence: str) -> dict[str, str]:
-    """What a message tells the user to give instead of a value that is not legal; kept with the field."""
-    return {"remedy": sentence}
+def setting(default: object, meaning: str, remedy: str, **bounds: float):
+    """A field of the settings.
+
+    Args:
+        default: its value where the user gives none.
+        meaning: what it does, for the documentation.
+        remedy: what a message tells the user to give instead of a value that is not legal.
+        **bounds: `ge`, `gt` or `lt`, as pydantic's `Field` has them.
+    """
+    return Field(default, description=meaning, json_schema_extra={"remedy": remedy}, **bounds)
 
 
 class GroupSettings(BaseModel):
@@ -30,122 +36,101 @@ class GroupSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    lr: float = Field(
+    lr: float = setting(
         1e-3,
+        "learning rate; a tensor of one element is read in every step",
+        "give a learning rate of at least 0, such as 0.01",
         ge=0.0,
-        description="learning rate; a tensor of one element is read in every step",
-        json_schema_extra=advice("give a learning rate of at least 0, such as 0.01"),
     )
-    betas: tuple[Beta, Beta] = Field(
+    betas: tuple[Beta, Beta] = setting(
         (0.9, 0.999),
-        description="decay rates of the moments",
-        json_schema_extra=advice("give two numbers from 0 up to but not including 1, such as [0.9, 0.999]"),
+        "decay rates of the moments",
+        "give two numbers from 0 up to but not including 1, such as [0.9, 0.999]",
     )
-    eps: float = Field(
-        1e-6,
-        ge=0.0,
-        description="added to sqrt(V)",
-        json_schema_extra=advice("give a number of at least 0, such as 1e-6"),
-    )
-    weight_decay: float = Field(
-        0.0,
-        ge=0.0,
-        description="decoupled, applied after the update",
-        json_schema_extra=advice("give a number of at least 0"),
-    )
-    rank: int | None = Field(
+    eps: float = setting(1e-6, "added to sqrt(V)", "give a number of at least 0, such as 1e-6", ge=0.0)
+    weight_decay: float = setting(0.0, "decoupled, applied after the update", "give a number of at least 0", ge=0.0)
+    rank: int | None = setting(
         None,
+        "subspace rank of the weights to project, in all groups that do not say `rank = None`; not used where some "
+        "group has a rank of its own",
+        "give a whole number of at least 1, such as 128",
         ge=1,
-        description="subspace rank of the weights to project, in all groups that do not say `rank = None`; not used "
-        "where some group has a rank of its own",
-        json_schema_extra=advice("give a whole number of at least 1, such as 128"),
     )
-    update_proj_gap: int = Field(
+    update_proj_gap: int = setting(
         200,
+        "steps from one refresh of the subspace to the next",
+        "give a whole number of steps of at least 1, such as 200",
         ge=1,
-        description="steps from one refresh of the subspace to the next",
-        json_schema_extra=advice("give a whole number of steps of at least 1, such as 200"),
     )
-    alpha: float = Field(
+    alpha: float = setting(
         1.0,
+        "scale of the back-projection (released), or of the whole update (paper)",
+        "give a number above 0, such as 0.25 or 1.0",
         gt=0.0,
-        description="scale of the back-projection (released), or of the whole update (paper)",
-        json_schema_extra=advice("give a number above 0, such as 0.25 or 1.0"),
     )
-    proj_type: Literal["std", "reverse_std", "left", "right"] = Field(
+    proj_type: Literal["std", "reverse_std", "left", "right"] = setting(
         "std",
-        description='the projected side: "std" the smaller, "reverse_std" the larger, "left", "right"',
-        json_schema_extra=advice("choose 'std', 'reverse_std', 'left' or 'right'"),
+        'the projected side: "std" the smaller, "reverse_std" the larger, "left", "right"',
+        "choose 'std', 'reverse_std', 'left' or 'right'",
     )
-    gamma: float = Field(
+    gamma: float = setting(
         1.01,
+        "the limiter's largest growth of the residual norm from one step to the next",
+        "give a number above 1, such as 1.01",
         gt=1.0,
-        description="the limiter's largest growth of the residual norm from one step to the next",
-        json_schema_extra=advice("give a number above 1, such as 1.01"),
     )
-    residual_scale: float = Field(
+    residual_scale: float = setting(
         1.0,
+        "multiplies the scaled residual in the update; 1 is the paper",
+        "give a number of at least 0, such as 1.0",
         ge=0.0,
-        description="multiplies the scaled residual in the update; 1 is the paper",
-        json_schema_extra=advice("give a number of at least 0, such as 1.0"),
     )
-    scaling: Literal["column", "matrix", "none"] = Field(
-        "column",
-        description='the scaling factor per "column", per "matrix", or "none" (1)',
-        json_schema_extra=advice("choose 'column', 'matrix' or 'none'"),
+    scaling: Literal["column", "matrix", "none"] = setting(
+        "column", 'the scaling factor per "column", per "matrix", or "none" (1)', "choose 'column', 'matrix' or 'none'"
     )
-    limiter: Literal["growth", "none"] = Field(
-        "growth",
-        description='"growth", the norm-growth limiter of the residual, or "none"',
-        json_schema_extra=advice("choose 'growth' or 'none'"),
+    limiter: Literal["growth", "none"] = setting(
+        "growth", '"growth", the norm-growth limiter of the residual, or "none"', "choose 'growth' or 'none'"
     )
-    formulation: Literal["released", "paper"] = Field(
+    formulation: Literal["released", "paper"] = setting(
         "released",
-        description='"released" makes the steps of PyPI `fira`, "paper" those of Algorithm 1',
-        json_schema_extra=advice("choose 'released' or 'paper'"),
+        '"released" makes the steps of PyPI `fira`, "paper" those of Algorithm 1',
+        "choose 'released' or 'paper'",
     )
-    subspace: Literal["svd", "gram", "randomized"] = Field(
+    subspace: Literal["svd", "gram", "randomized"] = setting(
         "svd",
-        description='how a basis is computed: "svd" exactly, "gram" from the Gram matrix, "randomized" by block power '
-        "iteration",
-        json_schema_extra=advice("choose 'svd', 'gram' or 'randomized'"),
+        'how a basis is computed: "svd" exactly, "gram" from the Gram matrix, "randomized" by block power iteration',
+        "choose 'svd', 'gram' or 'randomized'",
     )
-    refresh_moments: Literal["keep", "rotate", "reset"] = Field(
+    refresh_moments: Literal["keep", "rotate", "reset"] = setting(
         "keep",
-        description='what a refresh does to the moments: "keep" them, "rotate" them into the new basis, "reset" them',
-        json_schema_extra=advice("choose 'keep', 'rotate' or 'reset'"),
+        'what a refresh does to the moments: "keep" them, "rotate" them into the new basis, "reset" them',
+        "choose 'keep', 'rotate' or 'reset'",
     )
-    refresh_limiter: Literal["keep", "reset"] = Field(
+    refresh_limiter: Literal["keep", "reset"] = setting(
         "keep",
-        description='what a refresh does to the residual norm that the limiter remembers: "keep" or "reset" it',
-        json_schema_extra=advice("choose 'keep' or 'reset'"),
+        'what a refresh does to the residual norm that the limiter remembers: "keep" or "reset" it',
+        "choose 'keep' or 'reset'",
     )
-    stagger: StrictBool = Field(
+    stagger: StrictBool = setting(
+        False, "whether the matrices refresh on different steps, spread over the gap", "give true or false"
+    )
+    state_dtype: Literal["float32", "bfloat16", "int8"] = setting(
+        "float32", "how basis and moments are stored", "choose 'float32', 'bfloat16' or 'int8'"
+    )
+    matmul_precision: Literal["float32", "tf32", "bfloat16"] = setting(
+        "tf32", "the precision of the matrix products of a step", "choose 'float32', 'tf32' or 'bfloat16'"
+    )
+    exact_cuts: StrictBool = setting(
         False,
-        description="whether the matrices refresh on different steps, spread over the gap",
-        json_schema_extra=YES_OR_NO,
+        "whether a matrix that ZeRO splits is stepped whole on its owner, equal to the bit to a matrix that is "
+        "not split, even where exchanging low-rank data is cheaper",
+        "give true or false",
     )
-    state_dtype: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32",
-        description="how basis and moments are stored",
-        json_schema_extra=advice("choose 'float32', 'bfloat16' or 'int8'"),
-    )
-    matmul_precision: Literal["float32", "tf32", "bfloat16"] = Field(
-        "tf32",
-        description="the precision of the matrix products of a step",
-        json_schema_extra=advice("choose 'float32', 'tf32' or 'bfloat16'"),
-    )
-    exact_cuts: StrictBool = Field(
+    project_full_rank: StrictBool = setting(
         False,
-        description="whether a matrix that ZeRO splits is stepped whole on its owner, equal to the bit to a matrix "
-        "that is not split, even where exchanging low-rank data is cheaper",
-        json_schema_extra=YES_OR_NO,
-    )
-    project_full_rank: StrictBool = Field(
-        False,
-        description="whether a matrix whose rank is at or above its smaller side is projected, as the released code "
-        "does, though its states are then larger; else it is stepped unprojected, with lr x alpha",
-        json_schema_extra=YES_OR_NO,
+        "whether a matrix whose rank is at or above its smaller side is projected, as the released code does, "
+        "though its states are then larger; else it is stepped unprojected, with lr x alpha",
+        "give true or false",
     )
     rule: Rule | None = Field(None, exclude=True, repr=False)
 

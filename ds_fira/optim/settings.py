@@ -9,52 +9,48 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from pydantic import Field, StrictBool, ValidationError, field_validator
+from pydantic import StrictBool, ValidationError, field_validator
 from torch import Tensor
 
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.quantization import require_library
 from ds_fira.core.rules import Rule
-from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, advice, one_number
+from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, one_number, setting
 
 
 class Settings(GroupSettings):
     """Every setting of `FiraAdam`: those of a param group, and those of the whole training."""
 
-    max_group_bytes: int = Field(
+    max_group_bytes: int = setting(
         2**30,
+        "the most bytes that the float32 gradients of one param group take on one rank, which ZeRO copies at a time",
+        "give a whole number of bytes of at least 1, such as 1073741824",
         ge=1,
-        description="the most bytes that the float32 gradients of one param group take on one rank, which ZeRO copies "
-        "at a time",
-        json_schema_extra=advice("give a whole number of bytes of at least 1, such as 1073741824"),
     )
-    check_sync_every: int | None = Field(
+    check_sync_every: int | None = setting(
         None,
+        "inside an engine, steps from one comparison of the replicated weights over the ranks to the next; 0 for "
+        "none, None for every 100 at stage 0 and none elsewhere",
+        "give a whole number of steps, such as 100, or 0 for no check",
         ge=0,
-        description="inside an engine, steps from one comparison of the replicated weights over the ranks to the next; "
-        "0 for none, None for every 100 at stage 0 and none elsewhere",
-        json_schema_extra=advice("give a whole number of steps, such as 100, or 0 for no check"),
     )
-    record_scaling_factors: int = Field(
+    record_scaling_factors: int = setting(
         0,
-        ge=0,
-        description="steps from one record of the scaling factors of all linear layers, projected or not, to the next "
+        "steps from one record of the scaling factors of all linear layers, projected or not, to the next "
         "(`ds_fira.scaling_factors`); 0 for none",
-        json_schema_extra=advice("give a whole number of steps, such as 10, 1 for every step, or 0 for no record"),
+        "give a whole number of steps, such as 10, 1 for every step, or 0 for no record",
+        ge=0,
     )
-    unpickle_checkpoints: StrictBool = Field(
+    unpickle_checkpoints: StrictBool = setting(
         False,
-        description="whether `engine.load_checkpoint` runs what stands in a checkpoint's files, which takes trust in "
-        "whoever wrote it, rather than refuse what needs it",
-        json_schema_extra=advice("give true to let checkpoints run the code in them, or false"),
+        "whether `engine.load_checkpoint` runs what stands in a checkpoint's files, which takes trust in whoever "
+        "wrote it, rather than refuse what needs it",
+        "give true to let checkpoints run the code in them, or false",
     )
-    target_modules: tuple[str, ...] | None = Field(
+    target_modules: tuple[str, ...] | None = setting(
         None,
-        description="with a rank, substrings of the names of the modules to project; None for every linear layer but "
-        "the head",
-        json_schema_extra=advice(
-            "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer"
-        ),
+        "with a rank, substrings of the names of the modules to project; None for every linear layer but the head",
+        "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer",
     )
 
     @field_validator("max_group_bytes", "check_sync_every", "record_scaling_factors", mode="before")
