@@ -48,7 +48,7 @@ def step(grads: list[Tensor], basis: Tensor, bits: int, dtype: torch.dtype, side
         if count == 1:
             exp_avg, exp_avg_sq = torch.zeros_like(low_rank), torch.zeros_like(low_rank)
         direction, direction_sq, low_rank_sq = F.adam_direction_(
-            low_rank, exp_avg, exp_avg_sq, betas=BETAS, eps=EPS, side=side, usable=torch.tensor(True)
+            low_rank, exp_avg, exp_avg_sq, betas=BETAS, eps=EPS, side=side, grad_finite=torch.tensor(True)
         )
     grad_sq = F.squared_norms(grad, side)
     phi = F.scaling_factors(direction_sq, low_rank_sq, "column")

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import positions
-from ds_fira.core.subspace import Side, basis_shape, effective_rank, low_rank_shape, projection_side
+from ds_fira.core.subspace import Side, basis_shape, effective_rank, low_rank_shape
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 
@@ -91,40 +92,40 @@ class StateSlice:
         return cls(name, tuple(shape), side, rank, mark, row, range(*bounds[:2]), range(*bounds[2:]))
 
 
-def state_slices(binding: LocalMatrices, group: dict[str, Any], prefix: str = "") -> list[StateSlice]:
+def state_slices(matrices: LocalMatrices, settings: GroupSettings, prefix: str = "") -> list[StateSlice]:
     """Where a rank keeps the states of the matrices of one stepped tensor.
 
     Args:
-        binding: of the tensor.
-        group: its param group.
-        prefix: put before the names of matrices; the parameter's name where the binding does not know it.
+        matrices: of the tensor.
+        settings: of its param group.
+        prefix: put before the names of matrices; the parameter's name where they do not know it.
     """
-    owned = [matrix for exchange in binding.exchanges for matrix in exchange.owned]
-    places = []
-    for matrix, (mark, row) in zip((*binding.whole, *owned), positions(binding.shapes), strict=True):
-        side = projection_side(matrix.shape, group["proj_type"], group["formulation"])
-        rows = basis_shape(matrix.shape, group["rank"], side)[0]
-        entries = low_rank_shape(matrix.shape, group["rank"], side)[1 if side == "left" else 0]
-        places.append(
+    owned = [matrix for exchange in matrices.exchanges for matrix in exchange.owned]
+    slices = []
+    for matrix, (mark, row) in zip((*matrices.whole, *owned), positions(matrices.shapes), strict=True):
+        side = settings.side_of(matrix.shape)
+        rows = basis_shape(matrix.shape, settings.rank, side)[0]
+        entries = low_rank_shape(matrix.shape, settings.rank, side)[1 if side == "left" else 0]
+        slices.append(
             StateSlice(
                 prefix + matrix.name,
                 matrix.shape,
                 side,
-                effective_rank(matrix.shape, group["rank"]),
+                effective_rank(matrix.shape, settings.rank),
                 mark,
-                row if binding.batched else None,
+                row if matrices.batched else None,
                 range(rows),
                 range(entries),
             )
         )
-    shares = binding.lean.shares if binding.lean is not None else ()
-    return places + [_share_place(share) for share in shares]
+    plans = matrices.low_rank.plans if matrices.low_rank is not None else ()
+    return slices + [_split_slice(plan) for plan in plans]
 
 
-def _share_place(share: LocalShardPlan) -> StateSlice:
-    matrix = share.matrix
-    mark, rows = f".cut{share.position}", matrix.basis_rows(share.dp_rank)
-    return StateSlice(matrix.name, matrix.shape, matrix.side, matrix.rank, mark, None, rows, share.kept)
+def _split_slice(plan: LocalShardPlan) -> StateSlice:
+    matrix = plan.matrix
+    mark, rows = f".cut{plan.position}", matrix.basis_rows(plan.dp_rank)
+    return StateSlice(matrix.name, matrix.shape, matrix.side, matrix.rank, mark, None, rows, plan.kept)
 
 
 def overlap(first: range, second: range) -> range:

@@ -14,10 +14,9 @@ scale per column j of G; on the right everything is transposed. The method (Fira
 It is computed without forming S. The update is phi * G + P (a N - a phi * R), one product accumulated into W; and P is
 orthonormal, so |G_j - a P R_j|^2 = |G_j|^2 - (2a - a^2) |R_j|^2, with the norms accumulated in float64.
 
-The functions of full-size matrices (`project`, `residual_square`, `apply_update_`, `adam_direction_`) have twins in
-`ds_fira.core.kernels`, for which they are the reference. These take one matrix and may ask the host for a decision; the
-kernels take a batch and decide on the device. The functions between them take one matrix or a batch: scales of shape
-(..., n) or (..., m), one number per matrix of shape (...).
+The functions of full-size matrices (`project`, `residual_square`, `apply_update_`, `adam_direction_`) take one matrix;
+they are the reference of their twins in `ds_fira.core.kernels`, which take a batch and decide on the device. Those
+between them take either: scales of shape (..., n) or (..., m), and a `Scalar` for each matrix.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ds_fira.core.precision import matmul_precision
+from ds_fira.core.scalars import Scalar, at_least, scalar, sqrt, where
 from ds_fira.core.subspace import Side
 
 # Keeps the quotients of norms finite; the released code's constant, in phi and in the limiter.
@@ -35,8 +35,6 @@ NORM_EPS = 1e-8
 # Below this share of |phi * G|^2 the difference of squares has lost too many digits of |S|^2 in float32 (an error of
 # about 5e-7 / share), and |S| is summed from the residual itself.
 EXACT_RESIDUAL_SHARE = 0.01
-# A residual norm under this share of |phi * G| is rounding, not residual, when the gradient is exact in float32.
-NEGLIGIBLE_RESIDUAL = 1e-4
 # What has to be formed beside a matrix is formed in blocks of rows of this share of its bytes and no fewer than so many
 # rows: no temporary comes near the size of a large matrix, and a block stays in cache.
 BLOCK_SHARE = 1 / 32
@@ -53,14 +51,10 @@ def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:
     return max(MIN_BLOCK_ROWS, int(rows * BLOCK_SHARE / max(1.0, bytes_ratio)))
 
 
-def host_decides(condition: Tensor) -> bool:
-    """Ask the host about the condition of one matrix: free on the CPU, a wait on a GPU."""
-    return bool(condition)
-
-
-def negligible_share(dtype: torch.dtype) -> float:
-    """The share of |phi * G| under which a residual norm is only the rounding of gradients computed in `dtype`."""
-    return max(torch.finfo(dtype).eps, NEGLIGIBLE_RESIDUAL)
+def total_square(grad: Tensor, dtype: torch.dtype, side: Side) -> Tensor:
+    """|G|^2 of a gradient, or of a block of one, float64, 0-dim; formed in `dtype` in blocks of rows."""
+    blocks = grad.split(summed_rows(grad.shape, 4.0))
+    return sum(squared_norms(block.to(dtype), side).sum() for block in blocks)
 
 
 def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32") -> tuple[Tensor, Tensor]:
@@ -98,9 +92,9 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32")
 def squared_norms(matrix: Tensor, side: Side) -> Tensor:
     """|G_j|^2 of every column (left, n values) or of every row (right, m values), in float64; R's likewise.
 
-    In a large matrix squares are summed in its own dtype inside a block of rows (left) or a row (right), and in float64
-    from there on: errors average out over them. A small matrix has few, and is summed in float64 throughout. A sum that
-    is not finite says that the matrix holds NaN, infinity or elements whose squares overflow.
+    Squares are summed in the matrix's dtype inside a block of rows (left) or a row (right), and in float64 from there
+    on; in a small matrix in float64 throughout. A sum that is not finite says that the matrix holds NaN, infinity or
+    elements whose squares overflow.
     """
     if matrix.numel() <= SMALL_MATRIX:
         return matrix.double().square().sum(0 if side == "left" else 1)
@@ -125,7 +119,7 @@ def adam_direction_(
     betas: tuple[float, float],
     eps: float,
     side: Side,
-    usable: Tensor,
+    grad_finite: Tensor | bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update both moments with R (lines 9 and 10) and give N = M / (sqrt(V) + eps), without bias correction.
 
@@ -138,12 +132,11 @@ def adam_direction_(
         betas: decay rates of the moments.
         eps: added to sqrt(V).
         side: the projected side.
-        usable: whether R comes from a finite gradient; the caller has asked already.
+        grad_finite: not read here: the caller has asked already.
 
     Returns:
         N, and `squared_norms` of N and of R.
     """
-    del usable
     beta1, beta2 = betas
     exp_avg.mul_(beta1).add_(low_rank, alpha=1.0 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(low_rank, low_rank, value=1.0 - beta2)
@@ -154,10 +147,10 @@ def adam_direction_(
     return direction, squared_norms(direction, side), squared_norms(low_rank, side)
 
 
-def bias_correction(step: Tensor, betas: tuple[float, float]) -> Tensor:
+def bias_correction(step: Tensor | int, betas: tuple[float, float]) -> Scalar:
     """sqrt(1 - beta2^t) / (1 - beta1^t) at the t-th step, counted from 1; float64, of `step`'s shape and device."""
-    exponent = step.double()
-    return (1.0 - betas[1] ** exponent).sqrt_().div_(1.0 - betas[0] ** exponent)
+    exponent = step.double() if isinstance(step, Tensor) else step
+    return sqrt(1.0 - betas[1] ** exponent) / (1.0 - betas[0] ** exponent)
 
 
 def scaling_factors(direction_sq: Tensor, low_rank_sq: Tensor, scaling: str) -> Tensor:
@@ -180,7 +173,7 @@ def residual_square(
     *,
     side: Side,
     alpha: float,
-    needed: Tensor,
+    needed: Tensor | bool,
     precision: str = "float32",
 ) -> Tensor:
     """|phi * (G - a P R)|^2 from the residual itself, formed in blocks of rows.
@@ -199,7 +192,7 @@ def residual_square(
         float64, 0-dim; 0 where it is not needed.
     """
     total = torch.zeros((), dtype=torch.float64, device=grad.device)
-    if not host_decides(needed):
+    if not needed:
         return total
     rows_of, columns = (basis, low_rank) if side == "left" else (low_rank, basis.t())
     by_row = side == "right" and phi.shape[-1] > 1
@@ -213,42 +206,50 @@ def residual_square(
     return total
 
 
-def difference_of_squares(grad_sq: Tensor, low_rank_sq: Tensor, phi: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def difference_of_squares(
+    grad_sq: Tensor, low_rank_sq: Tensor, phi: Tensor, alpha: float, host: bool = False
+) -> tuple[Scalar, Scalar]:
     """|S|^2 = sum of phi_j^2 (|G_j|^2 - (2a - a^2) |R_j|^2), and |phi * G|^2; float64, of shape (...).
 
-    The squares are `squared_norms` of G and R; phi has one factor per entry of `grad_sq` or one for all; `alpha` is a,
-    1 in the paper's formulation.
+    Args:
+        grad_sq: `squared_norms` of G.
+        low_rank_sq: `squared_norms` of R.
+        phi: one factor per entry of `grad_sq`, or one for all.
+        alpha: a, 1 in the paper's formulation.
+        host: whether to return numbers of one matrix rather than tensors.
     """
     weights = phi.square()
-    whole = (weights * grad_sq).sum(-1)
-    return whole - (2.0 * alpha - alpha * alpha) * (weights * low_rank_sq).sum(-1), whole
+    scaled_grad_sq, scaled_low_rank_sq = (scalar((weights * sq).sum(-1), host) for sq in (grad_sq, low_rank_sq))
+    return scaled_grad_sq - (2.0 * alpha - alpha * alpha) * scaled_low_rank_sq, scaled_grad_sq
 
 
-def residual_needed(square: Tensor, whole: Tensor) -> Tensor:
+def residual_needed(residual_sq: Scalar, scaled_grad_sq: Scalar) -> Tensor | bool:
     """Whether |S|^2 as a difference has lost so many digits beside |phi * G|^2 that S itself has to be summed."""
-    return square < EXACT_RESIDUAL_SHARE * whole
+    return residual_sq < EXACT_RESIDUAL_SHARE * scaled_grad_sq
 
 
-def limit_growth(square: Tensor, whole: Tensor, previous: Tensor, *, gamma: float, resolution: float):
+def limit_growth(
+    residual_sq: Scalar, scaled_grad_sq: Scalar, previous: Scalar, *, gamma: float, negligible_ratio: float
+) -> tuple[Scalar, Scalar]:
     """The norm-growth limiter (equation 12): its divisor, and |S| to remember.
 
     A norm that is rounding, not residual, is no history: it would pin the next real one for a thousand steps.
 
     Args:
-        square: |S|^2, float64, (...).
-        whole: |phi * G|^2.
+        residual_sq: |S|^2, float64, (...).
+        scaled_grad_sq: |phi * G|^2.
         previous: |S_prev|; 0 is no history.
         gamma: the largest growth.
-        resolution: below this share of |phi * G| a norm is rounding.
+        negligible_ratio: below this share of |phi * G| a norm is rounding.
 
     Returns:
         max(|S| / (|S_prev| + 1e-8), gamma) / gamma, 1 where there is no history; |S| after it.
     """
-    norm = square.clamp(min=0.0).sqrt_()
-    history = norm > resolution * whole.sqrt()
-    divisor = torch.div(norm, previous + NORM_EPS).clamp_(min=gamma).div_(gamma)
-    divisor.masked_fill_((previous == 0.0).logical_or_(~history), 1.0)
-    return divisor, norm.div_(divisor).mul_(history)
+    norm = sqrt(at_least(residual_sq, 0.0))
+    counts = norm > negligible_ratio * sqrt(scaled_grad_sq)
+    divisor = at_least(norm / (previous + NORM_EPS), gamma) / gamma
+    divisor = where(counts & (previous != 0.0), divisor, 1.0)
+    return divisor, where(counts, norm / divisor, 0.0)
 
 
 def apply_update_(
@@ -259,11 +260,11 @@ def apply_update_(
     phi: Tensor | None,
     *,
     by_row: bool,
-    keep: float,
-    usable: Tensor,
+    decay_factor: float,
+    grad_finite: Tensor | bool,
     precision: str = "float32",
 ) -> None:
-    """W <- keep * W - (phi * G + L R), the update and weight decay in one; step sizes are the caller's to fold in.
+    """W <- decay_factor * W - (phi * G + L R): the update and weight decay; the caller folds in the step sizes.
 
     One product, accumulated into W, without a temporary where all are of one dtype; otherwise W is updated in blocks of
     rows in `left`'s dtype and rounded once.
@@ -275,16 +276,15 @@ def apply_update_(
         right: R, (r, n).
         phi: one per column (n,), per row (m,) or for all (1,), in `left`'s dtype; None to leave phi * G out.
         by_row: whether phi is per row.
-        keep: 1 - lr * weight_decay.
-        usable: whether the gradient is finite; the caller has asked already.
+        decay_factor: 1 - lr * weight_decay.
+        grad_finite: not read here: the caller has asked already.
         precision: of the product, as in `matmul_precision`.
     """
-    del usable
     by_row = by_row and phi is not None and phi.numel() > 1
     scale = phi.unsqueeze(1) if by_row else phi
     with matmul_precision(precision):
         if weight.dtype == grad.dtype == left.dtype:
-            weight.addmm_(left, right, beta=keep, alpha=-1.0)
+            weight.addmm_(left, right, beta=decay_factor, alpha=-1.0)
             if scale is not None:
                 weight.addcmul_(grad, scale, value=-1.0)
             return
@@ -292,7 +292,7 @@ def apply_update_(
         height = block_rows(weight.shape[0], 3 * left.element_size() / weight.element_size())
         for first in range(0, weight.shape[0], height):
             rows = slice(first, first + height)
-            value = weight[rows].to(left.dtype).addmm_(left[rows], right, beta=keep, alpha=-1.0)
+            value = weight[rows].to(left.dtype).addmm_(left[rows], right, beta=decay_factor, alpha=-1.0)
             if scale is not None:
                 value.addcmul_(grad[rows].to(left.dtype), scale[rows] if by_row else scale, value=-1.0)
             weight[rows] = value

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+# A residual norm under this share of |phi * G| is rounding, not residual, when the gradient is exact in float32.
+NEGLIGIBLE_RESIDUAL = 1e-4
 # What a setting means to torch's backends: (CUDA, oneDNN on the CPU). The CPU has no TF32 units worth asking for, and
 # torch's CUDA products of float32 matrices know nothing between TF32 and bfloat16 operands.
 _BACKENDS = {"float32": ("ieee", "ieee"), "tf32": ("tf32", "ieee"), "bfloat16": ("tf32", "bf16")}
@@ -34,3 +36,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         cuda.fp32_precision, cpu.fp32_precision = before
+
+
+def negligible_ratio(dtype: torch.dtype) -> float:
+    """The share of |phi * G| under which a residual norm is only the rounding of gradients computed in `dtype`."""
+    return max(torch.finfo(dtype).eps, NEGLIGIBLE_RESIDUAL)

@@ -13,8 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 from torch import Tensor
 
-from ds_fira.core.algorithms import algorithm_of
-from ds_fira.core.rules import Rule
+from ds_fira.core.algorithms import ADAM_STATES, algorithm_of
+from ds_fira.core.rules import Kind, Rule
+from ds_fira.core.subspace import Side, projection_side, refresh_offset
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -163,6 +164,19 @@ class GroupSettings(BaseModel):
         In the paper's it is 1, and alpha multiplies the whole update instead.
         """
         return 1.0 if self.formulation == "paper" else self.alpha
+
+    @property
+    def state_kinds(self) -> Mapping[str, Kind]:
+        """The base optimizer's states of a matrix by name, and what a refresh may do to each."""
+        return ADAM_STATES if self.rule is None else type(self.rule).states
+
+    def side_of(self, shape: tuple[int, int]) -> Side:
+        """The side on which a matrix of shape (m, n) is projected."""
+        return projection_side(shape, self.proj_type, self.formulation)
+
+    def refresh_offset_of(self, index: int) -> int:
+        """Steps by which the refreshes of the matrix with this number in the model are moved; 0 without `stagger`."""
+        return refresh_offset(index, self.update_proj_gap) if self.stagger else 0
 
     @property
     def decay_factor(self) -> float:

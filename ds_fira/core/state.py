@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import EllipsisType
 
 import torch
 from torch import Tensor
 
 from ds_fira.core import quantization
-from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
+from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.quantization import Stored
-from ds_fira.core.subspace import Side, basis_shape, low_rank_shape, projection_side
+from ds_fira.core.settings import GroupSettings
+from ds_fira.core.subspace import Side, basis_shape, low_rank_shape
 
 STEP = "step"
 EXP_AVG = "exp_avg"
@@ -28,6 +29,8 @@ RESIDUAL_NORM = "residual_norm"
 REFRESH_STEP = "refresh_step"
 # Read by the host in every step, so kept on the CPU whatever the parameter's device.
 HOST_KEYS = (REFRESH_STEP,)
+# Of matrices in the leading dimension of a state; ... for a state without one.
+Index = int | slice | EllipsisType
 
 
 @dataclass(slots=True)
@@ -54,14 +57,9 @@ class MatrixState:
     dtype: torch.dtype = torch.float32
 
     @property
-    def exp_avg(self) -> Stored:
-        """Adam's first moment of R."""
-        return self.moments[EXP_AVG]
-
-    @property
-    def exp_avg_sq(self) -> Stored:
-        """Adam's second moment of R."""
-        return self.moments[EXP_AVG_SQ]
+    def has_basis(self) -> bool:
+        """Whether one matrix has had a refresh."""
+        return int(self.refresh_step) >= 0
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -75,23 +73,28 @@ def host_key(key: str) -> bool:
 
 
 def allocate(
-    param: Tensor, shapes: Sequence[tuple[int, int]], group: dict[str, Any], batched: bool
+    param: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    settings: GroupSettings,
+    batched: bool,
+    algorithm: Algorithm = FIRA_ADAM,
 ) -> dict[str, Tensor]:
     """Zero state for the matrices of one parameter, before any of them has a basis.
 
     Args:
         param: gives dtype and device.
         shapes: (m, n) of every matrix owned in it, in order.
-        group: the param group, for `rank`, `proj_type`, `formulation`, `state_dtype` and the algorithm.
+        settings: of the param group.
         batched: whether the states have a leading dimension; False only for a parameter that is one matrix.
+        algorithm: says which moments there are, and whether the limiter's norm is.
     """
     state: dict[str, Tensor] = {}
     for shape, rows in _rows_by_shape(shapes).items():
-        side = projection_side(shape, group["proj_type"], group["formulation"])
-        low_rank = low_rank_shape(shape, group["rank"], side)
-        basis = basis_shape(shape, group["rank"], side)
+        side = settings.side_of(shape)
+        low_rank = low_rank_shape(shape, settings.rank, side)
+        basis = basis_shape(shape, settings.rank, side)
         batch = (len(rows),) if batched else ()
-        allocated = allocate_matrices(param, basis, low_rank, group["state_dtype"], batch, algorithm_of(group))
+        allocated = allocate_matrices(param, basis, low_rank, settings.state_dtype, batch, algorithm)
         for key, value in allocated.items():
             state[key + _mark(shape, shapes)] = value
     return state
@@ -135,8 +138,9 @@ def allocate_matrices(
 def matrix_states(
     state: dict[str, Tensor],
     shapes: Sequence[tuple[int, int]],
-    group: dict[str, Any],
+    settings: GroupSettings,
     batched: bool,
+    algorithm: Algorithm,
     runs: Sequence[tuple[int, int]] | None = None,
     *,
     dtype: torch.dtype | None = None,
@@ -146,8 +150,9 @@ def matrix_states(
     Args:
         state: as `allocate` made it.
         shapes: as in `allocate`.
-        group: as in `allocate`.
+        settings: of the param group.
         batched: as in `allocate`.
+        algorithm: as in `allocate`.
         runs: [first, last) positions in `shapes` to be taken as one batch; matrices of one shape with nothing but each
             other between them. None: every matrix by itself, without a leading dimension.
         dtype: as in `state_views`.
@@ -156,10 +161,9 @@ def matrix_states(
     result = []
     for first, last in runs if runs is not None else [(i, None) for i in range(len(shapes))]:
         mark, row = places[first]
-        index: Any = row if last is None else slice(row, row + last - first)
-        side = projection_side(shapes[first], group["proj_type"], group["formulation"])
-        views = state_views(state, side, mark, index if batched else ..., algorithm=algorithm_of(group), dtype=dtype)
-        result.append(views)
+        index = row if last is None else slice(row, row + last - first)
+        side = settings.side_of(shapes[first])
+        result.append(state_views(state, side, mark, index if batched else ..., algorithm=algorithm, dtype=dtype))
     return result
 
 
@@ -181,7 +185,7 @@ def state_views(
     state: dict[str, Tensor],
     side: Side,
     mark: str = "",
-    index: Any = ...,
+    index: Index = ...,
     *,
     algorithm: Algorithm = FIRA_ADAM,
     dtype: torch.dtype | None = None,
@@ -212,7 +216,7 @@ def state_views(
     )
 
 
-def stored_moment(state: dict[str, Tensor], key: str, mark: str = "", index: Any = ...) -> Stored:
+def stored_moment(state: dict[str, Tensor], key: str, mark: str = "", index: Index = ...) -> Stored:
     """One moment as `ds_fira.core.quantization` stores it, from the keys that begin with `key` and end in `mark`."""
     return {
         suffix: state[key + suffix + mark][index]

@@ -51,26 +51,26 @@ def low_rank_shape(shape: tuple[int, int], rank: int, side: Side) -> tuple[int, 
     return (r, shape[1]) if side == "left" else (shape[0], r)
 
 
-def refresh_due(step: int, refresh_step: int, update_proj_gap: int, phase: int = 0) -> bool:
+def refresh_due(step: int, refresh_step: int, update_proj_gap: int, offset: int = 0) -> bool:
     """Whether a matrix needs a new basis before its next step.
 
-    A refresh belongs to the first step and, at phase 0, to every step count that is a multiple of the gap, as in the
-    released code (and line 4 of Algorithm 1); at another phase, to every multiple plus the phase. One that could not be
-    done there, for want of a usable gradient, stays due until it is done, and the ones after it keep to their places.
+    A refresh belongs to the first step and, at offset 0, to every step count that is a multiple of the gap, as in the
+    released code (and line 4 of Algorithm 1); at another offset, to every multiple plus it. One that could not be done
+    there, for want of a usable gradient, stays due until it is done; the ones after it keep to their places.
 
     Args:
         step: steps the matrix has made.
         refresh_step: `step` at its last refresh, -1 before the first.
         update_proj_gap: steps from one refresh to the next.
-        phase: steps by which the refreshes after the first are shifted, from 0 up to the gap.
+        offset: steps by which the refreshes after the first are shifted, from 0 up to the gap.
     """
     if refresh_step < 0:
         return True
-    return (step - phase) // update_proj_gap > (refresh_step - phase) // update_proj_gap
+    return (step - offset) // update_proj_gap > (refresh_step - offset) // update_proj_gap
 
 
 def refresh_offset(index: int, update_proj_gap: int) -> int:
-    """A phase for `refresh_due` that spreads the refreshes of a model's matrices over the gap.
+    """An offset for `refresh_due` that spreads the refreshes of a model's matrices over the gap.
 
     Multiples of the golden ratio modulo 1: of the first N indices no two are nearer than about 1 / (sqrt(5) N) of the
     gap, so the matrices of one rank, whichever they are, do not fall on the same steps while there are fewer of them

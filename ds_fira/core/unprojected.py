@@ -1,15 +1,17 @@
-"""AdamW for what is not projected, as the released code makes it, on torch's fused kernel."""
+"""Steps of parameters that are not projected: AdamW as the released code has it, on torch's fused kernel, or a rule."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ds_fira.core import kernels, quantization
+from ds_fira.core.base_optimizer import advance, store
 from ds_fira.core.quantization import Stored
+from ds_fira.core.rules import Rule
+from ds_fira.core.settings import GroupSettings
+from ds_fira.core.state import EXP_AVG, EXP_AVG_SQ
 
 # Elements of a parameter stepped at once: they stay in cache between the finite test and the update.
 ADAMW_BLOCK = 2**18
@@ -21,34 +23,124 @@ DEVICE_BLOCK = 2**21
 FUSED_BYTES = 64
 
 
-def step_adamw_(
-    param: Tensor, grad: Tensor, exp_avg: Stored, exp_avg_sq: Stored, *, dtype: torch.dtype, step: int, **settings: Any
+def step_unprojected_(
+    param: Tensor, grad: Tensor, moments: dict[str, Stored], step: Tensor, settings: GroupSettings, dtype: torch.dtype
 ) -> None:
-    """`adamw_` on a parameter of any shape and strides, block by block, its moments stored in any `state_dtype`.
+    """Step a parameter that is not projected, of any shape and strides, by AdamW or by the group's rule.
+
+    One in a group with a rank makes the step that its projected matrices make: its learning rate is times alpha.
 
     Args:
         param: updated.
-        grad: the same shape.
-        exp_avg: first moment, of the same shape, as `ds_fira.core.quantization` stores it.
-        exp_avg_sq: second moment, likewise.
+        grad: of the same shape.
+        moments: its states by name, of its shape, as `ds_fira.core.quantization` stores them.
+        step: this step's count, from 1, on the CPU; rounds bfloat16 and 8-bit moments too.
+        settings: of the param group.
         dtype: in which the step is computed.
-        step: this step's count, from 1; rounds bfloat16 and 8-bit moments too.
-        **settings: `lr`, `betas`, `eps`, `weight_decay` and `alpha` of `adamw_`.
     """
+    alpha = 1.0 if settings.rank is None else settings.alpha
+    if settings.rule is None:
+        step_adamw_(param, grad, moments, int(step), settings, dtype, alpha)
+    elif settings.rule.elementwise:
+        _step_elements_(settings.rule, param, grad, moments, step, settings, dtype, alpha)
+    else:
+        _step_parameter_(settings.rule, param, grad, moments, step, settings, dtype, alpha)
+
+
+def step_adamw_(
+    param: Tensor,
+    grad: Tensor,
+    moments: dict[str, Stored],
+    step: int,
+    settings: GroupSettings,
+    dtype: torch.dtype,
+    alpha: float,
+) -> None:
+    """`adamw_` block by block; arguments as in `step_unprojected_`."""
     flat = param.view(-1) if param.is_contiguous() else param.reshape(-1)
     slope = grad.reshape(-1)
-    compressed = exp_avg[quantization.VALUES].dtype != dtype
+    compressed = moments[EXP_AVG][quantization.VALUES].dtype != dtype
     block, advance_ = DECODED_BLOCK if compressed else ADAMW_BLOCK, adamw_
-    if kernels.usable(flat):
+    if kernels.supports(flat):
         # A kernel reads every element once: blocks are only for what is decoded first.
         block, advance_ = DEVICE_BLOCK if compressed else max(1, flat.numel()), kernels.adamw_
     for start in range(0, flat.numel(), block):
         stop = min(start + block, flat.numel())
-        stored = [quantization.part(moment, start, stop) for moment in (exp_avg, exp_avg_sq)]
-        moments = [quantization.read(moment, dtype) for moment in stored]
-        advance_(flat[start:stop], slope[start:stop], *moments, step=step, **settings)
-        for place, (moment, value) in enumerate(zip(stored, moments, strict=True)):
-            quantization.write_(moment, value, seed=2 * step + place, start=start)
+        stored = {key: quantization.part(moments[key], start, stop) for key in (EXP_AVG, EXP_AVG_SQ)}
+        values = {key: quantization.read(moment, dtype) for key, moment in stored.items()}
+        advance_(
+            flat[start:stop],
+            slope[start:stop],
+            *values.values(),
+            step=step,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            alpha=alpha,
+        )
+        store(stored, values, step, start)
+    if not param.is_contiguous():
+        param.copy_(flat.view(param.shape))
+
+
+def _step_parameter_(
+    rule: Rule,
+    param: Tensor,
+    grad: Tensor,
+    moments: dict[str, Stored],
+    step: Tensor,
+    settings: GroupSettings,
+    dtype: torch.dtype,
+    alpha: float,
+) -> None:
+    """W <- (1 - lr * weight_decay) (W - lr * alpha * step_size * N), the rule given the whole gradient.
+
+    A gradient that is not finite, or has a square that overflows, changes nothing.
+    """
+    slope = grad.to(dtype)
+    if not bool(slope.square().isfinite().all()):
+        return
+    states = {name: quantization.read(stored, dtype) for name, stored in moments.items()}
+    size = settings.lr * alpha * float(rule.step_size(step))
+    param.copy_(param.to(dtype).sub_(advance(rule, slope, states, step).mul_(size)) * settings.decay_factor)
+    store(moments, states, int(step))
+
+
+def _step_elements_(
+    rule: Rule,
+    param: Tensor,
+    grad: Tensor,
+    moments: dict[str, Stored],
+    step: Tensor,
+    settings: GroupSettings,
+    dtype: torch.dtype,
+    alpha: float,
+) -> None:
+    """The same for a rule whose elements do not see each other, in blocks: any fragment makes the step of the whole.
+
+    An element of the gradient that is not finite, or whose square overflows, changes nothing of its own.
+    """
+    size = settings.lr * alpha * float(rule.step_size(step))
+    flat, slopes = param.view(-1) if param.is_contiguous() else param.reshape(-1), grad.reshape(-1)
+    compressed = any(stored[quantization.VALUES].dtype != dtype for stored in moments.values())
+    block = DECODED_BLOCK if compressed else ADAMW_BLOCK
+    for start in range(0, flat.numel(), block):
+        stop = min(start + block, flat.numel())
+        stored = {name: quantization.part(moment, start, stop) for name, moment in moments.items()}
+        states = {name: quantization.read(part, dtype) for name, part in stored.items()}
+        slope = slopes[start:stop].to(dtype)
+        finite = slope.square().isfinite()
+        all_finite = bool(finite.all())
+        before = {} if all_finite else {name: value.clone() for name, value in states.items()}
+        moved = advance(rule, slope if all_finite else torch.where(finite, slope, 0.0), states, step).mul_(size)
+        value = flat[start:stop].to(dtype).sub(moved).mul_(settings.decay_factor)
+        if not all_finite:
+            value = torch.where(finite, value, flat[start:stop].to(dtype))
+            for name, old in before.items():
+                states[name].copy_(torch.where(finite, states[name], old))
+        flat[start:stop] = value
+        store(stored, states, int(step), start)
     if not param.is_contiguous():
         param.copy_(flat.view(param.shape))
 
@@ -87,20 +179,20 @@ def adamw_(
     value, slope = param.to(exp_avg.dtype), grad.to(exp_avg.dtype)
     moments = (exp_avg, exp_avg_sq)
     # The norm is the quick test; it can also overflow where every single square is finite.
-    usable = None if bool(torch.isfinite(torch.linalg.vector_norm(slope))) else slope.square().isfinite()
+    grad_finite = None if bool(torch.isfinite(torch.linalg.vector_norm(slope))) else slope.square().isfinite()
     tensors = (value, slope, *moments)
-    if usable is not None:
-        tensors = tuple(tensor[usable] for tensor in tensors)
-    _fused_adamw_(tensors, step=step, lr=lr * alpha, betas=betas, eps=eps, keep=1.0 - lr * weight_decay)
-    if usable is not None:
+    if grad_finite is not None:
+        tensors = tuple(tensor[grad_finite] for tensor in tensors)
+    _fused_adamw_(tensors, step=step, lr=lr * alpha, betas=betas, eps=eps, decay_factor=1.0 - lr * weight_decay)
+    if grad_finite is not None:
         for tensor, part in zip((value, *moments), (tensors[0], *tensors[2:]), strict=True):
-            tensor[usable] = part
+            tensor[grad_finite] = part
     if value is not param:
         param.copy_(value)
 
 
 def _fused_adamw_(
-    tensors: tuple[Tensor, ...], *, step: int, lr: float, betas: tuple[float, float], eps: float, keep: float
+    tensors: tuple[Tensor, ...], *, step: int, lr: float, betas: tuple[float, float], eps: float, decay_factor: float
 ) -> None:
     """Torch's fused Adam, then decay, on (param, grad, M, V), 1-D; all but the gradient are updated.
 
@@ -121,8 +213,8 @@ def _fused_adamw_(
             tensor[even:] = whole[: size - even]
     if before is not None:
         tensors[0].copy_(torch.where(tensors[3] == 0.0, before, tensors[0]))
-    if keep != 1.0:
-        tensors[0].mul_(keep)
+    if decay_factor != 1.0:
+        tensors[0].mul_(decay_factor)
 
 
 def _fused_adam_(tensors: tuple[Tensor, ...], *, step: int, lr: float, betas: tuple[float, float], eps: float) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_fira.core.step import StepStats
+
 
 @dataclass(frozen=True, slots=True)
 class Totals:
@@ -100,43 +102,34 @@ class StepMetrics:
         self._steps[param] = self._steps.get(param, 0) + 1
         return self._steps_before + self._steps[param]
 
-    def record(
-        self,
-        low_rank_square: Tensor,
-        grad_square: Tensor,
-        residual_square: Tensor,
-        divisor: Tensor | None,
-        usable: Tensor,
-        residual_scale: float,
-        on_host: bool = False,
-    ) -> None:
-        """Count one step of a matrix, or of k.
+    def count_refresh(self) -> None:
+        """Count one new basis."""
+        self.refreshes += 1
+
+    def record(self, stats: StepStats, residual_scale: float) -> None:
+        """Count one step of a matrix, or of k; nothing is read from a device.
 
         Args:
-            low_rank_square: |R|^2, (k,) or 0-dim.
-            grad_square: |G|^2.
-            residual_square: |S|^2 before the limiter.
-            divisor: the limiter's; None without one.
-            usable: whether G is finite.
+            stats: of the step.
             residual_scale: multiplies S in the update.
-            on_host: whether they are 0-dim and may be read at once.
         """
-        if on_host:
+        grad_sq, residual_sq, divisor = stats.grad_sq, stats.residual_sq, stats.limiter_divisor
+        low_rank_sq = stats.low_rank_sq.sum(-1)
+        if not isinstance(grad_sq, Tensor):
             # Quicker to add up than tensors are.
-            low_rank, whole = float(low_rank_square), float(grad_square)
-            if whole > 0.0 and bool(usable):
-                shrunk = 1.0 if divisor is None else float(divisor)
+            if grad_sq > 0.0:
+                shrunk = 1.0 if divisor is None else divisor
                 self._host[0] += 1.0
-                self._host[1] += low_rank / whole
+                self._host[1] += float(low_rank_sq) / grad_sq
                 self._host[2] += shrunk > 1.0
-                self._host[3] += max(float(residual_square), 0.0) * (residual_scale / shrunk) ** 2
+                self._host[3] += max(residual_sq, 0.0) * (residual_scale / shrunk) ** 2
             return
-        counted = usable & (grad_square > 0.0)
-        one = torch.ones_like(grad_square)
+        one = torch.ones_like(grad_sq)
         shrunk = one if divisor is None else divisor
-        residual = residual_square.clamp(min=0.0) * (residual_scale / shrunk).square()
-        found = torch.stack([one, low_rank_square / grad_square, shrunk > 1.0, residual])
-        self._of(grad_square.device).add_(torch.where(counted, found, 0.0).view(4, -1).sum(1))
+        residual = residual_sq.clamp(min=0.0) * (residual_scale / shrunk).square()
+        found = torch.stack([one, low_rank_sq / grad_sq, shrunk > 1.0, residual])
+        counted = stats.grad_finite & (grad_sq > 0.0)
+        self._of(grad_sq.device).add_(torch.where(counted, found, 0.0).view(4, -1).sum(1))
 
     @contextmanager
     def refreshing(self, device: torch.device) -> Iterator[None]:

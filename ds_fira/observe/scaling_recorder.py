@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from ds_fira.checkpoint.slices import StateSlice
 from ds_fira.core import functional as F
 from ds_fira.core import quantization
-from ds_fira.core.base_optimizer import rule_of
+from ds_fira.core.algorithms import algorithm_of
+from ds_fira.core.scalars import Scalar
 from ds_fira.core.selection import find_projected_weights
+from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import EXP_AVG, EXP_AVG_SQ, STEP, compute_dtype, stored_moment
 from ds_fira.core.subspace import Side, projection_side
 from ds_fira.observe.scaling_series import Factors, Series, carry_on, join
@@ -34,7 +36,7 @@ BLOCK = 2**20
 
 def under_adamw(shape: Sequence[int], group: dict[str, Any]) -> bool:
     """Whether a parameter is neither projected nor stepped by a rule of the user's, whose factors nobody can tell."""
-    return 0 not in shape and not is_projected(shape, group) and rule_of(group) is None
+    return 0 not in shape and not is_projected(shape, group) and algorithm_of(group).rule is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +161,12 @@ class ScalingRecorder:
                         for m, side in zip(matrices, sides, strict=True)
                     ]
 
-    def full_rank(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+    def full_rank(self, param: Tensor, settings: GroupSettings, state: dict[str, Tensor]) -> None:
         """Record the weights in a tensor that AdamW has just stepped; a collective call where any of them is cut.
 
         Args:
             param: the tensor with its gradient.
-            group: its param group.
+            settings: of its param group.
             state: its moments, updated.
         """
         watched = self._watched.get(param, ())
@@ -172,24 +174,24 @@ class ScalingRecorder:
             return
         used = max((one.place.stop for one in watched if one.place is not None), default=0)
         shared = torch.zeros(2, used, dtype=torch.float64, device=param.device)
-        correction = F.bias_correction(state[STEP], group["betas"])
+        bias_correction = F.bias_correction(state[STEP], settings.betas)
         for one in watched:
             if one.fragment is None:
                 continue
-            squares = _adamw_squares(one.fragment, one.side, param, group, state)
+            squares = _adamw_squares(one.fragment, one.side, param, settings, state)
             if one.place is None:
-                self._add(one.series, squares, correction)
+                self._add(one.series, squares, bias_correction)
             else:
                 shared[:, one.place] = squares
         if used:
             shared = self._channel.all_reduce(shared)
             for one in watched:
                 if one.place is not None and one.series is not None:
-                    self._add(one.series, shared[:, one.place], correction)
+                    self._add(one.series, shared[:, one.place], bias_correction)
 
-    def _add(self, series: Series, squares: Tensor, correction: Tensor) -> None:
+    def _add(self, series: Series, squares: Tensor, bias_correction: Scalar) -> None:
         direction_sq, grad_sq = squares
-        series.open(self._step).add(direction_sq, grad_sq, correction, grad_sq.sum().isfinite())
+        series.open(self._step).add(direction_sq, grad_sq, bias_correction, grad_sq.sum().isfinite())
 
     def gather(self, communicator: Communicator | None, replicated: bool) -> Factors:
         """What all processes have recorded, as `ds_fira.scaling_factors` gives it; waits for a GPU.
@@ -259,7 +261,7 @@ def _names_of(modules: Sequence[nn.Module]) -> dict[int, str]:
 
 
 def _adamw_squares(
-    fragment: MatrixShard, side: Side, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]
+    fragment: MatrixShard, side: Side, param: Tensor, settings: GroupSettings, state: dict[str, Tensor]
 ) -> Tensor:
     """Squared norms of N = M / (sqrt(V) + eps) and of G by column (left) or row (right), (2, n or m), float64.
 
@@ -267,7 +269,7 @@ def _adamw_squares(
         fragment: what to look at; entries that it does not touch stay 0.
         side: columns or rows.
         param: the tensor with its gradient that the fragment lies in.
-        group: its param group.
+        settings: of its param group.
         state: its moments.
     """
     dtype = compute_dtype(param.dtype)
@@ -283,7 +285,7 @@ def _adamw_squares(
             start = fragment.offset + piece.offset + first * width
             stop = start + len(rows) * width
             exp_avg, exp_avg_sq = (quantization.elements(moment, start, stop, dtype) for moment in moments)
-            divisor = exp_avg_sq.sqrt().add_(group["eps"])
+            divisor = exp_avg_sq.sqrt().add_(settings.eps)
             direction = torch.where(divisor > 0.0, exp_avg / divisor, 0.0).view(len(rows), width)
             slope = grad[start:stop].to(dtype).view(len(rows), width)
             along = inside(piece.columns if side == "left" else rows, range(count))

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_fira.core.scalars import Scalar
+from ds_fira.core.step import StepStats
 from ds_fira.core.subspace import Side
 
 # What `ds_fira.scaling_factors` gives.
@@ -52,14 +54,20 @@ class Series:
         self.steps.append(step)
         return self
 
-    def add(self, direction_sq: Tensor, low_rank_sq: Tensor, correction: Tensor, usable: Tensor | None = None) -> None:
+    def add(
+        self,
+        direction_sq: Tensor,
+        low_rank_sq: Tensor,
+        bias_correction: Scalar,
+        grad_finite: Tensor | bool = True,
+    ) -> None:
         """Record the step begun last. Nothing is read from the device.
 
         Args:
             direction_sq: squared norms of N, without bias correction, (entries,), float64.
             low_rank_sq: those of R.
-            correction: Adam's bias correction, 0-dim, on the same device or the host.
-            usable: whether the gradient is finite, 0-dim; None where it is known to be.
+            bias_correction: Adam's, 0-dim or plain.
+            grad_finite: whether the gradient is finite.
         """
         device, place = direction_sq.device, len(self.steps) - 1
         if place >= len(self._norms):
@@ -67,12 +75,12 @@ class Series:
             grown[: len(self._norms)] = self._norms
             self._norms, self._sums = grown, self._sums.to(device)
         norms = torch.stack([direction_sq.sum(), low_rank_sq.sum()]).sqrt_()
-        norms[0] *= correction
-        factors = (direction_sq / low_rank_sq).sqrt_() * correction
+        norms[0] *= bias_correction
+        factors = (direction_sq / low_rank_sq).sqrt_() * bias_correction
         defined = factors.isfinite()
-        if usable is not None:
-            norms = torch.where(usable, norms, torch.nan)
-            defined &= usable
+        if isinstance(grad_finite, Tensor):
+            norms = torch.where(grad_finite, norms, torch.nan)
+            defined &= grad_finite
         self._norms[place] = norms
         self._sums += torch.stack([torch.where(defined, factors, 0.0), defined.double()])
 
@@ -93,22 +101,13 @@ class Series:
         }
 
 
-def add_batch(
-    series: Sequence[Series], direction_sq: Tensor, low_rank_sq: Tensor, correction: Tensor, usable: Tensor
-) -> None:
-    """Record the same step of k matrices of one shape.
-
-    Args:
-        series: of the matrices.
-        direction_sq: (n,) of one matrix, (k, n) of k; likewise the others, as in `Series.add`.
-        low_rank_sq: likewise.
-        correction: 0-dim or (k,).
-        usable: likewise.
-    """
-    rows = (direction_sq, low_rank_sq, correction, usable)
-    if correction.ndim == 0:
-        rows = tuple(row.unsqueeze(0) for row in rows)
-    for one, *row in zip(series, *(row.unbind() for row in rows), strict=True):
+def add_batch(series: Sequence[Series], stats: StepStats) -> None:
+    """Record the same step of the k matrices of one shape, or of one matrix, that `stats` is of."""
+    rows = (stats.direction_sq, stats.low_rank_sq, stats.bias_correction, stats.grad_finite)
+    if stats.direction_sq.ndim == 1:
+        series[0].add(*rows)
+        return
+    for one, *row in zip(series, *rows, strict=True):
         one.add(*row)
 
 

@@ -1,7 +1,7 @@
 """The optimizers of this package as `torch.optim.Optimizer`, alone or inside DeepSpeed: what all of them share.
 
 Alone, a parameter is one matrix, or several (3-D expert tensors). Inside ZeRO a parameter is a flat partition, and
-`bind` tells which matrices lie in it, whole or cut. Both take the same path: a list of `MatrixTask`, refreshed, then
+`bind` tells which matrices lie in it, whole or split. Both take the same path: a list of `MatrixTask`, refreshed, then
 updated one by one.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.param_shape import numel_of, shape_of
+from ds_fira.core.settings import GroupSettings
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.param_groups import by_kind, group_defaults, ranked_groups
@@ -81,11 +82,11 @@ class LowRankOptimizer(Stepping):
         self.inventory_of_module: list[ParamRecord] | None = None
         self.gradient_dtypes: dict[Tensor, torch.dtype] = {}
         self._reset_places()
-        self._refresher = Refresher(self.metrics)
+        self._refresher = Refresher(self.metrics, self.algorithm.name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also called by load_state_dict, on an optimizer that knows its place already.
-        fresh = "_bindings" not in self.__dict__
+        fresh = "_bound" not in self.__dict__
         if fresh:
             self._reset_runtime()
         super().__setstate__(state)
@@ -177,7 +178,8 @@ class LowRankOptimizer(Stepping):
                 loss = closure()
         if self.suspended:
             return loss
-        for group in map(with_number, self.param_groups):
+        for group in self.param_groups:
+            settings = GroupSettings.of(group)
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 _require_dense(param)
@@ -187,12 +189,12 @@ class LowRankOptimizer(Stepping):
                 if self._recording and self.communicator is None:
                     self.recorder.watch_alone(self.param_groups)
             if "rank" in group:
-                self._step_projected([param for param in params if self._projects(param, group)], group)
+                self._step_projected([param for param in params if self._projects(param, group)], group, settings)
             for param in params:
                 if not self._projects(param, group):
-                    self._step_plain(param, group)
+                    self._step_unprojected(param, group, settings)
                     if self._recording:
-                        self.recorder.full_rank(param, group, self.state[param])
+                        self.recorder.full_rank(param, settings, self.state[param])
         return loss
 
     @property
@@ -206,11 +208,6 @@ class LowRankOptimizer(Stepping):
     def replicated(self) -> bool:
         """Whether other ranks hold the same parameters and states."""
         return self._refresher.replicas is not None
-
-
-def with_number(group: dict[str, Any]) -> dict[str, Any]:
-    """A param group whose learning rate is a number, read now where it is a tensor."""
-    return {**group, "lr": float(group["lr"])} if isinstance(group["lr"], Tensor) else group
 
 
 def _require_dense(param: Tensor) -> None:

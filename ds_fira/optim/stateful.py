@@ -15,6 +15,7 @@ from ds_fira.checkpoint.restore import refuse_other_states, restore
 from ds_fira.checkpoint.slices import Piece, state_slices
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
+from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import STEP, allocate, compute_dtype, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.settings import group_settings
@@ -26,6 +27,8 @@ from ds_fira.sharding.refresher import Refresher
 
 # AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
 SMALL_PARAM = 4096
+# A param group as torch.optim holds it.
+ParamGroup = dict[str, object]
 # Where the recorded scaling factors are in the description of a state dict.
 RECORD = "scaling_factors"
 
@@ -58,26 +61,30 @@ class Resumable(Optimizer):
         self.members: list[Members] = []
         self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
         self.layout_digest = ""
-        self._bindings: dict[Tensor, LocalMatrices] = {}
+        self._bound: dict[Tensor, LocalMatrices] = {}
         self._alone: dict[Tensor, LocalMatrices] = {}
 
-    def bind(self, param: Tensor, binding: LocalMatrices) -> None:
+    def bind(self, param: Tensor, matrices: LocalMatrices) -> None:
         """Say which matrices lie in a flat parameter; called once the parameter is final, before its first step."""
-        self._bindings[param] = binding
+        self._bound[param] = matrices
 
-    def _binding(self, param: Tensor) -> LocalMatrices:
-        if param in self._bindings:
-            return self._bindings[param]
-        if param not in self._alone:
-            matrices = tuple(matrices_of("", tuple(param.shape)))
-            first = sum(len(binding.whole) for binding in self._alone.values())
-            indices = tuple(range(first, first + len(matrices)))
-            self._alone[param] = LocalMatrices(matrices, indices, batched=param.ndim == 3)
-        return self._alone[param]
+    def _matrices(self, param: Tensor) -> LocalMatrices:
+        found = self._bound.get(param) or self._alone.get(param)
+        if found is None:
+            shards = tuple(matrices_of("", tuple(param.shape)))
+            first = sum(len(matrices.whole) for matrices in self._alone.values())
+            indices = tuple(range(first, first + len(shards)))
+            found = self._alone[param] = LocalMatrices(shards, indices, batched=param.ndim == 3, flat=False)
+        return found
+
+    def forget_views(self) -> None:
+        """Say that the storage of states has changed; the next step looks it up again."""
+        for matrices in (*self._bound.values(), *self._alone.values()):
+            matrices.forget_views()
 
     def _projects(self, param: Tensor, group: dict[str, Any]) -> bool:
         """Whether a stepped tensor has low-rank states. A flat partition has them where its matrices were bound."""
-        return param in self._bindings or is_projected(param.shape, group)
+        return param in self._bound or is_projected(param.shape, group)
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of one parameter, allocated."""
@@ -89,10 +96,10 @@ class Resumable(Optimizer):
     def _allocated(self, param: Tensor, group: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
         """A new state of one parameter, in tensors of the device and dtype that suit `like`, of the same shape."""
         if self._projects(param, group):
-            binding = self._binding(param)
-            state = allocate(like, binding.shapes, group, binding.batched)
-            if binding.lean is not None:
-                state.update(binding.lean.allocate(like, group))
+            matrices, settings = self._matrices(param), GroupSettings.of(group)
+            state = allocate(like, matrices.shapes, settings, matrices.batched, self.algorithm)
+            if matrices.low_rank is not None:
+                state.update(matrices.low_rank.allocate(like, settings, self.algorithm))
             return state
         state = {STEP: torch.zeros((), dtype=torch.int64)}
         state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
@@ -292,6 +299,7 @@ class Resumable(Optimizer):
             pieces = (Piece(names[id(param)], 0, 0, param.numel()),)
         if not self._projects(param, group):
             return TensorSlices(pieces, ())
-        # Where the binding is of one parameter, it does not know the name.
-        prefix = "" if param in self._bindings else pieces[0].name
-        return TensorSlices(pieces, tuple(state_slices(self._binding(param), group, prefix)))
+        # The matrices of a lone parameter do not know its name.
+        matrices = self._matrices(param)
+        prefix = "" if matrices.flat else pieces[0].name
+        return TensorSlices(pieces, tuple(state_slices(matrices, GroupSettings.of(group), prefix)))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
+from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.split_matrix import SplitMatrix, plan_split, state_numel
 
@@ -84,7 +85,7 @@ class GroupLayout:
 def plan_groups(
     groups: Sequence[tuple[Sequence[Mapping[int, MatrixShard]], int]],
     ranks: int,
-    settings: Sequence[Mapping[str, Any]],
+    settings: Sequence[GroupSettings],
     spread: bool = False,
 ) -> list[GroupLayout]:
     """Give every matrix that lies on several ranks an owner and a way.
@@ -110,7 +111,7 @@ def plan_groups(
         chosen = settings[index]
         for fragments in matrices:
             holder, first = next(iter(fragments.items()))
-            size = state_numel(first.shape, chosen["rank"], chosen["proj_type"], chosen["formulation"])
+            size = state_numel(first.shape, chosen.rank, chosen.proj_type, chosen.formulation)
             if len(fragments) == 1:
                 whole[index][holder].append(first)
                 load[holder] += size
@@ -127,7 +128,7 @@ def plan_groups(
             load[holder] += matrix.state_numel(holder)
         planned[position] = (index, matrix)
     if spread:
-        _relieve(planned, load, [chosen["exact_cuts"] for chosen in settings])
+        _relieve(planned, load, [chosen.exact_cuts for chosen in settings])
     return [
         GroupLayout(
             whole=tuple(tuple(held) for held in whole[index]),

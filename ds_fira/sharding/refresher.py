@@ -5,30 +5,29 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ds_fira.core.basis import adopt_basis, new_basis
 from ds_fira.core.step import MatrixTask
-from ds_fira.core.subspace import refresh_due, refresh_offset
-from ds_fira.observe.metrics import StepMetrics
+from ds_fira.core.subspace import refresh_due
 from ds_fira.sharding.comm import Communicator
-
-
-def phase(group: dict[str, Any], index: int) -> int:
-    """Steps by which the refreshes of a matrix are moved: 0 unless the group staggers them.
-
-    Args:
-        group: the param group.
-        index: the matrix's number in the model.
-    """
-    return refresh_offset(index, group["update_proj_gap"]) if group["stagger"] else 0
-
 
 # Seconds of exact decompositions in one process after which a user is told of faster ways.
 SLOW_SECONDS = 30.0
+
+
+class RefreshListener(Protocol):
+    """Who is told of refreshes; `ds_fira.observe.metrics.StepMetrics` is one."""
+
+    def refreshing(self, device: torch.device) -> AbstractContextManager[None]:
+        """Measure the time inside the block on `device`."""
+
+    def count_refresh(self) -> None:
+        """Count one new basis."""
 
 
 class Refresher:
@@ -36,11 +35,13 @@ class Refresher:
 
     Attributes:
         replicas: the ranks that hold the same matrices, so that each basis is computed once for all; None for none.
+        listener: is told of every refresh.
     """
 
-    def __init__(self, metrics: StepMetrics) -> None:
+    def __init__(self, listener: RefreshListener, name: str) -> None:
         self.replicas: Communicator | None = None
-        self._metrics = metrics
+        self.listener = listener
+        self._name = name
         self._warned = False
         self._told = False
         self._svd_seconds = 0.0
@@ -66,13 +67,12 @@ class Refresher:
         bounds = self._bounds.setdefault(param, [None] * len(indices))
         found = []
         for row, task in enumerate(tasks, first):
-            gap = task.group["update_proj_gap"]
-            moved = phase(task.group, indices[row])
+            gap, offset = task.settings.update_proj_gap, task.settings.refresh_offset_of(indices[row])
             last = int(task.state.refresh_step)
             bound = bounds[row]
-            if bound is None or refresh_due(bound, last, gap, moved):
+            if bound is None or refresh_due(bound, last, gap, offset):
                 bound = int(task.state.step)
-                if refresh_due(bound, last, gap, moved):
+                if refresh_due(bound, last, gap, offset):
                     found.append(task)
             bounds[row] = bound + 1
         return found
@@ -81,7 +81,7 @@ class Refresher:
         """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all."""
         if not due:
             return
-        with self._metrics.refreshing(due[0].weight.device):
+        with self.listener.refreshing(due[0].weight.device):
             if self.replicas is None:
                 for task in due:
                     self._adopt(task, self._new_basis(task))
@@ -105,14 +105,14 @@ class Refresher:
 
     def _new_basis(self, task: MatrixTask) -> Tensor | None:
         """The basis of a task's gradient, None where there is none to be had."""
-        return self.attempt(lambda: new_basis(task), task.group["subspace"])
+        return self.attempt(lambda: new_basis(task), task.settings.subspace)
 
-    def attempt(self, compute: Callable[[], Tensor | None], method: str) -> Tensor | None:
+    def attempt(self, compute: Callable[[], Tensor | None], subspace: str) -> Tensor | None:
         """What `compute` returns, a basis or None; None too where it raises LinAlgError, which is reported once.
 
         Args:
-            compute: makes a basis by `method`.
-            method: the group's `subspace`; it is said once when exact decompositions have taken long.
+            compute: makes a basis.
+            subspace: how; when exact decompositions have taken long, the user is told once.
         """
         start = time.perf_counter()
         try:
@@ -121,13 +121,13 @@ class Refresher:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"FiraAdam: a decomposition failed ({error}); the matrix keeps its old basis and tries again at "
-                    "its next step. Further failures are not reported.",
+                    f"{self._name}: a decomposition failed ({error}); the matrix keeps its old basis and tries again "
+                    "at its next step. Further failures are not reported.",
                     stacklevel=7,
                 )
             return None
         finally:
-            if method == "svd":
+            if subspace == "svd":
                 self._svd_seconds += time.perf_counter() - start
                 self._tell_of_faster_ways()
 
@@ -135,7 +135,7 @@ class Refresher:
         if self._svd_seconds > SLOW_SECONDS and not self._told:
             self._told = True
             warnings.warn(
-                f"FiraAdam: subspace = 'svd' has spent {self._svd_seconds:.0f} s on exact decompositions so far; "
+                f"{self._name}: subspace = 'svd' has spent {self._svd_seconds:.0f} s on exact decompositions so far; "
                 "'randomized' is many times faster at the same loss (docs/performance.md).",
                 stacklevel=8,
             )
@@ -144,4 +144,4 @@ class Refresher:
         if basis is None:
             return  # stays due
         adopt_basis(task, basis)
-        self._metrics.refreshes += 1
+        self.listener.count_refresh()

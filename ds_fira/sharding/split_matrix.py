@@ -21,9 +21,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
+from ds_fira.core.settings import GroupSettings
 from ds_fira.core.subspace import Side, basis_shape, effective_rank, low_rank_shape, projection_side
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.row_blocks import column_span, common, hull, kept_rows, touched_rows
@@ -231,7 +232,7 @@ class SplitMatrix:
                 sent = {holder: numel + lent[holder] * self.rank for holder, numel in sent.items()}
         return sent
 
-    def refresh_elements(self, dp_rank: int, settings: Mapping[str, Any]) -> int:
+    def refresh_elements(self, dp_rank: int, settings: GroupSettings) -> int:
         """Elements that a rank sends in one refresh of the lean way: gradients to the owner, the basis back.
 
         Args:
@@ -245,7 +246,7 @@ class SplitMatrix:
         old = needs_old_basis(settings) and (self.spread or self.side == "left")
         return self.by_rank[dp_rank].numel + old * len(self.basis_rows(dp_rank)) * self.rank
 
-    def answer_numel(self, dp_rank: int, settings: Mapping[str, Any]) -> int:
+    def answer_numel(self, dp_rank: int, settings: GroupSettings) -> int:
         """Elements of what the owner sends another sharer at a refresh.
 
         Whether there is a basis, the part of it that the sharer holds, and, where that is not enough to bring moments
@@ -254,32 +255,32 @@ class SplitMatrix:
         rows, r = self.basis_shape(dp_rank)
         return 1 + rows * r + r * r * self.sends_change(settings)
 
-    def sends_change(self, settings: Mapping[str, Any]) -> bool:
+    def sends_change(self, settings: GroupSettings) -> bool:
         """Whether sharers that keep moments have no whole bases to bring them over with."""
-        return self.spread and settings["refresh_moments"] == "rotate"
+        return self.spread and settings.refresh_moments == "rotate"
 
-    def cheaper_way(self, ranks: int, settings: Mapping[str, Any]) -> Way:
+    def cheaper_way(self, ranks: int, settings: GroupSettings) -> Way:
         """The way that sends fewer elements per step over all ranks, refreshes spread over the steps between them.
 
         Args:
             ranks: data-parallel ranks; all take part in the sums.
             settings: of the param group; `exact_cuts` leaves only the base way.
         """
-        if settings["exact_cuts"]:
+        if settings.exact_cuts:
             return "base"
         base = sum(self.base_elements(rank) for rank in range(ranks))
         lean = sum(self.lean_elements(rank) for rank in range(ranks))
         refresh = sum(self.refresh_elements(rank, settings) for rank in range(ranks))
-        return "lean" if lean + refresh / settings["update_proj_gap"] < base else "base"
+        return "lean" if lean + refresh / settings.update_proj_gap < base else "base"
 
 
-def needs_old_basis(settings: Mapping[str, Any]) -> bool:
+def needs_old_basis(settings: GroupSettings) -> bool:
     """Whether a refresh reads the basis it replaces: to start from, to align signs with, or to rotate moments from."""
-    return settings["subspace"] != "svd" or settings["refresh_moments"] == "rotate"
+    return settings.subspace != "svd" or settings.refresh_moments == "rotate"
 
 
 def plan_split(
-    fragments: Mapping[int, MatrixShard], owner: int, ranks: int, settings: Mapping[str, Any], spread: bool = False
+    fragments: Mapping[int, MatrixShard], owner: int, ranks: int, settings: GroupSettings, spread: bool = False
 ) -> SplitMatrix:
     """The cut matrix of given fragments and owner, in the way that sends less.
 
@@ -291,7 +292,7 @@ def plan_split(
         spread: as in `SplitMatrix`.
     """
     first = next(iter(fragments.values()))
-    side = projection_side(first.shape, settings["proj_type"], settings["formulation"])
-    r = effective_rank(first.shape, settings["rank"])
+    side = projection_side(first.shape, settings.proj_type, settings.formulation)
+    r = effective_rank(first.shape, settings.rank)
     matrix = SplitMatrix(first.name, first.shape, tuple(fragments.items()), owner, side, r, spread=spread)
     return replace(matrix, way=matrix.cheaper_way(ranks, settings))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
+from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import STEP, allocate, allocate_matrices, compute_dtype
 from ds_fira.optim.param_groups import build_groups, by_kind, group_defaults
 from ds_fira.optim.settings import check_params
@@ -123,11 +124,13 @@ class PlannedGroup:
         if self.layout is None:
             shapes = [(self.partition_size,)] if sharded else self.shapes
             return sum(_plain_bytes(shape, kept, dtype, algorithm_of(self.settings)) for shape in shapes)
+        method = algorithm_of(self.settings)
         owned = (*self.layout.whole[dp_rank], *self.layout.owned_cuts(dp_rank))
-        held = _bytes(allocate(weight, [matrix.shape for matrix in owned], self.settings, batched=True).values())
+        held = _bytes(
+            allocate(weight, [matrix.shape for matrix in owned], GroupSettings.of(self.settings), True, method).values()
+        )
         for matrix in self._lean_parts(dp_rank):
             low_rank = LocalShardPlan.of(matrix, 0, 0, dp_rank).low_rank_shape
-            method = algorithm_of(self.settings)
             part = allocate_matrices(weight, matrix.basis_shape(dp_rank), low_rank, kept, (), method)
             held += _bytes(part.values())
         return held
@@ -210,7 +213,7 @@ def plan_run(
         plan_groups(
             [(matrices, buffer.partition_size) for _, buffer, matrices in projected],
             ranks if sharded else 1,
-            [own for own, _, _ in projected],
+            [GroupSettings.of(own) for own, _, _ in projected],
             spread=zero_stage == 3,
         )
     )

@@ -83,7 +83,7 @@ def test_it_is_fira_adam_without_the_residual_to_the_bit(dtype: torch.dtype) -> 
 def test_the_gradient_is_not_read_by_the_update() -> None:
     weight, left, right = make_weight((6, 5)), make_weight((6, 2), seed=1), make_weight((2, 5), seed=2)
     expected = 0.9 * weight - left @ right
-    options = {"by_row": False, "keep": 0.9, "usable": torch.tensor(True), "precision": "float32"}
+    options = {"by_row": False, "keep": 0.9, "supports": torch.tensor(True), "precision": "float32"}
     for grad in (torch.full((6, 5), torch.nan), torch.full((6, 5), torch.nan, dtype=torch.bfloat16)):
         found = weight.clone()
         F.apply_update_(found, grad, left, right, None, **options)
@@ -100,7 +100,15 @@ def test_nor_by_its_kernel() -> None:
     expected = 0.9 * weight[0] - left[0] @ right[0]
     before, grad = weight.clone(), torch.full((2, 37, 53), torch.nan, device=DEVICE)
     kernels.apply_update_(
-        weight, grad, left, right, None, by_row=True, keep=0.9, usable=flag((2,), True, False), precision="float32"
+        weight,
+        grad,
+        left,
+        right,
+        None,
+        by_row=True,
+        decay_factor=0.9,
+        grad_finite=flag((2,), True, False),
+        precision="float32",
     )
     torch.testing.assert_close(weight[0], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(weight[1], before[1])

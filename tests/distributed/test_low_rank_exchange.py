@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_fira.optim.settings import check_params
+from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.geometry import cut, matrices_of
 from ds_fira.sharding.plan import plan_groups, plan_hash
 from ds_fira.sharding.row_blocks import inside, touched_rows
@@ -240,7 +240,7 @@ def test_counted_bytes(ranks: Pools) -> None:
     expected = [steps * (4 * a + sums) + refreshes * 4 * b for a, b in zip(step, refresh, strict=True)]
     assert [result["bytes_sent"] for result in results] == expected
     assert [result["collectives"] for result in results] == [2 * (4 * steps + 2 * refreshes)] * 3
-    settings = check_params(params)
+    settings = GroupSettings(**params)
     for rank, result in enumerate(results):
         planned = sum(
             4 * (steps * matrix.lean_elements(rank) + refreshes * matrix.refresh_elements(rank, settings))
@@ -264,7 +264,7 @@ def test_measured_state(ranks: Pools) -> None:
 def test_exact_cuts_takes_the_base_way() -> None:
     """The setting is part of the plan, and of its hash."""
     buffers = [([cut(matrix, 160, 3) for matrix in matrices_of("w", (12, 40))], 160)]
-    plans = [plan_groups(buffers, 3, [check_params({"rank": 3, "exact_cuts": exact})]) for exact in (False, True)]
+    plans = [plan_groups(buffers, 3, [GroupSettings(rank=3, exact_cuts=exact)]) for exact in (False, True)]
     assert [plan[0].cuts[0].way for plan in plans] == ["lean", "base"]
     assert plan_hash(plans[0]) != plan_hash(plans[1])
 

@@ -87,7 +87,7 @@ def builds(
                 phi = grad_sq.float()
                 if precision == dtypes[0][0]:
                     moments = torch.empty_like(low_rank), torch.empty_like(low_rank)
-                    kernels.adam_direction_(low_rank, *moments, betas=BETAS, eps=1e-6, side=side, usable=usable)
+                    kernels.adam_direction_(low_rank, *moments, betas=BETAS, eps=1e-6, side=side, grad_finite=usable)
                 kernels.residual_square(
                     grad, basis, low_rank, phi, side=side, alpha=1.0, needed=usable, precision=precision
                 )
@@ -99,8 +99,8 @@ def builds(
                     right,
                     phi,
                     by_row=side == "right",
-                    keep=0.5,
-                    usable=usable,
+                    decay_factor=0.5,
+                    grad_finite=usable,
                     precision=precision,
                 )
                 yield from found

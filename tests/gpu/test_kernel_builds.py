@@ -26,14 +26,14 @@ pytestmark = [
 
 
 def test_where_the_kernels_are_usable() -> None:
-    assert kernels.usable(random(2, 2))
-    assert kernels.usable(random(2, 2, dtype=torch.bfloat16))
-    assert kernels.usable(random(2, 2, dtype=torch.float16)[:0])
-    assert not kernels.usable(random(2, 2).double())
-    assert not kernels.usable(torch.empty(2, 2, device="meta"))
-    assert not kernels.usable(torch.empty(1, device=DEVICE).as_strided((1, 1), (2**24, 1)))
+    assert kernels.supports(random(2, 2))
+    assert kernels.supports(random(2, 2, dtype=torch.bfloat16))
+    assert kernels.supports(random(2, 2, dtype=torch.float16)[:0])
+    assert not kernels.supports(random(2, 2).double())
+    assert not kernels.supports(torch.empty(2, 2, device="meta"))
+    assert not kernels.supports(torch.empty(1, device=DEVICE).as_strided((1, 1), (2**24, 1)))
     kernels.interpret_on_cpu(False)
-    assert not kernels.usable(torch.zeros(2, 2))
+    assert not kernels.supports(torch.zeros(2, 2))
 
 
 def test_the_interpreter_has_to_be_on(monkeypatch: pytest.MonkeyPatch) -> None:

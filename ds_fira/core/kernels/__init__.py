@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ds_fira.core.kernels.residual import residual_square
     from ds_fira.core.kernels.update import apply_update_
 
-__all__ = ["adam_direction_", "adamw_", "apply_update_", "interpret_on_cpu", "project", "residual_square", "usable"]
+__all__ = ["adam_direction_", "adamw_", "apply_update_", "interpret_on_cpu", "project", "residual_square", "supports"]
 
 # Which module a function comes from; they import Triton.
 _HOMES = {
@@ -54,7 +54,7 @@ def __getattr__(name: str) -> Any:
     return function
 
 
-def usable(tensor: Tensor) -> bool:
+def supports(tensor: Tensor) -> bool:
     """Whether the kernels can work on `tensor`: its dtype, its device, and a Triton that can be imported.
 
     The answer for a device is found once; after that a call costs a few look-ups.
@@ -70,7 +70,7 @@ def usable(tensor: Tensor) -> bool:
     if tensor.dtype not in _DTYPES or max(tensor.stride()[-2:], default=1) > _MOST_STRIDE:
         return False
     if tensor.is_cuda:
-        return _device_usable(tensor.device.index)
+        return _device_supports(tensor.device.index)
     return _cpu_allowed and tensor.device.type == "cpu"
 
 
@@ -78,7 +78,7 @@ def interpret_on_cpu(allowed: bool) -> None:
     """Let the kernels work on CPU tensors through Triton's interpreter, which is for tests: it is slow.
 
     Args:
-        allowed: whether `usable` may say True of a CPU tensor from now on.
+        allowed: whether `supports` may say True of a CPU tensor from now on.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is not set, or Triton is not installed.
@@ -104,7 +104,7 @@ def _triton_found() -> bool:
 
 
 @functools.cache
-def _device_usable(index: int) -> bool:
+def _device_supports(index: int) -> bool:
     if torch.version.cuda is None or torch.cuda.get_device_capability(index) < _LEAST_CAPABILITY:
         return False
     return _triton_found()

@@ -28,7 +28,7 @@ def adam_direction_(
     betas: tuple[float, float],
     eps: float,
     side: Side,
-    usable: Tensor,
+    grad_finite: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update both moments with R; N = M / (sqrt(V) + eps) and the norms that phi needs (lines 9 to 13, equation 11).
 
@@ -41,7 +41,7 @@ def adam_direction_(
         betas: decay rates of the moments.
         eps: added to sqrt(V).
         side: the projected side.
-        usable: bool, (k,) or (); where it is False the moments stay as they are and all three results are zero.
+        grad_finite: bool, (k,) or (); where it is False the moments stay as they are and all three results are zero.
 
     Returns:
         N, float32, shaped as R; |N_j|^2 and |R_j|^2, float64, (..., n) per column on the left and
@@ -71,7 +71,7 @@ def adam_direction_(
         *views,
         direction_sq,
         low_rank_sq,
-        flags(usable, count),
+        flags(grad_finite, count),
         lines,
         rank,
         line_stride,
@@ -105,7 +105,7 @@ def _adam_direction(
     direction,
     direction_sq,
     low_rank_sq,
-    usable,
+    grad_finite,
     lines,
     rank,
     line_stride,
@@ -127,8 +127,8 @@ def _adam_direction(
     line_offsets = tl.arange(0, LINES)
     entry_offsets = tl.arange(0, ENTRIES)
     line_inside = line + line_offsets < lines
-    # None of the lines where the matrix is not usable; its NaN must not be read, as a product with zero keeps it.
-    line_kept = line + line_offsets < lines * tl.load(usable + matrix).to(tl.int32)
+    # None of the lines where the gradient is not finite: its NaN must not be read, as a product with zero keeps it.
+    line_kept = line + line_offsets < lines * tl.load(grad_finite + matrix).to(tl.int32)
     at = line_offsets[:, None] * line_stride + entry_offsets[None, :] * rank_stride
     corner = line.to(tl.int64) * line_stride
     low = low_rank + matrix * low_k + corner
@@ -229,7 +229,7 @@ def _adamw(
     exp_avg_sq,
     numel,
     step_size,
-    keep,
+    decay_factor,
     beta1,
     fresh1,
     beta2,
@@ -247,7 +247,7 @@ def _adamw(
     square = tl.load(exp_avg_sq + at, mask=kept, other=0.0).to(tl.float32) * beta2 + gradient_sq * fresh2
     value = tl.load(param + at, mask=kept, other=0.0).to(tl.float32)
     divisor = tl.sqrt_rn(square) + eps
-    value = (value - step_size * tl.where(divisor > 0.0, tl.div_rn(average, divisor), 0.0)) * keep
+    value = (value - step_size * tl.where(divisor > 0.0, tl.div_rn(average, divisor), 0.0)) * decay_factor
     tl.store(exp_avg + at, rounded(average, exp_avg.dtype.element_ty), mask=kept)
     tl.store(exp_avg_sq + at, rounded(square, exp_avg_sq.dtype.element_ty), mask=kept)
     tl.store(param + at, rounded(value, param.dtype.element_ty), mask=kept)

@@ -29,11 +29,11 @@ def apply_update_(
     phi: Tensor | None,
     *,
     by_row: bool,
-    keep: float,
-    usable: Tensor,
+    decay_factor: float,
+    grad_finite: Tensor,
     precision: str,
 ) -> None:
-    """W <- keep * W - (phi * G + left @ right): lines 14 to 16 of Algorithm 1 (arXiv 2410.01623) and weight decay.
+    """W <- decay_factor * W - (phi * G + left @ right): lines 15 and 16 of Algorithm 1 (arXiv 2410.01623).
 
     G and W are read once and W is written once, computed in float32 and rounded once.
 
@@ -45,8 +45,8 @@ def apply_update_(
         phi: factors of G, (..., n), one per column, or (..., m), one per row, or (..., 1); None to
             leave phi * G out, and G unread.
         by_row: whether phi has one factor per row.
-        keep: the share of W that weight decay leaves.
-        usable: bool, (k,) or (); where it is False nothing is written.
+        decay_factor: the share of W that weight decay leaves.
+        grad_finite: bool, (k,) or (); where it is False nothing is written.
         precision: of the product: "float32", "tf32" or "bfloat16"; accumulated in float32 in each.
     """
     m, n = weight.shape[-2:]
@@ -66,11 +66,11 @@ def apply_update_(
         lefts,
         rights,
         phis,
-        flags(usable, count),
+        flags(grad_finite, count),
         m,
         n,
         rank,
-        float(keep),
+        float(decay_factor),
         *weights.stride(),
         *grads.stride(),
         *lefts.stride(),
@@ -95,11 +95,11 @@ def _apply_update(
     left,
     right,
     phi,
-    usable,
+    grad_finite,
     m,
     n,
     rank,
-    keep,
+    decay_factor,
     weight_k,
     weight_m,
     weight_n,
@@ -123,7 +123,7 @@ def _apply_update(
     GROUP: tl.constexpr,
 ):
     matrix = tl.program_id(1).to(tl.int64)
-    if tl.load(usable + matrix) == 0:
+    if tl.load(grad_finite + matrix) == 0:
         return
     row, column = tile_corner(tl.program_id(0), m, n, ROWS, COLUMNS, GROUP)
     update = product(
@@ -148,6 +148,6 @@ def _apply_update(
         scale = load_scale(phi + matrix * phi_k, row, column, m, n, phi_j, BY_ROW, ROWS, COLUMNS)
         update += scale * grad_tile
     value = load_tile(weight + matrix * weight_k, row, column, m, n, weight_m, weight_n, ROWS, COLUMNS)
-    value = value * keep - update
+    value = value * decay_factor - update
     weight_at, inside = tile_at(weight + matrix * weight_k, row, column, m, n, weight_m, weight_n, ROWS, COLUMNS)
     tl.store(weight_at, rounded(value, weight.dtype.element_ty), mask=inside)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ds_fira.checkpoint.slices import Piece
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.param_shape import shape_of
+from ds_fira.core.settings import GroupSettings
 from ds_fira.engine.deepspeed.flat_groups import flat_groups
 from ds_fira.engine.deepspeed.loss_scale import mend_loss_scaling
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
@@ -126,7 +127,7 @@ def _attach_sharded(
     projected = [flat for flat in flats if all(kinds_of(flat, optimizer.param_groups))]
     refuse_sharding(optimizer.algorithm, len(projected) < len(flats), engine.zero_optimization_stage())
     buffers = [(flat.matrices(names), flat.partitioning.partition_size) for flat in projected]
-    settings = [optimizer.param_groups[flat.group] for flat in projected]
+    settings = [GroupSettings.of(optimizer.param_groups[flat.group]) for flat in projected]
     layouts = plan_groups(buffers, communicator.dp_size, settings, spread=engine.zero_optimization_stage() == 3)
     communicator.require_same(plan_hash(layouts))
     first_fragments = [next(iter(fragments.values())) for matrices, _ in buffers for fragments in matrices]

@@ -34,15 +34,15 @@ class LowRankExchange:
         """Put the rows of P that the parts need together; nothing is sent where every rank holds those it needs."""
         messages, payloads = [], {}
         for position, part in parts.items():
-            share = part.share
-            for link in (*share.basis_borrowed, *share.basis_lent):
-                numel = len(link.entries) * share.matrix.rank
+            plan = part.plan
+            for link in (*plan.basis_borrowed, *plan.basis_lent):
+                numel = len(link.entries) * plan.matrix.rank
                 messages.append(Message(link.keeper, link.borrower, (position, link), numel))
-            payloads |= {(position, link): part.basis_payload(link) for link in share.basis_lent}
+            payloads |= {(position, link): part.basis_payload(link) for link in plan.basis_lent}
         needed = any(self._spreads[position] for position in turn)
         arrived = self.communicator.deliver(messages, payloads, empty_like_state(param), needed)
         for position, part in parts.items():
-            part.borrow_basis({link: arrived[position, link] for link in part.share.basis_borrowed})
+            part.borrow_basis({link: arrived[position, link] for link in part.plan.basis_borrowed})
 
     def collect(self, turn: Sequence[int], param: Tensor, parts: dict[int, ShardStep]) -> None:
         """Add up R and the squared norms of the entries where they are kept."""
@@ -50,11 +50,11 @@ class LowRankExchange:
         for position, part in parts.items():
             # Norms, not squares: those of small gradients would underflow in float32.
             norms = part.grad_sq.sqrt()
-            for link in part.share.borrowed:
-                payloads[position, link] = part.payload(link, part.low_rank, norms, part.share.region)
+            for link in part.plan.borrowed:
+                payloads[position, link] = part.payload(link, part.low_rank, norms, part.plan.region)
         arrived = self._carry(turn, param, parts, payloads, to_keepers=True)
         for position, part in parts.items():
-            for link in part.share.lent:
+            for link in part.plan.lent:
                 part.add(link, arrived[position, link])
 
     def send_back(
@@ -77,14 +77,14 @@ class LowRankExchange:
             By position of this rank's parts, the payloads for it.
         """
         payloads = {
-            (position, link): part.payload(link, *kept[position], part.share.kept)
+            (position, link): part.payload(link, *kept[position], part.plan.kept)
             if position in kept
             else [part.low_rank.new_zeros(_numel(part, link))]
             for position, part in parts.items()
-            for link in part.share.lent
+            for link in part.plan.lent
         }
         arrived = self._carry(turn, param, parts, payloads, to_keepers=False)
-        return {p: {link: arrived[p, link] for link in part.share.borrowed} for p, part in parts.items()}
+        return {p: {link: arrived[p, link] for link in part.plan.borrowed} for p, part in parts.items()}
 
     def _carry(
         self,
@@ -97,7 +97,7 @@ class LowRankExchange:
         """Send payloads over the links of R, by (position, link), to those who keep the entries or from them."""
         messages = []
         for position, part in parts.items():
-            for link in (*part.share.borrowed, *part.share.lent):
+            for link in (*part.plan.borrowed, *part.plan.lent):
                 ends = (link.borrower, link.keeper) if to_keepers else (link.keeper, link.borrower)
                 messages.append(Message(*ends, (position, link), _numel(part, link)))
         needed = any(self._lends[position] for position in turn)
@@ -106,4 +106,4 @@ class LowRankExchange:
 
 def _numel(part: ShardStep, link: Transfer) -> int:
     """Elements of a payload: R and one number for each entry."""
-    return (part.share.matrix.rank + 1) * len(link.entries)
+    return (part.plan.matrix.rank + 1) * len(link.entries)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
-from typing import Any
 
 from torch import Tensor
 
-from ds_fira.core.basis import aligned_basis, basis_change, carry_limiter, carry_moments
+from ds_fira.core.basis import aligned_basis, basis_change, change_moments, reset_limiter
+from ds_fira.core.settings import GroupSettings
 from ds_fira.core.subspace import compute_basis
-from ds_fira.observe.metrics import StepMetrics
 from ds_fira.sharding.comm import Communicator, Message
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.lowrank.shard_step import ShardStep, empty_like_state
@@ -36,9 +35,8 @@ class LowRankRefresh:
         due: list[int],
         param: Tensor,
         parts: dict[int, ShardStep],
-        group: dict[str, Any],
+        settings: GroupSettings,
         refresher: Refresher,
-        metrics: StepMetrics,
     ) -> None:
         """New bases for the matrices at some positions, the same on all ranks."""
         queues: dict[int, list[int]] = defaultdict(list)
@@ -47,38 +45,37 @@ class LowRankRefresh:
         if not due:
             return
         # In rounds of one matrix an owner: all owners compute at once, and none holds more than one whole gradient.
-        with metrics.refreshing(param.device):
+        with refresher.listener.refreshing(param.device):
             for turn in zip_longest(*queues.values()):
-                self._turn([p for p in turn if p is not None], param, parts, group, refresher, metrics)
+                self._turn([p for p in turn if p is not None], param, parts, settings, refresher)
 
     def _turn(
         self,
         turn: list[int],
         param: Tensor,
         parts: dict[int, ShardStep],
-        group: dict[str, Any],
+        settings: GroupSettings,
         refresher: Refresher,
-        metrics: StepMetrics,
     ) -> None:
         """Gradients to the owners, one matrix each, and bases back; without a basis everything stays as it is."""
         grads = self._assemble(turn, parts, param.grad)
         previous: dict[int, Tensor] = {}
-        if needs_old_basis(group):
+        if needs_old_basis(settings):
             previous = self._assemble_bases(turn, parts, empty_like_state(param))
         payloads, adopted = {}, {}
         like = empty_like_state(param)
         for position, grad in grads.items():
             part, old = parts[position], previous.get(position)
-            basis = refresher.attempt(lambda p=part, g=grad, o=old: _new_basis(p, g, o), group["subspace"])
+            basis = refresher.attempt(lambda p=part, g=grad, o=old: _new_basis(p, g, o), settings.subspace)
             change = None
             if basis is not None:
-                change = None if old is None else basis_change(basis, old, group)
+                change = None if old is None else basis_change(basis, old, settings)
                 adopted[position] = (_held(part, basis, self.communicator.dp_rank), change)
-                metrics.refreshes += 1
-            for holder, _ in part.share.matrix.fragments:
+                refresher.listener.count_refresh()
+            for holder, _ in part.plan.matrix.fragments:
                 payloads[position, holder] = _answer(part, basis, change, holder, like)
         messages = [
-            Message(matrix.owner, holder, (position, holder), matrix.answer_numel(holder, group))
+            Message(matrix.owner, holder, (position, holder), matrix.answer_numel(holder, settings))
             for position, matrix, holder, _ in self._others(turn)
         ]
         for (position, _), arrived in self.communicator.deliver(messages, payloads, like).items():
@@ -127,7 +124,7 @@ class LowRankRefresh:
         whole = {}
         for position, own in held.items():
             matrix, part = self.matrices[position], parts[position]
-            if matrix.owner != rank or not part.known:
+            if matrix.owner != rank or not part.state.has_basis:
                 continue
             if matrix.side == "right" and not matrix.spread:
                 whole[position] = own
@@ -151,25 +148,25 @@ def _new_basis(part: ShardStep, grad: Tensor, previous: Tensor | None) -> Tensor
     Raises:
         torch.linalg.LinAlgError: the decomposition failed.
     """
-    state, group = part.state, part.group
-    strict = group["matmul_precision"] == "float32"
-    basis = compute_basis(grad.to(state.dtype), group["rank"], state.side, group["subspace"], previous, strict)
-    return basis if previous is None else aligned_basis(basis, previous, group)
+    state, settings = part.state, part.settings
+    strict = settings.matmul_precision == "float32"
+    basis = compute_basis(grad.to(state.dtype), settings.rank, state.side, settings.subspace, previous, strict)
+    return basis if previous is None else aligned_basis(basis, previous, settings)
 
 
 def _held(part: ShardStep, basis: Tensor, holder: int) -> Tensor:
     """The part of a whole basis that a sharer holds."""
-    rows = part.share.matrix.basis_rows(holder)
+    rows = part.plan.matrix.basis_rows(holder)
     return basis[rows.start : rows.stop]
 
 
 def _answer(part: ShardStep, basis: Tensor | None, change: Tensor | None, holder: int, like: Tensor) -> list[Tensor]:
     """What the owner sends a sharer, as long with a new basis as without; see `SplitMatrix.answer_numel`."""
-    matrix = part.share.matrix
+    matrix = part.plan.matrix
     if basis is None:
-        return [like.new_zeros(matrix.answer_numel(holder, part.group))]
+        return [like.new_zeros(matrix.answer_numel(holder, part.settings))]
     answer = [like.new_ones(1), _held(part, basis, holder)]
-    if matrix.sends_change(part.group):
+    if matrix.sends_change(part.settings):
         # Before the first basis there are no moments to bring over.
         answer.append(like.new_zeros(matrix.rank, matrix.rank) if change is None else change)
     return answer
@@ -177,12 +174,12 @@ def _answer(part: ShardStep, basis: Tensor | None, change: Tensor | None, holder
 
 def _unpacked(part: ShardStep, arrived: Tensor) -> tuple[Tensor, Tensor | None]:
     """The part of the new basis that a sharer holds, and C where it needs it and moments are rotated."""
-    matrix, state = part.share.matrix, part.state
+    matrix, state = part.plan.matrix, part.state
     own = arrived[: state.basis.numel()].view_as(state.basis)
-    if matrix.sends_change(part.group):
+    if matrix.sends_change(part.settings):
         return own, arrived[state.basis.numel() :].view(matrix.rank, matrix.rank)
     # Otherwise a sharer has both bases whole on the right; on the left one that is not the owner keeps no moments.
-    return own, basis_change(own, state.basis.to(own.dtype), part.group) if state.side == "right" else None
+    return own, basis_change(own, state.basis.to(own.dtype), part.settings) if state.side == "right" else None
 
 
 def _adopt(part: ShardStep, basis: Tensor, change: Tensor | None) -> None:
@@ -193,9 +190,9 @@ def _adopt(part: ShardStep, basis: Tensor, change: Tensor | None) -> None:
         basis: the part of the new P that this rank holds.
         change: C of `ds_fira.core.basis.basis_change`; None where moments are not rotated.
     """
-    if part.known:
-        if len(part.share.kept):
-            carry_moments(part.state, part.group, change)
-        carry_limiter(part.state, part.group)
+    if part.state.has_basis:
+        if len(part.plan.kept):
+            change_moments(part.state, part.settings, change)
+        reset_limiter(part.state, part.settings)
     part.state.basis.copy_(basis)
     part.state.refresh_step.copy_(part.state.step)

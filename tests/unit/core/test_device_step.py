@@ -16,7 +16,7 @@ from ds_fira import FiraAdam
 from ds_fira.core import kernels
 from ds_fira.core.state import host_key
 from ds_fira.sharding.geometry import MatrixShard
-from ds_fira.sharding.local_matrices import MAX_BATCH, LocalMatrices, batch_runs
+from ds_fira.sharding.local_matrices import MAX_BATCH, LocalMatrices
 from tests.reference.gradients import make_gradients, make_weight
 from tests.reference.harness import with_a_rank
 
@@ -139,11 +139,11 @@ def test_neighbours_of_one_shape_are_one_batch() -> None:
     """Batches end where the shape changes, where memory has a gap, at a matrix that waits, and at the largest size."""
     shapes = [(2, 3)] * 3 + [(3, 2)] * 2 + [(3, 2)] * (MAX_BATCH + 1)
     whole = tuple(MatrixShard(str(i), shape, 6 * i + (i > 4), 0, 6) for i, shape in enumerate(shapes))
-    binding = LocalMatrices(whole, tuple(range(len(whole))))
+    matrices = LocalMatrices(whole, tuple(range(len(whole))))
     ready = [True] * len(whole)
-    assert batch_runs(binding, ready) == [(0, 3), (3, 5), (5, 5 + MAX_BATCH), (5 + MAX_BATCH, 6 + MAX_BATCH)]
+    assert matrices.runs(ready) == [(0, 3), (3, 5), (5, 5 + MAX_BATCH), (5 + MAX_BATCH, 6 + MAX_BATCH)]
     ready[1] = False
-    assert batch_runs(binding, ready)[:4] == [(0, 1), (1, 2), (2, 3), (3, 5)]
+    assert matrices.runs(ready)[:4] == [(0, 1), (1, 2), (2, 3), (3, 5)]
 
 
 def test_a_model_with_kernels_matches_one_without() -> None:

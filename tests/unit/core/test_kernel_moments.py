@@ -37,7 +37,7 @@ def test_moments_and_direction(side: str, batch: tuple[int, ...], shape: tuple[i
     exp_avg, exp_avg_sq = random(*low_rank.shape, seed=2), random(*low_rank.shape, seed=3).square()
     moment, moment_sq = exp_avg.double(), exp_avg_sq.double()
     direction, direction_sq, low_rank_sq = kernels.adam_direction_(
-        low_rank, exp_avg, exp_avg_sq, betas=BETAS, eps=1e-6, side=side, usable=flag(batch, True, True, True)
+        low_rank, exp_avg, exp_avg_sq, betas=BETAS, eps=1e-6, side=side, grad_finite=flag(batch, True, True, True)
     )
     moment = BETAS[0] * moment + (1 - BETAS[0]) * low_rank.double()
     moment_sq = BETAS[1] * moment_sq + (1 - BETAS[1]) * low_rank.double().square()
@@ -59,7 +59,7 @@ def test_moments_of_what_is_not_usable_stay(side: str) -> None:
     moments = [random(3, 20, 37, seed=2), random(3, 20, 37, seed=3).square()]
     kept = copies(*moments)
     results = kernels.adam_direction_(
-        low_rank, *moments, betas=BETAS, eps=1e-6, side=side, usable=flag((3,), True, False, True)
+        low_rank, *moments, betas=BETAS, eps=1e-6, side=side, grad_finite=flag((3,), True, False, True)
     )
     for moment, before in zip(moments, kept, strict=True):
         assert torch.equal(moment[1], before[1])
@@ -121,4 +121,4 @@ def test_moments_that_do_not_fit_are_named(wrong: str) -> None:
     tensors = {name: random(6, 4) for name in ("low_rank", "exp_avg", "exp_avg_sq")}
     tensors[wrong] = random(4, 6).t()
     with pytest.raises(ValueError, match=rf"{wrong} with shape \(6, 4\) and strides \(1, 6\) does not fit"):
-        kernels.adam_direction_(**tensors, betas=BETAS, eps=1e-6, side="left", usable=flag((), True))
+        kernels.adam_direction_(**tensors, betas=BETAS, eps=1e-6, side="left", grad_finite=flag((), True))

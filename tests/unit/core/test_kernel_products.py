@@ -159,8 +159,8 @@ def test_update(
         right,
         phi,
         by_row=scaling == "row",
-        keep=0.9,
-        usable=flag(batch, True, False, True),
+        decay_factor=0.9,
+        grad_finite=flag(batch, True, False, True),
         precision="float32",
     )
     if batch:
@@ -174,7 +174,7 @@ def test_update_in_a_lower_precision(precision: str) -> None:
     weight, grad = torch.zeros(150, 139, device=DEVICE), torch.zeros(150, 139, device=DEVICE)
     left, right, phi = random(150, 20, seed=6), random(20, 139, seed=7), random(139)
     kernels.apply_update_(
-        weight, grad, left, right, phi, by_row=False, keep=1.0, usable=flag((), True), precision=precision
+        weight, grad, left, right, phi, by_row=False, decay_factor=1.0, grad_finite=flag((), True), precision=precision
     )
     assert error(weight, -(left.double() @ right.double())) <= PRODUCT[precision]
 
@@ -186,7 +186,7 @@ def test_update_of_a_weight_with_strides() -> None:
     left, right, phi = random(37, 5, seed=6), random(5, 53, seed=7), random(37, seed=4)
     exact = weight.double() - (phi.double()[:, None] * grad.double() + left.double() @ right.double())
     kernels.apply_update_(
-        weight, grad, left, right, phi, by_row=True, keep=1.0, usable=flag((), True), precision="float32"
+        weight, grad, left, right, phi, by_row=True, decay_factor=1.0, grad_finite=flag((), True), precision="float32"
     )
     assert error(weight, exact) <= ROUNDING[torch.float32]
     storage[::2, ::2] = before[::2, ::2]
@@ -204,8 +204,8 @@ def test_nothing_is_written_for_a_bad_gradient() -> None:
         nan[:, :5],
         nan[:, 0],
         by_row=False,
-        keep=math.nan,
-        usable=flag((2,), False, False),
+        decay_factor=math.nan,
+        grad_finite=flag((2,), False, False),
         precision="float32",
     )
     assert torch.equal(weight, before)
@@ -222,8 +222,8 @@ def test_factors_of_another_size_are_refused() -> None:
             right,
             random(4),
             by_row=False,
-            keep=1.0,
-            usable=flag((), True),
+            decay_factor=1.0,
+            grad_finite=flag((), True),
             precision="float32",
         )
 
@@ -241,7 +241,7 @@ def test_two_runs_give_the_same_bits(side: str) -> None:
     for _ in range(2):
         low_rank, grad_sq = kernels.project(grad, basis, side, "bfloat16")
         moments = [torch.zeros_like(low_rank), torch.zeros_like(low_rank)]
-        steps = kernels.adam_direction_(low_rank, *moments, betas=BETAS, eps=1e-6, side=side, usable=every)
+        steps = kernels.adam_direction_(low_rank, *moments, betas=BETAS, eps=1e-6, side=side, grad_finite=every)
         phi = (steps[1].sqrt() / steps[2].sqrt()).float()
         square = kernels.residual_square(
             grad, basis, low_rank, phi, side=side, alpha=1.0, needed=every, precision="tf32"
@@ -249,7 +249,15 @@ def test_two_runs_give_the_same_bits(side: str) -> None:
         weight = random(m, n, seed=5)
         left, right = (basis, low_rank) if side == "left" else (low_rank, basis.mT)
         kernels.apply_update_(
-            weight, grad, left, right, phi, by_row=side == "right", keep=0.5, usable=every, precision="tf32"
+            weight,
+            grad,
+            left,
+            right,
+            phi,
+            by_row=side == "right",
+            decay_factor=0.5,
+            grad_finite=every,
+            precision="tf32",
         )
         runs.append([low_rank, grad_sq, *moments, *steps, square, weight])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))

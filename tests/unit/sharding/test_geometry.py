@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_fira.optim.settings import check_params
+from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.geometry import MatrixShard, cut, matrices_of
 from ds_fira.sharding.plan import plan_groups, plan_hash, split_by_size, split_evenly
 
@@ -60,7 +60,7 @@ def test_plans_place_every_matrix_once(groups: list[list[tuple[int, int]]], rank
     """Whole on one rank or cut with one owner among the sharers; what is sent is received."""
     whole = [buffer_of(group, ranks) for group in groups]
     buffers = [([cut(matrix, size, ranks) for matrix in matrices], size) for matrices, size in whole]
-    chosen = [check_params({"rank": 2, "exact_cuts": True})] * len(groups)
+    chosen = [GroupSettings(rank=2, exact_cuts=True)] * len(groups)
     layouts = plan_groups(buffers, ranks, chosen)
     assert plan_hash(layouts) == plan_hash(plan_groups(buffers, ranks, chosen))
     for (matrices, _), layout in zip(whole, layouts, strict=True):

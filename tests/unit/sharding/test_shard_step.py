@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import allocate_matrices, state_views
 from ds_fira.core.step import MatrixTask, update
 from ds_fira.core.subspace import basis_shape, low_rank_shape
 from ds_fira.observe.metrics import StepMetrics
-from ds_fira.optim.settings import check_params
 from ds_fira.sharding.geometry import MatrixShard, cut
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.shard_step import ShardStep
@@ -33,7 +33,7 @@ def planned(
     if len(fragments) == 1:
         return None
     owner = max(fragments, key=lambda holder: (holder * 7) % 5)
-    return plan_split(fragments, owner, partitions, check_params({"rank": 2, **changed}), spread)
+    return plan_split(fragments, owner, partitions, GroupSettings(rank=2, **changed), spread)
 
 
 sizes = (
@@ -110,9 +110,9 @@ def test_pieces_and_links_cover_the_matrix(m: int, n: int, begin: int, size: int
 def test_parts_make_the_step_of_the_whole(
     m: int, n: int, begin: int, size: int, side: str, changed: dict[str, Any], exact: bool, spread: bool
 ) -> None:
-    """In float64 and without processes: what parts give each other is the step of `matrix_step.update`, any cut."""
+    """In float64 and without processes: what parts give each other is `ds_fira.core.step.update`, any split."""
     changed = {**changed, "proj_type": side, "lr": 0.1, "weight_decay": 0.1, "alpha": 0.5}
-    matrix, group = planned((m, n), begin, size, changed, spread), check_params({"rank": 2, **changed})
+    matrix, group = planned((m, n), begin, size, changed, spread), GroupSettings(rank=2, **changed)
     if matrix is None:
         return
     generator = torch.Generator().manual_seed(m * 100 + n)
@@ -134,19 +134,19 @@ def test_parts_make_the_step_of_the_whole(
         state.refresh_step.fill_(0)
         states.append(state)
     for grad in grads:
-        update(MatrixTask(expected, grad, whole, group, 1e-4), metrics)
+        metrics.record(update(MatrixTask(expected, grad, whole, group, 1e-4)), group.residual_scale)
         parts = {}
         for share, state in zip(shares, states, strict=True):
             bounds = slice(share.fragment.start, share.fragment.stop)
             parts[share.dp_rank] = ShardStep(share, flat[bounds], grad.view(-1)[bounds], state, group, 1e-4)
         for part in parts.values():
             part.borrow_basis(
-                {link: parts[link.keeper].basis_payload(link)[0].reshape(-1) for link in part.share.basis_borrowed}
+                {link: parts[link.keeper].basis_payload(link)[0].reshape(-1) for link in part.plan.basis_borrowed}
             )
             part.project()
         for link in matrix.links():
             giver = parts[link.borrower]
-            payload = giver.payload(link, giver.low_rank, giver.grad_sq.sqrt(), giver.share.region)
+            payload = giver.payload(link, giver.low_rank, giver.grad_sq.sqrt(), giver.plan.region)
             parts[link.keeper].add(link, torch.cat([tensor.reshape(-1) for tensor in payload]))
         sums = sum(torch.stack(part.advance()) for part in parts.values())
         squares = squares_of({0: sums}, {0: float(grad.square().sum())}, group)[0]
@@ -156,22 +156,26 @@ def test_parts_make_the_step_of_the_whole(
             exact_square = sum(part.residual_square(*hand_over(parts, kept, rank)) for rank, part in parts.items())
             torch.testing.assert_close(exact_square, scaled[0])
         total = float(grad.square().sum())
-        answers = {rank: part.finish(*scaled, sums[0], total, counted) for rank, part in parts.items()}
+        answers = {}
+        for rank, part in parts.items():
+            stats, answers[rank] = part.finish(*scaled, sums[0], total)
+            if part.plan.owns:
+                counted.record(stats, group.residual_scale)
         for rank, part in parts.items():
             part.apply(*hand_over(parts, answers, rank))
         for state in states:
             torch.testing.assert_close(state.residual_norm, whole.residual_norm)
     assert asdict(counted.totals()) == pytest.approx(asdict(metrics.totals()), rel=1e-6, abs=1e-9)
     # Below this the moments hold rounding alone, and their quotient is of any size.
-    if float(whole.exp_avg_sq[""].min()) > 1e-12:
+    if float(whole.moments["exp_avg_sq"][""].min()) > 1e-12:
         torch.testing.assert_close(flat.view(m, n), expected, rtol=1e-9, atol=1e-9)
 
 
 def hand_over(parts: dict[int, ShardStep], kept: dict[int, Any], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What one rank has of its region once its keeper has answered."""
     part, arrived = parts[rank], {}
-    for link in part.share.borrowed:
+    for link in part.plan.borrowed:
         keeper = parts[link.keeper]
-        payload = keeper.payload(link, *kept[link.keeper], keeper.share.kept)
+        payload = keeper.payload(link, *kept[link.keeper], keeper.plan.kept)
         arrived[link] = torch.cat([tensor.reshape(-1) for tensor in payload])
     return part.complete(kept[rank], arrived)
