@@ -17,7 +17,7 @@ from ds_fira.core.unprojected import step_adamw_
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_series import Series
 from ds_fira.optim.stateful import Resumable
-from ds_fira.sharding.comm import GatherExchange
+from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.local_matrices import LocalMatrices, batch_runs, stacked
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ds_fira.sharding.comm import GatherExchange
+from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.lowrank.step import LowRankMatrices
 

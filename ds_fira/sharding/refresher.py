@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -47,6 +48,14 @@ class Refresher:
         # Step counts are on the device, since it is decided there whether a gradient is usable. These are upper bounds.
         self._bounds: dict[Tensor, list[int | None]] = {}
 
+    def refreshing(self, device: torch.device) -> AbstractContextManager[None]:
+        """Measures the seconds that refreshes take; as a context manager around them."""
+        return self._metrics.refreshing(device)
+
+    def count_refresh(self) -> None:
+        """Count a matrix that has got a new basis."""
+        self._metrics.refreshes += 1
+
     def forget_counts(self) -> None:
         """Say that step counts have changed otherwise than by steps."""
         self._bounds.clear()
@@ -81,7 +90,7 @@ class Refresher:
         """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all."""
         if not due:
             return
-        with self._metrics.refreshing(due[0].weight.device):
+        with self.refreshing(due[0].weight.device):
             if self.replicas is None:
                 for task in due:
                     self._adopt(task, self._new_basis(task))
@@ -144,4 +153,4 @@ class Refresher:
         if basis is None:
             return  # stays due
         adopt_basis(task, basis)
-        self._metrics.refreshes += 1
+        self.count_refresh()

@@ -1,4 +1,4 @@
-"""The layout of real models: no cuts where ranks divide the layers, balanced state, and the bytes that cuts cost."""
+"""The layout of real models: nothing split where ranks divide the layers, balanced state, the bytes of splits."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_counted_bytes_of_cut_matrices(ranks: Pools) -> None:
     params = {"lr": 0.01, "rank": 2, "update_proj_gap": 2, "exact_cuts": True}
     results = ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=[(6, 9), (4, 4)], steps=5)
     layouts: list[GroupLayout] = results[0]["layouts"]
-    fragments = [[(rank, f.numel) for rank, f in matrix.fragments] for layout in layouts for matrix in layout.cuts]
+    fragments = [[(rank, f.numel) for rank, f in matrix.fragments] for layout in layouts for matrix in layout.split]
     assert fragments == [[(0, 18), (1, 18), (2, 18)], [(0, 6), (1, 6), (2, 4)]]
-    assert [matrix.owner for layout in layouts for matrix in layout.cuts] == [0, 1]
+    assert [matrix.owner for layout in layouts for matrix in layout.split] == [0, 1]
     element = 4
     lent = [6, 18, 18 + 4]  # to the owners: rank 0 of the second matrix, rank 1 of the first, rank 2 of both
     borrowed = [18 + 18, 6 + 4, 0]  # returned by the owners

@@ -74,7 +74,7 @@ class ShardStep:
 
     def grad_square(self) -> Tensor:
         """|G|^2 of the fragment, float64, 0-dim."""
-        return sum(total_square(piece.view(self.grad), self.state) for piece in self.share.pieces)
+        return sum(total_square(piece.view(self.grad), self.state) for piece in self.share.blocks)
 
     def basis_payload(self, link: Transfer) -> tuple[Tensor]:
         """The rows of P that go over a link of `LocalShardPlan.basis_lent`."""
@@ -104,7 +104,7 @@ class ShardStep:
         self.grad_sq = torch.zeros(len(region), dtype=torch.float64, device=state.basis.device)
         if not self.known:
             return
-        for piece in self.share.pieces:
+        for piece in self.share.blocks:
             part, squares = F.project(
                 piece.view(self.grad), self._basis_of(piece), state.side, self.group["matmul_precision"]
             )
@@ -212,7 +212,7 @@ class ShardStep:
         """
         needed = torch.ones((), dtype=torch.bool, device=self.grad.device)
         total = torch.zeros((), dtype=torch.float64, device=self.grad.device)
-        for piece in self.share.pieces:
+        for piece in self.share.blocks:
             along = self._along(piece)
             total += F.residual_square(
                 piece.view(self.grad),
@@ -252,7 +252,7 @@ class ShardStep:
         """W <- keep * W - (phi * G + P C) on the fragment, C and phi given over the region."""
         side = self.state.side
         usable = torch.ones((), dtype=torch.bool, device=self.grad.device)
-        for piece in self.share.pieces:
+        for piece in self.share.blocks:
             along = self._along(piece)
             F.apply_update_(
                 piece.view(self.weight),

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ds_fira.core import functional as F
 from ds_fira.core.algorithms import algorithm_of
+from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import STEP, allocate_matrices, compute_dtype, state_views
 from ds_fira.core.step import inner_alpha
 from ds_fira.core.subspace import refresh_due
@@ -37,9 +38,9 @@ from ds_fira.sharding.lowrank.exchange import LowRankExchange
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.refresh import LowRankRefresh
 from ds_fira.sharding.lowrank.shard_step import ShardStep
-from ds_fira.sharding.plan import GroupLayout, split_by_size
+from ds_fira.sharding.plan import split_by_size
 from ds_fira.sharding.refresher import Refresher, phase
-from ds_fira.sharding.split_matrix import GRADIENT_SUMS, LOW_RANK_SUMS
+from ds_fira.sharding.split_matrix import GRADIENT_SUMS, LOW_RANK_SUMS, SplitMatrix
 
 # Elements of R and of borrowed bases that one rank works on at a time: 64 MiB in float32. A step holds a few as large.
 MAX_STEP_NUMEL = 2**24
@@ -48,21 +49,23 @@ MAX_STEP_NUMEL = 2**24
 class LowRankMatrices:
     """The cut matrices of one param group that are stepped where they lie, as one rank sees them."""
 
-    def __init__(self, layout: GroupLayout, communicator: Communicator, numbers: Mapping[str, int]) -> None:
+    def __init__(
+        self, matrices: Mapping[int, SplitMatrix], communicator: Communicator, numbers: Mapping[str, int]
+    ) -> None:
         """Plan the exchange.
 
         Args:
-            layout: of the group.
+            matrices: the low-rank matrices of the group by their positions among its split ones.
             communicator: the ranks.
             numbers: by name, every matrix's number in the model.
         """
         self.communicator = communicator
-        self._matrices = {i: matrix for i, matrix in enumerate(layout.cuts) if matrix.way == "lean"}
+        self._matrices = matrices
         rank = communicator.dp_rank
         self.shares = [
             LocalShardPlan.of(matrix, position, numbers[matrix.name], rank)
             for position, matrix in self._matrices.items()
-            if rank in dict(matrix.fragments)
+            if rank in matrix.sharers
         ]
         self._refresh = LowRankRefresh(self._matrices, communicator)
         self._exchange = LowRankExchange(self._matrices, communicator)
@@ -136,7 +139,7 @@ class LowRankMatrices:
         limit = torch.finfo(compute_dtype(param.dtype)).max
         usable = {position: total for position, total in totals.items() if total < limit}
         possible = [position for position in due if usable.get(position, 0.0) > 0.0]
-        self._refresh.refresh(possible, param, parts, group, refresher, metrics)
+        self._refresh.refresh(possible, param, parts, GroupSettings.of(group), refresher)
         series = {share.position: one for share, one in zip(self.shares, record, strict=False)}
         for turn in self._turns:
             mine = {position: parts.pop(position) for position in turn if position in parts}
