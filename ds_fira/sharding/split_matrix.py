@@ -126,7 +126,7 @@ class SplitMatrix:
 
     def fragment(self, dp_rank: int) -> MatrixShard:
         """What a sharer holds of the matrix."""
-        return self.fragments[dp_rank - self.sharers.start][1]
+        return self.fragments[dp_rank - self.fragments[0][0]][1]
 
     def touched(self, dp_rank: int) -> range:
         """The entries of R that a sharer's fragment contributes to."""
@@ -166,15 +166,11 @@ class SplitMatrix:
 
     def _even_share(self, dp_rank: int) -> range:
         """Of n entries, or rows of P, those of one sharer where all sharers take as many."""
-        place, count, n = dp_rank - self.sharers.start, len(self.fragments), self.shape[1]
+        place, count, n = dp_rank - self.fragments[0][0], len(self.fragments), self.shape[1]
         return range(place * n // count, (place + 1) * n // count)
 
     def transfers(self, of: int | None = None) -> Iterator[Transfer]:
-        """The entries of R that are borrowed, in ascending order of borrower, then of keeper.
-
-        Args:
-            of: only what this sharer borrows or lends; None for all.
-        """
+        """The entries of R that are borrowed, or those that one sharer borrows or lends; by borrower, then by keeper."""
         return self._transfers(self.touched, self.kept, of)
 
     def basis_transfers(self, of: int | None = None) -> Iterator[Transfer]:
@@ -182,10 +178,11 @@ class SplitMatrix:
         return self._transfers(self.basis_span, self.basis_rows, of) if self.shares_basis else iter(())
 
     def _transfers(self, needed: Spans, held: Spans, of: int | None) -> Iterator[Transfer]:
+        parts = {keeper: held(keeper) for keeper in self.sharers}
         for borrower in self.sharers:
             span = needed(borrower)
-            for keeper in self.sharers if of in (None, borrower) else (of,):
-                entries = common(span, held(keeper))
+            for keeper in parts if of in (None, borrower) else (of,):
+                entries = common(span, parts[keeper])
                 if keeper != borrower and len(entries):
                     yield Transfer(borrower, keeper, entries)
 
@@ -201,7 +198,8 @@ class SplitMatrix:
 
     def _borrowed(self, needed: Spans, held: Spans) -> int:
         # Transfers counted without naming them: their number grows with the square of the ranks.
-        return sum(len(needed(sharer)) - len(common(needed(sharer), held(sharer))) for sharer in self.sharers)
+        spans = ((needed(sharer), held(sharer)) for sharer in self.sharers)
+        return sum(len(span) - len(common(span, own)) for span, own in spans)
 
     def state_numel(self, dp_rank: int) -> int:
         """Elements of basis, moments and limiter's norm that a rank holds; 0 for one that holds none of them."""
