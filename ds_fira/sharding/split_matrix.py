@@ -170,7 +170,7 @@ class SplitMatrix:
         return range(place * n // count, (place + 1) * n // count)
 
     def transfers(self, of: int | None = None) -> Iterator[Transfer]:
-        """The entries of R that are borrowed, or those that one sharer borrows or lends; by borrower, then by keeper."""
+        """The entries of R that are borrowed, or those that one sharer borrows or lends; by borrower, by keeper."""
         return self._transfers(self.touched, self.kept, of)
 
     def basis_transfers(self, of: int | None = None) -> Iterator[Transfer]:
