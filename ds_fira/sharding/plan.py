@@ -65,16 +65,9 @@ class GroupLayout:
 
     @property
     def gathered_turns(self) -> list[tuple[SplitMatrix, ...]]:
-        """The matrices stepped whole on their owners, in turns of `MAX_TURN_NUMEL` elements an owner.
-
-        Every owner meets its matrices in the order of `split`, and all owners are at work in the first turns.
-        """
-        queues: dict[int, list[tuple[int, SplitMatrix]]] = defaultdict(list)
-        for matrix in self.split:
-            if matrix.way == "gathered":
-                queues[matrix.owner].append((math.prod(matrix.shape), matrix))
-        turns = zip_longest(*(split_by_size(queue, MAX_TURN_NUMEL) for queue in queues.values()), fillvalue=())
-        return [tuple(matrix for owned in turn for matrix in owned) for turn in turns]
+        """The matrices stepped whole on their owners, in turns of `MAX_TURN_NUMEL` elements an owner."""
+        gathered = [(matrix, matrix) for matrix in self.split if matrix.way == "gathered"]
+        return [tuple(turn) for turn in owner_turns(gathered, MAX_TURN_NUMEL)]
 
 
 def plan_groups(
@@ -189,6 +182,18 @@ def split_evenly(
         groups += [members[first : min(first + most, even)] for first in range(0, even, most)]
         groups += [members[even:]] if even < len(members) else []
     return groups
+
+
+def owner_turns(items: Iterable[tuple[SplitMatrix, T]], limit: int) -> list[list[T]]:
+    """Share (matrix, item) pairs out over turns in which each owner has at most `limit` elements, or one matrix.
+
+    Every owner meets its matrices in their order, and all owners are at work in the first turns.
+    """
+    queues: dict[int, list[tuple[int, T]]] = defaultdict(list)
+    for matrix, item in items:
+        queues[matrix.owner].append((math.prod(matrix.shape), item))
+    turns = zip_longest(*(split_by_size(queue, limit) for queue in queues.values()), fillvalue=())
+    return [[item for owned in turn for item in owned] for turn in turns]
 
 
 def split_by_size(items: Sequence[tuple[int, T]], limit: int) -> list[list[T]]:

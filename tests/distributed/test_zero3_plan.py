@@ -72,7 +72,7 @@ def test_planned_llamas(model: str, rank: int) -> None:
                 assert len(matrix.fragments) == ranks
 
 
-def test_few_matrices_are_spread(ranks: Pools) -> None:
+def test_few_matrices_are_sharded_evenly(ranks: Pools) -> None:
     """Where owners of whole matrices would hold most of the state, matrices are stepped where they lie instead."""
     changed = {"shapes": [(3, 50), (3, 50)], "rank": 3, "steps": 5}
     exact, even = (run(ranks, 3, **changed, exact_cuts=exact) for exact in (True, False))

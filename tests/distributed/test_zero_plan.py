@@ -37,7 +37,7 @@ def test_paper_saving_for_1b() -> None:
     assert 1 - (projected + others) / (full + others) == pytest.approx(0.611, abs=0.0005)
 
 
-def test_counted_bytes_of_cut_matrices(ranks: Pools) -> None:
+def test_counted_bytes_of_split_matrices(ranks: Pools) -> None:
     """Whole steps on three ranks, by hand: the borrowed fragments, gradient and weight, and back.
 
     (6, 9): 54 elements in partitions of 18, three fragments. (4, 4): 16 elements in partitions of 6, fragments of 6, 6
@@ -57,7 +57,7 @@ def test_counted_bytes_of_cut_matrices(ranks: Pools) -> None:
     assert [result["collectives"] for result in results] == [5 * 2 * 2] * 3  # there and back, for both groups
 
 
-def test_no_bytes_where_nothing_is_cut(ranks: Pools) -> None:
+def test_no_bytes_where_nothing_is_split(ranks: Pools) -> None:
     """Matrices that divide by the ranks: no collective of ours in any step, refresh steps included."""
     params = {"lr": 0.01, "rank": 2, "update_proj_gap": 2}
     shapes = [(6, 8)] * 4 + [(8, 4)] * 2

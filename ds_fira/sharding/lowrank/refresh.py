@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 
 from torch import Tensor
 
@@ -14,8 +12,12 @@ from ds_fira.core.subspace import compute_basis
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.lowrank.shard_step import ShardStep, empty_like_state
+from ds_fira.sharding.plan import owner_turns
 from ds_fira.sharding.refresher import Refresher
 from ds_fira.sharding.split_matrix import SplitMatrix, needs_old_basis
+
+# By position, what this rank holds of the matrices.
+Parts = Mapping[int, ShardStep]
 
 
 class LowRankRefresh:
@@ -31,12 +33,7 @@ class LowRankRefresh:
         self.communicator = communicator
 
     def refresh(
-        self,
-        due: Sequence[int],
-        param: Tensor,
-        parts: Mapping[int, ShardStep],
-        settings: GroupSettings,
-        refresher: Refresher,
+        self, due: Sequence[int], param: Tensor, parts: Parts, settings: GroupSettings, refresher: Refresher
     ) -> None:
         """Refresh the matrices that are due; a collective call.
 
@@ -49,21 +46,13 @@ class LowRankRefresh:
         """
         if not due:
             return
-        queues: dict[int, list[int]] = defaultdict(list)
-        for position in due:
-            queues[self.matrices[position].owner].append(position)
-        # In rounds of one matrix an owner: all owners compute at once, and none holds more than one whole gradient.
+        # In turns of one matrix an owner: all owners compute at once, and none holds more than one whole gradient.
         with refresher.refreshing(param.device):
-            for turn in zip_longest(*queues.values()):
-                self._refresh_turn([p for p in turn if p is not None], param, parts, settings, refresher)
+            for turn in owner_turns([(self.matrices[position], position) for position in due], limit=1):
+                self._refresh_turn(turn, param, parts, settings, refresher)
 
     def _refresh_turn(
-        self,
-        turn: Sequence[int],
-        param: Tensor,
-        parts: Mapping[int, ShardStep],
-        settings: GroupSettings,
-        refresher: Refresher,
+        self, turn: Sequence[int], param: Tensor, parts: Parts, settings: GroupSettings, refresher: Refresher
     ) -> None:
         """Gradients to the owners, one matrix each, and bases back; without a basis everything stays as it is."""
         rank, like = self.communicator.dp_rank, empty_like_state(param)
@@ -74,31 +63,26 @@ class LowRankRefresh:
         for position, (grad,) in zip(self._owned(turn), grads, strict=True):
             part, matrix, old = parts[position], self.matrices[position], previous.get(position)
             basis = refresher.attempt(lambda p=part, g=grad, o=old: _new_basis(p, g, o), settings.subspace)
-            change = None
+            change = None if basis is None or old is None else basis_change(basis, old, part.group)
             if basis is not None:
-                change = None if old is None else basis_change(basis, old, part.group)
                 adopted[position] = (_rows(basis, matrix.basis_rows(rank)), change)
                 refresher.count_refresh()
-            answers += [
-                (sharer, _answer(matrix, sharer, basis, change, settings, like))
-                for sharer in matrix.sharers
-                if sharer != rank
-            ]
-        expected = [
-            (self.matrices[position].owner, position, self.matrices[position].answer_numel(rank, settings))
-            for position in turn
-            if position in parts and self.matrices[position].owner != rank
-        ]
+            for sharer in matrix.sharers:
+                if sharer != rank:
+                    numel = matrix.answer_numel(sharer, settings)
+                    answers.append((sharer, _answer(basis, matrix.basis_rows(sharer), change, numel, like)))
+        held = {position: self.matrices[position] for position in turn if position in parts}
+        expected = [(m.owner, p, m.answer_numel(rank, settings)) for p, m in held.items() if m.owner != rank]
         for position, answer in self.communicator.deliver(answers, expected, like).items():
             if answer[0]:
-                adopted[position] = _unpacked(parts[position], self.matrices[position], answer[1:], settings)
+                adopted[position] = _unpacked(parts[position], held[position], answer[1:], settings)
         for position, (basis, change) in adopted.items():
             _adopt(parts[position], basis, change)
 
     def _owned(self, turn: Sequence[int]) -> list[int]:
         return [position for position in turn if self.matrices[position].owner == self.communicator.dp_rank]
 
-    def _assemble_bases(self, turn: Sequence[int], parts: Mapping[int, ShardStep], like: Tensor) -> dict[int, Tensor]:
+    def _assemble_bases(self, turn: Sequence[int], parts: Parts, like: Tensor) -> dict[int, Tensor]:
         """The whole bases of the matrices that this rank owns and that have one; nothing is sent where all hold P."""
         rank = self.communicator.dp_rank
         held = {position: parts[position].state.basis.to(like.dtype) for position in turn if position in parts}
@@ -143,22 +127,19 @@ def _rows(basis: Tensor, rows: range) -> Tensor:
     return basis[rows.start : rows.stop]
 
 
-def _answer(
-    matrix: SplitMatrix,
-    sharer: int,
-    basis: Tensor | None,
-    change: Tensor | None,
-    settings: GroupSettings,
-    like: Tensor,
-) -> list[Tensor]:
-    """What the owner sends a sharer, as long with a new basis as without; see `SplitMatrix.answer_numel`."""
-    if basis is None:
-        return [like.new_zeros(matrix.answer_numel(sharer, settings))]
-    answer = [like.new_ones(1), _rows(basis, matrix.basis_rows(sharer))]
-    if matrix.sends_change(settings):
-        # Before the first basis there are no moments to rotate.
-        answer.append(like.new_zeros(matrix.rank, matrix.rank) if change is None else change)
-    return answer
+def _answer(basis: Tensor | None, rows: range, change: Tensor | None, numel: int, like: Tensor) -> list[Tensor]:
+    """What the owner sends a sharer that holds some rows of P; always `SplitMatrix.answer_numel` elements.
+
+    Args:
+        basis: the new one, whole; None for none.
+        rows: the sharer's.
+        change: C; None where moments are not rotated, or there were none before.
+        numel: elements to send; zeros stand for what there is not.
+        like: gives dtype and device.
+    """
+    found = [] if basis is None else [like.new_ones(1), _rows(basis, rows)]
+    room = numel - sum(tensor.numel() for tensor in found)
+    return [*found, change if change is not None and room else like.new_zeros(room)]
 
 
 def _unpacked(
