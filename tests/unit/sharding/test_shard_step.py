@@ -95,6 +95,9 @@ def test_blocks_and_transfers_cover_the_matrix(m: int, n: int, begin: int, size:
         assert matrix.low_rank_elements(rank) == sent + 2 * (2 + 3)
     assert matrix.borrowed_entries == sum(len(transfer.entries) for transfer in matrix.transfers())
     assert matrix.borrowed_basis_rows == sum(len(transfer.entries) for transfer in matrix.basis_transfers())
+    borrowed = 2 * (matrix.rank + 1) * matrix.borrowed_entries + matrix.rank * matrix.borrowed_basis_rows
+    sums = len(matrix.sharers) * 2 * (2 + 3)
+    assert sum(matrix.low_rank_elements(rank) for rank in matrix.sharers) == borrowed + sums
     for transfer in matrix.transfers():
         assert keepers[inside(transfer.entries, entries)].eq(transfer.keeper).all()
         assert transfer.borrower != transfer.keeper
