@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ds_fira.core.settings import GroupSettings
 from ds_fira.optim.settings import check_params
 from ds_fira.sharding import plan
-from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.geometry import matrices_of, split
 from ds_fira.sharding.plan import plan_groups
-
-
-class Threads(Communicator):
-    """A rank that is a thread: all_to_all over a list that the ranks share, all else as it is."""
-
-    def __init__(self, dp_rank: int, barrier: Barrier, box: list[Sequence[Tensor]]) -> None:
-        self.dp_rank, self.dp_size = dp_rank, len(box)
-        self.collectives = self.bytes_sent = 0
-        self._barrier, self._box = barrier, box
-
-    def all_to_all(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Tensor:
-        """As the communicator's; what is sent is what is expected."""
-        self._box[self.dp_rank] = sent.split(sent_counts)
-        self._barrier.wait(10)
-        received = [pieces[self.dp_rank] for pieces in self._box]
-        assert [piece.numel() for piece in received] == received_counts
-        assert sent_counts[self.dp_rank] == 0
-        self._barrier.wait(10)
-        return torch.cat(received)
+from tests.unit.sharding.threads import Threads
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
