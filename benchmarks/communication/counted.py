@@ -1,11 +1,11 @@
-"""What FiraAdam sends for matrices that partition boundaries cut: planned for LLaMAs, or counted in real processes.
+"""What FiraAdam sends for matrices that partition boundaries split: planned for LLaMAs, or counted in real processes.
 
     python -m benchmarks.communication.counted [--stage 2] [--ranks 3 6 16 64] [--json FILE]
     python -m benchmarks.communication.counted --measure
 
-The table has, for every model and number of data-parallel ranks, the matrices cut and MB (10^6 bytes, float32) sent
-over all ranks: per step if all of them are stepped the base way, per step if all are stepped the lean way, per step in
-the way chosen for each, and at a refresh on top; the first three with a refresh spread over 200 steps. Then the most
+The table has, for every model and number of data-parallel ranks, the split matrices and MB (10^6 bytes, float32) sent
+over all ranks: per step if all of them are gathered, per step if all exchange low-rank data, per step in the way
+chosen for each, and at a refresh on top; the first three with a refresh spread over 200 steps. Then the most
 that one rank sends in a step and at a refresh, and for scale what ZeRO itself sends in a step, if gradients are
 reduced and parameters gathered (at stage 3 for the forward and for the backward pass) in bfloat16 around a ring. The
 last column is the largest rank's state over an even share.
@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.common import save
 from benchmarks.communication.layout import BYTES
 from benchmarks.communication.partition import meta_llama
+from ds_fira.core.settings import GroupSettings
 from ds_fira.optim.state_size import adamw_bytes
 from ds_fira.tools.dry_run import plan_run
 
@@ -50,18 +51,18 @@ CASES = ((2, 4, False), (2, 3, False), (2, 3, True), (3, 3, False), (3, 3, True)
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that cut matrices cost one model on a number of ranks.
+    """Bytes that split matrices cost one model on a number of ranks.
 
     Attributes:
         model: key of `benchmarks.communication.partition.LLAMAS`.
         rank: of the projected matrices.
         ranks: data-parallel ranks.
-        cut: matrices that partition boundaries cut.
-        lean: those for which the lean way is chosen.
-        base_step: per step over all ranks, the base way for all.
-        lean_step: the lean way for all, refreshes spread over the steps between them.
+        cut: matrices that partition boundaries split.
+        lean: those for which the low-rank way is chosen.
+        base_step: per step over all ranks, the gathered way for all.
+        lean_step: the low-rank way for all, refreshes divided by the steps between them.
         chosen_step: the way chosen for each, likewise.
-        refresh: of one refresh of the matrices stepped the lean way.
+        refresh: of one refresh of the matrices stepped the low-rank way.
         largest_step: most that one rank sends in a step without a refresh, as chosen.
         largest_refresh: most that one rank sends for a refresh, on top.
         zero_step: ZeRO's own gradients and parameters per step over all ranks.
@@ -89,28 +90,31 @@ def plan_traffic(model: str, rank: int, ranks: int, stage: int = 2) -> Traffic:
     held = [sum(group.state_elements(index) for group in run.groups) for index in range(ranks)]
     base_step = lean_step = chosen_step = 0.0
     refresh, step = [0] * ranks, [0] * ranks
-    cuts = [
-        (matrix, group.settings) for group in run.groups if group.layout is not None for matrix in group.layout.cuts
+    split = [
+        (matrix, GroupSettings.of(group.settings))
+        for group in run.groups
+        if group.layout is not None
+        for matrix in group.layout.split
     ]
-    for matrix, group in cuts:
-        base = [matrix.base_elements(index) for index in range(ranks)]
-        lean = [matrix.lean_elements(index) for index in range(ranks)]
-        renewed = [matrix.refresh_elements(index, group) for index in range(ranks)]
-        spread = sum(lean) + sum(renewed) / group["update_proj_gap"]
-        base_step += sum(base)
-        lean_step += spread
-        chosen_step += spread if matrix.way == "lean" else sum(base)
-        chosen = lean if matrix.way == "lean" else base
+    for matrix, settings in split:
+        gathered = [matrix.gathered_elements(index) for index in range(ranks)]
+        low_rank = [matrix.low_rank_elements(index) for index in range(ranks)]
+        renewed = [matrix.refresh_elements(index, settings) for index in range(ranks)]
+        with_refresh = sum(low_rank) + sum(renewed) / settings.update_proj_gap
+        base_step += sum(gathered)
+        lean_step += with_refresh
+        chosen_step += with_refresh if matrix.way == "low_rank" else sum(gathered)
+        chosen = low_rank if matrix.way == "low_rank" else gathered
         step = [a + b for a, b in zip(step, chosen, strict=True)]
-        if matrix.way == "lean":
+        if matrix.way == "low_rank":
             refresh = [a + b for a, b in zip(refresh, renewed, strict=True)]
     parameters = adamw_bytes(run.records, 1) // 2
     return Traffic(
         model=model,
         rank=rank,
         ranks=ranks,
-        cut=len(cuts),
-        lean=sum(matrix.way == "lean" for matrix, _ in cuts),
+        cut=len(split),
+        lean=sum(matrix.way == "low_rank" for matrix, _ in split),
         base_step=BYTES * base_step,
         lean_step=BYTES * lean_step,
         chosen_step=BYTES * chosen_step,
@@ -138,7 +142,7 @@ def print_traffic(rows: list[Traffic], stage: int) -> None:
 
 
 def _train(rank: int, world_size: int, port: int, answers: Any) -> None:
-    """One process of a measurement: puts, for every case, the matrices cut and the bytes sent up to every step."""
+    """One process of a measurement: puts, for every case, the split matrices and the bytes sent up to every step."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -174,7 +178,7 @@ def _train(rank: int, world_size: int, port: int, answers: Any) -> None:
             engine.backward(engine(input_ids=tokens, labels=tokens).loss)
             engine.step()
             sent.append(optimizer.communicator.bytes_sent)
-        found.append((sum(len(layout.cuts) for layout in optimizer.layouts), sent))
+        found.append((sum(len(layout.split) for layout in optimizer.layouts), sent))
         del optimizer
         engine.destroy()
     answers.put(found)
@@ -188,8 +192,8 @@ def measure(world_size: int) -> list[dict[str, Any]]:
         world_size: how many.
 
     Returns:
-        For every case of `CASES`, `stage`, `ranks`, `layers`, `exact_cuts`, `cut` matrices, and the bytes that all
-        ranks together sent in a step without a refresh (`step`) and for a refresh (`refresh`).
+        For every case of `CASES`, `stage`, `ranks`, `layers`, `exact_cuts`, `cut` (split matrices), and the bytes that
+        all ranks together sent in a step without a refresh (`step`) and for a refresh (`refresh`).
 
     Raises:
         RuntimeError: a process failed.

@@ -54,7 +54,7 @@ def plan_llama(model: str, ranks: int) -> Plan:
     return Plan(
         model=model,
         ranks=ranks,
-        cut_matrices=sum(len(group.layout.cuts) for group in run.groups if group.layout is not None),
+        cut_matrices=sum(len(group.layout.split) for group in run.groups if group.layout is not None),
         by_rank=[BYTES * sum(group.state_elements(index) for group in run.groups) for index in range(ranks)],
         formula=formula_bytes(run.records),
         adamw=adamw_bytes(run.records),

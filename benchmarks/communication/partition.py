@@ -58,9 +58,9 @@ def rank_partition(run: PlannedRun, dp_rank: int, device: torch.device) -> tuple
         # As in ZeRO, the flat buffer takes the parameters' place when the optimizer is there.
         groups.append({**group.settings, "params": [Parameter(torch.empty(1, 1))]})
         if group.layout is not None:
-            if group.layout.cuts:
+            if group.layout.split:
                 raise ValueError(f"--partition-of {run.ranks} cuts matrices of this model; choose 1, 2, 4 or 8")
-            whole = group.layout.whole[dp_rank]
+            whole = group.layout.unsplit[dp_rank]
             bindings.append((flat, LocalMatrices(whole, tuple(range(len(whole))))))
     optimizer = FiraAdam(groups)
     for group, flat in zip(optimizer.param_groups, flats, strict=True):

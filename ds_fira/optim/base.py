@@ -122,7 +122,7 @@ class LowRankOptimizer(Stepping):
                     "its torch.view_as_real."
                 )
             if "rank" in group and numel_of(param) > 0:
-                matrices_of("", shape_of(param))
+                matrices_of("", shape_of(param), optimizer=self.algorithm.name)
 
     def _refuse_algorithm(self, param_group: dict[str, Any]) -> None:
         """Stop if a group says that another optimizer of this package is to step it."""

@@ -1,13 +1,13 @@
 """Frozen geometry: which elements of which matrix lie where in a flat buffer.
 
-ZeRO flattens the parameters of one group into a buffer and cuts it into equal partitions, one for each data-parallel
+ZeRO flattens the parameters of one group into a buffer and splits it into equal partitions, one for each data-parallel
 rank. A partition boundary falls between two matrices, or anywhere inside one:
 
     buffer      | A A A A A A | B B B B B B | C C C C C C | pad
     partitions  [0 . . . . . . . . . )[1 . . . . . . . . . . . )
                  A whole     B left   B right    C whole
 
-ZeRO-3 cuts every parameter by itself instead, and a rank's partition is its slices back to back:
+ZeRO-3 splits every parameter by itself instead, and a rank's partition is its slices back to back:
 
     parameters  | A A A A A A | B B B B |
     partitions  [0: A A A B B )[1: A A A B B )
@@ -73,10 +73,16 @@ class MatrixShard:
         return self.fragment(flat).view(self.shape)
 
 
-def matrices_of(name: str, shape: tuple[int, ...], begin: int = 0) -> list[MatrixShard]:
+def matrices_of(name: str, shape: tuple[int, ...], begin: int = 0, optimizer: str = "") -> list[MatrixShard]:
     """The matrices of one parameter, whole, as they lie in a buffer from `begin` on.
 
     A 2-D parameter is one matrix, a 3-D one (experts, m, n) is `experts` of them.
+
+    Args:
+        name: of the parameter.
+        shape: of the parameter.
+        begin: the index in the buffer of its first element.
+        optimizer: the name of the user's optimizer, for the error.
 
     Raises:
         ValueError: the parameter has another number of dimensions, so it cannot be projected.
@@ -88,13 +94,13 @@ def matrices_of(name: str, shape: tuple[int, ...], begin: int = 0) -> list[Matri
         experts, m, n = shape
         return [MatrixShard(f"{name}[{e}]", (m, n), begin + e * m * n, 0, m * n) for e in range(experts)]
     raise ValueError(
-        f"FiraAdam: {name or 'a parameter'} of shape {tuple(shape)} is in a group with a rank, which takes 2-D and 3-D "
-        "weights; move it to a group without 'rank'."
+        f"{optimizer and optimizer + ': '}{name or 'a parameter'} of shape {tuple(shape)} is in a group with a rank, "
+        "which takes 2-D and 3-D weights; move it to a group without 'rank'."
     )
 
 
-def cut(matrix: MatrixShard, partition_size: int, partitions: int) -> dict[int, MatrixShard]:
-    """Cut a whole matrix of a buffer at the partition boundaries.
+def split(matrix: MatrixShard, partition_size: int, partitions: int) -> dict[int, MatrixShard]:
+    """Split a whole matrix of a buffer at the partition boundaries.
 
     Args:
         matrix: whole, with `offset` counted from the start of the buffer.
@@ -102,19 +108,17 @@ def cut(matrix: MatrixShard, partition_size: int, partitions: int) -> dict[int, 
         partitions: how many partitions the buffer has.
 
     Returns:
-        The fragments by partition index in ascending order, `offset` counted from the start of the partition. They
-        tile the matrix.
+        The fragments by partition index, which are consecutive and ascending; `offset` counted from the start of the
+        partition. The fragments tile the matrix.
     """
     assert matrix.is_whole, matrix
     begin, end = matrix.offset, matrix.offset + math.prod(matrix.shape)
     assert end <= partition_size * partitions, (matrix, partition_size, partitions)
     fragments = {}
     for index in range(begin // partition_size, (end - 1) // partition_size + 1):
-        left = max(begin, index * partition_size)
-        right = min(end, (index + 1) * partition_size)
-        fragments[index] = MatrixShard(
-            matrix.name, matrix.shape, left - index * partition_size, left - begin, right - begin
-        )
+        edge = index * partition_size
+        first, last = max(begin, edge), min(end, edge + partition_size)
+        fragments[index] = MatrixShard(matrix.name, matrix.shape, first - edge, first - begin, last - begin)
     return fragments
 
 
@@ -143,7 +147,7 @@ class Partitioning:
         offsets: where every parameter begins: in the buffer, or, sliced, in every partition.
         partition_size: elements in each partition, padding included.
         ranks: partitions.
-        sliced: whether every parameter is cut by itself (ZeRO-3), not the buffer of all (ZeRO-1 and 2).
+        sliced: whether every parameter is split by itself (ZeRO-3), not the buffer of all (ZeRO-1 and 2).
     """
 
     numels: tuple[int, ...]
@@ -160,19 +164,19 @@ class Partitioning:
         return cls(numels, offsets, sum(sizes), ranks, sliced=True)
 
     def fragments(self, index: int, matrix: MatrixShard) -> dict[int, MatrixShard]:
-        """Cut a whole matrix of a parameter.
+        """Split a whole matrix of a parameter.
 
         Args:
             index: of the parameter.
             matrix: whole, with `offset` counted from the start of the parameter.
 
         Returns:
-            As `cut`.
+            As `split`.
         """
         begin = self.offsets[index]
         if not self.sliced:
-            return cut(replace(matrix, offset=begin + matrix.offset), self.partition_size, self.ranks)
-        found = cut(matrix, -(-self.numels[index] // self.ranks), self.ranks)
+            return split(replace(matrix, offset=begin + matrix.offset), self.partition_size, self.ranks)
+        found = split(matrix, -(-self.numels[index] // self.ranks), self.ranks)
         return {rank: replace(fragment, offset=begin + fragment.offset) for rank, fragment in found.items()}
 
     def pieces(self, dp_rank: int) -> list[Piece]:

@@ -11,7 +11,7 @@ from ds_fira.core.algorithms import Algorithm
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState, matrix_states
 from ds_fira.core.step import MatrixTask
-from ds_fira.sharding.comm import GatherExchange
+from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.lowrank.step import LowRankMatrices
 

@@ -1,8 +1,18 @@
 """Which rank holds, owns and sends what: pure plans, computed the same on every rank before the first step.
 
-A *fragment* is a matrix's overlap with one rank's partition. A matrix with one fragment is whole on its rank, which
-owns it, and needs no communication ever. A matrix with several is cut, and stepped in one of the ways of
-`ds_fira.sharding.split_matrix`; one of the ranks that share it is its *owner*.
+ZeRO splits the flat buffer of a param group into one partition for each rank. A *fragment* is a matrix's overlap with a
+partition:
+
+    buffer      | A A A A A A | B B B B B B | C C C C C C | pad
+    partitions  [0 . . . . . . . . . )[1 . . . . . . . . . . . )
+    fragments     A             B        B    C
+
+    A, C   unsplit: the rank that holds the matrix owns and steps it, and never communicates about it
+    B      split: ranks 0 and 1 share it, one of them owns it, and it is stepped in one of the two ways of
+           `ds_fira.sharding.split_matrix`, whichever sends less (`SplitMatrix.cheaper_way`)
+
+Owners balance the state that the ranks hold. Before the first step all ranks compare a hash of their plans. Nothing
+here holds a tensor or communicates.
 """
 
 from __future__ import annotations
@@ -13,16 +23,16 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.split_matrix import SplitMatrix, plan_split, state_numel
 
 T = TypeVar("T")
-# Most state that one rank may hold where it is spread, over an even share.
-LARGEST_SHARE = 1.25
-# Elements of cut matrices that an owner assembles at a time, or one matrix: gradient and weight of it, 512 MiB.
+# The fullest rank's state over an even share, at most, where ZeRO-3 splits every matrix.
+MAX_IMBALANCE = 1.25
+# Elements of split matrices that an owner gathers at a time, or one matrix: gradient and weight of it, 512 MiB.
 MAX_TURN_NUMEL = 2**26
 
 
@@ -31,136 +41,111 @@ class GroupLayout:
     """One param group's matrices over all partitions of its flat buffer.
 
     Attributes:
-        whole: for every dp_rank, the matrices that lie whole in its partition.
-        cuts: the matrices that no rank holds whole, in buffer order.
+        unsplit: for every dp_rank, the matrices that lie whole in its partition, in buffer order.
+        split: the matrices that partition boundaries split, in buffer order.
         partition_size: elements in each partition.
     """
 
-    whole: tuple[tuple[MatrixShard, ...], ...]
-    cuts: tuple[SplitMatrix, ...]
+    unsplit: tuple[tuple[MatrixShard, ...], ...]
+    split: tuple[SplitMatrix, ...]
     partition_size: int
 
-    @property
-    def base_cuts(self) -> tuple[SplitMatrix, ...]:
-        """The cut matrices that are stepped whole on their owners."""
-        return tuple(matrix for matrix in self.cuts if matrix.way == "base")
+    def __repr__(self) -> str:
+        """What the hash of a plan is made of: as version 0.1.0 wrote it, for its checkpoints hold such hashes."""
+        return f"GroupLayout(whole={self.unsplit}, cuts={self.split}, partition_size={self.partition_size})"
 
     @property
-    def base_turns(self) -> list[GroupLayout]:
-        """Layouts that share the base cuts out over turns, so that no owner assembles many at a time.
+    def low_rank(self) -> dict[int, SplitMatrix]:
+        """The matrices that are stepped where they lie, by their positions in `split`."""
+        return {position: matrix for position, matrix in enumerate(self.split) if matrix.way == "low_rank"}
 
-        Every owner meets its matrices in the order of `cuts`, and all owners are at work in the first turns.
-        """
-        queues: dict[int, list[tuple[int, SplitMatrix]]] = defaultdict(list)
-        for matrix in self.base_cuts:
-            queues[matrix.owner].append((math.prod(matrix.shape), matrix))
-        turns = zip_longest(*(split_by_size(queue, MAX_TURN_NUMEL) for queue in queues.values()), fillvalue=[])
-        return [replace(self, cuts=tuple(matrix for owned in turn for matrix in owned)) for turn in turns]
+    def gathered_by(self, dp_rank: int) -> tuple[SplitMatrix, ...]:
+        """The split matrices that `dp_rank` gathers, because it owns them, and steps whole."""
+        return tuple(matrix for matrix in self.split if matrix.way == "gathered" and matrix.owner == dp_rank)
 
     @property
-    def lean_cuts(self) -> tuple[SplitMatrix, ...]:
-        """The cut matrices that are stepped where they lie."""
-        return tuple(matrix for matrix in self.cuts if matrix.way == "lean")
-
-    def owned_cuts(self, dp_rank: int) -> tuple[SplitMatrix, ...]:
-        """The cut matrices that `dp_rank` owns and steps whole."""
-        return tuple(matrix for matrix in self.base_cuts if matrix.owner == dp_rank)
-
-    def exchange_counts(self, dp_rank: int) -> tuple[list[int], list[int]]:
-        """Elements of one flat buffer that `dp_rank` sends to, and receives from, every rank on the base way to owners.
-
-        The way back has the two lists exchanged. The order inside each list is that of `cuts`.
-        """
-        ranks = len(self.whole)
-        sent, received = [0] * ranks, [0] * ranks
-        for matrix in self.base_cuts:
-            for holder, fragment in matrix.fragments:
-                if holder == dp_rank != matrix.owner:
-                    sent[matrix.owner] += fragment.numel
-                if holder != dp_rank == matrix.owner:
-                    received[holder] += fragment.numel
-        return sent, received
+    def gathered_turns(self) -> list[tuple[SplitMatrix, ...]]:
+        """The matrices stepped whole on their owners, in turns of `MAX_TURN_NUMEL` elements an owner."""
+        gathered = [(matrix, matrix) for matrix in self.split if matrix.way == "gathered"]
+        return [tuple(turn) for turn in owner_turns(gathered, MAX_TURN_NUMEL)]
 
 
 def plan_groups(
     groups: Sequence[tuple[Sequence[Mapping[int, MatrixShard]], int]],
     ranks: int,
     settings: Sequence[GroupSettings],
-    spread: bool = False,
+    evenly_sharded: bool = False,
 ) -> list[GroupLayout]:
     """Give every matrix that lies on several ranks an owner and a way.
 
-    Owners balance the state: the largest matrices first, each to the least loaded of the ranks that share it, counting
-    what is whole on a rank as its load from the start. The way is the one that sends less (`SplitMatrix.cheaper_way`).
-    Where states are spread, an owner of a matrix that is stepped the lean way only computes its bases, and these are
-    dealt out evenly; and the fullest rank gives matrices up to the lean way until no rank holds more than
-    `LARGEST_SHARE` of an even share.
+    The matrices with the largest states come first, and each goes to the least loaded of the ranks that share it. A
+    rank's load is the state that it holds; unsplit matrices count from the start. An evenly sharded matrix loads all
+    its sharers alike; its owner only computes the bases, so these are dealt out by the work that they make.
 
     Args:
         groups: for every group the fragments of its matrices by dp_rank, `offset` counted in the rank's partition, and
             the elements of a partition.
         ranks: partitions of each group.
-        settings: of every group: `rank`, `proj_type`, `formulation`, `update_proj_gap`, `subspace`, `refresh_moments`
-            and `exact_cuts`.
-        spread: whether no state of cut matrices may exist twice (ZeRO-3, which cuts all of them).
+        settings: of every group.
+        evenly_sharded: whether no state of split matrices may exist twice (ZeRO-3, which splits all of them).
     """
     load, work = [0] * ranks, [0] * ranks
-    whole = [[[] for _ in range(ranks)] for _ in groups]
-    cuts: list[tuple[int, int, Mapping[int, MatrixShard]]] = []  # (state elements, group, fragments)
+    unsplit: list[list[list[MatrixShard]]] = [[[] for _ in range(ranks)] for _ in groups]
+    to_plan: list[tuple[int, int, int, Mapping[int, MatrixShard]]] = []  # state elements, position, group, fragments
     for index, (matrices, _) in enumerate(groups):
-        chosen = settings[index]
+        own = settings[index]
         for fragments in matrices:
             holder, first = next(iter(fragments.items()))
-            size = state_numel(first.shape, chosen.rank, chosen.proj_type, chosen.formulation)
-            if len(fragments) == 1:
-                whole[index][holder].append(first)
-                load[holder] += size
-            else:
-                cuts.append((size, index, fragments))
-    planned: dict[int, tuple[int, SplitMatrix]] = {}  # by position among the cuts: group, matrix
-    for position, (_, index, fragments) in sorted(enumerate(cuts), key=lambda item: -item[1][0]):
+            size = state_numel(first.shape, own.rank, own.proj_type, own.formulation)
+            if len(fragments) > 1:
+                to_plan.append((size, len(to_plan), index, fragments))
+                continue
+            unsplit[index][holder].append(first)
+            load[holder] += size
+    planned: dict[int, tuple[int, SplitMatrix]] = {}  # group and matrix by position in buffer order
+    for _, position, index, fragments in sorted(to_plan, key=lambda item: -item[0]):
         owner = min(fragments, key=lambda holder: (load[holder], holder))
-        matrix = plan_split(fragments, owner, ranks, settings[index], spread)
-        if spread and matrix.way == "lean":
+        matrix = plan_split(fragments, owner, ranks, settings[index], evenly_sharded)
+        if evenly_sharded and matrix.way == "low_rank":
             matrix = replace(matrix, owner=min(fragments, key=lambda holder: (work[holder], holder)))
         work[matrix.owner] += math.prod(matrix.shape) * min(matrix.shape)
         for holder in fragments:
             load[holder] += matrix.state_numel(holder)
         planned[position] = (index, matrix)
-    if spread:
-        _relieve(planned, load, [chosen.exact_cuts for chosen in settings])
+    if evenly_sharded:
+        _balance(planned, load, [own.exact_cuts for own in settings])
     return [
         GroupLayout(
-            whole=tuple(tuple(held) for held in whole[index]),
-            cuts=tuple(matrix for _, (group, matrix) in sorted(planned.items()) if group == index),
+            unsplit=tuple(map(tuple, unsplit[index])),
+            split=tuple(matrix for _, (group, matrix) in sorted(planned.items()) if group == index),
             partition_size=partition_size,
         )
         for index, (_, partition_size) in enumerate(groups)
     ]
 
 
-def _relieve(planned: dict[int, tuple[int, SplitMatrix]], load: list[int], exact: Sequence[bool]) -> None:
-    """Step matrices of the fullest rank the lean way until it holds no more than `LARGEST_SHARE` of an even share.
+def _balance(planned: dict[int, tuple[int, SplitMatrix]], load: list[int], exact: Sequence[bool]) -> None:
+    """Shard matrices of the fullest rank evenly, the low-rank way, until no load exceeds `MAX_IMBALANCE` even shares.
 
     Args:
         planned: group and matrix by position, changed.
         load: elements of state on every rank, changed.
-        exact: of every group `exact_cuts`, which allows no lean way.
+        exact: of every group `exact_cuts`, which forbids the low-rank way.
     """
-    while max(load) * len(load) > LARGEST_SHARE * sum(load):
+    while max(load) * len(load) > MAX_IMBALANCE * sum(load):
         fullest = load.index(max(load))
         owned = [
-            (state_numel(matrix.shape, matrix.rank, matrix.side), position)
+            (matrix.state_numel(fullest), position)
             for position, (index, matrix) in planned.items()
-            if matrix.way == "base" and matrix.owner == fullest and not exact[index]
+            if matrix.way == "gathered" and matrix.owner == fullest and not exact[index]
         ]
         if not owned:
             return
         _, position = max(owned)
         index, before = planned[position]
-        after = replace(before, way="lean")
+        after = replace(before, way="low_rank")
         planned[position] = (index, after)
-        for holder in before.by_rank:
+        for holder in before.sharers:
             load[holder] += after.state_numel(holder) - before.state_numel(holder)
 
 
@@ -169,7 +154,7 @@ def plan_hash(layouts: Iterable[GroupLayout]) -> str:
     return digest(list(layouts))
 
 
-def digest(*parts: Any) -> str:
+def digest(*parts: object) -> str:
     """A digest of anything whose `repr` says all there is to it."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -184,7 +169,7 @@ def split_evenly(
 
     Args:
         items: (shape, parameter) pairs.
-        ranks: partitions that ZeRO will cut each group into.
+        ranks: partitions that ZeRO will split each group into.
         most_of: how many parameters of a shape a partition may hold; at least one is put there. None: any number.
     """
     by_shape: dict[Hashable, list[T]] = defaultdict(list)
@@ -199,8 +184,20 @@ def split_evenly(
     return groups
 
 
+def owner_turns(items: Iterable[tuple[SplitMatrix, T]], limit: int) -> list[list[T]]:
+    """Share (matrix, item) pairs out over turns in which each owner has at most `limit` elements, or one matrix.
+
+    Every owner meets its matrices in their order, and all owners are at work in the first turns.
+    """
+    queues: dict[int, list[tuple[int, T]]] = defaultdict(list)
+    for matrix, item in items:
+        queues[matrix.owner].append((math.prod(matrix.shape), item))
+    turns = zip_longest(*(split_by_size(queue, limit) for queue in queues.values()), fillvalue=())
+    return [[item for owned in turn for item in owned] for turn in turns]
+
+
 def split_by_size(items: Sequence[tuple[int, T]], limit: int) -> list[list[T]]:
-    """Cut a sequence of (size, item) pairs into runs whose sizes sum to at most `limit`, or that are one item."""
+    """Split a sequence of (size, item) pairs into runs whose sizes sum to at most `limit`, or that are one item."""
     groups: list[list[T]] = []
     room = 0
     for size, item in items:

@@ -11,15 +11,14 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from ds_fira.core.algorithms import algorithm_of
 from ds_fira.core.param_shape import shape_of
-from ds_fira.core.subspace import basis_shape, effective_rank, projection_side
-from ds_fira.sharding.split_matrix import state_numel
+from ds_fira.core.subspace import basis_shape, effective_rank, low_rank_shape, projection_side
 
+Group = Mapping[str, object]
 PROJECT_FULL_RANK = "project_full_rank"
 # Bytes of an element of the basis and of a moment, by `state_dtype`; int8 has a scale of 4 bytes for 256 codes.
 ELEMENT_BYTES = {"float32": (4.0, 4.0), "bfloat16": (2.0, 2.0), "int8": (2.0, 1.0 + 4.0 / 256.0)}
@@ -27,7 +26,7 @@ ELEMENT_BYTES = {"float32": (4.0, 4.0), "bfloat16": (2.0, 2.0), "int8": (2.0, 1.
 MOST_SHAPES = 6
 
 
-def is_projected(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+def is_projected(shape: Sequence[int], group: Group) -> bool:
     """Whether a parameter of a param group is projected, or stepped as one in a group without a rank.
 
     Args:
@@ -39,25 +38,24 @@ def is_projected(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
         return False
     if rank < min(shape[-2:]) or group.get(PROJECT_FULL_RANK, False):
         return True
-    low_rank, plain = _elements(shape, group)
-    return low_rank <= plain
+    basis, moments, plain = _elements(shape, group)
+    return basis + moments + algorithm_of(group).limited <= plain
 
 
-def hangs_on_full_rank(shape: Sequence[int], group: Mapping[str, Any]) -> bool:
+def hangs_on_full_rank(shape: Sequence[int], group: Group) -> bool:
     """Whether `project_full_rank` decides if a parameter of a param group is projected."""
-    return not is_projected(shape, {**group, PROJECT_FULL_RANK: False}) and is_projected(
-        shape, {**group, PROJECT_FULL_RANK: True}
-    )
+    return len({is_projected(shape, {**group, PROJECT_FULL_RANK: chosen}) for chosen in (False, True)}) == 2
 
 
-def _elements(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, int]:
-    """Elements of state of one matrix of a parameter, projected and not."""
-    matrix, algorithm = (shape[-2], shape[-1]), algorithm_of(group)
-    side, formulation = group.get("proj_type", "std"), group.get("formulation", "released")
-    return state_numel(matrix, group["rank"], side, formulation, algorithm), len(algorithm.states) * math.prod(matrix)
+def _elements(shape: Sequence[int], group: Group) -> tuple[int, int, int]:
+    """Elements of the basis and of the low-rank moments of one matrix of a parameter, and of unprojected moments."""
+    matrix, states = (shape[-2], shape[-1]), len(algorithm_of(group).states)
+    side = projection_side(matrix, group.get("proj_type", "std"), group.get("formulation", "released"))
+    basis = math.prod(basis_shape(matrix, group["rank"], side))
+    return basis, states * math.prod(low_rank_shape(matrix, group["rank"], side)), states * math.prod(matrix)
 
 
-def state_bytes(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, int]:
+def state_bytes(shape: Sequence[int], group: Group) -> tuple[int, int]:
     """Bytes of state of one matrix of a parameter of float32 or less, projected and not.
 
     Args:
@@ -65,15 +63,12 @@ def state_bytes(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, in
         group: the param group, with a rank.
     """
     of_basis, of_moment = ELEMENT_BYTES[group.get("state_dtype", "float32")]
-    low_rank, plain = _elements(shape, group)
-    matrix = (shape[-2], shape[-1])
-    side = projection_side(matrix, group.get("proj_type", "std"), group.get("formulation", "released"))
-    basis = math.prod(basis_shape(matrix, group["rank"], side))
-    norm = 4 - of_moment if algorithm_of(group).limited else 0
-    return round(low_rank * of_moment + basis * (of_basis - of_moment) + norm), round(plain * of_moment)
+    basis, moments, plain = _elements(shape, group)
+    norm = 4 if algorithm_of(group).limited else 0
+    return round(basis * of_basis + moments * of_moment + norm), round(plain * of_moment)
 
 
-def warn_of_costly_ranks(groups: Iterable[Mapping[str, Any]]) -> None:
+def warn_of_costly_ranks(groups: Iterable[Group]) -> None:
     """Say once which ranks save nothing: matrices that are stepped unprojected, or whose states are larger projected.
 
     Of several processes the first one speaks.
@@ -83,7 +78,7 @@ def warn_of_costly_ranks(groups: Iterable[Mapping[str, Any]]) -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
-    switched_off, costly = _Matrices(), _Matrices()
+    switched_off, costly = _CountedMatrices(), _CountedMatrices()
     for group in groups:
         for shape in map(shape_of, group["params"]):
             if hangs_on_full_rank(shape, group):
@@ -96,7 +91,7 @@ def warn_of_costly_ranks(groups: Iterable[Mapping[str, Any]]) -> None:
                     costly.add(shape, group)
     if switched_off.counts:
         warnings.warn(
-            f"{switched_off.said}, is at or above their smaller side, where low-rank states take "
+            f"{switched_off.summary}, is at or above their smaller side, where low-rank states take "
             f"{switched_off.low_rank:,} bytes and unprojected ones {switched_off.plain:,}: they are stepped "
             "unprojected, with lr x alpha; give a smaller rank to project them, or project_full_rank = true to do so "
             "at this one.",
@@ -104,14 +99,14 @@ def warn_of_costly_ranks(groups: Iterable[Mapping[str, Any]]) -> None:
         )
     if costly.counts:
         warnings.warn(
-            f"{costly.said}, takes {costly.low_rank:,} bytes of states where unprojected they take "
+            f"{costly.summary}, takes {costly.low_rank:,} bytes of states where unprojected they take "
             f"{costly.plain:,}; give a smaller rank, or put them into a group with rank = None.",
             stacklevel=4,
         )
 
 
-class _Matrices:
-    """Matrices that a warning is of."""
+class _CountedMatrices:
+    """The matrices that a warning counts, with their bytes of state."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -119,7 +114,7 @@ class _Matrices:
         self.ranks: dict[int, None] = {}
         self.low_rank = self.plain = 0
 
-    def add(self, shape: Sequence[int], group: Mapping[str, Any]) -> None:
+    def add(self, shape: Sequence[int], group: Group) -> None:
         count = math.prod(shape[:-2])
         low_rank, plain = state_bytes(shape, group)
         self.name = algorithm_of(group).name
@@ -129,7 +124,7 @@ class _Matrices:
         self.plain += count * plain
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         shapes = [f"{count} of {shape[0]} x {shape[1]}" for shape, count in self.counts.items()]
         more = f" and {len(shapes) - MOST_SHAPES} more shapes" if len(shapes) > MOST_SHAPES else ""
         ranks = " and ".join(map(str, self.ranks))

@@ -1,41 +1,58 @@
-"""A matrix that partition boundaries cut: who holds what of it, and what a step sends, in either of two ways.
+"""A matrix that partition boundaries split: which rank holds what of it, what a step sends, and which way is cheaper.
 
-*Base*: every sharer sends its fragments of gradient and weight to the owner, which steps the whole matrix and sends the
-weights back. Equal to the bit to a matrix that is not cut.
+The ranks that hold a fragment of the matrix are its *sharers*; one of them is its *owner*. A step goes one of two ways:
 
-*Lean*: every sharer keeps the part of the basis that its fragment needs, and between refreshes only low-rank data
-crosses ranks. R has an *axis* along which it can be taken apart: its columns on the left, where R = P'G sums over rows,
-and its rows on the right, where each row of R = GP belongs to one row of G. The entries along the axis are *kept*, with
-their moments, by one sharer: on the left all of them by the owner, on the right each by the sharer that holds the
-beginning of its row. A sharer that touches an entry which another keeps *borrows* it: it sends its part of R and of the
-squared norm, and gets the step's phi and C for it.
+*Gathered*: every sharer sends its fragments of gradient and weight to the owner, which steps the whole matrix and sends
+the new weights back. The result equals that of an unsplit matrix to the bit.
 
-*Spread*, under ZeRO-3, where every matrix is cut over all ranks: no state exists twice, and every sharer has an even
-share of it. On the left the columns of R are kept by all sharers alike, not by the owner alone. On the right the rows
-of P are spread alike, and borrowed for the time of a step.
+*Low-rank*: gradients and weights stay where they are. Between refreshes only low-rank data crosses ranks: entries of R,
+with one number each. An *entry* is a column of R on the left, where R = P'G sums over the rows of G, and a row of R on
+the right, where row i of R = GP needs row i of G alone.
+
+    G, 5 x 4: the digit is       R = GP, on the right:
+    the rank that holds it       touched by   kept by
+      row 0   0 0 0 0                 0          0
+      row 1   0 0 1 1               0, 1         0        rank 1 borrows entry 1, rank 0 lends it
+      row 2   1 1 1 1                 1          1
+      row 3   1 1 2 2               1, 2         1        rank 2 borrows entry 3, rank 1 lends it
+      row 4   2 2 2 2                 2          2
+
+    touched    the entries that a sharer's fragment contributes to
+    kept       the entries that a sharer sums up, with their moments; one sharer keeps each: on the right the one that
+               holds the beginning of the row, on the left the owner all of them
+    borrowed   the entries that one sharer touches and another keeps: the borrower sends its part of R and of the
+               squared norm; the keeper, which *lends* the entry, sends back phi and what the update needs
+    region     the entries that a sharer works on: the touched and the kept
+
+*Evenly sharded*, under ZeRO-3, which splits every matrix over all ranks: no state exists twice. On the left all sharers
+keep equally many columns of R. On the right they hold equally many rows of P, and borrow the others for every step;
+else every sharer has a copy of P.
+
+Letters: G is m x n, r = min(rank, m, n), P has m (left) or n (right) rows. Ranges are half-open.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.subspace import Side, basis_shape, effective_rank, low_rank_shape, projection_side
 from ds_fira.sharding.geometry import MatrixShard
-from ds_fira.sharding.row_blocks import column_span, common, hull, kept_rows, touched_rows
+from ds_fira.sharding.row_blocks import common, hull, kept_rows, touched_columns, touched_rows
 
-Way = Literal["base", "lean"]
-# Of a sharer, entries of R or rows of P.
+Way = Literal["gathered", "low_rank"]
+# By sharer, entries of R or rows of P.
 Spans = Callable[[int], range]
-# float64 sums of a lean matrix that all ranks add up in a step: |G|^2 and whether a refresh is due; then |R|^2 and two
-# that depend on the scaling. Each counts as two float32 elements.
+# float64 sums over all ranks in a low-rank step: |G|^2 and whether a refresh is due; then |R|^2 and two that depend on
+# the scaling. Each counts as two float32 elements.
 GRADIENT_SUMS = 2
 LOW_RANK_SUMS = 3
+SUMS_NUMEL = 2 * (GRADIENT_SUMS + LOW_RANK_SUMS)
+# The words in which version 0.1.0 named the ways.
+FIRST_NAMES = {"gathered": "base", "low_rank": "lean"}
 
 
 def state_numel(
@@ -57,7 +74,7 @@ def state_numel(
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Entries of R along its axis, or rows of P, that one sharer borrows of another.
+    """Entries of R, or rows of P, that one sharer borrows of another.
 
     Attributes:
         borrower: the dp_rank that touches them.
@@ -70,20 +87,20 @@ class Transfer:
     entries: range
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SplitMatrix:
-    """A matrix that partition boundaries cut, with its owner.
+    """A matrix that partition boundaries split, with its owner.
 
     Attributes:
         name: as in `MatrixShard`.
         shape: (m, n).
-        fragments: (dp_rank, fragment) in ascending order of rank; the fragments tile the matrix.
-        owner: the base way: the dp_rank that holds the state and makes the step. The lean way: the one that computes
-            the basis, and on the left, unless spread, keeps R and its moments.
+        fragments: (dp_rank, fragment) of consecutive ranks, ascending; the fragments tile the matrix.
+        owner: gathered: the dp_rank that holds the state and makes the step. Low-rank: the one that computes the basis,
+            and on the left, unless evenly sharded, keeps R and its moments.
         side: the projected side.
         rank: r = min(rank asked for, m, n).
         way: how it is stepped.
-        spread: whether the lean way keeps no state twice, and the same share of it on every sharer.
+        evenly_sharded: whether the low-rank way keeps no state twice, and the same share of it on every sharer.
     """
 
     name: str
@@ -92,186 +109,168 @@ class SplitMatrix:
     owner: int
     side: Side
     rank: int
-    way: Way = "base"
-    spread: bool = False
+    way: Way = "gathered"
+    evenly_sharded: bool = False
 
-    @cached_property
-    def by_rank(self) -> dict[int, MatrixShard]:
-        """The fragments by dp_rank."""
-        return dict(self.fragments)
+    def __repr__(self) -> str:
+        """What the hash of a plan is made of: as version 0.1.0 wrote it, for its checkpoints hold such hashes."""
+        return (
+            f"CutMatrix(name={self.name!r}, shape={self.shape}, fragments={self.fragments}, owner={self.owner}, "
+            f"side={self.side!r}, rank={self.rank}, way={FIRST_NAMES[self.way]!r}, spread={self.evenly_sharded})"
+        )
 
-    @cached_property
-    def _places(self) -> dict[int, int]:
-        return {holder: place for place, (holder, _) in enumerate(self.fragments)}
+    @property
+    def sharers(self) -> range:
+        """The ranks that hold a fragment."""
+        return range(self.fragments[0][0], self.fragments[-1][0] + 1)
 
-    def _even_share(self, dp_rank: int, count: int) -> range:
-        """Of `count` entries those that fall to a sharer where all sharers take as many."""
-        place, sharers = self._places[dp_rank], len(self.fragments)
-        return range(place * count // sharers, (place + 1) * count // sharers)
-
-    def kept(self, dp_rank: int) -> range:
-        """The entries of R that a sharer keeps, the lean way."""
-        if self.side == "right":
-            return kept_rows(self.by_rank[dp_rank])
-        if self.spread:
-            return self._even_share(dp_rank, self.shape[1])
-        return range(self.shape[1] if dp_rank == self.owner else 0)
+    def fragment(self, dp_rank: int) -> MatrixShard:
+        """What a sharer holds of the matrix."""
+        return self.fragments[dp_rank - self.fragments[0][0]][1]
 
     def touched(self, dp_rank: int) -> range:
-        """The entries of R that a sharer's fragment needs, the lean way."""
-        fragment = self.by_rank[dp_rank]
-        return column_span(fragment) if self.side == "left" else touched_rows(fragment)
+        """The entries of R that a sharer's fragment contributes to."""
+        fragment = self.fragment(dp_rank)
+        return touched_columns(fragment) if self.side == "left" else touched_rows(fragment)
+
+    def kept(self, dp_rank: int) -> range:
+        """The entries of R that a sharer sums up, and whose moments it has."""
+        if self.side == "right":
+            return kept_rows(self.fragment(dp_rank))
+        if self.evenly_sharded:
+            return self._even_share(dp_rank)
+        return range(self.shape[1] if dp_rank == self.owner else 0)
 
     def region(self, dp_rank: int) -> range:
-        """The entries of R that a sharer works on: those that it touches and those that it keeps."""
+        """The entries of R that a sharer works on: the touched and the kept."""
         return hull(self.touched(dp_rank), self.kept(dp_rank))
 
-    def links(self, of: int | None = None) -> Iterator[Transfer]:
-        """What is borrowed of R, in ascending order of borrower, then of keeper.
-
-        Args:
-            of: only what this sharer borrows or lends; None for all.
-        """
-        if self.side == "left":
-            yield from self._borrowed(self.touched, self.kept, of)
-            return
-        keeper = -1
-        for holder, fragment in self.fragments:
-            row = fragment.start // self.shape[1]
-            if fragment.start % self.shape[1] and of in (None, holder, keeper):
-                yield Transfer(holder, keeper, range(row, row + 1))
-            if len(kept_rows(fragment)):
-                keeper = holder  # of the row that the next fragment may begin in
-
-    def basis_links(self, of: int | None = None) -> Iterator[Transfer]:
-        """Rows of P that are borrowed for every step, as `links`; none unless spread and on the right."""
-        if self.spread and self.side == "right":
-            yield from self._borrowed(self.basis_span, self.basis_rows, of)
-
-    def _borrowed(self, needed: Spans, held: Spans, of: int | None) -> Iterator[Transfer]:
-        """What every sharer needs and another holds."""
-        parts = {keeper: held(keeper) for keeper in self.by_rank}
-        for holder in self.by_rank:
-            span = needed(holder)
-            for keeper in parts if of in (None, holder) else (of,):
-                entries = common(span, parts[keeper])
-                if keeper != holder and len(entries):
-                    yield Transfer(holder, keeper, entries)
-
-    def _lent(self, needed: Spans, held: Spans) -> tuple[dict[int, int], dict[int, int]]:
-        """Entries that every sharer borrows, and that it lends: those of `_borrowed`, counted without naming them."""
-        spans = {holder: needed(holder) for holder in self.by_rank}
-        own = {holder: len(common(span, held(holder))) for holder, span in spans.items()}
-        alike = Counter(spans.values())
-        lent = {k: sum(n * len(common(span, held(k))) for span, n in alike.items()) - own[k] for k in spans}
-        return {holder: len(span) - own[holder] for holder, span in spans.items()}, lent
-
     def basis_rows(self, dp_rank: int) -> range:
-        """The rows of P that a sharer holds, the lean way: on the left those of its fragment's rows.
-
-        On the right every sharer multiplies rows of G with all of P. Unless the rows of P are spread, the copies cost
-        n x r for each sharer beyond one.
-        """
+        """The rows of P that a sharer holds: on the left its fragment's rows, on the right all or an equal share."""
         if self.side == "left":
-            return self.touched_rows(dp_rank)
-        return self._even_share(dp_rank, self.shape[1]) if self.spread else range(self.shape[1])
+            return touched_rows(self.fragment(dp_rank))
+        return self._even_share(dp_rank) if self.evenly_sharded else range(self.shape[1])
 
     def basis_span(self, dp_rank: int) -> range:
         """The rows of P that a sharer's step needs."""
-        if self.side == "right" and self.spread:
-            return column_span(self.by_rank[dp_rank])
-        return self.basis_rows(dp_rank)
+        return touched_columns(self.fragment(dp_rank)) if self.shares_basis else self.basis_rows(dp_rank)
 
     def basis_shape(self, dp_rank: int) -> tuple[int, int]:
-        """Shape of the part of P that a sharer holds, the lean way."""
+        """Shape of the part of P that a sharer holds in the low-rank way."""
         return len(self.basis_rows(dp_rank)), self.rank
 
-    def touched_rows(self, dp_rank: int) -> range:
-        """The rows of the matrix that a sharer's fragment touches."""
-        return touched_rows(self.by_rank[dp_rank])
+    @property
+    def shares_basis(self) -> bool:
+        """Whether sharers borrow rows of P for every step."""
+        return self.evenly_sharded and self.side == "right"
+
+    def _even_share(self, dp_rank: int) -> range:
+        """Of n entries, or rows of P, those of one sharer where all sharers take as many."""
+        place, count, n = dp_rank - self.fragments[0][0], len(self.fragments), self.shape[1]
+        return range(place * n // count, (place + 1) * n // count)
+
+    def transfers(self, of: int | None = None) -> Iterator[Transfer]:
+        """The entries of R that are borrowed, or those that one sharer borrows or lends; by borrower, by keeper."""
+        return self._transfers(self.touched, self.kept, of)
+
+    def basis_transfers(self, of: int | None = None) -> Iterator[Transfer]:
+        """The rows of P that are borrowed for every step, as `transfers`."""
+        return self._transfers(self.basis_span, self.basis_rows, of) if self.shares_basis else iter(())
+
+    def _transfers(self, needed: Spans, held: Spans, of: int | None) -> Iterator[Transfer]:
+        parts = {keeper: held(keeper) for keeper in self.sharers}
+        for borrower in self.sharers:
+            span = needed(borrower)
+            for keeper in parts if of in (None, borrower) else (of,):
+                entries = common(span, parts[keeper])
+                if keeper != borrower and len(entries):
+                    yield Transfer(borrower, keeper, entries)
+
+    @property
+    def borrowed_entries(self) -> int:
+        """Entries of R that are borrowed, over all sharers."""
+        return self._borrowed(self.touched, self.kept)
+
+    @property
+    def borrowed_basis_rows(self) -> int:
+        """Rows of P that are borrowed for every step, over all sharers."""
+        return self._borrowed(self.basis_span, self.basis_rows)
+
+    def _borrowed(self, needed: Spans, held: Spans) -> int:
+        # Transfers counted without naming them: their number grows with the square of the ranks.
+        spans = ((needed(sharer), held(sharer)) for sharer in self.sharers)
+        return sum(len(span) - len(common(span, own)) for span, own in spans)
 
     def state_numel(self, dp_rank: int) -> int:
         """Elements of basis, moments and limiter's norm that a rank holds; 0 for one that holds none of them."""
-        if self.way == "base":
+        if self.way == "gathered":
             return state_numel(self.shape, self.rank, self.side) if dp_rank == self.owner else 0
-        if dp_rank not in self.by_rank:
+        if dp_rank not in self.sharers:
             return 0
-        rows, r = self.basis_shape(dp_rank)
-        return rows * r + 2 * len(self.kept(dp_rank)) * r + 1
+        return self.rank * (len(self.basis_rows(dp_rank)) + 2 * len(self.kept(dp_rank))) + 1
 
     def step_numel(self) -> int:
-        """Elements that a step of the lean way needs beyond the state, on the sharer that needs most: R, borrowed P."""
-        borrows = self.spread and self.side == "right"
+        """Elements of R and borrowed P that a low-rank step needs beside the state, on the sharer that needs most."""
         return self.rank * max(
-            len(self.region(holder)) + borrows * len(self.basis_span(holder)) for holder, _ in self.fragments
+            len(self.region(holder)) + self.shares_basis * len(self.basis_span(holder)) for holder in self.sharers
         )
 
-    def base_elements(self, dp_rank: int) -> int:
-        """Elements that a rank sends in one step of the base way."""
+    def gathered_elements(self, dp_rank: int) -> int:
+        """Elements that a rank sends in one gathered step: gradient and weight to the owner, weights back."""
         if dp_rank == self.owner:
             return sum(fragment.numel for holder, fragment in self.fragments if holder != dp_rank)
-        return 2 * self.by_rank[dp_rank].numel if dp_rank in self.by_rank else 0
+        return 2 * self.fragment(dp_rank).numel if dp_rank in self.sharers else 0
 
-    def lean_elements(self, dp_rank: int) -> int:
-        """Float32 elements that a rank, sharer or not, sends in one step of the lean way without a refresh."""
-        return self._lean_elements.get(dp_rank, 0) + 2 * (GRADIENT_SUMS + LOW_RANK_SUMS)
-
-    @cached_property
-    def _lean_elements(self) -> dict[int, int]:
-        """Elements that every sharer sends to others in a step of the lean way."""
-        sent = dict.fromkeys(self.by_rank, 0)
-        if self.side == "left":
-            borrowed, lent = self._lent(self.touched, self.kept)
-            sent = {holder: (borrowed[holder] + lent[holder]) * (self.rank + 1) for holder in sent}
-        else:
-            for link in self.links():
-                for end in (link.borrower, link.keeper):
-                    sent[end] += len(link.entries) * (self.rank + 1)
-            if self.spread:
-                _, lent = self._lent(self.basis_span, self.basis_rows)
-                sent = {holder: numel + lent[holder] * self.rank for holder, numel in sent.items()}
-        return sent
+    def low_rank_elements(self, dp_rank: int) -> int:
+        """Float32 elements that a rank, sharer or not, sends in one low-rank step without a refresh."""
+        if dp_rank not in self.sharers:
+            return SUMS_NUMEL
+        # An entry and one number go to the keeper and back; rows of P come from the keeper.
+        entries = sum(len(transfer.entries) for transfer in self.transfers(dp_rank))
+        rows = sum(len(t.entries) for t in self.basis_transfers(dp_rank) if t.keeper == dp_rank)
+        return entries * (self.rank + 1) + rows * self.rank + SUMS_NUMEL
 
     def refresh_elements(self, dp_rank: int, settings: GroupSettings) -> int:
-        """Elements that a rank sends in one refresh of the lean way: gradients to the owner, the basis back.
-
-        Args:
-            dp_rank: the rank.
-            settings: of the param group.
-        """
+        """Elements that a rank sends in one low-rank refresh: gradients, and bases if needed, to the owner; P back."""
         if dp_rank == self.owner:
-            return sum(self.answer_numel(holder, settings) for holder, _ in self.fragments if holder != dp_rank)
-        if dp_rank not in self.by_rank:
+            return sum(self.answer_numel(holder, settings) for holder in self.sharers if holder != dp_rank)
+        if dp_rank not in self.sharers:
             return 0
-        old = needs_old_basis(settings) and (self.spread or self.side == "left")
-        return self.by_rank[dp_rank].numel + old * len(self.basis_rows(dp_rank)) * self.rank
+        bases = needs_old_basis(settings) and self.basis_is_split
+        return self.fragment(dp_rank).numel + bases * len(self.basis_rows(dp_rank)) * self.rank
+
+    @property
+    def basis_is_split(self) -> bool:
+        """Whether sharers hold different rows of P."""
+        return self.evenly_sharded or self.side == "left"
 
     def answer_numel(self, dp_rank: int, settings: GroupSettings) -> int:
-        """Elements of what the owner sends another sharer at a refresh.
+        """Elements that the owner sends another sharer at a refresh.
 
-        Whether there is a basis, the part of it that the sharer holds, and, where that is not enough to bring moments
-        over, C of `ds_fira.core.basis.basis_change`.
+        Whether there is a new basis, 1; the rows of it that the sharer holds; and C of
+        `ds_fira.core.basis.basis_change`, r x r, where those rows do not suffice to change the moments.
         """
-        rows, r = self.basis_shape(dp_rank)
-        return 1 + rows * r + r * r * self.sends_change(settings)
+        r = self.rank
+        return 1 + len(self.basis_rows(dp_rank)) * r + r * r * self.sends_change(settings)
 
     def sends_change(self, settings: GroupSettings) -> bool:
-        """Whether sharers that keep moments have no whole bases to bring them over with."""
-        return self.spread and settings.refresh_moments == "rotate"
+        """Whether sharers that keep moments lack the whole bases to rotate them with."""
+        return self.evenly_sharded and settings.refresh_moments == "rotate"
 
     def cheaper_way(self, ranks: int, settings: GroupSettings) -> Way:
-        """The way that sends fewer elements per step over all ranks, refreshes spread over the steps between them.
+        """The way that sends fewer elements per step over all ranks, with the cost of a refresh divided by the gap.
 
         Args:
-            ranks: data-parallel ranks; all take part in the sums.
-            settings: of the param group; `exact_cuts` leaves only the base way.
+            ranks: data-parallel ranks; all take part in the sums of a low-rank step.
+            settings: of the param group; `exact_cuts` leaves only the gathered way.
         """
         if settings.exact_cuts:
-            return "base"
-        base = sum(self.base_elements(rank) for rank in range(ranks))
-        lean = sum(self.lean_elements(rank) for rank in range(ranks))
-        refresh = sum(self.refresh_elements(rank, settings) for rank in range(ranks))
-        return "lean" if lean + refresh / settings.update_proj_gap < base else "base"
+            return "gathered"
+        gathered = sum(map(self.gathered_elements, self.sharers))
+        borrowed = 2 * (self.rank + 1) * self.borrowed_entries + self.rank * self.borrowed_basis_rows
+        low_rank = borrowed + ranks * SUMS_NUMEL
+        refresh = sum(self.refresh_elements(rank, settings) for rank in self.sharers)
+        return "low_rank" if low_rank + refresh / settings.update_proj_gap < gathered else "gathered"
 
 
 def needs_old_basis(settings: GroupSettings) -> bool:
@@ -280,19 +279,20 @@ def needs_old_basis(settings: GroupSettings) -> bool:
 
 
 def plan_split(
-    fragments: Mapping[int, MatrixShard], owner: int, ranks: int, settings: GroupSettings, spread: bool = False
+    fragments: Mapping[int, MatrixShard], owner: int, ranks: int, settings: GroupSettings, evenly_sharded: bool = False
 ) -> SplitMatrix:
-    """The cut matrix of given fragments and owner, in the way that sends less.
+    """The split matrix of given fragments and owner, stepped in the way that sends less.
 
     Args:
         fragments: by dp_rank in ascending order.
         owner: one of them.
         ranks: data-parallel ranks.
         settings: of the param group.
-        spread: as in `SplitMatrix`.
+        evenly_sharded: as in `SplitMatrix`.
     """
     first = next(iter(fragments.values()))
     side = projection_side(first.shape, settings.proj_type, settings.formulation)
     r = effective_rank(first.shape, settings.rank)
-    matrix = SplitMatrix(first.name, first.shape, tuple(fragments.items()), owner, side, r, spread=spread)
+    shards = tuple(fragments.items())
+    matrix = SplitMatrix(first.name, first.shape, shards, owner, side, r, evenly_sharded=evenly_sharded)
     return replace(matrix, way=matrix.cheaper_way(ranks, settings))

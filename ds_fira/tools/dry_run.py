@@ -124,12 +124,10 @@ class PlannedGroup:
         if self.layout is None:
             shapes = [(self.partition_size,)] if sharded else self.shapes
             return sum(_plain_bytes(shape, kept, dtype, algorithm_of(self.settings)) for shape in shapes)
-        method = algorithm_of(self.settings)
-        owned = (*self.layout.whole[dp_rank], *self.layout.owned_cuts(dp_rank))
-        held = _bytes(
-            allocate(weight, [matrix.shape for matrix in owned], GroupSettings.of(self.settings), True, method).values()
-        )
-        for matrix in self._lean_parts(dp_rank):
+        method, settings = algorithm_of(self.settings), GroupSettings.of(self.settings)
+        owned = (*self.layout.unsplit[dp_rank], *self.layout.gathered_by(dp_rank))
+        held = _bytes(allocate(weight, [matrix.shape for matrix in owned], settings, True, method).values())
+        for matrix in self._low_rank_parts(dp_rank):
             low_rank = LocalShardPlan.of(matrix, 0, 0, dp_rank).low_rank_shape
             part = allocate_matrices(weight, matrix.basis_shape(dp_rank), low_rank, kept, (), method)
             held += _bytes(part.values())
@@ -140,18 +138,18 @@ class PlannedGroup:
         if self.layout is None:
             return 2 * self.partition_size
         rank, side = self.settings["rank"], (self.settings["proj_type"], self.settings["formulation"])
-        whole = sum(state_numel(matrix.shape, rank, *side) for matrix in self.layout.whole[dp_rank])
-        return whole + sum(matrix.state_numel(dp_rank) for matrix in self.layout.cuts)
+        whole = sum(state_numel(matrix.shape, rank, *side) for matrix in self.layout.unsplit[dp_rank])
+        return whole + sum(matrix.state_numel(dp_rank) for matrix in self.layout.split)
 
     def matrices(self, dp_rank: int) -> int:
         """How many sets of low-rank state a rank holds."""
         if self.layout is None:
             return 0
-        whole = len(self.layout.whole[dp_rank]) + len(self.layout.owned_cuts(dp_rank))
-        return whole + len(self._lean_parts(dp_rank))
+        whole = len(self.layout.unsplit[dp_rank]) + len(self.layout.gathered_by(dp_rank))
+        return whole + len(self._low_rank_parts(dp_rank))
 
-    def _lean_parts(self, dp_rank: int) -> list[SplitMatrix]:
-        return [matrix for matrix in self.layout.lean_cuts if dp_rank in dict(matrix.fragments)]
+    def _low_rank_parts(self, dp_rank: int) -> list[SplitMatrix]:
+        return [matrix for matrix in self.layout.low_rank.values() if dp_rank in matrix.sharers]
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ def plan_run(
             [(matrices, buffer.partition_size) for _, buffer, matrices in projected],
             ranks if sharded else 1,
             [GroupSettings.of(own) for own, _, _ in projected],
-            spread=zero_stage == 3,
+            evenly_sharded=zero_stage == 3,
         )
     )
     groups = [

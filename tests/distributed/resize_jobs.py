@@ -101,7 +101,7 @@ def run(
     params = ds_config["optimizer"]["params"]
     result["settings"] = {key: value for key, value in fira_of(engine).param_groups[0].items() if key in params}
     result["wrapper"] = type(engine.optimizer).__name__
-    result["ways"] = [cut.way for layout in fira_of(engine).layouts for cut in layout.cuts]
+    result["ways"] = [matrix.way for layout in fira_of(engine).layouts for matrix in layout.split]
     engine.destroy()
     return result
 

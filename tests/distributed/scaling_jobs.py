@@ -41,11 +41,11 @@ def train(
         save_at: saves and ends after this step.
         load: whether to go on from what was saved at `save_at`.
         folder: of the checkpoint, and of the file that `write_scaling_factors` writes.
-        turn_numel: elements of cut matrices that an owner assembles at a time; None for the package's bound.
+        turn_numel: elements of split matrices that an owner assembles at a time; None for the package's bound.
 
     Returns:
-        `factors`; `weights`, full masters by name; `collectives` of the optimizer up to the last step; `lean` and
-        `base`, how many matrices are cut either way; `turns`, in how many the latter are stepped.
+        `factors`; `weights`, full masters by name; `collectives` of the optimizer up to the last step; `low_rank` and
+        `gathered`, how many matrices are stepped either way; `turns`, in how many the latter are stepped.
     """
     bound = plan.MAX_TURN_NUMEL
     plan.MAX_TURN_NUMEL = turn_numel or bound
@@ -68,13 +68,13 @@ def train(
         ds_fira.write_scaling_factors(engine, Path(folder, f"rank {engine.global_rank}.npz"))
     # Of the binding, which the bound shaped.
     turns = [len(binding.exchanges) for binding in optimizer._bindings.values()]
-    ways = [matrix.way for group in optimizer.layouts for matrix in group.cuts]
+    ways = [matrix.way for group in optimizer.layouts for matrix in group.split]
     result = {
         "factors": ds_fira.scaling_factors(engine) if optimizer.recorder is not None else None,
         "weights": weights_of(engine),
         "collectives": collectives,
-        "lean": ways.count("lean"),
-        "base": ways.count("base"),
+        "low_rank": ways.count("low_rank"),
+        "gathered": ways.count("gathered"),
         "turns": max(turns, default=0),
     }
     del optimizer

@@ -20,7 +20,12 @@ RUNS: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "stage 0": (0, "bf16", {"state_dtype": "int8", "subspace": "randomized"}, {}),
     "stage 1": (1, "fp16", {"exact_cuts": True, "subspace": "gram"}, {"zero_overlap_comm": True}),
     "stage 2": (2, "bf16", {"state_dtype": "bfloat16", "stagger": True}, {"gradient_accumulation_steps": 2}),
-    "stage 2, lean": (2, "fp32", {"subspace": "randomized", "refresh_moments": "rotate"}, {"gradient_clipping": 1.0}),
+    "stage 2, low-rank": (
+        2,
+        "fp32",
+        {"subspace": "randomized", "refresh_moments": "rotate"},
+        {"gradient_clipping": 1.0},
+    ),
 }
 
 

@@ -195,7 +195,7 @@ def test_under_zero_it_is_galore_torch_on_the_whole_batch(
     first = ranks.run(2, "run", first=0, last=5, save=str(tmp_path), **options)[0]
     assert first["losses"] == pytest.approx(losses[:5], rel=1e-5)
     if stage == 2:
-        assert ("lean" in first["ways"]) != ("exact_cuts" in params), first["ways"]
+        assert ("low_rank" in first["ways"]) != ("exact_cuts" in params), first["ways"]
     for found in ranks.run(2, "run", first=5, last=STEPS, load=str(tmp_path), seed=3, **options):
         same_run(found, losses[5:], weights)
 

@@ -1,4 +1,4 @@
-"""Cut matrices stepped where they lie: the weights of one process but for rounding, from low-rank data alone."""
+"""Split matrices stepped where they lie: the weights of one process but for rounding, from low-rank data alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ds_fira.core.settings import GroupSettings
-from ds_fira.sharding.geometry import cut, matrices_of
+from ds_fira.optim.settings import check_params
+from ds_fira.sharding.geometry import matrices_of, split
 from ds_fira.sharding.plan import plan_groups, plan_hash
 from ds_fira.sharding.row_blocks import inside, touched_rows
 from ds_fira.sharding.split_matrix import SplitMatrix
@@ -18,7 +19,7 @@ from tests.distributed.test_zero_parity import replay
 from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
 
-# At 2, 3 and 4 ranks: cuts between rows, in the middle of rows, and matrices that lie whole. (2, 300) on 4 ranks has
+# At 2, 3 and 4 ranks: splits between rows, in the middle of rows, and matrices that lie whole. (2, 300) on 4 ranks has
 # fragments inside one row.
 SHAPES = [(12, 40), (40, 12), (13, 37), (12, 40), (31, 17), (40, 12), (2, 300)]
 PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 4, "alpha": 0.5, "weight_decay": 0.1, "project_full_rank": True}
@@ -38,14 +39,14 @@ def run(ranks: Pools, world_size: int, dtype: str = "fp32", stage: int = 2, **ch
     return ranks.run(world_size, "train", ds_config=config(stage, dtype, {**PARAMS, **changed}, **extra), **job)
 
 
-def lean_cuts(results: list[dict[str, Any]]) -> dict[str, tuple[int, int, SplitMatrix]]:
-    """The lean matrices by parameter name, with their group and position."""
+def low_rank_matrices(results: list[dict[str, Any]]) -> dict[str, tuple[int, int, SplitMatrix]]:
+    """The low-rank matrices by parameter name, with their group and position."""
     projected = [i for i, group in enumerate(results[0]["groups"]) if "rank" in group["settings"]]
     return {
         matrix.name: (i, position, matrix)
         for i, layout in zip(projected, results[0]["layouts"], strict=True)
-        for position, matrix in enumerate(layout.cuts)
-        if matrix.way == "lean"
+        for position, matrix in enumerate(layout.split)
+        if matrix.way == "low_rank"
     }
 
 
@@ -62,11 +63,11 @@ def starts(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def check(
     results: list[dict[str, Any]], tolerance: float = TOLERANCE, sides: str = "left right", svd: bool = True
 ) -> None:
-    """Weights as in one process, to the bit where no lean cut is; states shared by ranks equal to the bit."""
-    alone, before, lean = replay(results), starts(results), lean_cuts(results)
-    assert {matrix.side for _, _, matrix in lean.values()} == set(sides.split())
+    """Weights as in one process, to the bit but for low-rank matrices; states shared by ranks equal to the bit."""
+    alone, before, low_rank = replay(results), starts(results), low_rank_matrices(results)
+    assert {matrix.side for _, _, matrix in low_rank.values()} == set(sides.split())
     for name, parts in alone.items():
-        if any(cut_name.partition("[")[0] == name for cut_name in lean):
+        if any(split_name.partition("[")[0] == name for split_name in low_rank):
             change = (parts["weight"] - before[name]).norm()
             assert change > 0.0
             assert (parts["weight"] - parts["sharded"]).norm() <= tolerance * change, name
@@ -74,7 +75,7 @@ def check(
             assert torch.equal(parts["weight"], parts["sharded"]), name
         for result in results:
             assert torch.equal(result["module"][name], parts["sharded"].to(result["module"][name].dtype)), name
-    for name, (group, position, matrix) in lean.items():
+    for name, (group, position, matrix) in low_rank.items():
         mark, parts = f".cut{position}", alone.get(name)
         states = {rank: results[rank]["state"][group][0] for rank in range(len(results))}
         sharers = [rank for rank, _ in matrix.fragments]
@@ -92,7 +93,7 @@ def check(
             assert torch.equal(first[key + mark], expected[key]), (name, key)
         torch.testing.assert_close(first["residual_norm" + mark], expected["residual_norm"], rtol=1e-4, atol=0.0)
         for rank in sharers:
-            rows = matrix.touched_rows(rank)
+            rows = touched_rows(matrix.fragment(rank))
             own = expected["basis"][rows.start : rows.stop] if matrix.side == "left" else expected["basis"]
             assert torch.equal(states[rank]["basis" + mark], own), name
             kept = inside(matrix.kept(rank), range(10**9))
@@ -107,17 +108,17 @@ def check(
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("changed", [{}, {"formulation": "paper", "proj_type": "right"}], ids=str)
 def test_one_process_s_weights(ranks: Pools, world_size: int, changed: dict[str, Any]) -> None:
-    """Both sides, cuts in and between rows, matrices over all ranks, refreshes and the limiter."""
+    """Both sides, splits in and between rows, matrices over all ranks, refreshes and the limiter."""
     results = run(ranks, world_size, **changed)
     check(results, sides=changed.get("proj_type", "left right"))
     assert 0 < results[0]["metrics"]["limiter_activations"] < results[0]["metrics"]["matrix_steps"]
     assert results[0]["metrics"]["matrix_steps"] == STEPS * len(SHAPES)
-    lean = [matrix for _, _, matrix in lean_cuts(results).values()]
-    assert any(fragment.start % matrix.shape[1] for matrix in lean for _, fragment in matrix.fragments)
+    low_rank = [matrix for _, _, matrix in low_rank_matrices(results).values()]
+    assert any(fragment.start % matrix.shape[1] for matrix in low_rank for _, fragment in matrix.fragments)
     if world_size == 4:
-        assert max(len(matrix.fragments) for matrix in lean) == 4
+        assert max(len(matrix.fragments) for matrix in low_rank) == 4
     if world_size == 4 and changed:
-        assert any(len(touched_rows(f)) == 1 and f.numel < m.shape[1] for m in lean for _, f in m.fragments)
+        assert any(len(touched_rows(f)) == 1 and f.numel < m.shape[1] for m in low_rank for _, f in m.fragments)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_experts(ranks: Pools) -> None:
 
 
 def test_groups_of_the_user_s_optimizer(ranks: Pools) -> None:
-    """Matrices of different shapes in one group, cut anywhere, beside others that lie whole."""
+    """Matrices of different shapes in one group, split anywhere, beside others that lie whole."""
     ds_config = config(2, "fp32", PARAMS)
     del ds_config["optimizer"]
     results = ranks.run(3, "train_with_object", ds_config=ds_config, shapes=SHAPES, steps=STEPS, settings=PARAMS)
@@ -190,7 +191,7 @@ def test_a_residual_that_is_rounding(ranks: Pools, changed: dict[str, Any]) -> N
     check(faulty, sides="right" if changed.get("proj_type") else "left right")
     for before, after in zip(ordinary, faulty, strict=True):
         assert after["collectives"] == before["collectives"] + 2
-    group, position, matrix = lean_cuts(faulty)["layers.2.weight"]
+    group, position, matrix = low_rank_matrices(faulty)["layers.2.weight"]
     for rank, _ in matrix.fragments:
         assert ordinary[rank]["state"][group][0][f"residual_norm.cut{position}"] > 0.0
         assert faulty[rank]["state"][group][0][f"residual_norm.cut{position}"] == 0.0
@@ -201,7 +202,7 @@ def test_one_rank_s_gradient_is_not_finite(ranks: Pools, value: float, when: int
     """One element, so one rank's fragment: nothing of the matrix changes on any rank, and a due refresh waits."""
     faults = {when: ("layers.2.weight", (5, value))}
     results = run(ranks, 3, "bf16", bf16={"check_grad_overflow": False}, faults=faults)
-    group, position, matrix = lean_cuts(results)["layers.2.weight"]
+    group, position, matrix = low_rank_matrices(results)["layers.2.weight"]
     broken = [not result["gradients"][when][group][0].isfinite().all() for result in results]
     assert sum(broken) == 1
     check(results)
@@ -213,7 +214,7 @@ def test_a_zero_gradient(ranks: Pools, when: int) -> None:
     """Before the first basis only decay, later a step with the moments; a due refresh waits."""
     results = run(ranks, 3, faults={when: ("layers.2.weight", 0.0)})
     check(results)
-    group, position, matrix = lean_cuts(results)["layers.2.weight"]
+    group, position, matrix = low_rank_matrices(results)["layers.2.weight"]
     state = results[matrix.owner]["state"][group][0]
     assert int(state[f"step.cut{position}"]) == STEPS - (when == 0)
 
@@ -221,18 +222,18 @@ def test_a_zero_gradient(ranks: Pools, when: int) -> None:
 def test_counted_bytes(ranks: Pools) -> None:
     """Three ranks, by hand, r = 2: both matrices have 280 elements in partitions of 94, 94 and 92.
 
-    (7, 40), left, owner 0: 3 rows of the basis on every rank, row 2 and row 4 cut. Up and down: (r + 1) x 40 for each
+    (7, 40), left, owner 0: 3 rows of the basis on every rank, row 2 and row 4 split. Up and down: (r + 1) x 40 for each
     of ranks 1 and 2. A refresh: fragments of 94 and 92 to rank 0, 1 + 3 x r back to each.
-    (40, 7), right, owner 1: rows 13 and 26 are cut, kept by ranks 0 and 1: r + 1 up and down for each. A refresh:
+    (40, 7), right, owner 1: rows 13 and 26 are split, kept by ranks 0 and 1: r + 1 up and down for each. A refresh:
     fragments of 94 and 92 to rank 1, 1 + 7 x r back to each.
     Sums: 2 and 3 numbers of 8 bytes for each matrix on every rank.
     """
     params = {"lr": 0.01, "rank": 2, "update_proj_gap": 6}
     shapes = [(7, 40), (40, 7)]
     results = ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=shapes, steps=7)
-    lean = {name: matrix for name, (_, _, matrix) in lean_cuts(results).items()}
-    assert [(matrix.side, matrix.owner) for matrix in lean.values()] == [("left", 0), ("right", 1)]
-    assert [[f.numel for _, f in matrix.fragments] for matrix in lean.values()] == [[94, 94, 92]] * 2
+    low_rank = {name: matrix for name, (_, _, matrix) in low_rank_matrices(results).items()}
+    assert [(matrix.side, matrix.owner) for matrix in low_rank.values()] == [("left", 0), ("right", 1)]
+    assert [[f.numel for _, f in matrix.fragments] for matrix in low_rank.values()] == [[94, 94, 92]] * 2
     steps, refreshes, entry = 7, 2, 2 + 1
     step = [2 * entry * 40 + entry, entry * 40 + entry + entry, entry * 40 + entry]
     refresh = [2 * (1 + 3 * 2) + 94, 94 + 2 * (1 + 7 * 2), 92 + 92]
@@ -240,17 +241,17 @@ def test_counted_bytes(ranks: Pools) -> None:
     expected = [steps * (4 * a + sums) + refreshes * 4 * b for a, b in zip(step, refresh, strict=True)]
     assert [result["bytes_sent"] for result in results] == expected
     assert [result["collectives"] for result in results] == [2 * (4 * steps + 2 * refreshes)] * 3
-    settings = GroupSettings(**params)
+    settings = GroupSettings.of(check_params(params))
     for rank, result in enumerate(results):
         planned = sum(
-            4 * (steps * matrix.lean_elements(rank) + refreshes * matrix.refresh_elements(rank, settings))
-            for matrix in lean.values()
+            4 * (steps * matrix.low_rank_elements(rank) + refreshes * matrix.refresh_elements(rank, settings))
+            for matrix in low_rank.values()
         )
         assert planned == result["bytes_sent"]
 
 
 def test_measured_state(ranks: Pools) -> None:
-    """The states of all ranks: the formula, and again P on the right for each further sharer, and rows that are cut."""
+    """The states of all ranks: the formula, and again P on the right for each further sharer, and split rows."""
     params = {"lr": 0.01, "rank": 2, "update_proj_gap": 6}
     results = ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=[(7, 40), (40, 7)], steps=2)
     memory = results[0]["memory"]
@@ -261,11 +262,12 @@ def test_measured_state(ranks: Pools) -> None:
     assert memory["paper_formula_bytes"] <= held <= memory["paper_formula_bytes"] + padding
 
 
-def test_exact_cuts_takes_the_base_way() -> None:
+def test_exact_cuts_gathers() -> None:
     """The setting is part of the plan, and of its hash."""
-    buffers = [([cut(matrix, 160, 3) for matrix in matrices_of("w", (12, 40))], 160)]
-    plans = [plan_groups(buffers, 3, [GroupSettings(rank=3, exact_cuts=exact)]) for exact in (False, True)]
-    assert [plan[0].cuts[0].way for plan in plans] == ["lean", "base"]
+    buffers = [([split(matrix, 160, 3) for matrix in matrices_of("w", (12, 40))], 160)]
+    chosen = [GroupSettings.of(check_params({"rank": 3, "exact_cuts": exact})) for exact in (False, True)]
+    plans = [plan_groups(buffers, 3, [settings]) for settings in chosen]
+    assert [plan[0].split[0].way for plan in plans] == ["low_rank", "gathered"]
     assert plan_hash(plans[0]) != plan_hash(plans[1])
 
 

@@ -155,7 +155,7 @@ def test_events_of_two_ranks_are_those_of_plain_torch(ranks: Pools, tmp_path: Pa
     ds_config = config(stage, dtype, settings, **extra, **monitored(tmp_path))
     results = ranks.run(2, "train", ds_config=ds_config, shapes=SHAPES, steps=STEPS)
     if "cut" in case:
-        assert any(layout.cuts for layout in results[0]["layouts"])
+        assert any(layout.split for layout in results[0]["layouts"])
     accumulation = extra.get("gradient_accumulation_steps", 1)
     xs = [2 * 2 * accumulation * step for step in range(INTERVAL, STEPS + 1, INTERVAL)]
     expected = expected_events(results, INTERVAL, {**settings, **floor})

@@ -192,7 +192,7 @@ def test_under_zero_it_is_one_process_with_the_whole_batch(
     options = {"module": JOBS, "ds_config": ds_config(kind, stage, **params), "shapes": SHAPES}
     first = ranks.run(2, "run", first=0, last=5, save=str(tmp_path), **options)[0]
     if stage in (1, 2):
-        assert ("lean" in first["ways"]) != ("exact_cuts" in params), first["ways"]
+        assert ("low_rank" in first["ways"]) != ("exact_cuts" in params), first["ways"]
     for found in ranks.run(2, "run", first=5, last=STEPS, load=str(tmp_path), seed=3, **options):
         same_run(found, losses[5:], weights, tolerance)
 
@@ -224,7 +224,7 @@ def test_a_rule_that_is_not_elementwise(ranks: Pools) -> None:
     losses, weights = alone(FiraNormalized, SHAPES, STEPS, PARAMS, frozen=True)
     options = {"module": JOBS, "shapes": SHAPES}
     for found in ranks.run(2, "run_frozen", ds_config=ds_config(FiraNormalized), steps=STEPS, **options):
-        assert set(found["ways"]) == {"base"}
+        assert set(found["ways"]) == {"gathered"}
         same_run(found, losses, weights, 1e-5)
     (whole, _), (plain,) = (
         alone(FiraNormalized, SHAPES, 4, PARAMS),

@@ -1,4 +1,4 @@
-"""Scaling factors recorded on several ranks are those of one process: every stage, matrices whole and cut."""
+"""Scaling factors recorded on several ranks are those of one process: every stage, matrices whole and split."""
 
 from __future__ import annotations
 
@@ -37,21 +37,28 @@ def assert_same(found: dict[str, dict[str, Any]], expected: dict[str, dict[str, 
 # Ranks, stage, settings, what goes into the DeepSpeed config, model, and the ways of cutting that must occur.
 CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, tuple[str, ...]]] = {
     "zero0": (2, 0, PARAMS, {}, "net", ()),
-    "zero1, paper, per matrix": (4, 1, {**PARAMS, "formulation": "paper", "scaling": "matrix"}, {}, "net", ("lean",)),
-    "zero2": (2, 2, PARAMS, {}, "net", ("lean", "base")),
-    "zero2, exact cuts": (2, 2, {**PARAMS, "exact_cuts": True}, {}, "net", ("base",)),
+    "zero1, paper, per matrix": (
+        4,
+        1,
+        {**PARAMS, "formulation": "paper", "scaling": "matrix"},
+        {},
+        "net",
+        ("low_rank",),
+    ),
+    "zero2": (2, 2, PARAMS, {}, "net", ("low_rank", "gathered")),
+    "zero2, exact cuts": (2, 2, {**PARAMS, "exact_cuts": True}, {}, "net", ("gathered",)),
     "zero2, round robin, accumulation": (
         2,
         2,
         {**PARAMS, "proj_type": "reverse_std"},
         {"zero_round_robin_gradients": True, "gradient_accumulation_steps": 2},
         "net",
-        ("lean",),
+        ("low_rank",),
     ),
-    "zero2, offload": (2, 2, PARAMS, {"zero_offload_optimizer": {"device": "cpu"}}, "net", ("lean",)),
-    "zero2, experts": (2, 2, PARAMS, {}, "experts", ("base",)),
-    "zero3": (2, 3, PARAMS, {}, "net", ("lean",)),
-    "zero3, exact cuts": (2, 3, {**PARAMS, "exact_cuts": True}, {}, "net", ("base",)),
+    "zero2, offload": (2, 2, PARAMS, {"zero_offload_optimizer": {"device": "cpu"}}, "net", ("low_rank",)),
+    "zero2, experts": (2, 2, PARAMS, {}, "experts", ("gathered",)),
+    "zero3": (2, 3, PARAMS, {}, "net", ("low_rank",)),
+    "zero3, exact cuts": (2, 3, {**PARAMS, "exact_cuts": True}, {}, "net", ("gathered",)),
     "zero0, full rank": (2, 0, ADAMW, {}, "net", ()),
     "zero1, full rank": (4, 1, ADAMW, {}, "net", ("adamw",)),
     "zero2, full rank, round robin": (2, 2, ADAMW, {"zero_round_robin_gradients": True}, "net", ("adamw",)),
@@ -63,12 +70,12 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, tuple[str,
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_record_what_one_process_does(ranks: Pools, case: str) -> None:
     """In float32, against plain torch with the same batches; every rank is told the same."""
-    world_size, stage, params, extra, kind, cuts = CASES[case]
+    world_size, stage, params, extra, kind, ways = CASES[case]
     results = ranks.run(
         world_size, "train", JOBS, ds_config=config(stage, "fp32", params, **extra), steps=STEPS, kind=kind
     )
-    # AdamW sends something only where it records a weight that is cut.
-    assert all(results[0]["collectives" if way == "adamw" else way] > 0 for way in cuts)
+    # AdamW sends something only where it records a weight that is split.
+    assert all(results[0]["collectives" if way == "adamw" else way] > 0 for way in ways)
     expected = train_plain(params, STEPS, kind, extra.get("gradient_accumulation_steps", 1))
     assert_same(results[0]["factors"], expected)
     for other in results[1:]:
@@ -96,7 +103,7 @@ def test_bf16_optimizer_wrapper(ranks: Pools, params: dict[str, Any]) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("params", [PARAMS, ADAMW], ids=["low rank", "full rank"])
 def test_recording_changes_nothing_on_ranks(ranks: Pools, params: dict[str, Any], stage: int) -> None:
-    """The same weights to the bit; nothing more is sent, but one sum a record for a tensor of cut AdamW weights."""
+    """The same weights to the bit; nothing more is sent, but one sum a record for a tensor of split AdamW weights."""
     off = {**params, "record_scaling_factors": 0}
     (recorded, *_), (silent, *_) = (
         ranks.run(2, "train", JOBS, ds_config=config(stage, "fp32", chosen), steps=STEPS) for chosen in (params, off)

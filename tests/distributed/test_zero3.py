@@ -1,4 +1,4 @@
-"""ZeRO-3: every matrix cut over all ranks, the weights of one process, and no state held twice."""
+"""ZeRO-3: every matrix split over all ranks, the weights of one process, and no state held twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
 
 MODULE = "tests.distributed.zero3_jobs"
-# Both sides, rows cut anywhere, three rows, one row, fewer elements than four ranks.
+# Both sides, rows split anywhere, three rows, one row, fewer elements than four ranks.
 SHAPES = [(12, 40), (40, 12), (13, 37), (12, 40), (31, 17), (3, 50), (2, 300), (1, 3)]
 # Thin matrices are projected at a rank above their smaller side too, as the released code does.
 PARAMS = {
@@ -69,29 +69,29 @@ def alone(results: list[dict[str, Any]]) -> dict[str, tuple[torch.Tensor, dict[s
     return {name: (param.detach(), optimizer.state[param]) for name, param in params.items()}
 
 
-def cuts(results: list[dict[str, Any]]) -> dict[str, tuple[int, int, Any]]:
-    """The cut matrices by name, with the sub-group they are in and their position."""
+def split_matrices(results: list[dict[str, Any]]) -> dict[str, tuple[int, int, Any]]:
+    """The split matrices by name, with the sub-group they are in and their position."""
     projected = [i for i, (settings, _) in enumerate(results[0]["groups"]) if "rank" in settings]
     return {
         matrix.name: (i, position, matrix)
         for i, layout in zip(projected, results[0]["layouts"], strict=True)
-        for position, matrix in enumerate(layout.cuts)
+        for position, matrix in enumerate(layout.split)
     }
 
 
-def check(results: list[dict[str, Any]], tolerance: float = TOLERANCE, ways: str = "lean") -> None:
-    """Weights as in one process, of lean matrices but for rounding; states put together are its states.
+def check(results: list[dict[str, Any]], tolerance: float = TOLERANCE, ways: str = "low_rank") -> None:
+    """Weights as in one process, of low-rank matrices but for rounding; states put together are its states.
 
     Args:
         results: of all ranks.
         tolerance: of the weight change and of the moments.
-        ways: "lean" where most matrices, all but thin ones, are stepped where they lie; "base" where none is.
+        ways: "low_rank" where most matrices, all but thin ones, are stepped where they lie; "gathered" where none is.
     """
-    expected, found = alone(results), cuts(results)
-    lean = [name for name, (*_, matrix) in found.items() if matrix.way == "lean"]
-    base = [name for name, (*_, matrix) in found.items() if matrix.way == "base"]
-    assert (ways == "lean") == bool(lean)
-    assert not lean or len(lean) >= len(base)
+    expected, found = alone(results), split_matrices(results)
+    low_rank = [name for name, (*_, matrix) in found.items() if matrix.way == "low_rank"]
+    gathered = [name for name, (*_, matrix) in found.items() if matrix.way == "gathered"]
+    assert (ways == "low_rank") == bool(low_rank)
+    assert not low_rank or len(low_rank) >= len(gathered)
     ways_by_param = {name.partition("[")[0]: matrix.way for name, (_, _, matrix) in found.items()}
     for name, (weight, _) in expected.items():
         for result in results:
@@ -100,19 +100,19 @@ def check(results: list[dict[str, Any]], tolerance: float = TOLERANCE, ways: str
             assert torch.equal(result["module"][name], ended.to(result["module"][name].dtype)), name
         change = (weight - results[0]["start"][name].view_as(weight)).norm()
         assert change > 0.0, name
-        if ways_by_param.get(name) == "lean":
+        if ways_by_param.get(name) == "low_rank":
             assert (weight - ended).norm() <= tolerance * change, name
         else:
             assert torch.equal(weight, ended), name
     for name, (group, position, matrix) in found.items():
-        if matrix.way == "lean" and name in expected:
+        if matrix.way == "low_rank" and name in expected:
             check_state(results, group, position, matrix, expected[name][1], tolerance)
 
 
 def check_state(
     results: list[dict[str, Any]], group: int, position: int, matrix: Any, expected: Any, tolerance: float
 ) -> None:
-    """The parts of a lean matrix's state that ranks hold make up the whole one; nothing but |S| is held twice."""
+    """The parts of a low-rank matrix's state that ranks hold make up the whole one; nothing but |S| is held twice."""
     mark, left = f".cut{position}", matrix.side == "left"
     states = {rank: results[rank]["states"][group] for rank, _ in matrix.fragments}
     for rank, state in states.items():
@@ -138,15 +138,15 @@ def check_balance(results: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("changed", [{}, {"formulation": "paper", "proj_type": "right"}], ids=str)
 def test_one_process_s_weights(ranks: Pools, world_size: int, changed: dict[str, Any]) -> None:
-    """Both sides, cuts in and between rows, refreshes and the limiter, every matrix stepped where it lies."""
+    """Both sides, splits in and between rows, refreshes and the limiter, every matrix stepped where it lies."""
     results = run(ranks, world_size, **changed)
     assert results[0]["wrapper"] == "DeepSpeedZeroOptimizer_Stage3"
     check(results)
     assert 0 < results[0]["metrics"]["limiter_activations"] < results[0]["metrics"]["matrix_steps"]
     assert results[0]["metrics"]["matrix_steps"] == STEPS * len(SHAPES)
-    lean = [matrix for *_, matrix in cuts(results).values() if matrix.way == "lean"]
-    assert {matrix.side for matrix in lean} == ({"right"} if changed else {"left", "right"})
-    assert max(len(matrix.fragments) for matrix in lean) == world_size
+    low_rank = [matrix for *_, matrix in split_matrices(results).values() if matrix.way == "low_rank"]
+    assert {matrix.side for matrix in low_rank} == ({"right"} if changed else {"left", "right"})
+    assert max(len(matrix.fragments) for matrix in low_rank) == world_size
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,8 @@ def test_exact_cuts(ranks: Pools, changed: dict[str, Any]) -> None:
     limits = {"ds_fira.sharding.plan.MAX_TURN_NUMEL": 500}
     changed = {**changed, "exact_cuts": True, "subspace": "randomized", "refresh_moments": "rotate"}
     results = run(ranks, 3, "bf16", limits=limits, **changed)
-    check(results, ways="base")
-    assert max(len(layout.base_turns) for layout in results[0]["layouts"]) == 1  # with the limit of this process
+    check(results, ways="gathered")
+    assert max(len(layout.gathered_turns) for layout in results[0]["layouts"]) == 1  # with the limit of this process
     assert results[0]["turns"] > 1
 
 
@@ -225,13 +225,13 @@ def test_zero_init_and_an_optimizer_object(ranks: Pools) -> None:
 
 
 def test_experts(ranks: Pools) -> None:
-    """Experts of a 3-D tensor are matrices of their own, some whole on a rank, some cut."""
+    """Experts of a 3-D tensor are matrices of their own, some whole on a rank, some split."""
     results = run(ranks, 3, kind="experts", shapes=[], exact_cuts=True, steps=6)
     (layout,) = results[0]["layouts"]
-    assert any(layout.whole)
-    assert {matrix.name for matrix in layout.cuts} == {"experts.weight[1]", "experts.weight[3]"}
-    check(results, ways="base")
-    check(run(ranks, 3, kind="experts", shapes=[], rank=1, update_proj_gap=100), ways="lean")
+    assert any(layout.unsplit)
+    assert {matrix.name for matrix in layout.split} == {"experts.weight[1]", "experts.weight[3]"}
+    check(results, ways="gathered")
+    check(run(ranks, 3, kind="experts", shapes=[], rank=1, update_proj_gap=100), ways="low_rank")
 
 
 def test_a_residual_that_is_rounding(ranks: Pools) -> None:
@@ -240,15 +240,15 @@ def test_a_residual_that_is_rounding(ranks: Pools) -> None:
     ordinary, faulty = (run(ranks, 3, **job, faults=faults) for faults in ({}, {4: ("layers.2.weight", "rank 1")}))
     check(faulty)
     assert faulty[0]["collectives"] == ordinary[0]["collectives"] + 2
-    group, position, matrix = cuts(faulty)["layers.2.weight"]
+    group, position, matrix = split_matrices(faulty)["layers.2.weight"]
     for rank, _ in matrix.fragments:
         assert ordinary[rank]["states"][group][f"residual_norm.cut{position}"] > 0.0
         assert faulty[rank]["states"][group][f"residual_norm.cut{position}"] == 0.0
 
 
 def test_one_rank(ranks: Pools) -> None:
-    """Nothing is cut, nothing is sent, and nothing differs."""
+    """Nothing is split, nothing is sent, and nothing differs."""
     results = run(ranks, 1, "bf16", steps=5)
-    assert sum(len(layout.whole[0]) for layout in results[0]["layouts"]) == len(SHAPES)
+    assert sum(len(layout.unsplit[0]) for layout in results[0]["layouts"]) == len(SHAPES)
     assert results[0]["sent"][-1] == 0
-    check(results, ways="base")
+    check(results, ways="gathered")

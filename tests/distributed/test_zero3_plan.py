@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from benchmarks.communication.partition import meta_llama
+from ds_fira.core.settings import GroupSettings
 from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import formula_bytes
 from ds_fira.tools.dry_run import plan_run
-from tests.distributed.test_zero3 import MODULE, PARAMS, SHAPES, check, check_balance, cuts, run
+from tests.distributed.test_zero3 import MODULE, PARAMS, SHAPES, check, check_balance, run, split_matrices
 from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
 
@@ -23,28 +24,31 @@ def test_counted_bytes(ranks: Pools) -> None:
     (7, 40), left, owner 0: columns 0 to 13, 13 to 26 and 26 to 40 of R are kept by ranks 0, 1 and 2. A rank sends
     r + 1 for every column that another keeps, and again for every column that it keeps to each of the two others. All
     touch all columns. A refresh: 94 and 92 to rank 0, and 1 + 3 x r back to each.
-    (40, 7), right, owner 1: rows 13 and 26 are cut, kept by ranks 0 and 1: r + 1 up and down for each. 2, 2 and 3 rows
+    (40, 7), right, owner 1: rows 13 and 26 are split, kept by ranks 0 and 1: r + 1 up and down for each. 2, 2, 3 rows
     of P are held, and sent to two others. A refresh: 94 and 92 to rank 1, and 1 + 2 x r, 1 + 3 x r back.
     Sums: 2 and 3 numbers of 8 bytes for each matrix on every rank.
     """
     results = run(ranks, 3, shapes=[(7, 40), (40, 7)], rank=2, update_proj_gap=6, steps=7)
-    lean = [matrix for *_, matrix in cuts(results).values()]
-    assert [(matrix.side, matrix.owner, matrix.way) for matrix in lean] == [("left", 0, "lean"), ("right", 1, "lean")]
+    low_rank = [matrix for *_, matrix in split_matrices(results).values()]
+    assert [(matrix.side, matrix.owner, matrix.way) for matrix in low_rank] == [
+        ("left", 0, "low_rank"),
+        ("right", 1, "low_rank"),
+    ]
     left = [3 * (27 + 2 * 13), 3 * (27 + 2 * 13), 3 * (26 + 2 * 14)]
     right = [3 + 2 * 2 * 2, 3 + 3 + 2 * 2 * 2, 3 + 2 * 3 * 2]
     refresh = [2 * (1 + 3 * 2) + 94, 94 + (1 + 2 * 2) + (1 + 3 * 2), 92 + 92]
     sums = 2 * (2 + 3) * 8
-    settings = check_params({**PARAMS, "rank": 2})
+    settings = GroupSettings.of(check_params({**PARAMS, "rank": 2}))
     for rank, result in enumerate(results):
         step = 4 * (left[rank] + right[rank]) + sums
         steps = [after - before for before, after in zip(result["sent"], result["sent"][1:], strict=False)]
         assert steps == [step + 4 * refresh[rank], *[step] * 5, step + 4 * refresh[rank]]
-        assert 4 * sum(matrix.lean_elements(rank) for matrix in lean) == step
-        assert sum(matrix.refresh_elements(rank, settings) for matrix in lean) == refresh[rank]
+        assert 4 * sum(matrix.low_rank_elements(rank) for matrix in low_rank) == step
+        assert sum(matrix.refresh_elements(rank, settings) for matrix in low_rank) == refresh[rank]
 
 
 def test_measured_state(ranks: Pools) -> None:
-    """The state of all ranks is the paper's formula, but for counters, |S|, padding and rows of P that are cut."""
+    """The state of all ranks is the paper's formula, but for counters, |S|, padding and rows of P that are split."""
     for world_size in (2, 3, 4):
         results = run(ranks, world_size, shapes=[(32, 96), (96, 32), (32, 32)], rank=8, steps=1)
         check_balance(results)
@@ -63,20 +67,20 @@ def test_planned_llamas(model: str, rank: int) -> None:
         assert max(held) * ranks <= 1.25 * sum(held)
         assert 4 * sum(held) <= 1.001 * formula_bytes(run.records)
         for group in run.groups:
-            for matrix in group.layout.cuts if group.layout is not None else ():
-                assert matrix.way == matrix.cheaper_way(ranks, group.settings)
+            for matrix in group.layout.split if group.layout is not None else ():
+                assert matrix.way == matrix.cheaper_way(ranks, GroupSettings.of(group.settings))
                 assert len(matrix.fragments) == ranks
 
 
-def test_few_matrices_are_spread(ranks: Pools) -> None:
+def test_few_matrices_are_sharded_evenly(ranks: Pools) -> None:
     """Where owners of whole matrices would hold most of the state, matrices are stepped where they lie instead."""
     changed = {"shapes": [(3, 50), (3, 50)], "rank": 3, "steps": 5}
-    exact, spread = (run(ranks, 3, **changed, exact_cuts=exact) for exact in (True, False))
-    for results, way in ((exact, "base"), (spread, "lean")):
-        assert {matrix.way for *_, matrix in cuts(results).values()} == {way}
+    exact, even = (run(ranks, 3, **changed, exact_cuts=exact) for exact in (True, False))
+    for results, way in ((exact, "gathered"), (even, "low_rank")):
+        assert {matrix.way for *_, matrix in split_matrices(results).values()} == {way}
         check(results, ways=way)
-    (matrix, _) = (matrix for *_, matrix in cuts(spread).values())
-    assert matrix.cheaper_way(3, check_params({**PARAMS, "rank": 3})) == "base"
+    (matrix, _) = (matrix for *_, matrix in split_matrices(even).values())
+    assert matrix.cheaper_way(3, GroupSettings.of(check_params({**PARAMS, "rank": 3}))) == "gathered"
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,13 @@ FEW = ("nan", "subnormal", "repeated", "spike")
 RUNS: dict[str, tuple[int, int, str, dict[str, Any], dict[str, Any], float]] = {
     "stage 0": (2, 0, "fp32", {}, {}, FLOAT32_BASIS),
     "whole, stage 2": (2, 2, "bf16", {"exact_cuts": True}, OPEN | CLIPPED, FLOAT32_BASIS),
-    "lean cuts, stage 1": (
+    "low-rank, stage 1": (
         *(3, 1, "bf16"),
         {"subspace": "randomized", "refresh_moments": "rotate", "state_dtype": "bfloat16"},
         *(OPEN, COMPRESSED_BASIS),
     ),
-    "lean cuts, stage 2": (3, 2, "fp32", {"subspace": "gram", "state_dtype": "int8"}, {}, COMPRESSED_BASIS),
-    "base cuts, BF16_Optimizer": (
+    "low-rank, stage 2": (3, 2, "fp32", {"subspace": "gram", "state_dtype": "int8"}, {}, COMPRESSED_BASIS),
+    "gathered, BF16_Optimizer": (
         *(3, 1, "bf16", {"exact_cuts": True, "subspace": "randomized"}),
         *({"data_types": {"grad_accum_dtype": "fp32"}, **CLIPPED}, FLOAT32_BASIS),
     ),

@@ -1,6 +1,6 @@
 """Through DeepSpeed, FiraAdam makes to the bit the steps that one process makes with the same gradients.
 
-Cut matrices do so with `exact_cuts`; `test_lean_cuts` is about the other way.
+Split matrices do so with `exact_cuts`; `test_low_rank_exchange` is about the other way.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def owned_states(results: list[dict[str, Any]]) -> dict[str, dict[str, torch.Ten
         for rank, result in enumerate(results):
             state = result["state"][i][0]
             rows: dict[str, int] = defaultdict(int)
-            for matrix in (*layout.whole[rank], *layout.owned_cuts(rank)):
+            for matrix in (*layout.unsplit[rank], *layout.gathered_by(rank)):
                 mark = "" if "step" in state else f".{matrix.shape[0]}x{matrix.shape[1]}"
                 assert matrix.name not in found, f"{matrix.name} has state on two ranks"
                 keys = [key for key in MATRIX_KEYS if key + mark in state]
@@ -114,7 +114,7 @@ def check(results: list[dict[str, Any]], svd: bool = True) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_any_number_of_ranks(ranks: Pools, world_size: int, stage: int, dtype: str) -> None:
-    """Seven matrices on 1 to 4 ranks: whole, cut across two and more, and partitions without any of them."""
+    """Seven matrices on 1 to 4 ranks: whole, split across two and more, and partitions without any of them."""
     results = ranks.run(
         world_size,
         "train",
@@ -132,7 +132,7 @@ def test_nothing_cut(ranks: Pools, stage: int) -> None:
     """Matrices that divide by the ranks need no setting to be equal to the bit."""
     shapes = [(8, 6), (6, 9), (8, 6), (6, 9)]
     results = ranks.run(2, "train", ds_config=config(stage, "bf16", PARAMS), shapes=shapes, steps=5)
-    assert not any(layout.cuts for layout in results[0]["layouts"])
+    assert not any(layout.split for layout in results[0]["layouts"])
     check(results)
 
 
@@ -179,9 +179,9 @@ def test_matrices_larger_than_a_block(ranks: Pools) -> None:
 )
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_options(ranks: Pools, stage: int, options: dict[str, Any]) -> None:
-    """Every option that moves gradients or parameters about, at 3 ranks with cut matrices."""
+    """Every option that moves gradients or parameters about, at 3 ranks with split matrices."""
     results = ranks.run(3, "train", ds_config=config(stage, "bf16", EXACT, **options), shapes=SHAPES, steps=5)
-    assert any(layout.cuts for layout in results[0]["layouts"])
+    assert any(layout.split for layout in results[0]["layouts"])
     check(results)
 
 
@@ -203,7 +203,7 @@ def test_bf16_wrapper_of_stage_1(ranks: Pools) -> None:
 
 
 def test_bf16_master_weights(ranks: Pools) -> None:
-    """Master weights and gradients in bf16: computed in float32, rounded once, cut or not."""
+    """Master weights and gradients in bf16: computed in float32, rounded once, split or not."""
     bf16 = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     results = ranks.run(3, "train", ds_config=config(2, "bf16", EXACT, bf16=bf16), shapes=SHAPES, steps=5)
     assert results[0]["start"][0][0].dtype == torch.bfloat16
@@ -212,7 +212,7 @@ def test_bf16_master_weights(ranks: Pools) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_groups_of_the_user_s_optimizer(ranks: Pools, world_size: int) -> None:
-    """An optimizer object keeps its groups, whose matrices of different shapes are cut anywhere."""
+    """An optimizer object keeps its groups, whose matrices of different shapes are split anywhere."""
     ds_config = config(2, "fp32", EXACT)
     del ds_config["optimizer"]
     results = ranks.run(world_size, "train_with_object", ds_config=ds_config, shapes=SHAPES, steps=5, settings=EXACT)
@@ -223,7 +223,7 @@ def test_groups_of_the_user_s_optimizer(ranks: Pools, world_size: int) -> None:
 @pytest.mark.parametrize("formulation", ["released", "paper"])
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
 def test_sides(ranks: Pools, proj_type: str, formulation: str) -> None:
-    """Both sides of cut matrices, at a rank above some smaller sides."""
+    """Both sides of split matrices, at a rank above some smaller sides."""
     params = {**EXACT, "rank": 6, "project_full_rank": True, "proj_type": proj_type, "formulation": formulation}
     check(ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=SHAPES, steps=5))
 
@@ -239,7 +239,7 @@ def test_sides(ranks: Pools, proj_type: str, formulation: str) -> None:
     ids=lambda options: "+".join(map(str, options.values())),
 )
 def test_refreshes_and_states(ranks: Pools, options: dict[str, Any]) -> None:
-    """Every way to refresh and to keep states, with refreshes, at 3 ranks with cut matrices."""
+    """Every way to refresh and to keep states, with refreshes, at 3 ranks with split matrices."""
     results = ranks.run(3, "train", ds_config=config(2, "bf16", {**EXACT, **options}), shapes=SHAPES, steps=7)
     check(results, svd=options.get("subspace", "svd") == "svd")
 
@@ -250,8 +250,8 @@ def test_fewer_matrices_than_ranks(ranks: Pools) -> None:
     results = ranks.run(
         4, "train", ds_config=config(2, "fp32", {**EXACT, "rank": 1, "project_full_rank": True}), shapes=shapes, steps=4
     )
-    held = [len(layout.whole[rank]) for layout in results[0]["layouts"] for rank in range(4)]
-    sharers = {rank for layout in results[0]["layouts"] for matrix in layout.cuts for rank, _ in matrix.fragments}
+    held = [len(layout.unsplit[rank]) for layout in results[0]["layouts"] for rank in range(4)]
+    sharers = {rank for layout in results[0]["layouts"] for matrix in layout.split for rank, _ in matrix.fragments}
     assert sum(held) == 0
     assert sharers == {0, 1, 2}
     check(results)
@@ -261,8 +261,8 @@ def test_experts_cut_between_ranks(ranks: Pools) -> None:
     """A 3-D tensor of experts is one matrix each, wherever the boundaries fall."""
     results = ranks.run(3, "train_experts", ds_config=config(2, "fp32", EXACT), steps=5)
     layout = results[0]["layouts"][0]
-    names = {matrix.name for held in layout.whole for matrix in held} | {matrix.name for matrix in layout.cuts}
+    names = {matrix.name for held in layout.unsplit for matrix in held} | {matrix.name for matrix in layout.split}
     assert names == {f"experts.weight[{e}]" for e in range(5)}
-    assert layout.cuts
+    assert layout.split
     alone = replay(results)
     assert torch.equal(alone["experts.weight"]["weight"], alone["experts.weight"]["sharded"])

@@ -1,4 +1,4 @@
-"""The layout of real models: no cuts where ranks divide the layers, balanced state, and the bytes that cuts cost."""
+"""The layout of real models: nothing split where ranks divide the layers, balanced state, the bytes of splits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_paper_saving_for_1b() -> None:
     assert 1 - (projected + others) / (full + others) == pytest.approx(0.611, abs=0.0005)
 
 
-def test_counted_bytes_of_cut_matrices(ranks: Pools) -> None:
+def test_counted_bytes_of_split_matrices(ranks: Pools) -> None:
     """Whole steps on three ranks, by hand: the borrowed fragments, gradient and weight, and back.
 
     (6, 9): 54 elements in partitions of 18, three fragments. (4, 4): 16 elements in partitions of 6, fragments of 6, 6
@@ -46,9 +46,9 @@ def test_counted_bytes_of_cut_matrices(ranks: Pools) -> None:
     params = {"lr": 0.01, "rank": 2, "update_proj_gap": 2, "exact_cuts": True}
     results = ranks.run(3, "train", ds_config=config(2, "fp32", params), shapes=[(6, 9), (4, 4)], steps=5)
     layouts: list[GroupLayout] = results[0]["layouts"]
-    fragments = [[(rank, f.numel) for rank, f in matrix.fragments] for layout in layouts for matrix in layout.cuts]
+    fragments = [[(rank, f.numel) for rank, f in matrix.fragments] for layout in layouts for matrix in layout.split]
     assert fragments == [[(0, 18), (1, 18), (2, 18)], [(0, 6), (1, 6), (2, 4)]]
-    assert [matrix.owner for layout in layouts for matrix in layout.cuts] == [0, 1]
+    assert [matrix.owner for layout in layouts for matrix in layout.split] == [0, 1]
     element = 4
     lent = [6, 18, 18 + 4]  # to the owners: rank 0 of the second matrix, rank 1 of the first, rank 2 of both
     borrowed = [18 + 18, 6 + 4, 0]  # returned by the owners
@@ -57,7 +57,7 @@ def test_counted_bytes_of_cut_matrices(ranks: Pools) -> None:
     assert [result["collectives"] for result in results] == [5 * 2 * 2] * 3  # there and back, for both groups
 
 
-def test_no_bytes_where_nothing_is_cut(ranks: Pools) -> None:
+def test_no_bytes_where_nothing_is_split(ranks: Pools) -> None:
     """Matrices that divide by the ranks: no collective of ours in any step, refresh steps included."""
     params = {"lr": 0.01, "rank": 2, "update_proj_gap": 2}
     shapes = [(6, 8)] * 4 + [(8, 4)] * 2

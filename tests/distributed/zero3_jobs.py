@@ -142,7 +142,7 @@ def _train(
         ],
         "states": states,
         "layouts": optimizer.layouts,
-        "turns": max((len(layout.base_turns) for layout in optimizer.layouts), default=0),
+        "turns": max((len(layout.gathered_turns) for layout in optimizer.layouts), default=0),
         "metrics": ds_fira.metrics(engine),
         "memory": ds_fira.memory_report(engine),
         "held": state_bytes(optimizer),

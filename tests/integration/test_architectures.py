@@ -93,7 +93,7 @@ def test_one_low_rank_state_for_every_matrix(trained: tuple[str, list[dict[str, 
     assert all(step == STEPS for step in made)
     if kind == "mixtral":
         assert expected == 2 * 4 + 2 * 2 * 3
-    assert any(layout.cuts for layout in results[0]["layouts"]) == (kind == "llama_tied")
+    assert any(layout.split for layout in results[0]["layouts"]) == (kind == "llama_tied")
     for result in results:
         for basis, moments in result["low_rank_shapes"]:
             assert basis[-1] == RANK

@@ -46,7 +46,8 @@ from ds_fira.optim.param_groups import build_groups, group_defaults
 from ds_fira.optim.plug import FiraRMSProp
 from ds_fira.optim.settings import check_params, refuse_auto
 from ds_fira.optim.state_size import ParamRecord
-from ds_fira.sharding.comm import Communicator, GatherExchange
+from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.geometry import Partitioning
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.lowrank.step import LowRankMatrices
@@ -128,16 +129,17 @@ def _attach_sharded(
     refuse_sharding(optimizer.algorithm, len(projected) < len(flats), engine.zero_optimization_stage())
     buffers = [(flat.matrices(names), flat.partitioning.partition_size) for flat in projected]
     settings = [GroupSettings.of(optimizer.param_groups[flat.group]) for flat in projected]
-    layouts = plan_groups(buffers, communicator.dp_size, settings, spread=engine.zero_optimization_stage() == 3)
-    communicator.require_same(plan_hash(layouts))
+    layouts = plan_groups(buffers, communicator.dp_size, settings, engine.zero_optimization_stage() == 3)
+    communicator.require_same(plan_hash(layouts), optimizer.algorithm.name)
     first_fragments = [next(iter(fragments.values())) for matrices, _ in buffers for fragments in matrices]
     numbers = _numbers([fragment.name for fragment in first_fragments], names.values())
     for flat, layout in zip(projected, layouts, strict=True):
-        exchanges = tuple(GatherExchange(turn, communicator) for turn in layout.base_turns)
-        lean = LowRankMatrices(layout, communicator, numbers) if layout.lean_cuts else None
-        owned = (*layout.whole[communicator.dp_rank], *layout.owned_cuts(communicator.dp_rank))
+        exchanges = tuple(GatherExchange(turn, communicator) for turn in layout.gathered_turns)
+        low_rank = LowRankMatrices(layout.low_rank, communicator, numbers) if layout.low_rank else None
+        whole = layout.unsplit[communicator.dp_rank]
+        owned = (*whole, *layout.gathered_by(communicator.dp_rank))
         indices = tuple(numbers[matrix.name] for matrix in owned)
-        optimizer.bind(flat.hp_partition, LocalMatrices(layout.whole[communicator.dp_rank], indices, exchanges, lean))
+        optimizer.bind(flat.hp_partition, LocalMatrices(whole, indices, exchanges, low_rank))
         optimizer.gradient_dtypes[flat.hp_partition] = flat.lp_params[0].dtype
     optimizer.layouts = layouts
     for flat in flats:

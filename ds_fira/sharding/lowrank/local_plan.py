@@ -1,4 +1,4 @@
-"""What one rank has to do with a matrix that is stepped the lean way, looked up once."""
+"""What one rank has to do with a matrix that is stepped the low-rank way, looked up once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ds_fira.sharding.split_matrix import SplitMatrix, Transfer
 
 @dataclass(frozen=True, slots=True)
 class LocalShardPlan:
-    """What one rank has to do with a lean matrix, as the plan says.
+    """One rank's part of a split matrix; `ds_fira.sharding.split_matrix` explains the words.
 
     Attributes:
-        matrix: the cut matrix.
-        position: its number among the cuts of its group; marks its states and messages.
+        matrix: the split matrix.
+        position: its number among the split matrices of its group; marks its states and payloads.
         number: its number in the model; `stagger` goes by it.
         dp_rank: the rank.
         fragment: what the rank holds of it.
-        pieces: the fragment in blocks of rows.
+        blocks: the fragment in blocks of rows.
         region: the entries of R that the rank works on.
         kept: those of them that it keeps, with their moments.
         borrowed: those that it borrows, by keeper in ascending order.
@@ -35,7 +35,7 @@ class LocalShardPlan:
     number: int
     dp_rank: int
     fragment: MatrixShard
-    pieces: tuple[RowBlock, ...]
+    blocks: tuple[RowBlock, ...]
     region: range
     kept: range
     borrowed: tuple[Transfer, ...]
@@ -47,24 +47,24 @@ class LocalShardPlan:
 
     @classmethod
     def of(cls, matrix: SplitMatrix, position: int, number: int, dp_rank: int) -> LocalShardPlan:
-        """The share of a rank that holds a fragment of the matrix."""
-        fragment = matrix.by_rank[dp_rank]
-        links, basis_links = list(matrix.links(dp_rank)), list(matrix.basis_links(dp_rank))
+        """The plan of a rank that holds a fragment of the matrix."""
+        fragment = matrix.fragment(dp_rank)
+        transfers, basis_transfers = list(matrix.transfers(dp_rank)), list(matrix.basis_transfers(dp_rank))
         return cls(
             matrix=matrix,
             position=position,
             number=number,
             dp_rank=dp_rank,
             fragment=fragment,
-            pieces=row_blocks(fragment),
+            blocks=row_blocks(fragment),
             region=matrix.region(dp_rank),
             kept=matrix.kept(dp_rank),
-            borrowed=tuple(link for link in links if link.borrower == dp_rank),
-            lent=tuple(link for link in links if link.keeper == dp_rank),
+            borrowed=tuple(transfer for transfer in transfers if transfer.borrower == dp_rank),
+            lent=tuple(transfer for transfer in transfers if transfer.keeper == dp_rank),
             basis_rows=matrix.basis_rows(dp_rank),
             basis_span=matrix.basis_span(dp_rank),
-            basis_borrowed=tuple(link for link in basis_links if link.borrower == dp_rank),
-            basis_lent=tuple(link for link in basis_links if link.keeper == dp_rank),
+            basis_borrowed=tuple(transfer for transfer in basis_transfers if transfer.borrower == dp_rank),
+            basis_lent=tuple(transfer for transfer in basis_transfers if transfer.keeper == dp_rank),
         )
 
     @property

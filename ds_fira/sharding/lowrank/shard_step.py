@@ -75,12 +75,12 @@ class ShardStep:
     def grad_square(self) -> Tensor:
         """|G|^2 of the fragment, float64, 0-dim."""
         return sum(
-            F.total_square(block.view(self.grad), self.state.dtype, self.state.side) for block in self.plan.pieces
+            F.total_square(block.view(self.grad), self.state.dtype, self.state.side) for block in self.plan.blocks
         )
 
-    def basis_payload(self, link: Transfer) -> tuple[Tensor]:
-        """The rows of P that go over a link of `LocalShardPlan.basis_lent`."""
-        return (self.state.basis[inside(link.entries, self.plan.basis_rows)].to(self.state.dtype),)
+    def basis_payload(self, transfer: Transfer) -> tuple[Tensor]:
+        """The rows of P that go over a transfer of `LocalShardPlan.basis_lent`."""
+        return (self.state.basis[inside(transfer.entries, self.plan.basis_rows)].to(self.state.dtype),)
 
     def borrow_basis(self, arrived: Mapping[Transfer, Tensor]) -> None:
         """Put the rows of P that the step needs together: those held and those borrowed; `project` comes after it.
@@ -95,8 +95,8 @@ class ShardStep:
         held, own = self._basis, common(plan.basis_rows, plan.basis_span)
         self._basis = held.new_empty(len(plan.basis_span), plan.matrix.rank)
         self._basis[inside(own, plan.basis_span)] = held[inside(own, plan.basis_rows)]
-        for link, rows in arrived.items():
-            self._basis[inside(link.entries, plan.basis_span)] = rows.view(len(link.entries), -1)
+        for transfer, rows in arrived.items():
+            self._basis[inside(transfer.entries, plan.basis_span)] = rows.view(len(transfer.entries), -1)
 
     def project(self) -> None:
         """This rank's part of R and of the squared norms, over its region; zero while there is no basis."""
@@ -106,7 +106,7 @@ class ShardStep:
         self.grad_sq = torch.zeros(len(region), dtype=torch.float64, device=state.basis.device)
         if not self.state.has_basis:
             return
-        for block in self.plan.pieces:
+        for block in self.plan.blocks:
             part, squares = F.project(
                 block.view(self.grad), self._basis_of(block), state.side, self.settings.matmul_precision
             )
@@ -114,28 +114,28 @@ class ShardStep:
             self._entries(self.low_rank, along).add_(part)
             self.grad_sq[along] += squares
 
-    def payload(self, link: Transfer, values: Tensor, scales: Tensor, over: range) -> tuple[Tensor, Tensor]:
-        """What goes over a link: the entries' part of a tensor like R, and of one number for each entry.
+    def payload(self, transfer: Transfer, values: Tensor, scales: Tensor, over: range) -> tuple[Tensor, Tensor]:
+        """What goes over a transfer: the entries' part of a tensor like R, and of one number for each entry.
 
         Args:
-            link: one that this rank borrows or lends by.
+            transfer: one that this rank borrows or lends by.
             values: like R over `over`.
             scales: one for each entry of `over`.
             over: the region, or the entries kept.
         """
-        along = inside(link.entries, over)
+        along = inside(transfer.entries, over)
         return self._entries(values, along), scales[along].to(self.state.dtype)
 
-    def unpack(self, link: Transfer, arrived: Tensor) -> tuple[Tensor, Tensor]:
+    def unpack(self, transfer: Transfer, arrived: Tensor) -> tuple[Tensor, Tensor]:
         """The two parts of a payload: entries like R, one number for each entry."""
-        r, count = self.plan.matrix.rank, len(link.entries)
+        r, count = self.plan.matrix.rank, len(transfer.entries)
         values, scales = arrived.split([r * count, count])
         return values.view((r, count) if self.state.side == "left" else (count, r)), scales
 
-    def add(self, link: Transfer, arrived: Tensor) -> None:
+    def add(self, transfer: Transfer, arrived: Tensor) -> None:
         """Add a borrower's part of R and of the norms to this rank's."""
-        values, norms = self.unpack(link, arrived)
-        along = inside(link.entries, self.plan.region)
+        values, norms = self.unpack(transfer, arrived)
+        along = inside(transfer.entries, self.plan.region)
         self._entries(self.low_rank, along).add_(values)
         self.grad_sq[along] += norms.double().square()
 
@@ -149,7 +149,7 @@ class ShardStep:
         plan, state = self.plan, self.state
         if kept is not None and plan.kept == plan.region:
             return kept
-        parts = [(link.entries, *self.unpack(link, payload)) for link, payload in arrived.items()]
+        parts = [(transfer.entries, *self.unpack(transfer, payload)) for transfer, payload in arrived.items()]
         if kept is not None:
             parts.append((plan.kept, *kept))
         values = torch.zeros_like(self.low_rank)
@@ -212,7 +212,7 @@ class ShardStep:
             phi: likewise.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.grad.device)
-        for block in self.plan.pieces:
+        for block in self.plan.blocks:
             along = self._along(block)
             total += F.residual_square(
                 block.view(self.grad),
@@ -258,7 +258,7 @@ class ShardStep:
     def apply(self, low_rank_update: Tensor, phi: Tensor) -> None:
         """Line 16 on the fragment, C and phi given over the region."""
         side, settings = self.state.side, self.settings
-        for block in self.plan.pieces:
+        for block in self.plan.blocks:
             along = self._along(block)
             F.apply_update_(
                 block.view(self.weight),

@@ -36,9 +36,9 @@ from ds_fira.sharding.lowrank.exchange import LowRankExchange
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.refresh import LowRankRefresh
 from ds_fira.sharding.lowrank.shard_step import ShardStep
-from ds_fira.sharding.plan import GroupLayout, split_by_size
+from ds_fira.sharding.plan import split_by_size
 from ds_fira.sharding.refresher import Refresher
-from ds_fira.sharding.split_matrix import GRADIENT_SUMS, LOW_RANK_SUMS
+from ds_fira.sharding.split_matrix import GRADIENT_SUMS, LOW_RANK_SUMS, SplitMatrix
 
 # Elements of R and of borrowed bases that one rank works on at a time: 64 MiB in float32. A step holds a few as large.
 MAX_STEP_NUMEL = 2**24
@@ -56,21 +56,23 @@ class LowRankMatrices:
         plans: of the matrices that this rank holds a part of.
     """
 
-    def __init__(self, layout: GroupLayout, communicator: Communicator, numbers: Mapping[str, int]) -> None:
+    def __init__(
+        self, matrices: Mapping[int, SplitMatrix], communicator: Communicator, numbers: Mapping[str, int]
+    ) -> None:
         """Plan the exchange.
 
         Args:
-            layout: of the group.
+            matrices: the low-rank matrices of the group by their positions among its split ones.
             communicator: the ranks.
             numbers: by name, every matrix's number in the model.
         """
         self.communicator = communicator
-        self._matrices = {i: matrix for i, matrix in enumerate(layout.cuts) if matrix.way == "lean"}
+        self._matrices = matrices
         rank = communicator.dp_rank
         self.plans = [
             LocalShardPlan.of(matrix, position, numbers[matrix.name], rank)
             for position, matrix in self._matrices.items()
-            if rank in dict(matrix.fragments)
+            if rank in matrix.sharers
         ]
         self._refresh = LowRankRefresh(self._matrices, communicator)
         self._exchange = LowRankExchange(self._matrices, communicator)
@@ -145,7 +147,7 @@ class LowRankMatrices:
     ) -> MatrixState:
         if STEP + _mark(plan) not in state:
             raise ValueError(
-                f"{algorithm.name}: the loaded state has no part of {plan.matrix.name}, which was cut or stepped "
+                f"{algorithm.name}: the loaded state has no part of {plan.matrix.name}, which was split or stepped "
                 "another way in the run that saved it; resume on as many ranks with the settings it had (rank, "
                 "proj_type, update_proj_gap, subspace, refresh_moments, exact_cuts)."
             )

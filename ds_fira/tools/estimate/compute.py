@@ -143,7 +143,7 @@ def estimate(
         model=type(module).__name__ if isinstance(model, nn.Module) else str(model),
         parameters=sum(param.numel() for param in module.parameters()),
         projected_matrices=sum(record.matrices for record in run.records),
-        cut_matrices=sum(len(group.layout.cuts) for group in run.groups if group.layout is not None),
+        cut_matrices=sum(len(group.layout.split) for group in run.groups if group.layout is not None),
         saving=1 - formula_bytes(run.records) / adamw_bytes(run.records),
         setup=setup,
         params=params,

@@ -1,4 +1,4 @@
-"""Properties of the geometry and of the plans over random shapes, numbers of ranks and cuts."""
+"""Properties of the geometry and of the plans over random shapes and numbers of ranks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_fira.core.settings import GroupSettings
-from ds_fira.sharding.geometry import MatrixShard, cut, matrices_of
+from ds_fira.optim.settings import check_params
+from ds_fira.sharding.geometry import MatrixShard, matrices_of, split
 from ds_fira.sharding.plan import plan_groups, plan_hash, split_by_size, split_evenly
 
 shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8)
 ranks = st.integers(1, 7)
+# Of the plans of `test_the_hash_of_a_plan_is_that_of_version_0_1_0`, not evenly sharded and evenly sharded.
+HASHES = (
+    "15844e79cc8d7f7304116cdd6d99c96ab5f7081abbedaf2c30ef22bf1e7f3b21",
+    "23deb3b869ab2efdd4a3daf42fdd347a278de8767683b9d8e96a4d0b85c26985",
+)
 
 
 def buffer_of(shapes: list[tuple[int, int]], ranks: int) -> tuple[list[MatrixShard], int]:
@@ -35,7 +41,7 @@ def test_fragments_tile_every_matrix_and_alias_the_buffer(shapes: list[tuple[int
     buffer = torch.zeros(size * ranks)
     partitions = [buffer[rank * size : (rank + 1) * size] for rank in range(ranks)]
     for matrix in matrices:
-        fragments = cut(matrix, size, ranks)
+        fragments = split(matrix, size, ranks)
         bounds = [(fragment.start, fragment.stop) for fragment in fragments.values()]
         assert bounds[0][0] == 0
         assert bounds[-1][1] == math.prod(matrix.shape)
@@ -57,29 +63,35 @@ def test_fragments_tile_every_matrix_and_alias_the_buffer(shapes: list[tuple[int
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(shapes, min_size=1, max_size=3), ranks)
 def test_plans_place_every_matrix_once(groups: list[list[tuple[int, int]]], ranks: int) -> None:
-    """Whole on one rank or cut with one owner among the sharers; what is sent is received."""
+    """Whole on one rank or split with one owner among the sharers, in consecutive partitions."""
     whole = [buffer_of(group, ranks) for group in groups]
-    buffers = [([cut(matrix, size, ranks) for matrix in matrices], size) for matrices, size in whole]
-    chosen = [GroupSettings(rank=2, exact_cuts=True)] * len(groups)
+    buffers = [([split(matrix, size, ranks) for matrix in matrices], size) for matrices, size in whole]
+    chosen = [GroupSettings.of(check_params({"rank": 2, "exact_cuts": True}))] * len(groups)
     layouts = plan_groups(buffers, ranks, chosen)
     assert plan_hash(layouts) == plan_hash(plan_groups(buffers, ranks, chosen))
     for (matrices, _), layout in zip(whole, layouts, strict=True):
-        placed = [shard.name for held in layout.whole for shard in held] + [matrix.name for matrix in layout.cuts]
+        placed = [shard.name for held in layout.unsplit for shard in held] + [matrix.name for matrix in layout.split]
         assert sorted(placed) == sorted(matrix.name for matrix in matrices)
-        owned = [matrix for rank in range(ranks) for matrix in layout.owned_cuts(rank)]
-        assert sorted(matrix.name for matrix in owned) == sorted(matrix.name for matrix in layout.cuts)
-        counts = [layout.exchange_counts(rank) for rank in range(ranks)]
-        for matrix in layout.cuts:
+        owned = [matrix for rank in range(ranks) for matrix in layout.gathered_by(rank)]
+        assert sorted(matrix.name for matrix in owned) == sorted(matrix.name for matrix in layout.split)
+        for matrix in layout.split:
             assert matrix.owner in [rank for rank, _ in matrix.fragments]
             assert len(matrix.fragments) > 1
-        for a in range(ranks):
-            assert counts[a][0][a] == counts[a][1][a] == 0
-            for b in range(ranks):
-                assert counts[a][0][b] == counts[b][1][a]
-        borrowed = sum(
-            fragment.numel for matrix in layout.cuts for rank, fragment in matrix.fragments if rank != matrix.owner
-        )
-        assert sum(sum(sent) for sent, _ in counts) == borrowed
+            assert list(matrix.sharers) == [rank for rank, _ in matrix.fragments]
+            assert [matrix.fragment(rank) for rank in matrix.sharers] == [shard for _, shard in matrix.fragments]
+        in_turns = [matrix for turn in layout.gathered_turns for matrix in turn]
+        assert sorted(matrix.name for matrix in in_turns) == sorted(matrix.name for matrix in layout.split)
+
+
+def test_the_hash_of_a_plan_is_that_of_version_0_1_0() -> None:
+    """Checkpoints hold hashes of plans; these were computed by version 0.1.0, with both ways in the plan."""
+    matrices, size = buffer_of([(12, 40), (9, 7), (40, 12), (4, 4)], 3)
+    buffers = [([split(matrix, size, 3) for matrix in matrices], size)] * 2
+    chosen = [GroupSettings.of(check_params({"rank": 2, "exact_cuts": exact})) for exact in (False, True)]
+    for evenly_sharded, expected in enumerate(HASHES):
+        layouts = plan_groups(buffers, 3, chosen, bool(evenly_sharded))
+        assert {matrix.way for layout in layouts for matrix in layout.split} == {"gathered", "low_rank"}
+        assert plan_hash(layouts) == expected
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""The parts of a lean cut matrix without processes: they cover it, and make together the step of the whole."""
+"""The parts of a low-rank matrix without processes: they cover it, and make together the step of the whole."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ds_fira.core.state import allocate_matrices, state_views
 from ds_fira.core.step import MatrixTask, update
 from ds_fira.core.subspace import basis_shape, low_rank_shape
 from ds_fira.observe.metrics import StepMetrics
-from ds_fira.sharding.geometry import MatrixShard, cut
+from ds_fira.sharding.geometry import MatrixShard, split
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.shard_step import ShardStep
 from ds_fira.sharding.lowrank.step import squares_of
-from ds_fira.sharding.row_blocks import inside, row_blocks
+from ds_fira.sharding.row_blocks import inside, row_blocks, touched_columns
 from ds_fira.sharding.split_matrix import SplitMatrix, plan_split, state_numel
 
 
 def planned(
-    shape: tuple[int, int], begin: int, size: int, changed: dict[str, Any], spread: bool = False
+    shape: tuple[int, int], begin: int, size: int, changed: dict[str, Any], evenly: bool = False
 ) -> SplitMatrix | None:
-    """A matrix at an offset of a buffer in partitions of a size, None where it is not cut."""
+    """A matrix at an offset of a buffer in partitions of a size, None where it is not split."""
     partitions = -(-(begin + math.prod(shape)) // size)
-    fragments = cut(MatrixShard("w", shape, begin, 0, math.prod(shape)), size, partitions)
+    fragments = split(MatrixShard("w", shape, begin, 0, math.prod(shape)), size, partitions)
     if len(fragments) == 1:
         return None
     owner = max(fragments, key=lambda holder: (holder * 7) % 5)
-    return plan_split(fragments, owner, partitions, GroupSettings(rank=2, **changed), spread)
+    return plan_split(fragments, owner, partitions, GroupSettings(rank=2, **changed), evenly)
 
 
 sizes = (
@@ -47,9 +47,9 @@ sizes = (
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(*sizes, st.booleans())
-def test_pieces_and_links_cover_the_matrix(m: int, n: int, begin: int, size: int, side: str, spread: bool) -> None:
-    """Pieces tile the fragments and alias them; every entry of R is kept once, and lent by its keeper; P likewise."""
-    matrix = planned((m, n), begin, size, {"proj_type": side}, spread)
+def test_blocks_and_transfers_cover_the_matrix(m: int, n: int, begin: int, size: int, side: str, evenly: bool) -> None:
+    """Blocks tile the fragments and alias them; every entry of R is kept once, and lent by its keeper; P likewise."""
+    matrix = planned((m, n), begin, size, {"proj_type": side}, evenly)
     if matrix is None:
         return
     numbers = torch.arange(m * n).view(m, n)
@@ -58,42 +58,52 @@ def test_pieces_and_links_cover_the_matrix(m: int, n: int, begin: int, size: int
     keepers = torch.full((len(entries),), -1)
     for rank, fragment in matrix.fragments:
         flat = numbers.view(-1)[fragment.start : fragment.stop]
-        pieces = row_blocks(fragment)
-        assert 1 <= len(pieces) <= 3
-        assert sum(len(piece.rows) * len(piece.columns) for piece in pieces) == fragment.numel
-        for piece in pieces:
-            block = inside(piece.rows, range(m)), inside(piece.columns, range(n))
-            assert torch.equal(piece.view(flat), numbers[block])
-            assert piece.view(flat).data_ptr() == numbers[block].data_ptr()
-            covered[block] += 1
-        share = LocalShardPlan.of(matrix, 0, 0, rank)
-        assert keepers[inside(share.kept, entries)].eq(-1).all()
-        keepers[inside(share.kept, entries)] = rank
-        borrowed = [entry for link in share.borrowed for entry in link.entries]
-        needed = set(matrix.touched(rank)) | set(share.kept)
-        assert set(borrowed) | set(share.kept) == needed <= set(share.region)
-        assert len({*borrowed, *share.kept}) == len(borrowed) + len(share.kept)
-        rows = [row for link in share.basis_borrowed for row in link.entries]
-        assert set(share.basis_span) <= {*rows, *share.basis_rows}
-        assert len({*rows, *share.basis_rows}) == len(rows) + len(share.basis_rows)
-        assert {row for piece in share.pieces for row in (piece.rows if side == "left" else piece.columns)} <= set(
-            share.basis_span
-        )
+        blocks = row_blocks(fragment)
+        assert 1 <= len(blocks) <= 3
+        assert sum(len(block.rows) * len(block.columns) for block in blocks) == fragment.numel
+        for block in blocks:
+            where = inside(block.rows, range(m)), inside(block.columns, range(n))
+            assert torch.equal(block.view(flat), numbers[where])
+            assert block.view(flat).data_ptr() == numbers[where].data_ptr()
+            covered[where] += 1
+        columns = [column for block in blocks for column in block.columns]
+        assert touched_columns(fragment) == range(min(columns), max(columns) + 1)
+        plan = LocalShardPlan.of(matrix, 0, 0, rank)
+        assert keepers[inside(plan.kept, entries)].eq(-1).all()
+        keepers[inside(plan.kept, entries)] = rank
+        borrowed = [entry for transfer in plan.borrowed for entry in transfer.entries]
+        needed = set(matrix.touched(rank)) | set(plan.kept)
+        assert set(borrowed) | set(plan.kept) == needed <= set(plan.region)
+        assert len({*borrowed, *plan.kept}) == len(borrowed) + len(plan.kept)
+        rows = [row for transfer in plan.basis_borrowed for row in transfer.entries]
+        assert set(plan.basis_span) <= {*rows, *plan.basis_rows}
+        assert len({*rows, *plan.basis_rows}) == len(rows) + len(plan.basis_rows)
+        rows = {row for block in plan.blocks for row in (block.rows if side == "left" else block.columns)}
+        assert rows <= set(plan.basis_span)
     assert covered.eq(1).all()
     assert keepers.ge(0).all()
     for rank, _ in matrix.fragments:
-        for links in (matrix.links, matrix.basis_links):
-            assert list(links(rank)) == [link for link in links() if rank in (link.borrower, link.keeper)]
-        sent = sum(len(link.entries) * (matrix.rank + 1) for link in matrix.links(rank))
-        sent += sum(len(link.entries) * matrix.rank for link in matrix.basis_links(rank) if link.keeper == rank)
-        assert matrix.lean_elements(rank) == sent + 2 * (2 + 3)
-    for link in matrix.links():
-        assert keepers[inside(link.entries, entries)].eq(link.keeper).all()
-        assert link.borrower != link.keeper
+        for transfers in (matrix.transfers, matrix.basis_transfers):
+            assert list(transfers(rank)) == [
+                transfer for transfer in transfers() if rank in (transfer.borrower, transfer.keeper)
+            ]
+        sent = sum(len(transfer.entries) * (matrix.rank + 1) for transfer in matrix.transfers(rank))
+        sent += sum(
+            len(transfer.entries) * matrix.rank for transfer in matrix.basis_transfers(rank) if transfer.keeper == rank
+        )
+        assert matrix.low_rank_elements(rank) == sent + 2 * (2 + 3)
+    assert matrix.borrowed_entries == sum(len(transfer.entries) for transfer in matrix.transfers())
+    assert matrix.borrowed_basis_rows == sum(len(transfer.entries) for transfer in matrix.basis_transfers())
+    borrowed = 2 * (matrix.rank + 1) * matrix.borrowed_entries + matrix.rank * matrix.borrowed_basis_rows
+    sums = len(matrix.sharers) * 2 * (2 + 3)
+    assert sum(matrix.low_rank_elements(rank) for rank in matrix.sharers) == borrowed + sums
+    for transfer in matrix.transfers():
+        assert keepers[inside(transfer.entries, entries)].eq(transfer.keeper).all()
+        assert transfer.borrower != transfer.keeper
     held, once = sum(matrix.state_numel(rank) for rank, _ in matrix.fragments), state_numel((m, n), 2, side)
-    if matrix.way == "base":
+    if matrix.way == "gathered":
         assert held == once
-    elif spread:  # but |S|, and rows of P on the left whose row of the matrix is cut
+    elif evenly:  # but |S|, and rows of P on the left whose row of the matrix is split
         twice = [f.start % n != 0 for _, f in matrix.fragments] if side == "left" else []
         assert held == once + len(matrix.fragments) - 1 + sum(twice) * matrix.rank
     else:
@@ -108,11 +118,11 @@ def test_pieces_and_links_cover_the_matrix(m: int, n: int, begin: int, size: int
     st.booleans(),
 )
 def test_parts_make_the_step_of_the_whole(
-    m: int, n: int, begin: int, size: int, side: str, changed: dict[str, Any], exact: bool, spread: bool
+    m: int, n: int, begin: int, size: int, side: str, changed: dict[str, Any], exact: bool, evenly: bool
 ) -> None:
-    """In float64 and without processes: what parts give each other is `ds_fira.core.step.update`, any split."""
+    """In float64 and without processes: what parts give each other is the step of `update`, however it is split."""
     changed = {**changed, "proj_type": side, "lr": 0.1, "weight_decay": 0.1, "alpha": 0.5}
-    matrix, group = planned((m, n), begin, size, changed, spread), GroupSettings(rank=2, **changed)
+    matrix, group = planned((m, n), begin, size, changed, evenly), GroupSettings(rank=2, **changed)
     if matrix is None:
         return
     generator = torch.Generator().manual_seed(m * 100 + n)
@@ -124,30 +134,33 @@ def test_parts_make_the_step_of_the_whole(
     whole.refresh_step.fill_(0)
     flat, expected = weight.clone().view(-1), weight.clone()
     metrics, counted = StepMetrics(), StepMetrics()
-    shares = [LocalShardPlan.of(matrix, 0, 0, rank) for rank, _ in matrix.fragments]
+    plans = [LocalShardPlan.of(matrix, 0, 0, rank) for rank, _ in matrix.fragments]
     states = []
-    for share in shares:
-        shape = matrix.basis_shape(share.dp_rank)
-        state = state_views(allocate_matrices(weight, shape, share.low_rank_shape, "float32", ()), side)
-        rows = matrix.basis_rows(share.dp_rank)
+    for plan in plans:
+        shape = matrix.basis_shape(plan.dp_rank)
+        state = state_views(allocate_matrices(weight, shape, plan.low_rank_shape, "float32", ()), side)
+        rows = matrix.basis_rows(plan.dp_rank)
         state.basis.copy_(basis[rows.start : rows.stop])
         state.refresh_step.fill_(0)
         states.append(state)
     for grad in grads:
         metrics.record(update(MatrixTask(expected, grad, whole, group, 1e-4)), group.residual_scale)
         parts = {}
-        for share, state in zip(shares, states, strict=True):
-            bounds = slice(share.fragment.start, share.fragment.stop)
-            parts[share.dp_rank] = ShardStep(share, flat[bounds], grad.view(-1)[bounds], state, group, 1e-4)
+        for plan, state in zip(plans, states, strict=True):
+            bounds = slice(plan.fragment.start, plan.fragment.stop)
+            parts[plan.dp_rank] = ShardStep(plan, flat[bounds], grad.view(-1)[bounds], state, group, 1e-4)
         for part in parts.values():
             part.borrow_basis(
-                {link: parts[link.keeper].basis_payload(link)[0].reshape(-1) for link in part.plan.basis_borrowed}
+                {
+                    transfer: parts[transfer.keeper].basis_payload(transfer)[0].reshape(-1)
+                    for transfer in part.plan.basis_borrowed
+                }
             )
             part.project()
-        for link in matrix.links():
-            giver = parts[link.borrower]
-            payload = giver.payload(link, giver.low_rank, giver.grad_sq.sqrt(), giver.plan.region)
-            parts[link.keeper].add(link, torch.cat([tensor.reshape(-1) for tensor in payload]))
+        for transfer in matrix.transfers():
+            giver = parts[transfer.borrower]
+            payload = giver.payload(transfer, giver.low_rank, giver.grad_sq.sqrt(), giver.plan.region)
+            parts[transfer.keeper].add(transfer, torch.cat([tensor.reshape(-1) for tensor in payload]))
         sums = sum(torch.stack(part.advance()) for part in parts.values())
         squares = squares_of({0: sums}, {0: float(grad.square().sum())}, group)[0]
         scaled = torch.stack([part.scale(sums, squares) for part in parts.values()])[0]
@@ -174,8 +187,8 @@ def test_parts_make_the_step_of_the_whole(
 def hand_over(parts: dict[int, ShardStep], kept: dict[int, Any], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What one rank has of its region once its keeper has answered."""
     part, arrived = parts[rank], {}
-    for link in part.plan.borrowed:
-        keeper = parts[link.keeper]
-        payload = keeper.payload(link, *kept[link.keeper], keeper.plan.kept)
-        arrived[link] = torch.cat([tensor.reshape(-1) for tensor in payload])
+    for transfer in part.plan.borrowed:
+        keeper = parts[transfer.keeper]
+        payload = keeper.payload(transfer, *kept[transfer.keeper], keeper.plan.kept)
+        arrived[transfer] = torch.cat([tensor.reshape(-1) for tensor in payload])
     return part.complete(kept[rank], arrived)

@@ -1,0 +1,78 @@
+"""The low-rank way without processes: ranks that are threads make the steps of one process, refreshes included."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+
+import ds_fira
+from ds_fira.core.settings import GroupSettings
+from ds_fira.observe.metrics import StepMetrics
+from ds_fira.optim.settings import check_params
+from ds_fira.sharding.geometry import matrices_of, split
+from ds_fira.sharding.lowrank.step import LowRankMatrices
+from ds_fira.sharding.plan import plan_groups
+from ds_fira.sharding.refresher import Refresher
+from tests.unit.sharding.threads import Threads
+
+SHAPES = [(12, 40), (40, 12), (26, 37)]
+# Of the weights, in float64: R is summed in another order, and nothing else differs.
+TOLERANCE = 1e-9
+
+
+@pytest.mark.parametrize("evenly_sharded", [False, True])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"subspace": "gram", "refresh_moments": "rotate"}, {"scaling": "matrix", "refresh_moments": "reset"}],
+    ids=str,
+)
+def test_threads_make_the_steps_of_one_process(changed: dict[str, str], evenly_sharded: bool) -> None:
+    """Three ranks, seven steps, refreshes at the first, the fourth and the seventh."""
+    generator = torch.Generator().manual_seed(0)
+    given = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1, **changed}
+    group = check_params(given)
+    matrices, begin, ranks = [], 0, 3
+    for index, (m, n) in enumerate(SHAPES):
+        matrices += matrices_of(f"w{index}", (m, n), begin)
+        begin += m * n
+    size = -(-begin // ranks)
+    weights = torch.randn(size * ranks, dtype=torch.float64, generator=generator)
+    grads = [torch.randn(size * ranks, dtype=torch.float64, generator=generator) for _ in range(7)]
+    fragments = [split(matrix, size, ranks) for matrix in matrices]
+    # Refreshes that are as rare as this cost nothing, so that the low-rank way is chosen.
+    chosen = GroupSettings.of({**group, "update_proj_gap": 10**6})
+    # Evenly sharded: each matrix by itself, as ZeRO-3 splits it.
+    together = [[part] for part in fragments if len(part) > 1] if evenly_sharded else [fragments]
+    layouts = [plan_groups([(parts, size)], ranks, [chosen], evenly_sharded)[0] for parts in together]
+    low_rank = [matrix for layout in layouts for matrix in layout.low_rank.values()]
+    assert {matrix.side for matrix in low_rank} == {"left", "right"}
+    alone = [torch.nn.Parameter(matrix.matrix(weights).clone()) for matrix in matrices]
+    optimizer = ds_fira.FiraAdam(alone, **given)
+    for grad in grads:
+        for param, matrix in zip(alone, matrices, strict=True):
+            param.grad = matrix.matrix(grad).clone()
+        optimizer.step()
+    barrier, box = Barrier(ranks), [()] * ranks
+    numbers = {matrix.name: number for number, matrix in enumerate(matrices)}
+
+    def run(rank: int) -> torch.Tensor:
+        communicator, metrics = Threads(rank, barrier, box), StepMetrics()
+        param = torch.nn.Parameter(weights[rank * size : (rank + 1) * size].clone())
+        mine = [LowRankMatrices(layout.low_rank, communicator, numbers) for layout in layouts if layout.low_rank]
+        states = [one.allocate(param, group) for one in mine]
+        with torch.no_grad():
+            for grad in grads:
+                param.grad = grad[rank * size : (rank + 1) * size].clone()
+                for one, state in zip(mine, states, strict=True):
+                    one.step(param, state, group, 1e-4, Refresher(metrics), metrics)
+        return param.detach()
+
+    with ThreadPoolExecutor(ranks) as pool:
+        found = torch.cat(list(pool.map(run, range(ranks))))
+    stepped = {matrix.name for matrix in low_rank}
+    for param, matrix in zip(alone, matrices, strict=True):
+        if matrix.name in stepped:
+            torch.testing.assert_close(matrix.matrix(found), param.detach(), rtol=TOLERANCE, atol=TOLERANCE)

@@ -1,0 +1,40 @@
+"""Ranks that are threads of one process, for tests of what crosses ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Barrier
+
+import torch
+from torch import Tensor
+
+from ds_fira.sharding.comm import Communicator
+
+SECONDS = 60  # that a rank waits for the others
+
+
+class Threads(Communicator):
+    """One rank: its collectives go over a list that the ranks share, all else is the communicator's."""
+
+    def __init__(self, dp_rank: int, barrier: Barrier, box: list[Sequence[Tensor]]) -> None:
+        self.dp_rank, self.dp_size = dp_rank, len(box)
+        self.collectives = self.bytes_sent = 0
+        self._barrier, self._box = barrier, box
+
+    def _exchange(self, own: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        self._box[self.dp_rank] = own
+        self._barrier.wait(SECONDS)
+        all_of_them = list(self._box)
+        self._barrier.wait(SECONDS)
+        return all_of_them
+
+    def all_to_all(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Tensor:
+        """As the communicator's; what is sent is what is expected, and nothing goes to oneself."""
+        assert sent_counts[self.dp_rank] == 0
+        received = [pieces[self.dp_rank] for pieces in self._exchange(sent.clone().split(sent_counts))]
+        assert [piece.numel() for piece in received] == received_counts
+        return torch.cat(received)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """As the communicator's, added up in order of rank."""
+        return sum(other for (other,) in self._exchange((tensor.clone(),)))
