@@ -103,8 +103,10 @@ def update(task: MatrixTask) -> StepStats | None:
     phi, residual_sq, scaled_grad_sq = scale(grad_sq, low_rank_sq, direction_sq, bias_correction, settings, host)
     if settings.limiter == "growth":
         needed = F.residual_needed(residual_sq, scaled_grad_sq) & grad_finite
-        exact = {"side": state.side, "alpha": settings.inner_alpha, "needed": needed, "precision": precision}
-        residual_sq = where(needed, ops.residual_square(grad, basis, low_rank, phi, **exact), residual_sq)
+        if needed is not False:
+            options = {"side": state.side, "alpha": settings.inner_alpha, "needed": needed, "precision": precision}
+            exact = ops.residual_square(grad, basis, low_rank, phi, **options)
+            residual_sq = where(needed, scalar(exact, host), residual_sq)
     divisor = limit(residual_sq, scaled_grad_sq, state, settings, grad_finite, task.negligible_ratio)  # line 14: S
     phi, low_rank_update = combine(phi, low_rank, direction, bias_correction, divisor, state, settings)  # line 15
     ops.apply_update_(  # line 16: W

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import ds_fira
+from ds_fira.core.algorithms import FIRA_ADAM
 from ds_fira.core.settings import GroupSettings
 from ds_fira.observe.metrics import StepMetrics
-from ds_fira.optim.settings import check_params
 from ds_fira.sharding.geometry import matrices_of, split
 from ds_fira.sharding.lowrank.step import LowRankMatrices
 from ds_fira.sharding.plan import plan_groups
@@ -33,7 +33,7 @@ def test_threads_make_the_steps_of_one_process(changed: dict[str, str], evenly_s
     """Three ranks, seven steps, refreshes at the first, the fourth and the seventh."""
     generator = torch.Generator().manual_seed(0)
     given = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1, **changed}
-    group = check_params(given)
+    settings = GroupSettings(**given)
     matrices, begin, ranks = [], 0, 3
     for index, (m, n) in enumerate(SHAPES):
         matrices += matrices_of(f"w{index}", (m, n), begin)
@@ -43,7 +43,7 @@ def test_threads_make_the_steps_of_one_process(changed: dict[str, str], evenly_s
     grads = [torch.randn(size * ranks, dtype=torch.float64, generator=generator) for _ in range(7)]
     fragments = [split(matrix, size, ranks) for matrix in matrices]
     # Refreshes that are as rare as this cost nothing, so that the low-rank way is chosen.
-    chosen = GroupSettings.of({**group, "update_proj_gap": 10**6})
+    chosen = GroupSettings(**{**given, "update_proj_gap": 10**6})
     # Evenly sharded: each matrix by itself, as ZeRO-3 splits it.
     together = [[part] for part in fragments if len(part) > 1] if evenly_sharded else [fragments]
     layouts = [plan_groups([(parts, size)], ranks, [chosen], evenly_sharded)[0] for parts in together]
@@ -62,12 +62,12 @@ def test_threads_make_the_steps_of_one_process(changed: dict[str, str], evenly_s
         communicator, metrics = Threads(rank, barrier, box), StepMetrics()
         param = torch.nn.Parameter(weights[rank * size : (rank + 1) * size].clone())
         mine = [LowRankMatrices(layout.low_rank, communicator, numbers) for layout in layouts if layout.low_rank]
-        states = [one.allocate(param, group) for one in mine]
+        states = [one.allocate(param, settings, FIRA_ADAM) for one in mine]
         with torch.no_grad():
             for grad in grads:
                 param.grad = grad[rank * size : (rank + 1) * size].clone()
                 for one, state in zip(mine, states, strict=True):
-                    one.step(param, state, group, 1e-4, Refresher(metrics), metrics)
+                    one.step(param, state, settings, 1e-4, Refresher(metrics, "FiraAdam"), FIRA_ADAM)
         return param.detach()
 
     with ThreadPoolExecutor(ranks) as pool:
