@@ -7,6 +7,7 @@ import os
 from datetime import timedelta
 from typing import Any
 
+import deepspeed.ops
 import torch
 import torch.distributed
 from deepspeed import comm as dist
@@ -14,7 +15,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from torch.distributed import distributed_c10d
 
-from ds_fira.engine.deepspeed.attach import skip_shared_memory_op
 from ds_fira.runtime import launchers, lost_peer
 from ds_fira.runtime.contact import tell_lost_contact
 
@@ -49,6 +49,11 @@ def init_distributed(timeout: float | None = None) -> None:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.environ.get("GROUP_WORLD_SIZE") == "1":
             _meet_again(limit)
         dist.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=limit)
+
+
+def skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives on CPU: tens of seconds and a C++ compiler."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _meet_again(limit: timedelta) -> None:

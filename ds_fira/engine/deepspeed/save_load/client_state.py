@@ -12,61 +12,48 @@ over the ranks as they are saved.
 
 from __future__ import annotations
 
-import functools
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.monitor import forget_hook
 from ds_fira.engine.deepspeed.save_load.loadable import warn_if_unloadable
 from ds_fira.engine.deepspeed.save_load.rng import rng_state, set_rng_state
 from ds_fira.observe.metrics import StepMetrics
-from ds_fira.optim.base import LowRankOptimizer
 
 KEY = "ds_fira"
-_EXTENDED = "_fira_resume"
 
 
-def register_resume() -> None:
-    """Let every engine that trains with FiraAdam save and load what an exact resume needs.
+def save_with_resume_state(save: Callable[..., object], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> object:
+    """`save_checkpoint`: also saves what an exact resume needs."""
+    if not trains_ours(engine):
+        return save(engine, *args, **kwargs)
+    given = inspect.signature(save).bind(engine, *args, **kwargs)
+    given.apply_defaults()
+    client_state, tag = given.arguments["client_state"], given.arguments["tag"]
+    given.arguments["client_state"] = {**client_state, KEY: _state_of_all(engine)}
+    done = save(*given.args, **given.kwargs)
+    folder = Path(given.arguments["save_dir"], f"global_step{engine.global_steps}" if tag is None else str(tag))
+    warn_if_unloadable(engine, folder, client_state)
+    return done
 
-    Called by `import ds_fira`, and again without effect. Other engines go on as before.
-    """
-    if hasattr(DeepSpeedEngine.save_checkpoint, _EXTENDED):
-        return
-    save = DeepSpeedEngine.save_checkpoint
-    load = DeepSpeedEngine.load_checkpoint
-    save_signature, load_signature = inspect.signature(save), inspect.signature(load)
 
-    @functools.wraps(save)
-    def save_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(engine.basic_optimizer, LowRankOptimizer):
-            return save(engine, *args, **kwargs)
-        given = save_signature.bind(engine, *args, **kwargs)
-        given.apply_defaults()
-        client_state, tag = given.arguments["client_state"], given.arguments["tag"]
-        given.arguments["client_state"] = {**client_state, KEY: _state_of_all(engine)}
-        done = save(*given.args, **given.kwargs)
-        folder = Path(given.arguments["save_dir"], f"global_step{engine.global_steps}" if tag is None else str(tag))
-        warn_if_unloadable(engine, folder, client_state)
-        return done
-
-    @functools.wraps(load)
-    def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        path, client_state = load(engine, *args, **kwargs)
-        saved = client_state.pop(KEY, None) if client_state else None
-        given = load_signature.bind(engine, *args, **kwargs)
-        given.apply_defaults()
-        with_states = given.arguments["load_optimizer_states"] and not given.arguments["load_module_only"]
-        if saved is not None and with_states and isinstance(engine.basic_optimizer, LowRankOptimizer):
-            _restore(engine, saved)
-        return path, client_state
-
-    setattr(save_checkpoint, _EXTENDED, True)
-    DeepSpeedEngine.save_checkpoint = save_checkpoint
-    DeepSpeedEngine.load_checkpoint = load_checkpoint
+def load_with_resume_state(
+    load: Callable[..., tuple[Any, Any]], engine: DeepSpeedEngine, *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
+    """`load_checkpoint`: also takes over what `save_with_resume_state` saved, where states are loaded."""
+    path, client_state = load(engine, *args, **kwargs)
+    saved = client_state.pop(KEY, None) if client_state else None
+    given = inspect.signature(load).bind(engine, *args, **kwargs)
+    given.apply_defaults()
+    with_states = given.arguments["load_optimizer_states"] and not given.arguments["load_module_only"]
+    if saved is not None and with_states and trains_ours(engine):
+        _restore(engine, saved)
+    return path, client_state
 
 
 def _state_of_all(engine: Any) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from ds_fira.checkpoint.named_state import KEY, SavedState
 from ds_fira.checkpoint.reconcile import SavedGroup, carry_schedule, refuse_changed_structure
 from ds_fira.checkpoint.safe_load import only_safe_loads
+from ds_fira.engine.deepspeed.attach import attach
+from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.projection import project_as_saved
 from ds_fira.engine.deepspeed.save_load.check import agree, require_loadable, require_own_share
 from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, CheckpointFiles, normalized
@@ -53,7 +55,7 @@ def saved_elsewhere(engine: Any, folder: Path) -> bool:
             error = raised
     agree(optimizer.communicator, error, optimizer.algorithm.name)
     layout = optimizer.communicator.gather_objects(layout)[0]
-    return layout is not None and layout != optimizer.layout_digest
+    return layout is not None and layout != optimizer.attachment.digest
 
 
 def saved_groups(engine: Any, folder: Path) -> list[SavedGroup]:
@@ -227,48 +229,35 @@ def _load_untrained(engine: Any, values: Mapping[str, Tensor]) -> None:
                     param.data.copy_(values[name])
 
 
-def register_checkpoint(attach: Callable[[Any], None]) -> None:
-    """Extend DeepSpeed's loading for engines that train with FiraAdam; again without effect.
+def load_states(
+    load_checkpoint: Callable[..., Any], engine: DeepSpeedEngine, load_dir: str, tag: str, **options: Any
+) -> Any:
+    """`_load_checkpoint`: loads what other ranks, another stage or dtype saved; runs no code of a file."""
+    engine.fira_has_loaded = False
+    if not trains_ours(engine):
+        return load_checkpoint(engine, load_dir, tag, **options)
+    optimizer, folder = engine.basic_optimizer, Path(load_dir, str(tag))
+    optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
+    with only_safe_loads(not optimizer.unpickle_checkpoints):
+        if not optimizer.unpickle_checkpoints:
+            # Stage 3 takes the weights from the optimizer's files.
+            require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3)
+        if optimizer_too:
+            project_as_saved(optimizer, saved_groups(engine, folder), functools.partial(attach, engine))
+        if optimizer_too and saved_elsewhere(engine, folder):
+            load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
+            loaded = load_elsewhere(engine, folder, load_engine_state, options)
+            engine.fira_has_loaded = True
+            return loaded
+        if optimizer_too:
+            with stepped_params(engine):
+                require_own_share(engine, folder)
+        return load_checkpoint(engine, load_dir, tag, **options)
 
-    Args:
-        attach: tells an engine's optimizer what lies where, where a checkpoint changes what is projected.
-    """
-    load_checkpoint, load_zero = DeepSpeedEngine._load_checkpoint, DeepSpeedEngine._load_zero_checkpoint
-    if hasattr(load_zero, "__wrapped__"):
-        return
 
-    @functools.wraps(load_checkpoint)
-    def _load_checkpoint(engine: Any, load_dir: str, tag: str, **options: Any) -> Any:
-        engine.fira_has_loaded = False
-        optimizer = engine.basic_optimizer
-        if not isinstance(optimizer, LowRankOptimizer):
-            return load_checkpoint(engine, load_dir, tag, **options)
-        folder = Path(load_dir, str(tag))
-        optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
-        with only_safe_loads(not optimizer.unpickle_checkpoints):
-            if not optimizer.unpickle_checkpoints:
-                # Stage 3 takes the weights from the optimizer's files.
-                require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3)
-            if optimizer_too:
-                project_as_saved(optimizer, saved_groups(engine, folder), functools.partial(attach, engine))
-            if optimizer_too and saved_elsewhere(engine, folder):
-                load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
-                loaded = load_elsewhere(engine, folder, load_engine_state, options)
-                engine.fira_has_loaded = True
-                return loaded
-            if optimizer_too:
-                with stepped_params(engine):
-                    require_own_share(engine, folder)
-            return load_checkpoint(engine, load_dir, tag, **options)
-
-    @functools.wraps(load_zero)
-    def _load_zero_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> bool:
-        if engine.fira_has_loaded:
-            return True
-        optimizer = engine.basic_optimizer
-        ours = isinstance(optimizer, LowRankOptimizer)
-        with only_safe_loads(ours and not optimizer.unpickle_checkpoints):
-            return load_zero(engine, *args, **kwargs)
-
-    DeepSpeedEngine._load_checkpoint = _load_checkpoint
-    DeepSpeedEngine._load_zero_checkpoint = _load_zero_checkpoint
+def load_zero_states(load_zero: Callable[..., bool], engine: DeepSpeedEngine, *args: Any, **kwargs: Any) -> bool:
+    """`_load_zero_checkpoint`: only where `load_states` has not loaded the states; runs no code of a file."""
+    if getattr(engine, "fira_has_loaded", False):
+        return True
+    with only_safe_loads(trains_ours(engine) and not engine.basic_optimizer.unpickle_checkpoints):
+        return load_zero(engine, *args, **kwargs)

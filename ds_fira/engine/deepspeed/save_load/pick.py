@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import deepspeed.runtime.engine as deepspeed_engine
 from deepspeed import comm as dist
-from deepspeed.utils import logger, zero_to_fp32
+from deepspeed.utils import logger
 
 from ds_fira.checkpoint import atomic_save
 from ds_fira.checkpoint.atomic_save import CheckpointError
@@ -24,6 +24,9 @@ from ds_fira.checkpoint.tag_folder import beside
 from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, OPTIMIZER_FILE, load
 from ds_fira.sharding.comm import Communicator
 
+T = TypeVar("T")
+# The tag that is being loaded and the names of its files, where its manifest lists them.
+_loading: ContextVar[tuple[str | None, Collection[str] | None]] = ContextVar("_loading", default=(None, None))
 _warned: set[Path] = set()
 
 
@@ -219,35 +222,21 @@ def _find_missing_ranks(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def only_listed_files(folder: Path, tag: str) -> Iterator[None]:
-    """Hide from DeepSpeed what lies in a checkpoint's folder and does not belong to it.
-
-    Loading the weights alone at stage 3, it would also read what `latest` names, whatever the tag.
-    """
-    listed = atomic_save.listed_files(folder / tag)
-
-    def belongs(path: str) -> bool:
-        return listed is None or Path(path).name in listed
-
-    cls = deepspeed_engine.DeepSpeedEngine
-    find, find_shards, consolidate = (
-        cls._get_all_ckpt_names,
-        zero_to_fp32.get_checkpoint_files,
-        deepspeed_engine.get_fp32_state_dict_from_zero_checkpoint,
-    )
-
-    def find_listed(self: Any, *args: Any) -> list[str]:
-        return [path for path in find(self, *args) if belongs(path)]
-
-    def find_listed_shards(*args: Any) -> list[str]:
-        return [path for path in find_shards(*args) if belongs(path)]
-
-    def consolidate_tag(checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        return consolidate(checkpoint_dir, tag, *args, **kwargs)
-
+    """Hide from DeepSpeed what lies in a checkpoint's folder and does not belong to it, while it loads the tag."""
+    token = _loading.set((tag, atomic_save.listed_files(folder / tag)))
     try:
-        cls._get_all_ckpt_names, zero_to_fp32.get_checkpoint_files = find_listed, find_listed_shards
-        deepspeed_engine.get_fp32_state_dict_from_zero_checkpoint = consolidate_tag
         yield
     finally:
-        cls._get_all_ckpt_names, zero_to_fp32.get_checkpoint_files = find, find_shards
-        deepspeed_engine.get_fp32_state_dict_from_zero_checkpoint = consolidate
+        _loading.reset(token)
+
+
+def find_listed(find: Callable[..., list[str]], *args: object) -> list[str]:
+    """`_get_all_ckpt_names` and `get_checkpoint_files`: without files that do not belong to the tag that is loaded."""
+    _, listed = _loading.get()
+    return [path for path in find(*args) if listed is None or Path(path).name in listed]
+
+
+def consolidate_tag(consolidate: Callable[..., T], checkpoint_dir: str, *args: object, **kwargs: object) -> T:
+    """`get_fp32_state_dict_from_zero_checkpoint`: of the tag that is loaded; DeepSpeed reads what `latest` names."""
+    tag, _ = _loading.get()
+    return consolidate(checkpoint_dir, *(args if tag is None else (tag, *args)), **kwargs)

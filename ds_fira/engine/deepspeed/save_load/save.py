@@ -12,7 +12,6 @@ and ends with the epilogue of stage 3, if any, and one barrier.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import secrets
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from ds_fira.checkpoint import atomic_save, folder_lock
 from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.checkpoint.manifest import FORMAT, MARK
 from ds_fira.checkpoint.save_errors import save_sentence
+from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.save_load.client_state import KEY
 from ds_fira.engine.deepspeed.save_load.files import OUTER
 from ds_fira.engine.deepspeed.save_load.pick import choose, only_listed_files, owns_storage
@@ -37,51 +37,40 @@ from ds_fira.sharding.comm import Communicator
 _warned: set[str] = set()
 
 
-def guard_checkpoints(uses_fira: Callable[[Any], bool]) -> None:
-    """Extend these methods of `DeepSpeedEngine`; once in a process.
+def save_whole(save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`save_checkpoint`: writes into a staging folder, which takes its place once it is complete."""
+    call = _bind(save, args, kwargs)
+    engine = call.arguments["self"]
+    if trains_ours(engine) and call.arguments["save_dir"] and _can_stage(engine):
+        return _Save(engine, call).run(save)
+    return save(*args, **kwargs)
 
-    Args:
-        uses_fira: whether an engine trains with FiraAdam; others keep DeepSpeed's own methods.
-    """
-    save, load = DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint
-    configure, destroy = DeepSpeedEngine._configure_checkpointing, DeepSpeedEngine.destroy
 
-    @functools.wraps(save)
-    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        call = _bind(save, args, kwargs)
-        engine = call.arguments["self"]
-        if uses_fira(engine) and call.arguments["save_dir"] and _can_stage(engine):
-            return _Save(engine, call).run(save)
-        return save(*args, **kwargs)
+def load_whole(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`load_checkpoint`: takes the newest complete checkpoint, the same on every rank."""
+    call = _bind(load, args, kwargs)
+    engine = call.arguments["self"]
+    if trains_ours(engine) and _can_stage(engine) and not engine.load_universal_checkpoint():
+        # Asked for both, DeepSpeed looks for the weights of stage 3 where that stage saves none, and says nothing.
+        call.arguments["load_optimizer_states"] &= not call.arguments["load_module_only"]
+        tag = call.arguments["tag"] = choose(engine, call)
+        if tag is not None:
+            with only_listed_files(Path(call.arguments["load_dir"]), tag):
+                return load(*call.args, **call.kwargs)
+    return load(*call.args, **call.kwargs)
 
-    @functools.wraps(load)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        call = _bind(load, args, kwargs)
-        engine = call.arguments["self"]
-        if uses_fira(engine) and _can_stage(engine) and not engine.load_universal_checkpoint():
-            # Asked for both, DeepSpeed looks for the weights of stage 3 where that stage saves none, and says nothing.
-            call.arguments["load_optimizer_states"] &= not call.arguments["load_module_only"]
-            tag = call.arguments["tag"] = choose(engine, call)
-            if tag is not None:
-                with only_listed_files(Path(call.arguments["load_dir"]), tag):
-                    return load(*call.args, **call.kwargs)
-        return load(*call.args, **call.kwargs)
 
-    @functools.wraps(configure)
-    def _configure_checkpointing(engine: Any) -> None:
-        configure(engine)
-        if uses_fira(engine):
-            tell_lost_contact()
+def explain_lost_contact(configure: Callable[..., None], engine: DeepSpeedEngine) -> None:
+    """`_configure_checkpointing`: a process that an error of communication ends says so after the traceback."""
+    configure(engine)
+    if trains_ours(engine):
+        tell_lost_contact()
 
-    @functools.wraps(destroy)
-    def destroy_engine(engine: Any) -> None:
-        folder_lock.release(engine)
-        destroy(engine)
 
-    DeepSpeedEngine.destroy = destroy_engine
-    DeepSpeedEngine._configure_checkpointing = _configure_checkpointing
-    DeepSpeedEngine.save_checkpoint = save_checkpoint
-    DeepSpeedEngine.load_checkpoint = load_checkpoint
+def release_folder(destroy: Callable[..., None], engine: DeepSpeedEngine) -> None:
+    """`destroy`: another run may save into the folder from now on."""
+    folder_lock.release(engine)
+    destroy(engine)
 
 
 def _bind(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
