@@ -15,20 +15,28 @@ Written against DeepSpeed 0.19.8. Beside what `ds_fira.engine.deepspeed.attach` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CATEGORIES = ("parameters", "master_weights", "optimizer_states", "gradients", "buffers")
 
 
-def is_offloaded(engine: Any) -> bool:
+class Engine(Protocol):
+    """What is read of a DeepSpeed engine; `optimizer` is a wrapper, or at stage 0 in fp32 the optimizer itself."""
+
+    module: nn.Module
+    optimizer: object
+    basic_optimizer: torch.optim.Optimizer
+
+
+def is_offloaded(engine: Engine) -> bool:
     """Whether the optimizer's part of the engine works on host memory."""
     return any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer"))
 
 
-def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
+def held_tensors(engine: Engine) -> dict[str, list[Tensor]]:
     """Tensors by purpose at this moment; a tensor may share its storage with one of an earlier purpose.
 
     Args:
@@ -45,7 +53,7 @@ def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
         stepped = [param for group in optimizer.param_groups for param in group["params"]]
     parameters = list(engine.module.parameters())
 
-    def of(*names: str) -> list[Any]:
+    def of(*names: str) -> list[object]:
         return [getattr(wrapper, name, None) for name in names]
 
     gradients = [
@@ -74,7 +82,7 @@ def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
     return {name: list(_tensors(tensors)) for name, tensors in nested.items()}
 
 
-def engine_bytes(engine: Any) -> dict[str, int]:
+def engine_bytes(engine: Engine) -> dict[str, int]:
     """Bytes that an engine holds now, on device and host, by `CATEGORIES`.
 
     A storage counts once, in the first category that has it.
@@ -94,7 +102,7 @@ def engine_bytes(engine: Any) -> dict[str, int]:
     return result
 
 
-def backward_bytes(engine: Any, backward: Callable[[], object]) -> dict[str, int]:
+def backward_bytes(engine: Engine, backward: Callable[[], object]) -> dict[str, int]:
     """Run a backward pass and give the most that the engine held of every category.
 
     That is at its end, or as ZeRO-1 begins to reduce, while it still has the gradients of the whole model.
@@ -110,11 +118,11 @@ def backward_bytes(engine: Any, backward: Callable[[], object]) -> dict[str, int
         backward()
     else:
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def look_first(*args: object, **kwargs: object) -> object:
             looks.append(engine_bytes(engine))
             return reduce_gradients(*args, **kwargs)
 
-        wrapper.reduce_gradients = watched
+        wrapper.reduce_gradients = look_first
         try:
             backward()
         finally:
@@ -123,7 +131,7 @@ def backward_bytes(engine: Any, backward: Callable[[], object]) -> dict[str, int
     return {category: max(look[category] for look in looks) for category in CATEGORIES}
 
 
-def _tensors(nested: Any) -> Iterator[Tensor]:
+def _tensors(nested: object) -> Iterator[Tensor]:
     """The tensors in nested lists and dictionaries; None and numbers are passed over."""
     if isinstance(nested, Tensor):
         yield nested

@@ -1,17 +1,11 @@
 """How our optimizers come into a DeepSpeed engine: made from the config, checked, and told what lies where.
 
-Written against DeepSpeed 0.17 to 0.19. What it relies on, beside what `flat_groups` in this folder does:
-
-- stage 0: `FP16_UnfusedOptimizer` keeps an fp32 copy `fp32_groups[i][j]` of every parameter `fp16_groups[i][j]`; in
-  fp32 the optimizer steps the module's own parameters.
-
-lp means the module's low-precision parameters, hp the high-precision master weights the optimizer steps.
+`patches.py` says which methods of the engine this wraps, and `flat_groups.py` reads where DeepSpeed puts parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
 import deepspeed
 import torch
@@ -19,13 +13,13 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from ds_fira.checkpoint.slices import Piece
+from ds_fira.checkpoint.reconcile import Members
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.param_shape import shape_of
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
-from ds_fira.engine.deepspeed.flat_groups import FlatGroup, flat_groups
+from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
-from ds_fira.engine.deepspeed.recorded_layers import watch_weights
+from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.save_load.files import normalized
 from ds_fira.engine.deepspeed.unsupported import (
     refuse_object,
@@ -105,25 +99,6 @@ def attach_built(
         attach(engine)
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Parameters that the engine steps together.
-
-    Attributes:
-        number: of the optimizer's param group.
-        lp_params: the module's parameters.
-        slices: by stepped tensor, what it holds of them.
-        gradient_dtypes: by stepped tensor, the dtype in which its gradient was computed.
-        flat: where they lie in a flat tensor; None where every parameter is stepped by itself.
-    """
-
-    number: int
-    lp_params: list[Tensor]
-    slices: dict[Tensor, tuple[Piece, ...]]
-    gradient_dtypes: dict[Tensor, torch.dtype]
-    flat: FlatGroup | None = None
-
-
 def attach(engine: DeepSpeedEngine) -> None:
     """Tell the engine's optimizer what lies where, once the engine has built its optimizer wrapper; a collective call.
 
@@ -134,16 +109,14 @@ def attach(engine: DeepSpeedEngine) -> None:
     optimizer: LowRankOptimizer = engine.basic_optimizer
     communicator, stage = Communicator(engine.seq_data_parallel_group), engine.zero_optimization_stage()
     names = {id(param): name for name, param in normalized(dict(engine.module.named_parameters())).items()}
-    if stage == 0:
-        groups, layouts, matrices = _replicated_groups(engine, optimizer, names), [], {}
-    else:
-        flats = flat_groups(engine.optimizer, communicator.dp_size)
+    flats, layouts, matrices = stepped_groups(engine, communicator.dp_size), [], {}
+    if stage > 0:
         project_as_flat(optimizer, flats, communicator)
-        groups = [_flat_group(flat, names, communicator.dp_rank) for flat in flats]
         layouts, matrices = _plan_flats(optimizer, flats, names, communicator, stage)
+    groups = optimizer.param_groups
     members = [
-        [(names.get(id(p), ""), shape_of(p)) for group in groups if group.number == number for p in group.lp_params]
-        for number in range(len(optimizer.param_groups))
+        [(names.get(id(p), ""), shape_of(p)) for flat in flats if flat.group == number for p in flat.lp_params]
+        for number in range(len(groups))
     ]
     optimizer.attach(
         EngineAttachment(
@@ -151,53 +124,42 @@ def attach(engine: DeepSpeedEngine) -> None:
             replicated=stage == 0,
             members=members,
             inventory=[
-                ParamRecord.of(names.get(id(param), ""), shape_of(param), optimizer.param_groups[group.number])
-                for group in groups
-                for param in group.lp_params
+                ParamRecord.of(names.get(id(param), ""), shape_of(param), groups[flat.group])
+                for flat in flats
+                for param in flat.lp_params
             ],
             layouts=layouts,
-            slices={tensor: held for group in groups for tensor, held in group.slices.items()},
+            slices={flat.hp_partition: flat.slices(names, communicator.dp_rank) for flat in flats},
             matrices=matrices,
-            gradient_dtypes={tensor: dtype for group in groups for tensor, dtype in group.gradient_dtypes.items()},
+            gradient_dtypes={flat.hp_partition: flat.lp_params[0].dtype for flat in flats},
             digest=digest(
                 (stage, type(engine.optimizer).__name__, communicator.dp_size),
                 members,
-                [group.flat.partitioning for group in groups if group.flat is not None],
+                [flat.partitioning for flat in flats if stage > 0],
                 layouts,
-                *_structure(optimizer, groups, members),
+                [_structure(group, listed) for group, listed in zip(groups, members, strict=True)],
+                [
+                    (
+                        part[0].group,
+                        groups[part[0].group]["state_dtype"],
+                        sorted({d for flat in part for d in flat.dtypes}),
+                    )
+                    for part in ([[flat] for flat in flats] if stage > 0 else by_group(flats))
+                ],
             ),
         )
     )
     if optimizer.recorder is not None:
-        watch_weights(engine, optimizer, names)
+        record_weights(engine, optimizer, flats, names)
 
 
-def _replicated_groups(engine: DeepSpeedEngine, optimizer: LowRankOptimizer, names: dict[int, str]) -> list[_Group]:
-    """The groups of stage 0, where every rank steps every parameter."""
-    stepped = [list(group["params"]) for group in optimizer.param_groups]
-    pairs = zip(stepped, getattr(engine.optimizer, "fp16_groups", stepped), strict=True)
-    return [
-        _Group(
-            number,
-            lp_params,
-            {
-                param: (Piece(names.get(id(lp_param), ""), 0, 0, param.numel()),)
-                for param, lp_param in zip(params, lp_params, strict=True)
-            },
-            {param: lp_param.dtype for param, lp_param in zip(params, lp_params, strict=True)},
-        )
-        for number, (params, lp_params) in enumerate(pairs)
-    ]
-
-
-def _flat_group(flat: FlatGroup, names: dict[int, str], dp_rank: int) -> _Group:
-    """One group of the stages 1 to 3."""
-    pieces = tuple(
-        Piece(names.get(id(flat.lp_params[piece.index]), ""), piece.offset, piece.start, piece.stop)
-        for piece in flat.pieces(dp_rank)
+def _structure(group: Mapping[str, object], members: Members) -> tuple[object, ...]:
+    """The settings of a param group that decide how its states are laid out, and what it leaves unprojected."""
+    return (
+        *(group.get("rank"), group["proj_type"], group["formulation"]),
+        *((group[KEY],) if KEY in group else ()),
+        *((name for name, shape in members if not is_projected(shape, group)) if "rank" in group else ()),
     )
-    stepped = flat.hp_partition
-    return _Group(flat.group, flat.lp_params, {stepped: pieces}, {stepped: flat.lp_params[0].dtype}, flat)
 
 
 def _plan_flats(
@@ -227,27 +189,3 @@ def _numbers(matrices: list[str], names: Iterable[str]) -> dict[str, int]:
     order = {name: position for position, name in enumerate(names)}
     in_order = sorted(matrices, key=lambda matrix: order.get(matrix.partition("[")[0], len(order)))
     return {matrix: number for number, matrix in enumerate(in_order)}
-
-
-def _structure(
-    optimizer: LowRankOptimizer, groups: list[_Group], members: list[list[tuple[str, tuple[int, ...]]]]
-) -> tuple[list[tuple[object, ...]], list[tuple[int, str, list[str]]]]:
-    """Of the settings and dtypes what decides how states are laid out; state dicts are told apart by it."""
-    structure = [
-        (
-            *(group.get("rank"), group["proj_type"], group["formulation"]),
-            *((group[KEY],) if KEY in group else ()),
-            # Of a group with a rank what it leaves unprojected, if anything.
-            *((name for name, shape in listed if not is_projected(shape, group)) if "rank" in group else ()),
-        )
-        for group, listed in zip(optimizer.param_groups, members, strict=True)
-    ]
-    kinds = [
-        (
-            group.number,
-            optimizer.param_groups[group.number]["state_dtype"],
-            sorted({str(param.dtype) for param in group.lp_params}),
-        )
-        for group in groups
-    ]
-    return structure, kinds

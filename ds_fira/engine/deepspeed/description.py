@@ -51,13 +51,13 @@ class Description(TypedDict):
 
     Attributes:
         settings: by name.
-        parameters: of the module, each by name, shape, dtype and whether it is trained.
-        groups: of the parameters that were given, their names, by param group.
+        parameters: of the module, each by its name and a text.
+        groups: of every param group that was given, its parameters, each by its name.
     """
 
     settings: dict[str, object]
-    parameters: list[list[object]]
-    groups: list[list[str]]
+    parameters: list[list[str]]
+    groups: list[list[list[str]]]
 
 
 def describe_config(config: object) -> dict[str, object]:
@@ -69,15 +69,15 @@ def describe_config(config: object) -> dict[str, object]:
     return {name: value for name, value in found.items() if not name.endswith(("path", "_dir"))}
 
 
-def describe_module(module: nn.Module) -> list[list[object]]:
-    """Name, shape, dtype and whether it is trained, of every parameter in the module's order."""
+def describe_module(module: nn.Module) -> list[list[str]]:
+    """Every parameter in the module's order: its name, and its shape, dtype and whether it is frozen."""
     return [
-        [name, list(shape_of(param)), str(param.dtype).removeprefix("torch."), param.requires_grad]
+        [name, f"{shape_of(param)} {str(param.dtype)[6:]}{'' if param.requires_grad else ', frozen'}"]
         for name, param in module.named_parameters()
     ]
 
 
-def describe_groups(module: nn.Module, items: Iterable[object]) -> tuple[dict[str, object], list[list[str]]]:
+def describe_groups(module: nn.Module, items: Iterable[object]) -> tuple[dict[str, object], list[list[list[str]]]]:
     """The settings of param groups, and the names of their parameters.
 
     Args:
@@ -96,7 +96,7 @@ def describe_groups(module: nn.Module, items: Iterable[object]) -> tuple[dict[st
         params = group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         params = [item[1] if isinstance(item, tuple) else item for item in params]
-        members.append([names.get(id(param), f"a tensor {tuple(shape_of(param))}") for param in params])
+        members.append([[names.get(id(param), f"a tensor {shape_of(param)}")] for param in params])
     return settings, members
 
 
@@ -146,16 +146,14 @@ def describe_difference(descriptions: Mapping[int, Description]) -> str | None:
     else:
         for number, lists in enumerate(zip(*given.values(), strict=True)):
             where = "the given" if set(counts.values()) == {"1"} else f"param group {number}'s"
-            found += _differing_lists(
-                where, dict(zip(given, ([[name] for name in each] for each in lists), strict=True))
-            )
+            found += _differing_lists(where, dict(zip(given, lists, strict=True)))
     if not found:
         return None
     more = f", and {len(found) - SHOWN} more differences" if len(found) > SHOWN else ""
     return "; ".join(found[:SHOWN]) + more
 
 
-def _differing_lists(whose: str, lists: Mapping[int, list[list[object]]]) -> list[str]:
+def _differing_lists(whose: str, lists: Mapping[int, list[list[str]]]) -> list[str]:
     """Where lists of parameters first differ: those that some ranks lack, else the first that is another one."""
     usual = _usual({rank: json.dumps(each) for rank, each in lists.items()})
     names = {rank: [entry[0] for entry in each] for rank, each in lists.items()}
@@ -175,17 +173,9 @@ def _differing_lists(whose: str, lists: Mapping[int, list[list[object]]]) -> lis
         if parts:
             return [f"of {whose} parameters rank {rank} {' and '.join(parts)}"]
         place = next((i for i, pair in enumerate(zip(each, lists[usual], strict=False)) if pair[0] != pair[1]), -1)
-        entries = {other: _parameter(items[place]) if items else "none" for other, items in lists.items()}
+        entries = {other: " ".join(items[place]) if items else "none" for other, items in lists.items()}
         return [f"{whose} parameter {place} is {_by_rank(entries)}"]
     return []
-
-
-def _parameter(entry: list[object]) -> str:
-    name, *rest = entry
-    if not rest:
-        return name
-    shape, dtype, trained = rest
-    return f"{name} {tuple(shape)} {dtype}{'' if trained else ', frozen'}"
 
 
 def _shown(value: object) -> str:

@@ -1,7 +1,10 @@
-"""What lies where in ZeRO's flat partitions: reads the private books of DeepSpeed's optimizer wrappers.
+"""Where DeepSpeed puts parameters that its optimizer steps: reads private attributes of its optimizer wrappers.
 
-Written against DeepSpeed 0.17 to 0.19. What it relies on:
+lp means the module's low-precision parameters, hp the high-precision master weights that the optimizer steps. Written
+against DeepSpeed 0.17 to 0.19. What it relies on:
 
+- `FP16_UnfusedOptimizer` (stage 0) keeps an fp32 copy of every parameter `fp16_groups[i][j]` at that place of the
+  optimizer's groups; in fp32 the optimizer steps the module's own parameters.
 - `DeepSpeedZeroOptimizer` (stages 1 and 2): the flat buffer of group i holds `round_robin_bit16_groups[i]` at
   `round_robin_bit16_offsets[i]`; this rank's master partition is `single_partition_of_fp32_groups[i]`.
 - `BF16_Optimizer` (stage 1, bf16 with fp32 accumulation): `bf16_groups[i]` back to back in
@@ -19,19 +22,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from ds_fira.checkpoint.slices import Piece as ParamSlice
 from ds_fira.core.param_shape import numel_of, shape_of
 from ds_fira.sharding.geometry import MatrixShard, Partitioning, Piece, matrices_of
 
 
 @dataclass(frozen=True, slots=True)
 class FlatGroup:
-    """Parameters that ZeRO steps as one flat tensor on each rank.
+    """Parameters that are stepped as one tensor: of ZeRO a flat one, cut over the ranks; at stage 0 one parameter.
 
     Attributes:
-        group: the number of the optimizer's param group that they belong to; at stage 3 several may belong to one.
-        hp_partition: the flat master partition on this rank.
+        group: the number of the optimizer's param group that they belong to; at stages 0 and 3 several belong to one.
+        hp_partition: the tensor that is stepped on this rank.
         lp_params: the module's parameters, in the order of the flat tensor.
         partitioning: where they lie.
     """
@@ -40,6 +45,20 @@ class FlatGroup:
     hp_partition: Tensor
     lp_params: list[Tensor]
     partitioning: Partitioning
+
+    @property
+    def dtypes(self) -> set[str]:
+        """Of the module's parameters."""
+        return {str(param.dtype) for param in self.lp_params}
+
+    def slices(self, names: dict[int, str], dp_rank: int) -> tuple[ParamSlice, ...]:
+        """The elements of parameters in a rank's tensor, by their names, those by their `id`."""
+        if self.partitioning.partition_size == 0:  # a parameter without elements, at stage 0
+            return (ParamSlice(names.get(id(self.lp_params[0]), ""), 0, 0, 0),)
+        return tuple(
+            ParamSlice(names.get(id(self.lp_params[piece.index]), ""), piece.offset, piece.start, piece.stop)
+            for piece in self.pieces(dp_rank)
+        )
 
     def pieces(self, dp_rank: int) -> list[Piece]:
         """What of which parameter of `lp_params` lies where in a rank's partition; padding is left out."""
@@ -59,6 +78,33 @@ class FlatGroup:
             for index, param in enumerate(self.lp_params)
             for matrix in matrices_of(names.get(id(param), f"parameter {self.group}.{index}"), shape_of(param))
         ]
+
+
+def by_group(flats: list[FlatGroup]) -> list[list[FlatGroup]]:
+    """Those of every param group."""
+    return [list(part) for _, part in itertools.groupby(flats, key=lambda flat: flat.group)]
+
+
+def stepped_groups(engine: DeepSpeedEngine, ranks: int) -> list[FlatGroup]:
+    """What the optimizer of an engine steps, in its order: at stage 0 every parameter, else ZeRO's flat groups.
+
+    Args:
+        engine: its optimizer wrapper is built.
+        ranks: that ZeRO partitions over.
+
+    Raises:
+        RuntimeError: as of `flat_groups`.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return flat_groups(engine.optimizer, ranks)
+    hp_groups = [list(group["params"]) for group in engine.basic_optimizer.param_groups]
+    return [
+        FlatGroup(number, hp_param, [lp_param], _in_buffer([lp_param], [0], lp_param.numel(), 1))
+        for number, params in enumerate(
+            zip(hp_groups, getattr(engine.optimizer, "fp16_groups", hp_groups), strict=True)
+        )
+        for hp_param, lp_param in zip(*params, strict=True)
+    ]
 
 
 def flat_groups(wrapper: ZeROOptimizer, ranks: int) -> list[FlatGroup]:
