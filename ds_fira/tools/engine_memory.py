@@ -1,6 +1,6 @@
 """What a live DeepSpeed engine holds, by purpose: reads DeepSpeed's private attributes.
 
-Written against DeepSpeed 0.19.8. Beside what `ds_fira.engine.deepspeed.attach` relies on:
+Written against DeepSpeed 0.19.8. Beside what `ds_fira.engine.deepspeed.flat_groups` relies on:
 
 - `DeepSpeedZeroOptimizer.averaged_gradients`: by group, the gradients of this rank's partition after a backward pass;
   with fp32 accumulation a parameter's `grad_accum`; under offload also `accumulated_grads_in_cpu`.
@@ -9,12 +9,11 @@ Written against DeepSpeed 0.19.8. Beside what `ds_fira.engine.deepspeed.attach` 
 - `DeepSpeedZeroOptimizer_Stage3`: `ds_tensor` of a parameter is this rank's slice, in `lp_param_buffer` or, offloaded,
   in `param_groups_fp16_flat_cpu_memory`; `fp32_partitioned_groups_flat` are the master weights (in fp32 the slices
   themselves); `grad_partitions_flat_buffer` the gradients of the slices, on the host under offload.
-- `reduce_gradients` of ZeRO-1 is called at the end of the last backward pass, before any gradient is given up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -100,35 +99,6 @@ def engine_bytes(engine: Engine) -> dict[str, int]:
                 seen.add(storage.data_ptr())
                 result[category] += storage.nbytes()
     return result
-
-
-def backward_bytes(engine: Engine, backward: Callable[[], object]) -> dict[str, int]:
-    """Run a backward pass and give the most that the engine held of every category.
-
-    That is at its end, or as ZeRO-1 begins to reduce, while it still has the gradients of the whole model.
-
-    Args:
-        engine: a DeepSpeed engine.
-        backward: makes the backward pass, `engine.backward` included, and no step.
-    """
-    looks: list[dict[str, int]] = []
-    wrapper = engine.optimizer
-    reduce_gradients = getattr(wrapper, "reduce_gradients", None)
-    if reduce_gradients is None:
-        backward()
-    else:
-
-        def look_first(*args: object, **kwargs: object) -> object:
-            looks.append(engine_bytes(engine))
-            return reduce_gradients(*args, **kwargs)
-
-        wrapper.reduce_gradients = look_first
-        try:
-            backward()
-        finally:
-            del wrapper.reduce_gradients
-    looks.append(engine_bytes(engine))
-    return {category: max(look[category] for look in looks) for category in CATEGORIES}
 
 
 def _tensors(nested: object) -> Iterator[Tensor]:

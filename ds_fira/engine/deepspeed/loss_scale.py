@@ -11,8 +11,9 @@ Written against DeepSpeed 0.17 to 0.19. What it relies on, and the reports of wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -25,12 +26,10 @@ from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.optim.base import LowRankOptimizer
 
 T = TypeVar("T")
-# Of the stages 0, 1 and 2, 3.
-WRAPPERS = (FP16_UnfusedOptimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
 Wrapper = FP16_UnfusedOptimizer | DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3
-
-
-# By optimizer wrapper during its step, what it would have told the loss scaler.
+# Of the stages 0, 1 and 2, 3.
+WRAPPERS = get_args(Wrapper)
+# On a wrapper during its step: what it would have told the loss scaler.
 _PUT_OFF = "_fira_put_off"
 
 
@@ -38,24 +37,25 @@ def grow_after_step(step: Callable[..., T], wrapper: Wrapper, *args: object, **k
     """`step` of a wrapper: the loss scale grows once the gradients that were made with the old one are used."""
     if not isinstance(wrapper.optimizer, LowRankOptimizer):
         return step(wrapper, *args, **kwargs)
-    put_off: list[bool] = []
+    put_off: list[Callable[[], None]] = []
     vars(wrapper)[_PUT_OFF] = put_off
     try:
         result = step(wrapper, *args, **kwargs)
     finally:
         del vars(wrapper)[_PUT_OFF]
-    for overflow in put_off:
-        wrapper._update_scale(overflow)
+    for update in put_off:
+        update()
     return result
 
 
-def put_off_growth(update_scale: Callable[..., None], wrapper: Wrapper, overflow: bool) -> None:
+def put_off_growth(update_scale: Callable[..., None], wrapper: Wrapper, *overflow: bool, **kwargs: bool) -> None:
     """`_update_scale` of a wrapper: waits for the end of the step, unless there was an overflow, which ends it."""
+    update = functools.partial(update_scale, wrapper, *overflow, **kwargs)
     put_off = vars(wrapper).get(_PUT_OFF)
-    if put_off is None or overflow:
-        update_scale(wrapper, overflow)
+    if put_off is None or any((*overflow, *kwargs.values())):
+        update()
     else:
-        put_off.append(overflow)
+        put_off.append(update)
 
 
 def scale_backward(backward: Callable[..., T], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> T:
