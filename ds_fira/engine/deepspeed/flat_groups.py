@@ -61,8 +61,8 @@ class FlatGroup:
         )
 
     def pieces(self, dp_rank: int) -> list[Piece]:
-        """What of which parameter of `lp_params` lies where in a rank's partition; padding is left out."""
-        return self.partitioning.pieces(dp_rank)
+        """What of which parameter of `lp_params` lies where in a rank's tensor; padding is left out."""
+        return self.partitioning.pieces(dp_rank % self.partitioning.ranks)  # at stage 0 every rank has the only one
 
     def matrices(self, names: dict[int, str]) -> list[dict[int, MatrixShard]]:
         """The fragments of every matrix by dp_rank.
