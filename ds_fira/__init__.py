@@ -15,7 +15,6 @@ from ds_fira.engine.deepspeed.monitor import register_monitor_hook
 from ds_fira.engine.deepspeed.peers import register_agreement
 from ds_fira.engine.deepspeed.released import load_released_state
 from ds_fira.engine.deepspeed.report import memory_report, metrics
-from ds_fira.engine.deepspeed.save_load.client_state import register_resume
 from ds_fira.engine.deepspeed.scaling_report import read_scaling_factors, scaling_factors, write_scaling_factors
 from ds_fira.engine.deepspeed.weight_sync import register_sync
 from ds_fira.optim.fira_adam import FiraAdam
@@ -31,7 +30,6 @@ from ds_fira.version import __version__
 register()
 register_monitor_hook()
 register_sync()
-register_resume()
 register_agreement()
 
 __all__ = [

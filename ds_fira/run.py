@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import ds_fira  # noqa: F401  (the import registers)
-from ds_fira.engine.deepspeed.attach import skip_shared_memory_op
+from ds_fira.runtime.process import skip_shared_memory_op
 
 
 def main(argv: list[str] | None = None) -> None:

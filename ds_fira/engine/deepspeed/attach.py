@@ -21,7 +21,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
-from ds_fira.checkpoint.slices import Piece
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.param_shape import shape_of
 from ds_fira.engine.deepspeed.flat_groups import flat_groups
@@ -29,8 +28,6 @@ from ds_fira.engine.deepspeed.loss_scale import mend_loss_scaling
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import watch_weights
 from ds_fira.engine.deepspeed.save_load.files import normalized
-from ds_fira.engine.deepspeed.save_load.load import register_checkpoint
-from ds_fira.engine.deepspeed.save_load.save import guard_checkpoints
 from ds_fira.engine.deepspeed.unsupported import (
     refuse_object,
     refuse_sharding,
@@ -46,7 +43,7 @@ from ds_fira.optim.plug import FiraRMSProp
 from ds_fira.optim.settings import check_params, refuse_auto
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.sharding.comm import Communicator, GatherExchange
-from ds_fira.sharding.geometry import Partitioning
+from ds_fira.sharding.geometry import ParamSlice, Partitioning
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.lowrank.step import LowRankMatrices
 from ds_fira.sharding.plan import digest, plan_groups, plan_hash
@@ -108,7 +105,7 @@ def _attach_replicated(
     for group, lp_params in zip(optimizer.param_groups, lp_groups, strict=True):
         for param, lp_param in zip(group["params"], lp_params, strict=True):
             optimizer.gradient_dtypes[param] = lp_param.dtype
-            optimizer.pieces[param] = (Piece(names.get(id(lp_param), ""), 0, 0, param.numel()),)
+            optimizer.slices[param] = (ParamSlice(names.get(id(lp_param), ""), 0, 0, param.numel()),)
     return list(enumerate(lp_groups))
 
 
@@ -140,10 +137,7 @@ def _attach_sharded(
         optimizer.gradient_dtypes[flat.hp_partition] = flat.lp_params[0].dtype
     optimizer.layouts = layouts
     for flat in flats:
-        optimizer.pieces[flat.hp_partition] = tuple(
-            Piece(names.get(id(flat.lp_params[piece.index]), ""), piece.offset, piece.start, piece.stop)
-            for piece in flat.pieces(communicator.dp_rank)
-        )
+        optimizer.slices[flat.hp_partition] = flat.slices(communicator.dp_rank, names)
     return [(flat.group, flat.lp_params) for flat in flats], [flat.partitioning for flat in flats]
 
 
@@ -152,13 +146,6 @@ def _numbers(matrices: list[str], names: Iterable[str]) -> dict[str, int]:
     order = {name: position for position, name in enumerate(names)}
     in_order = sorted(matrices, key=lambda matrix: order.get(matrix.partition("[")[0], len(order)))
     return {matrix: number for number, matrix in enumerate(in_order)}
-
-
-def skip_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives on CPU: tens of seconds and a C++ compiler."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def fira_of(engine_or_optimizer: Any) -> LowRankOptimizer:
@@ -208,7 +195,6 @@ def register(*types: type[LowRankOptimizer]) -> None:
             ZERO_SUPPORTED_OPTIMIZERS.append(kind)
     if hasattr(DeepSpeedEngine._configure_optimizer, "__wrapped__"):
         return
-    register_checkpoint(attach)
     sanity_check = DeepSpeedEngine._do_sanity_check
     configure_basic = DeepSpeedEngine._configure_basic_optimizer
     configure = DeepSpeedEngine._configure_optimizer
@@ -269,4 +255,32 @@ def register(*types: type[LowRankOptimizer]) -> None:
     DeepSpeedEngine._do_sanity_check = _do_sanity_check
     DeepSpeedEngine._configure_basic_optimizer = _configure_basic_optimizer
     DeepSpeedEngine._configure_optimizer = _configure_optimizer
-    guard_checkpoints(_uses_fira)
+    _wrap_checkpoints()
+
+
+def _wrap_checkpoints() -> None:
+    """Let engines save and load through `ds_fira.engine.deepspeed.save_load`."""
+    import deepspeed.runtime.engine as deepspeed_engine
+    from deepspeed.utils import zero_to_fp32
+
+    from ds_fira.engine.deepspeed.save_load import client_state, load, pick, save
+
+    for owner, name, wrapper in (
+        (DeepSpeedEngine, "_load_checkpoint", load.load_states),
+        (DeepSpeedEngine, "_load_zero_checkpoint", load.load_zero_states),
+        (DeepSpeedEngine, "_configure_checkpointing", save.explain_lost_contact),
+        (DeepSpeedEngine, "destroy", save.release_folder),
+        (DeepSpeedEngine, "save_checkpoint", save.save_whole),
+        (DeepSpeedEngine, "save_checkpoint", client_state.save_with_resume_state),
+        (DeepSpeedEngine, "load_checkpoint", save.load_whole),
+        (DeepSpeedEngine, "load_checkpoint", client_state.load_with_resume_state),
+        (DeepSpeedEngine, "_get_all_ckpt_names", pick.find_listed),
+        (zero_to_fp32, "get_checkpoint_files", pick.find_listed),
+        (deepspeed_engine, "get_fp32_state_dict_from_zero_checkpoint", pick.consolidate_tag),
+    ):
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, _wrapper: Any = wrapper, _original: Any = original, **kwargs: Any) -> Any:
+            return _wrapper(_original, *args, **kwargs)
+
+        setattr(owner, name, functools.wraps(original)(wrapped))

@@ -15,14 +15,14 @@ Written against DeepSpeed 0.17 to 0.19. What it relies on:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ds_fira.core.param_shape import numel_of, shape_of
-from ds_fira.sharding.geometry import MatrixShard, Partitioning, Piece, matrices_of
+from ds_fira.sharding.geometry import MatrixShard, ParamSlice, Partitioning, matrices_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,14 @@ class FlatGroup:
     lp_params: list[Tensor]
     partitioning: Partitioning
 
-    def pieces(self, dp_rank: int) -> list[Piece]:
-        """What of which parameter of `lp_params` lies where in a rank's partition; padding is left out."""
-        return self.partitioning.pieces(dp_rank)
+    def slices(self, dp_rank: int, names: Mapping[int, str]) -> tuple[ParamSlice, ...]:
+        """What of which parameter of `lp_params` lies where in a rank's partition; padding is left out.
+
+        Args:
+            dp_rank: of the rank.
+            names: of the parameters, by their `id`.
+        """
+        return self.partitioning.slices(dp_rank, [names.get(id(param), "") for param in self.lp_params])
 
     def matrices(self, names: dict[int, str]) -> list[dict[int, MatrixShard]]:
         """The fragments of every matrix by dp_rank.

@@ -31,7 +31,7 @@ def watch_weights(engine: Any, optimizer: LowRankOptimizer, names: dict[int, str
         shapes = {names[id(p)]: shape_of(p) for p in engine.module.parameters() if id(p) in linear}
         for group in optimizer.param_groups:
             for param in [param for param in group["params"] if under_adamw(param.shape, group)]:
-                name = optimizer.pieces[param][0].name
+                name = optimizer.slices[param][0].name
                 if name in shapes:
                     matrices = matrices_of(name, shapes[name])
                     recorder.watch(param, [{communicator.dp_rank: matrix} for matrix in matrices], group, communicator)
