@@ -17,8 +17,8 @@ from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
 from ds_fira.core.state import STEP, allocate, compute_dtype, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
+from ds_fira.optim.attachment import ALONE, Attachable
 from ds_fira.optim.settings import group_settings
-from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import ParamSlice, matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
@@ -37,27 +37,21 @@ def settings_of(group: dict[str, object]) -> dict[str, object]:
     return {**found, "lr": float(found["lr"])} if isinstance(found.get("lr"), Tensor) else found
 
 
-class Resumable(Optimizer):
+class Resumable(Attachable, Optimizer):
     """The part of an optimizer that owns its state, saves it and loads it.
 
     Attributes:
         algorithm: what it is.
         given: of every param group, the settings it was made with.
-        members: of every param group, names and shapes of its parameters over all ranks; empty where no engine says.
-        slices: by stepped tensor, the elements of parameters that it holds.
-        layout_digest: of what lies where on all ranks; "" where no engine says.
     """
 
     algorithm: Algorithm = FIRA_ADAM
     given: list[dict[str, object]]
-    communicator: Communicator | None
     recorder: ScalingRecorder | None
     _refresher: Refresher
 
     def _reset_places(self) -> None:
-        self.members: list[Members] = []
-        self.slices: dict[Tensor, tuple[ParamSlice, ...]] = {}
-        self.layout_digest = ""
+        self.attachment = ALONE
         self._bindings: dict[Tensor, LocalMatrices] = {}
         self._alone: dict[Tensor, LocalMatrices] = {}
 
@@ -113,7 +107,7 @@ class Resumable(Optimizer):
         result = super().state_dict()
         slices = [self._slices(param, group) for group in self.param_groups for param in group["params"]]
         states = [result["state"].get(number, {}) for group in result["param_groups"] for number in group["params"]]
-        result[KEY] = describe(self.layout_digest, self.given, self._members(), slices, states, self.algorithm)
+        result[KEY] = describe(self.attachment.digest, self.given, self._members(), slices, states, self.algorithm)
         if self.recorder is not None and self.communicator is None:
             # Inside an engine the record goes over ranks, and `ds_fira.engine.deepspeed.save_load.client_state` saves
             # it.
@@ -178,7 +172,7 @@ class Resumable(Optimizer):
                 members = self._renamed(listed)
                 refuse_changed_structure(saved.groups, self.param_groups, members)
             refuse_other_states(saved, self.algorithm)
-            if plain["layout"] != self.layout_digest:
+            if plain["layout"] != self.attachment.digest:
                 raise ValueError(
                     "this state dict is a rank's share of a run on other ranks, or with other settings; load it "
                     "through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."
@@ -280,7 +274,7 @@ class Resumable(Optimizer):
 
     def _slices(self, param: Tensor, group: dict[str, object], members: list[Members] | None = None) -> TensorSlices:
         """What a stepped tensor holds."""
-        params = self.slices.get(param)
+        params = self.attachment.slices.get(param)
         if params is None:
             # Alone the names are found by position.
             listed = zip(self.param_groups, members or self._members(), strict=True)

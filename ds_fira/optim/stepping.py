@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_fira.core import functional as F
@@ -26,11 +25,9 @@ class Stepping(Resumable):
 
     Attributes:
         metrics: counts what is done.
-        gradient_dtypes: by stepped tensor, the dtype in which the model computes its gradient.
     """
 
     metrics: StepMetrics
-    gradient_dtypes: dict[Tensor, torch.dtype]
     _recording: bool
 
     def _step_projected(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -102,7 +99,7 @@ class Stepping(Resumable):
         ]
 
     def _resolution(self, param: Tensor) -> float:
-        return F.negligible_share(self.gradient_dtypes.get(param, param.grad.dtype))
+        return F.negligible_share(self.attachment.gradient_dtypes.get(param, param.grad.dtype))
 
     def _batches(self, param: Tensor, tasks: list[MatrixTask]) -> list[MatrixTask]:
         """The tasks of one parameter with neighbours of one shape put together; alone where one has no basis yet."""

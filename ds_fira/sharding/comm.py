@@ -1,4 +1,4 @@
-"""Every collective of the package, through `deepspeed.comm`. No other file communicates."""
+"""Every collective of the package, through `torch.distributed`. No other file communicates."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_fira.sharding.geometry import MatrixShard
@@ -52,8 +51,8 @@ class Communicator:
 
     def _wire_device(self) -> torch.device:
         # NCCL carries no CPU tensors; under optimizer offload the flat buffers are on the CPU.
-        over_cpu = torch.distributed.get_backend(self.group) == "gloo"
-        return torch.device("cpu" if over_cpu else get_accelerator().current_device_name())
+        over_cpu = dist.get_backend(self.group) == "gloo" or not torch.cuda.is_available()
+        return torch.device("cpu") if over_cpu else torch.device("cuda", torch.cuda.current_device())
 
     def all_to_all(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Tensor:
         """Exchange pieces of a 1-D tensor with all ranks, one piece each way, in order of rank.

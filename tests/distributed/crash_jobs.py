@@ -170,7 +170,7 @@ def train(folder: str) -> None:
     """
     import torch
 
-    from ds_fira.engine.deepspeed.attach import fira_of
+    from ds_fira.optim.registry import fira_of
     from tests.distributed.zero_jobs import batches, build, config
 
     engine = build(config(2, "bf16", SETTINGS), SHAPES)

@@ -120,7 +120,7 @@ def run_frozen(ds_config: dict[str, Any], shapes: list[tuple[int, int]], steps: 
         param.requires_grad_(name.startswith("layers."))
     engine = build(ds_config, shapes, model=model, model_parameters=chosen)
     losses = advance(engine, 0, steps)
-    ways = [cut.way for layout in ds_fira.engine.deepspeed.attach.fira_of(engine).layouts for cut in layout.cuts]
+    ways = [cut.way for layout in ds_fira.optim.registry.fira_of(engine).layouts for cut in layout.cuts]
     result = {"losses": losses, "weights": module_weights(engine), "ways": ways}
     engine.destroy()
     return result

@@ -10,7 +10,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 import ds_fira
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 from ds_fira.sharding import plan
 from tests.distributed.zero_jobs import ExpertNet, Net, batches, build
 

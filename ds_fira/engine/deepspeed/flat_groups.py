@@ -17,8 +17,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor
 
 from ds_fira.core.param_shape import numel_of, shape_of
@@ -66,7 +66,7 @@ class FlatGroup:
         ]
 
 
-def flat_groups(wrapper: Any, ranks: int) -> list[FlatGroup]:
+def flat_groups(wrapper: ZeROOptimizer, ranks: int) -> list[FlatGroup]:
     """The flat groups of a ZeRO optimizer wrapper, in the optimizer's order.
 
     Args:
@@ -98,9 +98,13 @@ def flat_groups(wrapper: Any, ranks: int) -> list[FlatGroup]:
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return [_sub_group(wrapper, index, ranks) for index in range(len(wrapper.fp32_partitioned_groups_flat))]
     raise RuntimeError(
-        f"FiraAdam: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose layout is not known; use ZeRO "
-        "stage 0, 1, 2 or 3 of a supported DeepSpeed version."
+        f"{_name(wrapper)}: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose layout is not known; "
+        "use ZeRO stage 0, 1, 2 or 3 of a supported DeepSpeed version."
     )
+
+
+def _name(wrapper: ZeROOptimizer) -> str:
+    return wrapper.optimizer.algorithm.name
 
 
 def _offsets(params: Sequence[Tensor]) -> list[int]:
@@ -112,7 +116,7 @@ def _in_buffer(params: list[Tensor], offsets: list[int], partition_size: int, ra
     return Partitioning(tuple(numel_of(p) for p in params), tuple(offsets), partition_size, ranks, sliced=False)
 
 
-def _sub_group(wrapper: Any, index: int, ranks: int) -> FlatGroup:
+def _sub_group(wrapper: ZeROOptimizer, index: int, ranks: int) -> FlatGroup:
     params, hp_partition = wrapper.fp16_groups[index], wrapper.fp32_partitioned_groups_flat[index]
     partitioning = Partitioning.of_slices(tuple(numel_of(param) for param in params), ranks)
     # From 0.19 on, where parameters may have process groups of their own.
@@ -121,8 +125,8 @@ def _sub_group(wrapper: Any, index: int, ranks: int) -> FlatGroup:
     held = [param.ds_tensor.ds_numel for param in params]
     if count != ranks or sum(held) != partitioning.partition_size or hp_partition.numel() != sum(held):
         raise RuntimeError(
-            f"FiraAdam: ZeRO-3 cut a group of {len(params)} parameters over {count} ranks, not in even slices over the "
-            f"{ranks} data-parallel ones; leave out what gives parameters process groups of their own (expert, tensor "
-            "or sequence parallelism, a data_parallel_group of deepspeed.zero.Init)."
+            f"{_name(wrapper)}: ZeRO-3 cut a group of {len(params)} parameters over {count} ranks, not in even slices "
+            f"over the {ranks} data-parallel ones; leave out what gives parameters process groups of their own "
+            "(expert, tensor or sequence parallelism, a data_parallel_group of deepspeed.zero.Init)."
         )
     return FlatGroup(wrapper.sub_group_to_group_id[index], hp_partition, list(params), partitioning)

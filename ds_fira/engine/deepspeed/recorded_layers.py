@@ -6,7 +6,7 @@ ZeRO stage.
 
 from __future__ import annotations
 
-from typing import Any
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_fira.core.param_shape import shape_of
 from ds_fira.core.selection import find_projected_weights
@@ -16,7 +16,7 @@ from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.geometry import matrices_of
 
 
-def watch_weights(engine: Any, optimizer: LowRankOptimizer, names: dict[int, str]) -> None:
+def watch_weights(engine: DeepSpeedEngine, optimizer: LowRankOptimizer, names: dict[int, str]) -> None:
     """Tell an optimizer's recorder where the weights lie that a rank would project, and that are not projected.
 
     Args:
@@ -31,7 +31,7 @@ def watch_weights(engine: Any, optimizer: LowRankOptimizer, names: dict[int, str
         shapes = {names[id(p)]: shape_of(p) for p in engine.module.parameters() if id(p) in linear}
         for group in optimizer.param_groups:
             for param in [param for param in group["params"] if under_adamw(param.shape, group)]:
-                name = optimizer.slices[param][0].name
+                name = optimizer.attachment.slices[param][0].name
                 if name in shapes:
                     matrices = matrices_of(name, shapes[name])
                     recorder.watch(param, [{communicator.dp_rank: matrix} for matrix in matrices], group, communicator)

@@ -11,27 +11,32 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any
 
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.named_state import SavedState
 from ds_fira.checkpoint.reconcile import refuse_changed_structure
 from ds_fira.checkpoint.released_files import optimizer_part, released_state
 from ds_fira.core.algorithms import FIRA_ADAM, GALORE_ADAM, KEY
-from ds_fira.engine.deepspeed.attach import attach, fira_of
+from ds_fira.engine.deepspeed.attach import attach
 from ds_fira.engine.deepspeed.projection import project_as_saved
 from ds_fira.engine.deepspeed.save_load.check import agreed
 from ds_fira.engine.deepspeed.save_load.files import normalized
 from ds_fira.engine.deepspeed.save_load.load import stepped_params
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.registry import fira_of
+
+# A param group of the released run, or its parameters or their names.
+ReleasedGroup = Mapping[str, object] | Iterable[Tensor | str] | Tensor
 
 
 def load_released_state(
-    engine_or_optimizer: Any,
-    state_dict: Mapping[str, Any] | str | os.PathLike[str],
-    groups: Iterable[Any],
+    engine_or_optimizer: DeepSpeedEngine | Optimizer,
+    state_dict: Mapping[str, object] | str | os.PathLike[str],
+    groups: Iterable[ReleasedGroup],
     model: nn.Module | None = None,
 ) -> None:
     """Go on where an optimizer of `fira` or `galore-torch` stopped: basis, moments, step counts and the limiter.
@@ -82,7 +87,7 @@ def _has_state(saved: SavedState, name: str) -> bool:
     return name in saved.matrices or name in saved.moments
 
 
-def _names(groups: Iterable[Any], model: nn.Module | None, optimizer: LowRankOptimizer) -> list[list[str]]:
+def _names(groups: Iterable[ReleasedGroup], model: nn.Module | None, optimizer: LowRankOptimizer) -> list[list[str]]:
     """The names of the parameters of every group."""
     known = {id(param): name for name, param in normalized(dict(model.named_parameters())).items()} if model else {}
     if not optimizer.members:  # alone, where FiraAdam knows its parameters by their numbers

@@ -1,4 +1,4 @@
-"""What of DeepSpeed FiraAdam does not support: refused before training, on every rank, with one sentence.
+"""Settings and versions of DeepSpeed that are not supported: each is refused in one sentence, before training begins.
 
 docs/compatibility.md lists what is supported and what is refused; `python -m tests.compatibility.matrix` writes it from
 a run.
@@ -6,18 +6,29 @@ a run.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from packaging.version import Version
 from torch import nn
 
-from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
+from ds_fira.core.algorithms import Algorithm, algorithm_of
+from ds_fira.engine.deepspeed.chosen import name_in
+from ds_fira.optim.base import LowRankOptimizer
+
+# DeepSpeed releases of three minors that the tests run with: ds_fira reads private attributes, which may change between
+# them. 0.18.8 and 0.18.9 fail in a step of stage 2 under torch 2.13, with torch's AdamW too. `bash
+# launch/test_versions.sh` runs with each.
+TESTED = ("0.17.6", "0.18.4", "0.19.8")
 
 # Options of ZeRO++ and parameter offload: DeepSpeed reads them at stage 3 only, and says nothing at the others.
 STAGE_3_ONLY = {
@@ -28,8 +39,30 @@ STAGE_3_ONLY = {
 }
 
 
-def refuse_unsupported(engine: Any) -> None:
-    """Stop before the engine does any work if FiraAdam does not support its config.
+def is_tested(version: str) -> bool:
+    """Whether a DeepSpeed version is of a minor release that is tested, and no newer than the one tested."""
+    found = Version(version)
+    return any(found.release[:2] == Version(tested).release[:2] and found <= Version(tested) for tested in TESTED)
+
+
+@functools.cache
+def warn_if_untested(version: str, name: str) -> None:
+    """Warn, once, of a DeepSpeed version that is not tested.
+
+    Args:
+        version: of DeepSpeed.
+        name: of the optimizer.
+    """
+    if not is_tested(version):
+        warnings.warn(
+            f"{name}: DeepSpeed {version} is not among the tested versions {', '.join(TESTED)}, whose internals "
+            'ds_fira reads; if something is off, use one of them: pip install "deepspeed==' + TESTED[-1] + '".',
+            stacklevel=2,
+        )
+
+
+def refuse_unsupported(engine: DeepSpeedEngine) -> None:
+    """Stop before the engine does any work if low-rank states do not support its config.
 
     Raises:
         ValueError: names the setting, its value and what to use instead.
@@ -37,17 +70,10 @@ def refuse_unsupported(engine: Any) -> None:
     stage = engine.zero_optimization_stage()
     looks = (_parallelism, _zero_options, _other_blocks, _old_versions)
     for sentence in itertools.chain.from_iterable(look(engine, stage) for look in looks):
-        raise ValueError(f"{_name(engine)}: {sentence}")
+        raise ValueError(f"{name_in(engine)}: {sentence}")
 
 
-def _name(engine: Any) -> str:
-    """What the engine trains with."""
-    if engine.client_optimizer is None:
-        return engine.optimizer_name()
-    return FIRA_ADAM.name if callable(engine.client_optimizer) else type(engine.client_optimizer).__name__
-
-
-def _parallelism(engine: Any, stage: int) -> Iterator[str]:
+def _parallelism(engine: DeepSpeedEngine, stage: int) -> Iterator[str]:
     """Sentences about model parallelism that is set."""
     if isinstance(engine, PipelineEngine):
         yield (
@@ -68,7 +94,7 @@ def _parallelism(engine: Any, stage: int) -> Iterator[str]:
         )
 
 
-def _zero_options(engine: Any, stage: int) -> Iterator[str]:
+def _zero_options(engine: DeepSpeedEngine, stage: int) -> Iterator[str]:
     """Sentences about options of zero_optimization that are set."""
     zero = engine._config.zero_config
     if engine.zero_elastic_checkpoint():
@@ -112,7 +138,7 @@ def _zero_options(engine: Any, stage: int) -> Iterator[str]:
             )
 
 
-def _old_versions(engine: Any, stage: int) -> Iterator[str]:
+def _old_versions(engine: DeepSpeedEngine, stage: int) -> Iterator[str]:
     """Sentences about settings with which DeepSpeed before 0.19 gave wrong gradients on two ranks, or failed."""
     if Version(deepspeed.__version__) >= Version("0.19"):
         return
@@ -136,13 +162,13 @@ def _old_versions(engine: Any, stage: int) -> Iterator[str]:
             )
 
 
-def _other_blocks(engine: Any, stage: int) -> Iterator[str]:
+def _other_blocks(engine: DeepSpeedEngine, stage: int) -> Iterator[str]:
     """Sentences about other blocks of the config."""
     config = engine._config
     if config.load_universal_checkpoint:
         yield (
-            "checkpoint.load_universal = True is not supported; remove it, load_checkpoint re-shards FiraAdam's state "
-            "by itself."
+            "checkpoint.load_universal = True is not supported; remove it, load_checkpoint re-shards "
+            f"{name_in(engine)}'s state by itself."
         )
     if config.compile_config.deepcompile:
         yield (
@@ -165,23 +191,24 @@ def _other_blocks(engine: Any, stage: int) -> Iterator[str]:
         yield "amp.enabled = True is not supported; use the bf16 or the fp16 block."
 
 
-def refuse_unsupported_module(module: nn.Module, has_moe_layers: bool) -> None:
-    """Stop if the module gives gradients that FiraAdam cannot take.
+def refuse_unsupported_module(engine: DeepSpeedEngine) -> None:
+    """Stop if the engine's module gives gradients that have no low-rank form here.
 
     Raises:
         ValueError: the module has sparse embeddings, complex parameters or DeepSpeed MoE layers.
     """
-    if has_moe_layers:
+    module, name = engine.module, name_in(engine)
+    if engine.has_moe_layers:
         raise ValueError(
-            "FiraAdam: DeepSpeed MoE layers are not supported yet, because their experts have process groups of their "
+            f"{name}: DeepSpeed MoE layers are not supported yet, because their experts have process groups of their "
             "own; use a dense model, or one whose experts are ordinary parameters, such as transformers' Mixtral."
         )
-    for name, submodule in module.named_modules():
+    for path, submodule in module.named_modules():
         if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
-            raise ValueError(f"FiraAdam: {name}.sparse = True gives sparse gradients; build it with sparse=False.")
-    for name, param in module.named_parameters():
+            raise ValueError(f"{name}: {path}.sparse = True gives sparse gradients; build it with sparse=False.")
+    for path, param in module.named_parameters():
         if param.is_complex():
-            raise ValueError(f"FiraAdam: {name} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
+            raise ValueError(f"{name}: {path} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
 
 
 def refuse_sharding(algorithm: Algorithm, unprojected: bool, stage: int) -> None:
@@ -207,33 +234,38 @@ class RefusedOptimizer(ValueError, ZeRORuntimeException):
     """An optimizer object that would not be the one that trains; DeepSpeed's own class for that, and ours."""
 
 
-def refuse_object(engine: Any, optimizer: Any, is_fira: bool) -> None:
-    """Stop if DeepSpeed, or who called it, would train with another optimizer than the FiraAdam that was made.
+def refuse_object(engine: DeepSpeedEngine, optimizer: object) -> None:
+    """Stop if DeepSpeed, or who called it, would train with another optimizer than the one that the user made.
 
     Args:
         engine: that is being built.
         optimizer: the object it is to train with.
-        is_fira: whether it is a FiraAdam.
 
     Raises:
-        RefusedOptimizer: the object was made of a FiraAdam's groups, or DeepSpeed wants its own Adam for offload.
+        RefusedOptimizer: the object was made of the param groups of an optimizer of this package, or DeepSpeed wants
+            its own Adam for offload.
     """
+    ours = isinstance(optimizer, LowRankOptimizer)
+    groups = [group for group in getattr(optimizer, "param_groups", ()) if ours or "update_proj_gap" in group]
+    if not groups:
+        return
+    name = algorithm_of(groups[0]).name
     remedy = (
-        'give it as "type": "FiraAdam" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = false, which '
+        f'give it as "type": "{name}" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = false, which '
         "keeps the object."
     )
-    if not is_fira and any("update_proj_gap" in group for group in getattr(optimizer, "param_groups", ())):
+    if not ours:
         raise RefusedOptimizer(
-            f"FiraAdam: {type(optimizer).__name__} took the param groups of a FiraAdam, as accelerate does under "
+            f"{name}: {type(optimizer).__name__} took the param groups of a {name}, as accelerate does under "
             f"optimizer offload, and would train without a projection; {remedy}"
         )
-    if is_fira and engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
+    if engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
         raise RefusedOptimizer(
-            f"FiraAdam: with optimizer offload DeepSpeed takes no other optimizer object than its own Adam; {remedy}"
+            f"{name}: with optimizer offload DeepSpeed takes no other optimizer object than its own Adam; {remedy}"
         )
 
 
-def _model_parallel_size(mpu: Any) -> int:
+def _model_parallel_size(mpu: object) -> int:
     # DeepSpeed's own mpu for Ulysses calls its sequence-parallel group the model-parallel one too.
     if hasattr(mpu, "initialize_sequence_parallel"):
         return 1
@@ -243,12 +275,12 @@ def _model_parallel_size(mpu: Any) -> int:
     return 1
 
 
-def _device(offload: Any) -> str:
+def _device(offload: DeepSpeedZeroOffloadOptimizerConfig | DeepSpeedZeroOffloadParamConfig | None) -> str:
     """The device of an offload block: "none" without one."""
     return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
 
 
-def _autocast_dtype(config: Any) -> torch.dtype | None:
+def _autocast_dtype(config: DeepSpeedConfig) -> torch.dtype | None:
     """The dtype of torch_autocast where it is enabled."""
     if not getattr(config, "torch_autocast_enabled", False):
         return None

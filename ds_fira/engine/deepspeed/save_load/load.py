@@ -220,7 +220,7 @@ def load_states(
             header = read_header(optimizer, folder)
             with errors_name(optimizer.algorithm.name):
                 project_as_saved(optimizer, header.groups, functools.partial(attach, engine))
-            if header.layout not in (None, optimizer.layout_digest):
+            if header.layout not in (None, optimizer.attachment.digest):
                 load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
                 loaded = load_elsewhere(engine, folder, load_engine_state, options)
                 engine.fira_has_loaded = True
