@@ -1,8 +1,8 @@
-"""Checkpoint folders that survive a crash: how one comes about on disk, whatever else lies in it.
+"""Make checkpoint folders on disk that survive a crash, and leave everything else that lies in them alone.
 
-Only files, no collectives and no DeepSpeed: `ds_fira/engine/deepspeed/save_load/save.py` calls this from ranks that own
-a storage. What is complete, and which of several is loaded, is in `ds_fira/checkpoint/manifest.py` and `tag_order.py`.
-A checkpoint `TAG` in a folder is made in this order:
+Only files, no collectives and no engine: the ranks of a run that own a storage call this. `manifest.py` says whether a
+checkpoint is complete, and `tag_folder.py` which of several is loaded. A checkpoint `TAG` in a folder is made in this
+order:
 
 1. `.saving-TAG` is filled; every file is flushed to the disk.
 2. `.latest-saving` is written, which names `TAG`, then the manifest: the size and the CRC-32 of every file, and a
@@ -25,23 +25,18 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ds_fira.checkpoint.manifest import (
-    MANIFEST,
     REPLACED,
     STAGING,
     TOKEN,
     Record,
-    find_damage,
     find_fault,
     is_leftover,
-    listed_files,
     manifests,
     own_names,
-    read_manifest,
-    record_file,
     sync_directory,
+    whole_manifest,
     write_file,
     write_manifest,
 )
@@ -55,49 +50,7 @@ from ds_fira.checkpoint.own_files import (
     remove_all,
     unclaim,
 )
-from ds_fira.checkpoint.tag_folder import (
-    LATEST,
-    LOCK,
-    NEW_LATEST,
-    beside,
-    find_complete,
-    find_interrupted,
-    find_tag_fault,
-    in_order,
-    look_up_latest,
-    read_latest,
-    shown,
-    staging_tag,
-)
-
-__all__ = [
-    "LATEST",
-    "LOCK",
-    "MANIFEST",
-    "CheckpointError",
-    "Record",
-    "discard",
-    "find_complete",
-    "find_damage",
-    "find_fault",
-    "find_tag_fault",
-    "in_order",
-    "is_leftover",
-    "listed_files",
-    "look_up_latest",
-    "prepare",
-    "prune",
-    "publish",
-    "read_latest",
-    "read_manifest",
-    "record_file",
-    "reseal",
-    "seal",
-    "shown",
-    "staging_tag",
-    "sync_directory",
-    "token_of",
-]
+from ds_fira.checkpoint.tag_folder import LATEST, NEW_LATEST, beside, find_interrupted, read_latest, staging_tag
 
 
 class CheckpointError(RuntimeError):
@@ -152,7 +105,7 @@ def _clear_up_unfinished(folder: Path, left: Path) -> None:
     tag = final.relative_to(folder).as_posix()
     moves_latest = find_interrupted(folder) == staging_tag(tag)
     if find_fault(left) is None and (moves_latest or not os.path.lexists(final)):
-        _swap(folder, tag, moves_latest)
+        publish(folder, tag, moves_latest)
         return
     if _reads(folder / NEW_LATEST, tag):
         (folder / NEW_LATEST).unlink(missing_ok=True)  # before the save it belongs to is gone
@@ -181,7 +134,9 @@ def token_of(folder: Path, tag: str) -> str:
     return (folder / staging_tag(tag) / TOKEN).read_text()
 
 
-def seal(folder: Path, tag: str, records: Mapping[str, Record], details: Mapping[str, Any], save_latest: bool) -> None:
+def seal(
+    folder: Path, tag: str, records: Mapping[str, Record], details: Mapping[str, object], save_latest: bool
+) -> None:
     """Write the manifest of a filled staging folder, and prepare the new `latest` beside it.
 
     Args:
@@ -199,9 +154,8 @@ def seal(folder: Path, tag: str, records: Mapping[str, Record], details: Mapping
     for script in staging.glob("*.py"):  # of DeepSpeed, for the folder of all checkpoints
         script.replace(folder / script.name)
     refuse_collisions(staging, folder / tag)
-    serial = 1 + max(
-        (content.get("serial", 0) for parent in {folder, staging.parent} for _, content in manifests(parent)), default=0
-    )
+    others = [content for parent in {folder, staging.parent} for _, content in manifests(parent)]
+    serial = 1 + max((content.get("serial", 0) for content in others), default=0)
     if save_latest:
         # Here, where a full disk can still be told without having moved anything, and before the checkpoint is
         # complete: from then on it counts.
@@ -217,10 +171,6 @@ def publish(folder: Path, tag: str, save_latest: bool) -> None:
     Raises:
         OSError: a rename failed; the checkpoint that was there before is there again.
     """
-    _swap(folder, tag, save_latest)
-
-
-def _swap(folder: Path, tag: str, moves_latest: bool) -> None:
     staging, final, aside = folder / staging_tag(tag), folder / tag, folder / beside(tag, REPLACED)
     if final.is_symlink():
         raise FileExistsError(errno.EEXIST, "a symbolic link is in the way", str(final))
@@ -233,7 +183,7 @@ def _swap(folder: Path, tag: str, moves_latest: bool) -> None:
                 source.rename(target)
                 done.append((source, target))
         sync_directory(final.parent)
-        if moves_latest:
+        if save_latest:
             (folder / NEW_LATEST).replace(folder / LATEST)
             sync_directory(folder)
     except OSError:
@@ -266,10 +216,8 @@ def reseal(folder: str | os.PathLike[str], tag: str) -> None:
     Raises:
         OSError: it cannot be read or written.
     """
-    path, content = Path(folder) / tag, None
-    with contextlib.suppress(ValueError):
-        content = read_manifest(path)
-    details = {"save_latest": True, "latest_was": None, "save_id": "", **(content or {})}
+    path = Path(folder) / tag
+    details = {"save_latest": True, "latest_was": None, "save_id": "", **(whole_manifest(path) or {})}
     for key in ("format", "files", "sha256"):
         details.pop(key, None)
     write_manifest(path, details.pop("serial", 0), details, {})

@@ -1,43 +1,25 @@
-"""Where the elements of each parameter lie: a saved state carries this description, and other ranks load by it.
+"""Which part of a matrix's low-rank state a rank keeps: a saved state carries this, and other ranks load by it.
 
-A rank's share of a run is a number of tensors that the optimizer steps, each with its state. Their geometry depends on
-the number of ranks, the ZeRO stage and the param groups. What it is geometry *of* does not: parameters, by name, and
-their matrices. A `Piece` says which elements of a parameter a stepped tensor holds, a `StateSlice` which part of a
-matrix's low-rank state. Both go into the checkpoint as plain lists, so that it can be read with `weights_only=True`.
+The tensors that the optimizer of a rank steps depend on the number of ranks, the ZeRO stage and the param groups.
+Parameters and matrices, by name, do not. So a checkpoint says of each stepped tensor which elements of which parameters
+it holds (`ds_fira.sharding.geometry.ParamSlice`), and which parts of the states of which matrices (`StateSlice`). Both
+are saved as plain lists, which `torch.load` reads with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import EllipsisType
 
 from ds_fira.core.state import positions
 from ds_fira.core.subspace import Side, basis_shape, effective_rank, low_rank_shape, projection_side
 from ds_fira.sharding.local_matrices import LocalMatrices
-from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Elements of one parameter in a tensor that the optimizer steps.
-
-    Attributes:
-        name: of the parameter in the module.
-        offset: the index in the tensor at which they begin.
-        start: the first of them among the parameter's elements, in row-major order.
-        stop: one past the last.
-    """
-
-    name: str
-    offset: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True)
 class StateSlice:
-    """Where a rank keeps the state of one matrix, or of its part of a cut one.
+    """Where a rank keeps the state of one matrix, or of its part of a matrix that is split over ranks.
 
     Attributes:
         name: of the matrix.
@@ -60,7 +42,7 @@ class StateSlice:
     kept: range
 
     @property
-    def index(self) -> Any:
+    def index(self) -> int | EllipsisType:
         """What takes the matrix's part out of a state tensor."""
         return ... if self.row is None else self.row
 
@@ -69,29 +51,19 @@ class StateSlice:
         """The dimension of the moments that `kept` counts."""
         return 1 if self.side == "left" else 0
 
-    @property
-    def rows(self) -> int:
-        """Rows of the whole P."""
-        return self.shape[0 if self.side == "left" else 1]
-
-    @property
-    def entries(self) -> int:
-        """Entries of the whole R along its axis."""
-        return self.shape[1 if self.side == "left" else 0]
-
-    def to_plain(self) -> list[Any]:
+    def to_plain(self) -> list[object]:
         """As numbers, strings and lists."""
         ranges = [self.basis.start, self.basis.stop, self.kept.start, self.kept.stop]
         return [self.name, list(self.shape), self.side, self.rank, self.mark, self.row, *ranges]
 
     @classmethod
-    def from_plain(cls, plain: Sequence[Any]) -> StateSlice:
+    def from_plain(cls, plain: Sequence[object]) -> StateSlice:
         """The reverse of `to_plain`."""
         name, shape, side, rank, mark, row, *bounds = plain
         return cls(name, tuple(shape), side, rank, mark, row, range(*bounds[:2]), range(*bounds[2:]))
 
 
-def state_slices(binding: LocalMatrices, group: dict[str, Any], prefix: str = "") -> list[StateSlice]:
+def state_slices(binding: LocalMatrices, group: dict[str, object], prefix: str = "") -> list[StateSlice]:
     """Where a rank keeps the states of the matrices of one stepped tensor.
 
     Args:
@@ -100,31 +72,19 @@ def state_slices(binding: LocalMatrices, group: dict[str, Any], prefix: str = ""
         prefix: put before the names of matrices; the parameter's name where the binding does not know it.
     """
     owned = [matrix for exchange in binding.exchanges for matrix in exchange.owned]
-    places = []
+    found = []
     for matrix, (mark, row) in zip((*binding.whole, *owned), positions(binding.shapes), strict=True):
-        side = projection_side(matrix.shape, group["proj_type"], group["formulation"])
-        rows = basis_shape(matrix.shape, group["rank"], side)[0]
-        entries = low_rank_shape(matrix.shape, group["rank"], side)[1 if side == "left" else 0]
-        places.append(
-            StateSlice(
-                prefix + matrix.name,
-                matrix.shape,
-                side,
-                effective_rank(matrix.shape, group["rank"]),
-                mark,
-                row if binding.batched else None,
-                range(rows),
-                range(entries),
-            )
-        )
-    shares = binding.lean.shares if binding.lean is not None else ()
-    return places + [_share_place(share) for share in shares]
-
-
-def _share_place(share: LocalShardPlan) -> StateSlice:
-    matrix = share.matrix
-    mark, rows = f".cut{share.position}", matrix.basis_rows(share.dp_rank)
-    return StateSlice(matrix.name, matrix.shape, matrix.side, matrix.rank, mark, None, rows, share.kept)
+        shape, rank = matrix.shape, group["rank"]
+        side = projection_side(shape, group["proj_type"], group["formulation"])
+        basis = range(basis_shape(shape, rank, side)[0])
+        kept = range(low_rank_shape(shape, rank, side)[1 if side == "left" else 0])
+        row = row if binding.batched else None
+        found.append(StateSlice(prefix + matrix.name, shape, side, effective_rank(shape, rank), mark, row, basis, kept))
+    for share in binding.lean.shares if binding.lean is not None else ():
+        matrix, mark = share.matrix, f".cut{share.position}"
+        basis = matrix.basis_rows(share.dp_rank)
+        found.append(StateSlice(matrix.name, matrix.shape, matrix.side, matrix.rank, mark, None, basis, share.kept))
+    return found
 
 
 def overlap(first: range, second: range) -> range:
@@ -144,7 +104,7 @@ class Missing:
         self.ranges = [wanted] if len(wanted) else []
 
     def take(self, found: range) -> list[range]:
-        """The part of a range that was missing until now; it is marked as found."""
+        """Mark a range as found; returns the parts of it that were missing until now."""
         taken: list[range] = []
         left: list[range] = []
         for part in self.ranges:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ds_fira.checkpoint.reconcile import Members
-from ds_fira.checkpoint.slices import Piece
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.geometry import ParamSlice
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.plan import GroupLayout
 
@@ -40,7 +40,7 @@ class EngineAttachment:
     members: Sequence[Members] = ()
     inventory: Sequence[ParamRecord] = ()
     layouts: Sequence[GroupLayout] = ()
-    slices: Mapping[Tensor, tuple[Piece, ...]] = field(default_factory=dict)
+    slices: Mapping[Tensor, tuple[ParamSlice, ...]] = field(default_factory=dict)
     matrices: Mapping[Tensor, LocalMatrices] = field(default_factory=dict)
     gradient_dtypes: Mapping[Tensor, torch.dtype] = field(default_factory=dict)
     digest: str = ""

@@ -7,115 +7,64 @@ sentence wherever it came from.
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
+from pydantic import Field, StrictBool, ValidationError, field_validator
 from torch import Tensor
 
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.quantization import require_library
 from ds_fira.core.rules import Rule
-
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-REMEDIES = {
-    "lr": "give a learning rate of at least 0, such as 0.01",
-    "betas": "give two numbers from 0 up to but not including 1, such as [0.9, 0.999]",
-    "eps": "give a number of at least 0, such as 1e-6",
-    "weight_decay": "give a number of at least 0",
-    "rank": "give a whole number of at least 1, such as 128",
-    "update_proj_gap": "give a whole number of steps of at least 1, such as 200",
-    "alpha": "give a number above 0, such as 0.25 or 1.0",
-    "proj_type": "choose 'std', 'reverse_std', 'left' or 'right'",
-    "gamma": "give a number above 1, such as 1.01",
-    "residual_scale": "give a number of at least 0, such as 1.0",
-    "scaling": "choose 'column', 'matrix' or 'none'",
-    "limiter": "choose 'growth' or 'none'",
-    "formulation": "choose 'released' or 'paper'",
-    "subspace": "choose 'svd', 'gram' or 'randomized'",
-    "refresh_moments": "choose 'keep', 'rotate' or 'reset'",
-    "refresh_limiter": "choose 'keep' or 'reset'",
-    "stagger": "give true or false",
-    "state_dtype": "choose 'float32', 'bfloat16' or 'int8'",
-    "matmul_precision": "choose 'float32', 'tf32' or 'bfloat16'",
-    "exact_cuts": "give true or false",
-    "project_full_rank": "give true or false",
-    "max_group_bytes": "give a whole number of bytes of at least 1, such as 1073741824",
-    "check_sync_every": "give a whole number of steps, such as 100, or 0 for no check",
-    "record_scaling_factors": "give a whole number of steps, such as 10, 1 for every step, or 0 for no record",
-    "unpickle_checkpoints": "give true to let checkpoints run the code in them, or false",
-    "target_modules": "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer",
-}
+from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, advice, one_number
 
 
-class Settings(BaseModel):
-    """Every hyper-parameter of `FiraAdam`, with its default and its legal range.
+class Settings(GroupSettings):
+    """Every setting of `FiraAdam`: those of a param group, and those of the whole training."""
 
-    `lr`, `betas`, `eps` and `weight_decay` are AdamW's. The rest belongs to projected groups: `rank` (of the weights
-    to project), `update_proj_gap` in steps, `alpha` (GaLore's scale of the back-projection), `proj_type` (which side is
-    projected), `gamma` (the limiter's largest growth of the residual norm from one step to the next),
-    `residual_scale` (multiplies the scaled residual in the update; the paper has 1), `scaling`, `limiter`,
-    `formulation`, `subspace` (how a basis is computed), `refresh_moments` (what a refresh does to the moments),
-    `refresh_limiter` (what it does to the limiter's residual norm), `stagger` (matrices refresh on different steps),
-    `state_dtype`, `matmul_precision`, `exact_cuts` (whole steps for cut matrices), `project_full_rank` (also where the
-    rank saves nothing: `ds_fira.sharding.projection`) and `target_modules` (substrings of the names of the modules to
-    project). `max_group_bytes` caps the float32 gradients of one param group on one rank, which ZeRO copies at a time.
-    `check_sync_every` is the number of steps from one comparison of the replicated weights
-    over the ranks to the next, 0 for none, None for `ds_fira.engine.deepspeed.weight_sync.DEFAULT` at stage 0 and none
-    elsewhere; `record_scaling_factors` those from one record of the scaling factors to the next
-    (`ds_fira.scaling_factors`), 0 for none. `unpickle_checkpoints` lets a checkpoint that is loaded run what stands in
-    its files, as DeepSpeed does; without it only tensors and plain values are read.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    lr: float = Field(1e-3, ge=0.0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-6, ge=0.0)
-    weight_decay: float = Field(0.0, ge=0.0)
-    rank: int | None = Field(None, ge=1)
-    update_proj_gap: int = Field(200, ge=1)
-    alpha: float = Field(1.0, gt=0.0)
-    proj_type: Literal["std", "reverse_std", "left", "right"] = "std"
-    gamma: float = Field(1.01, gt=1.0)
-    residual_scale: float = Field(1.0, ge=0.0)
-    scaling: Literal["column", "matrix", "none"] = "column"
-    limiter: Literal["growth", "none"] = "growth"
-    formulation: Literal["released", "paper"] = "released"
-    subspace: Literal["svd", "gram", "randomized"] = "svd"
-    refresh_moments: Literal["keep", "rotate", "reset"] = "keep"
-    refresh_limiter: Literal["keep", "reset"] = "keep"
-    stagger: StrictBool = False
-    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    matmul_precision: Literal["float32", "tf32", "bfloat16"] = "tf32"
-    exact_cuts: StrictBool = False
-    project_full_rank: StrictBool = False
-    max_group_bytes: int = Field(2**30, ge=1)
-    check_sync_every: int | None = Field(None, ge=0)
-    record_scaling_factors: int = Field(0, ge=0)
-    unpickle_checkpoints: StrictBool = False
-    target_modules: tuple[str, ...] | None = None
-
-    @field_validator(
-        "rank",
-        "update_proj_gap",
-        "lr",
-        "max_group_bytes",
-        "check_sync_every",
-        "record_scaling_factors",
-        mode="before",
+    max_group_bytes: int = Field(
+        2**30,
+        ge=1,
+        description="the most bytes that the float32 gradients of one param group take on one rank, which ZeRO copies "
+        "at a time",
+        json_schema_extra=advice("give a whole number of bytes of at least 1, such as 1073741824"),
     )
+    check_sync_every: int | None = Field(
+        None,
+        ge=0,
+        description="inside an engine, steps from one comparison of the replicated weights over the ranks to the next; "
+        "0 for none, None for every 100 at stage 0 and none elsewhere",
+        json_schema_extra=advice("give a whole number of steps, such as 100, or 0 for no check"),
+    )
+    record_scaling_factors: int = Field(
+        0,
+        ge=0,
+        description="steps from one record of the scaling factors of all linear layers, projected or not, to the next "
+        "(`ds_fira.scaling_factors`); 0 for none",
+        json_schema_extra=advice("give a whole number of steps, such as 10, 1 for every step, or 0 for no record"),
+    )
+    unpickle_checkpoints: StrictBool = Field(
+        False,
+        description="whether `engine.load_checkpoint` runs what stands in a checkpoint's files, which takes trust in "
+        "whoever wrote it, rather than refuse what needs it",
+        json_schema_extra=advice("give true to let checkpoints run the code in them, or false"),
+    )
+    target_modules: tuple[str, ...] | None = Field(
+        None,
+        description="with a rank, substrings of the names of the modules to project; None for every linear layer but "
+        "the head",
+        json_schema_extra=advice(
+            "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer"
+        ),
+    )
+
+    @field_validator("max_group_bytes", "check_sync_every", "record_scaling_factors", mode="before")
     @classmethod
-    def _no_bool(cls, value: Any) -> Any:
-        # JSON's true would otherwise pass as the number 1. A tensor is torch's way to give a learning rate.
-        if isinstance(value, bool) or (isinstance(value, Tensor) and (value.numel() != 1 or value.dtype == torch.bool)):
-            raise ValueError("not one number")
-        return float(value) if isinstance(value, Tensor) else value
+    def _whole_number(cls, value: object) -> object:
+        return one_number(value)
 
     @field_validator("target_modules", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> Any:
+    def _listed(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("target_modules")
@@ -126,7 +75,8 @@ class Settings(BaseModel):
         return value
 
 
-LEGAL = tuple(Settings.model_fields)
+# In the order in which messages list them.
+LEGAL = (*GROUP_FIELDS, *(name for name in Settings.model_fields if name not in GroupSettings.model_fields))
 # Options of torch's optimizers that are off here, and what to do for one that is on.
 TORCH_OPTIONS = {
     "amsgrad": "remove it, low-rank states have no maximum of V",
@@ -140,13 +90,7 @@ TORCH_OPTIONS = {
 OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "wd": "weight_decay"}
 OTHER_NAMES |= {"scale": "alpha"}
 # What a param group may not set for itself: it acts before there are groups, or on the whole training.
-NOT_OF_GROUPS = (
-    "target_modules",
-    "max_group_bytes",
-    "check_sync_every",
-    "record_scaling_factors",
-    "unpickle_checkpoints",
-)
+NOT_OF_GROUPS = LEGAL[len(GROUP_FIELDS) :]
 
 
 def legal_settings(algorithm: Algorithm = FIRA_ADAM) -> tuple[str, ...]:
@@ -197,7 +141,7 @@ def check_params(params: dict[str, Any], where: str | None = None, algorithm: Al
     except ValidationError as error:
         found = error.errors()[0]
         key = str(found["loc"][0])
-        remedy = _remedy(algorithm.rule, key, found["msg"]) if key in own else REMEDIES[key]
+        remedy = _remedy(algorithm.rule, key, found["msg"]) if key in own else _remedy_of(key)
         raise ValueError(f"{where}: {key} = {params[key]!r} is not legal; {remedy}.") from None
     if settings.target_modules is not None and settings.rank is None:
         raise ValueError(
@@ -205,7 +149,9 @@ def check_params(params: dict[str, Any], where: str | None = None, algorithm: Al
             "add a rank, such as 128, or remove target_modules."
         )
     require_library(settings.state_dtype, where)
-    checked = {name: value for name, value in {**settings.model_dump(), **rule}.items() if name in legal}
+    checked = {
+        name: value for name, value in {**settings.model_dump(exclude={"rule"}), **rule}.items() if name in legal
+    }
     # As in torch: a learning rate in a tensor may be changed in place.
     return {**checked, "lr": params["lr"]} if isinstance(params.get("lr"), Tensor) else checked
 
@@ -220,6 +166,10 @@ def without_torch_options(params: dict[str, Any], where: str) -> dict[str, Any]:
         if params.get(name) not in (None, False):
             raise ValueError(f"{where}: {name} = {params[name]!r} is not supported; {remedy}.")
     return {name: value for name, value in params.items() if name not in TORCH_OPTIONS}
+
+
+def _remedy_of(name: str) -> str:
+    return Settings.model_fields[name].json_schema_extra["remedy"]
 
 
 def _remedy(rule: type[Rule], name: str, found: str) -> str:

@@ -34,7 +34,7 @@ class Stepping(Resumable):
         """Step the matrices of a group: those stepped whole, in as many turns as they are gathered; then the rest."""
         record: dict[Tensor, list[Series]] = {}
         if self._recording:
-            record = {p: self.recorder.low_rank(p, lambda p=p: self._places(p, group).matrices) for p in params}
+            record = {p: self.recorder.low_rank(p, lambda p=p: self._slices(p, group).matrices) for p in params}
         turns = max((len(self._binding(param).exchanges) for param in params), default=0)
         for turn in range(max(1, turns)):
             self._step_whole(params, group, turn, record)

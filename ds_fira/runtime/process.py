@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from datetime import timedelta
-from typing import Any
 
 import deepspeed.ops
 import torch
@@ -13,10 +12,10 @@ import torch.distributed
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.distributed import distributed_c10d
 
 from ds_fira.runtime import launchers, lost_peer
-from ds_fira.runtime.contact import tell_lost_contact
 
 
 def init_distributed(timeout: float | None = None) -> None:
@@ -37,7 +36,7 @@ def init_distributed(timeout: float | None = None) -> None:
             contradict each other, or several processes were started and MASTER_ADDR or MASTER_PORT is missing and
             cannot be found.
     """
-    tell_lost_contact()
+    lost_peer.tell_lost_contact()
     if timeout is not None:
         _set_timeout(timeout)
     if not torch.distributed.is_initialized():
@@ -85,7 +84,7 @@ def _set_timeout(seconds: float) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
 
 
-def shutdown(engine: Any = None) -> None:
+def shutdown(engine: DeepSpeedEngine | None = None) -> None:
     """End a training process cleanly: the last call of a script, on every rank.
 
     A process that leaves with DeepSpeed's hooks and its process group alive aborts now and then after training ended

@@ -236,7 +236,8 @@ def fill_the_disk(folder: str, disk: str) -> None:
 def _save_thrice(folder: str, state: str, fill: Any, free: Any) -> None:
     import torch
 
-    from ds_fira.checkpoint.atomic_save import LOCK, CheckpointError, read_latest
+    from ds_fira.checkpoint.atomic_save import CheckpointError
+    from ds_fira.checkpoint.tag_folder import LOCK, read_latest
     from tests.distributed.zero_jobs import batches, build, config
 
     rank, seen = torch.distributed.get_rank(), {"error": None}

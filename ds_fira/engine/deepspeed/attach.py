@@ -129,7 +129,7 @@ def attach(engine: DeepSpeedEngine) -> None:
                 for param in flat.lp_params
             ],
             layouts=layouts,
-            slices={flat.hp_partition: flat.slices(names, communicator.dp_rank) for flat in flats},
+            slices={flat.hp_partition: flat.slices(communicator.dp_rank, names) for flat in flats},
             matrices=matrices,
             gradient_dtypes={flat.hp_partition: flat.lp_params[0].dtype for flat in flats},
             digest=digest(

@@ -18,16 +18,15 @@ against DeepSpeed 0.17 to 0.19. What it relies on:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from ds_fira.checkpoint.slices import Piece as ParamSlice
 from ds_fira.core.param_shape import numel_of, shape_of
-from ds_fira.sharding.geometry import MatrixShard, Partitioning, Piece, matrices_of
+from ds_fira.sharding.geometry import MatrixShard, ParamSlice, Partitioning, matrices_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +50,17 @@ class FlatGroup:
         """Of the module's parameters."""
         return {str(param.dtype) for param in self.lp_params}
 
-    def slices(self, names: dict[int, str], dp_rank: int) -> tuple[ParamSlice, ...]:
-        """The elements of parameters in a rank's tensor, by their names, those by their `id`."""
-        if self.partitioning.partition_size == 0:  # a parameter without elements, at stage 0
-            return (ParamSlice(names.get(id(self.lp_params[0]), ""), 0, 0, 0),)
-        return tuple(
-            ParamSlice(names.get(id(self.lp_params[piece.index]), ""), piece.offset, piece.start, piece.stop)
-            for piece in self.pieces(dp_rank)
-        )
+    def slices(self, dp_rank: int, names: Mapping[int, str]) -> tuple[ParamSlice, ...]:
+        """What of which parameter of `lp_params` lies where in a rank's tensor; padding is left out.
 
-    def pieces(self, dp_rank: int) -> list[Piece]:
-        """What of which parameter of `lp_params` lies where in a rank's tensor; padding is left out."""
-        return self.partitioning.pieces(dp_rank % self.partitioning.ranks)  # at stage 0 every rank has the only one
+        Args:
+            dp_rank: of the rank; at stage 0 every rank has the only tensor there is.
+            names: of the parameters, by their `id`.
+        """
+        listed = [names.get(id(param), "") for param in self.lp_params]
+        if self.partitioning.partition_size == 0:  # a parameter without elements, at stage 0
+            return (ParamSlice(listed[0], 0, 0, 0),)
+        return self.partitioning.slices(dp_rank % self.partitioning.ranks, listed)
 
     def matrices(self, names: dict[int, str]) -> list[dict[int, MatrixShard]]:
         """The fragments of every matrix by dp_rank.

@@ -65,7 +65,7 @@ def project_as_saved(
     """
     changed, members = {}, optimizer._members()
     for number, (group, listed) in enumerate(zip(optimizer.param_groups, members, strict=True)):
-        wanted = saved_projection(saved, group, listed, optimizer.algorithm.name)
+        wanted = saved_projection(saved, group, listed)
         if wanted is not None and wanted != group[PROJECT_FULL_RANK]:
             changed[number] = wanted
     if not changed:
