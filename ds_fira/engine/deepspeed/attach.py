@@ -52,7 +52,7 @@ def check_config(check: Callable[..., None], engine: DeepSpeedEngine) -> None:
     if dist.get_rank() == 0:
         warn_if_untested(deepspeed.__version__, name)
     refuse_auto(engine._config._param_dict)
-    refuse_unsupported(engine)
+    refuse_unsupported(engine, name)
     if from_json:
         checked_params(engine)
 
@@ -64,7 +64,7 @@ def build_optimizer(
     kind = TYPES.get(engine.optimizer_name())
     if kind is None:
         return configure(engine, model_parameters)
-    refuse_unsupported_module(engine)
+    refuse_unsupported_module(engine, kind.algorithm.name)
     settings = checked_params(engine)
     dp_size = dist.get_world_size(group=engine.seq_data_parallel_group)
     groups = build_groups(
@@ -85,8 +85,8 @@ def attach_built(
         if optimizer is not None:
             refuse_object(engine, optimizer)
         if isinstance(optimizer, LowRankOptimizer):
-            refuse_unsupported(engine)
-            refuse_unsupported_module(engine)
+            refuse_unsupported(engine, optimizer.algorithm.name)
+            refuse_unsupported_module(engine, optimizer.algorithm.name)
             optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0)
         return optimizer
 

@@ -14,7 +14,6 @@ import torch
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ds_fira.core.algorithms import FIRA_ADAM
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import check_params
@@ -35,11 +34,6 @@ def our_name(optimizer: object, json_type: str | None) -> str | None:
     code = getattr(maker, "__code__", None)
     used = (maker.__name__,) if inspect.isclass(maker) else () if code is None else (*code.co_names, *code.co_freevars)
     return next((name for name in TYPES if name in used), None)
-
-
-def name_in(engine: DeepSpeedEngine) -> str:
-    """The optimizer's name for a message about an engine that trains, or may train, with one of this package."""
-    return our_name(engine.client_optimizer, engine.optimizer_name()) or FIRA_ADAM.name
 
 
 def trains_ours(engine: DeepSpeedEngine) -> bool:

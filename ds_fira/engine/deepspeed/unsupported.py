@@ -19,7 +19,6 @@ from packaging.version import Version
 from torch import nn
 
 from ds_fira.core.algorithms import Algorithm, algorithm_of
-from ds_fira.engine.deepspeed.chosen import name_in
 from ds_fira.optim.base import LowRankOptimizer
 
 # DeepSpeed releases of three minors that the tests run with: ds_fira reads private attributes, which may change between
@@ -58,19 +57,23 @@ def warn_if_untested(version: str, name: str) -> None:
         )
 
 
-def refuse_unsupported(engine: DeepSpeedEngine) -> None:
+def refuse_unsupported(engine: DeepSpeedEngine, name: str) -> None:
     """Stop before the engine does any work if low-rank states do not support its config.
+
+    Args:
+        engine: its config has been read.
+        name: of the optimizer.
 
     Raises:
         ValueError: names the setting, its value and what to use instead.
     """
-    refused = {**_refused(engine), **_without_effect(engine), **_refused_before_0_19(engine)}
+    refused = {**_refused(engine, name), **_without_effect(engine), **_refused_before_0_19(engine)}
     for sentence, is_set in refused.items():
         if is_set:
-            raise ValueError(f"{name_in(engine)}: {sentence}")
+            raise ValueError(f"{name}: {sentence}")
 
 
-def _refused(engine: DeepSpeedEngine) -> dict[str, bool]:
+def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, bool]:
     """By sentence, whether a setting is on that is not supported."""
     config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
     tensor_parallel = max(engine.autotp_size(), _model_parallel_size(engine.mpu))
@@ -94,14 +97,14 @@ def _refused(engine: DeepSpeedEngine) -> dict[str, bool]:
         "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam on "
         "the CPU; set it to false.": getattr(zero.offload_optimizer, "super_offload", False),
         **{
-            f"zero_optimization.{name}.device = 'nvme' is not supported yet, because low-rank states are not swapped; "
-            "use 'cpu'.": stage == 3 and _device(getattr(zero, name)) == "nvme"
-            for name in ("offload_optimizer", "offload_param")
+            f"zero_optimization.{block}.device = 'nvme' is not supported yet, because low-rank states are not swapped; "
+            "use 'cpu'.": stage == 3 and _device(getattr(zero, block)) == "nvme"
+            for block in ("offload_optimizer", "offload_param")
         },
         f"zero_optimization.offload_optimizer.ratio = {ratio} is not supported, because the part that stays on the GPU "
         "is stepped by torch's AdamW; set it to 1.0.": stage == 3 and ratio != 1.0,
         "checkpoint.load_universal = True is not supported; remove it, load_checkpoint re-shards "
-        f"{name_in(engine)}'s state by itself.": config.load_universal_checkpoint,
+        f"{name}'s state by itself.": config.load_universal_checkpoint,
         "compile.deepcompile = True is not supported, because its passes replace ZeRO's reduction of gradients; set it "
         "to false and call engine.compile().": config.compile_config.deepcompile,
         "hybrid_engine.enabled = True is not supported, because its inference containers hold weights of their own; "
@@ -161,13 +164,17 @@ def _refused_before_0_19(engine: DeepSpeedEngine) -> dict[str, bool]:
     }
 
 
-def refuse_unsupported_module(engine: DeepSpeedEngine) -> None:
+def refuse_unsupported_module(engine: DeepSpeedEngine, name: str) -> None:
     """Stop if the engine's module gives gradients that have no low-rank form here.
+
+    Args:
+        engine: has its module.
+        name: of the optimizer.
 
     Raises:
         ValueError: the module has sparse embeddings, complex parameters or DeepSpeed MoE layers.
     """
-    module, name = engine.module, name_in(engine)
+    module = engine.module
     if engine.has_moe_layers:
         raise ValueError(
             f"{name}: DeepSpeed MoE layers are not supported yet, because their experts have process groups of their "
