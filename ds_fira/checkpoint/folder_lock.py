@@ -27,6 +27,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+from ds_fira.checkpoint.manifest import write_file
 from ds_fira.checkpoint.process_identity import boot, is_gone, is_near, namespace, started
 from ds_fira.checkpoint.tag_folder import LOCK
 
@@ -156,10 +157,7 @@ class FolderLock:
     def _written_apart(self) -> Path:
         """A new file with our content, for the lock's place."""
         path = self.path.with_name(f"{LOCK}-{self._content['run']}")
-        with path.open("wb") as file:
-            file.write(self._rendered())
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(path, self._rendered())
         return path
 
     def _try(self) -> bool:

@@ -38,25 +38,15 @@ Record = dict[str, int]  # "size" in bytes and "crc32" of one file
 
 
 class Manifest(TypedDict, total=False):
-    """What a manifest holds; `save_checkpoint` adds the ranks and the steps. The names are keys in saved files.
-
-    Attributes:
-        format: of the manifest.
-        serial: higher than those of earlier saves.
-        save_latest: whether the checkpoint was saved as the latest one.
-        latest_was: what `latest` named when the manifest was written.
-        save_id: tells this save from others, the same on every storage.
-        files: by their names in the checkpoint's folder.
-        sha256: of the rest.
-    """
+    """What a manifest holds; a save adds the ranks and the steps. The names are keys in saved files."""
 
     format: int
-    serial: int
+    serial: int  # higher than those of earlier saves
     save_latest: bool
-    latest_was: str | None
-    save_id: str
+    latest_was: str | None  # what `latest` named when the manifest was written
+    save_id: str  # tells this save from others, the same on every storage
     files: dict[str, Record]
-    sha256: str
+    sha256: str  # of the rest
 
 
 def record_file(path: Path, flush: bool = True) -> Record:

@@ -76,7 +76,6 @@ class _Choice:
         given, self.communicator = call.arguments, Communicator()
         self.name: str = engine.basic_optimizer.algorithm.name
         self.folder = Path(given["load_dir"])
-        self.told = ""  # rank 0's folder, for sentences that are the same on every rank
         self.asked = None if given["tag"] is None else str(given["tag"])
         partial = given["load_module_only"] or not given["load_optimizer_states"]
         self.model_only = partial and engine.zero_optimization_stage() < 3
@@ -86,12 +85,12 @@ class _Choice:
 
     def make(self) -> str | None:
         """See `choose`."""
-        self.told = str(self._gathered(lambda: self.folder)[0])
-        wanted, fault, candidates = self._gathered(self._candidates)[0]
+        # Rank 0's folder, for sentences that are the same on every rank.
+        wanted, fault, candidates, told = self._gathered(self._candidates)[0]
         if fault is not None and self.asked is not None:
             raise CheckpointError(
                 f"{self.name}: nothing can be loaded under tag {tag_folder.shown(wanted)}, which {fault}: give "
-                f"load_checkpoint the name of a folder inside {self.told}."
+                f"load_checkpoint the name of a folder inside {told}."
             )
         faults = {} if fault is None else {tag_folder.LATEST: fault}
         for tag, save_id in candidates:
@@ -117,8 +116,8 @@ class _Choice:
             # Of rank 0: the others may come here later, when the folder has changed.
             others = self._gathered(lambda: self._others(faults))[0]
             remedy = f"load another tag, such as {others[0]!r}" if others else "load from another folder"
-            told = "; ".join(f"{Path(self.told, tag)}: {text}" for tag, text in faults.items())
-            raise CheckpointError(f"{self.name}: no complete checkpoint to load ({told}): {remedy}.")
+            why = "; ".join(f"{Path(told, tag)}: {text}" for tag, text in faults.items())
+            raise CheckpointError(f"{self.name}: no complete checkpoint to load ({why}): {remedy}.")
         self._warn(faults, "there is no complete one")
         return None
 
@@ -132,8 +131,8 @@ class _Choice:
             error = f"cannot read the checkpoints in {self.folder} ({told}): mend the folder or load from another one."
         return require_all(self.name, self.communicator, error, answer)
 
-    def _candidates(self) -> tuple[str | None, str | None, list[tuple[str, str | None]]] | None:
-        """The tag that is wanted, its fault, and what to try with the ids of its saves.
+    def _candidates(self) -> tuple[str | None, str | None, list[tuple[str, str | None]], str] | None:
+        """The tag that is wanted, its fault, what to try with the ids of its saves, and the folder.
 
         Of rank 0: DeepSpeed alone writes `latest` on the first node only.
         """
@@ -146,7 +145,7 @@ class _Choice:
             wanted, fault = tag_folder.look_up_latest(self.folder)
             wanted = "" if fault else wanted
             found = tag_folder.in_order(self.folder, wanted)
-        return wanted, fault, [(tag, self._save_id(tag)) for tag in found]
+        return wanted, fault, [(tag, self._save_id(tag)) for tag in found], str(self.folder)
 
     def _save_id(self, tag: str) -> str | None:
         return (manifest.whole_manifest(self.folder / tag) or {}).get("save_id")

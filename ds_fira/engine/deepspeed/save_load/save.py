@@ -150,10 +150,13 @@ class _Save:
         try:
             yield
         except Exception as error:
-            if self.error is None:
-                told = isinstance(error, CheckpointError)
-                self.error = str(error) if told else save_sentence(error, path, self.folder, self.tag)
-                self.cause = None if told else error
+            self._keep(error, path)
+
+    def _keep(self, error: Exception, path: Path | None = None) -> None:
+        if self.error is None:
+            told = isinstance(error, CheckpointError)
+            self.error = str(error) if told else save_sentence(error, path, self.folder, self.tag)
+            self.cause = None if told else error
 
     def _prepare(self) -> str:
         """Make the staging folder; returns the token of the storage that this rank writes to."""
@@ -227,17 +230,17 @@ class _Save:
             with self._caught(self.staging):
                 copy(str(self.staging))
 
-        with (
-            self._caught(),
-            replaced(writer, save=write),
-            replaced(self.engine, _copy_recovery_script=copy_script),
-        ):
-            return save(*self.call.args, **self.call.kwargs)
-        # It raised. The other ranks are on their way to the end of DeepSpeed's function: meet them there.
-        if self.engine._optimizer_has_ckpt_event_epilogue():
-            self.engine.optimizer.checkpoint_event_epilogue()
-        dist.barrier()
-        return None
+        try:
+            with replaced(writer, save=write), replaced(self.engine, _copy_recovery_script=copy_script):
+                return save(*self.call.args, **self.call.kwargs)
+        except Exception as error:
+            self._keep(error)
+            # The others are on their way to the end of DeepSpeed's function: meet them there. Here, so that an error
+            # of the barrier has this one as its context.
+            if self.engine._optimizer_has_ckpt_event_epilogue():
+                self.engine.optimizer.checkpoint_event_epilogue()
+            dist.barrier()
+            return None
 
 
 def _marked(state_dict: object) -> object:
