@@ -1,7 +1,7 @@
 """Run a training script that knows nothing of ds_fira: `deepspeed --module ds_fira.run train.py --args`.
 
-Registers FiraAdam, then runs the script as `__main__` with its own arguments. Without a GPU it also keeps DeepSpeed
-from compiling its shared-memory collectives, which needs a C++ compiler and up to a minute.
+Registers the optimizers of ds_fira, then runs the script as `__main__` with its own arguments. Without a GPU it also
+keeps DeepSpeed from compiling its shared-memory collectives, which needs a C++ compiler and up to a minute.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import ds_fira  # noqa: F401  (the import registers)
-from ds_fira.engine.deepspeed.attach import skip_shared_memory_op
+from ds_fira.runtime.process import skip_shared_memory_op
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 import ds_fira  # registers FiraAdam
-from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.optim.registry import TYPES
 
 LAUNCHED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # set by `accelerate launch`
 

@@ -15,7 +15,7 @@ from pretraining.text_data import TextData, TextRecipe, prepare
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import ds_fira
-from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import check_params
 from ds_fira.tools.models import NAMES, config_file
 

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import ds_fira  # registers FiraAdam
-from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.optim.registry import TYPES
 
 # Arguments of the Trainer that act through a value of the JSON, and do nothing where the JSON lacks it.
 THROUGH_JSON = {

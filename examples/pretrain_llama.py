@@ -33,7 +33,7 @@ from pretraining.text_data import TextRecipe
 
 import ds_fira
 from ds_fira.checkpoint.atomic_save import CheckpointError
-from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.optim.registry import TYPES
 from ds_fira.tools.run_report.plots import write_page
 
 STATUS_OF_SIGTERM = 143

@@ -156,7 +156,7 @@ def _train(rank: int, world_size: int, port: int, answers: Any) -> None:
     import deepspeed
 
     import ds_fira
-    from ds_fira.engine.deepspeed.attach import fira_of
+    from ds_fira.optim.registry import fira_of
 
     ds_fira.init_distributed()
     found = []

@@ -16,6 +16,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ds_fira
 from benchmarks.common import default_device, save
 from ds_fira.core.selection import projected_weights
-from ds_fira.tools.engine_memory import backward_bytes
+from ds_fira.tools.engine_memory import engine_bytes
 from ds_fira.tools.estimate import RankMemory, Setup, estimate
 
 STEPS = 2
@@ -207,6 +208,36 @@ def measure(
         del engine, model, trained, backward
         gc.collect()
     return results
+
+
+def backward_bytes(engine: deepspeed.DeepSpeedEngine, backward: Callable[[], object]) -> dict[str, int]:
+    """Run a backward pass and give the most that the engine held of every category.
+
+    That is at its end, or as ZeRO-1 begins to reduce, in `reduce_gradients` of its wrapper, which is called at the end
+    of the last backward pass while it still has the gradients of the whole model.
+
+    Args:
+        engine: a DeepSpeed engine.
+        backward: makes the backward pass, `engine.backward` included, and no step.
+    """
+    looks: list[dict[str, int]] = []
+    wrapper = engine.optimizer
+    reduce_gradients = getattr(wrapper, "reduce_gradients", None)
+    if reduce_gradients is None:
+        backward()
+    else:
+
+        def look_first(*args: object, **kwargs: object) -> object:
+            looks.append(engine_bytes(engine))
+            return reduce_gradients(*args, **kwargs)
+
+        wrapper.reduce_gradients = look_first
+        try:
+            backward()
+        finally:
+            del wrapper.reduce_gradients
+    looks.append(engine_bytes(engine))
+    return {category: max(look[category] for look in looks) for category in looks[0]}
 
 
 def estimated(case: Case, world_size: int, config_file: str) -> list[RankMemory]:

@@ -1,8 +1,8 @@
-"""Checkpoint folders that survive a crash: how one comes about on disk, whatever else lies in it.
+"""Make checkpoint folders on disk that survive a crash, and leave everything else that lies in them alone.
 
-Only files, no collectives and no DeepSpeed: `ds_fira/engine/deepspeed/save_load/save.py` calls this from ranks that own
-a storage. What is complete, and which of several is loaded, is in `ds_fira/checkpoint/manifest.py` and `tag_order.py`.
-A checkpoint `TAG` in a folder is made in this order:
+Only files, no collectives and no engine: the ranks of a run that own a storage call this. `manifest.py` says whether a
+checkpoint is complete, and `tag_folder.py` which of several is loaded. A checkpoint `TAG` in a folder is made in this
+order:
 
 1. `.saving-TAG` is filled; every file is flushed to the disk.
 2. `.latest-saving` is written, which names `TAG`, then the manifest: the size and the CRC-32 of every file, and a
@@ -25,79 +25,10 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from ds_fira.checkpoint.manifest import (
-    MANIFEST,
-    REPLACED,
-    STAGING,
-    TOKEN,
-    Record,
-    find_damage,
-    find_fault,
-    is_leftover,
-    listed_files,
-    manifests,
-    own_names,
-    read_manifest,
-    record_file,
-    sync_directory,
-    write_file,
-    write_manifest,
-)
-from ds_fira.checkpoint.own_files import (
-    SCRATCH,
-    claim,
-    hand_over,
-    is_ours,
-    refuse_collisions,
-    remove,
-    remove_all,
-    unclaim,
-)
-from ds_fira.checkpoint.tag_folder import (
-    LATEST,
-    LOCK,
-    NEW_LATEST,
-    beside,
-    find_complete,
-    find_interrupted,
-    find_tag_fault,
-    in_order,
-    look_up_latest,
-    read_latest,
-    shown,
-    staging_tag,
-)
-
-__all__ = [
-    "LATEST",
-    "LOCK",
-    "MANIFEST",
-    "CheckpointError",
-    "Record",
-    "discard",
-    "find_complete",
-    "find_damage",
-    "find_fault",
-    "find_tag_fault",
-    "in_order",
-    "is_leftover",
-    "listed_files",
-    "look_up_latest",
-    "prepare",
-    "prune",
-    "publish",
-    "read_latest",
-    "read_manifest",
-    "record_file",
-    "reseal",
-    "seal",
-    "shown",
-    "staging_tag",
-    "sync_directory",
-    "token_of",
-]
+from ds_fira.checkpoint import manifest, own_files
+from ds_fira.checkpoint.manifest import REPLACED, STAGING, TOKEN, Record
+from ds_fira.checkpoint.tag_folder import LATEST, NEW_LATEST, beside, find_interrupted, read_latest, staging_tag
 
 
 class CheckpointError(RuntimeError):
@@ -125,7 +56,7 @@ def prepare(folder: Path, tag: str, token: str) -> None:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, "something that no save has made is in the way", str(path))
     # With its token from the first instant on: nothing without one is ever taken for ours.
-    new = staging.with_name(SCRATCH + token)
+    new = staging.with_name(own_files.SCRATCH + token)
     new.mkdir()
     (new / TOKEN).write_text(token)
     new.rename(staging)
@@ -133,38 +64,38 @@ def prepare(folder: Path, tag: str, token: str) -> None:
 
 def _clear_up(folder: Path, parent: Path) -> None:
     """Complete the saves in `parent` that were cut short when complete, and remove the others."""
-    for left in sorted(parent.glob(f"{SCRATCH}*")):
+    for left in sorted(parent.glob(f"{own_files.SCRATCH}*")):
         shutil.rmtree(left, ignore_errors=True)
-    for left in filter(is_ours, sorted(parent.glob(f"{STAGING}*"))):
+    for left in filter(own_files.is_ours, sorted(parent.glob(f"{STAGING}*"))):
         with contextlib.suppress(OSError):  # what cannot be cleared up is in the way of its own tag only
             _clear_up_unfinished(folder, left)
-    for left in filter(is_ours, sorted(parent.glob(f"{REPLACED}*"))):
+    for left in filter(own_files.is_ours, sorted(parent.glob(f"{REPLACED}*"))):
         final = left.with_name(left.name.removeprefix(REPLACED))
         with contextlib.suppress(OSError):
-            if not os.path.lexists(final) and own_names(left) and find_fault(left) is None:
+            if not os.path.lexists(final) and manifest.own_names(left) and manifest.find_fault(left) is None:
                 left.rename(final)
             elif not final.is_symlink():
-                hand_over(left, final)
+                own_files.hand_over(left, final)
 
 
 def _clear_up_unfinished(folder: Path, left: Path) -> None:
     final = left.with_name(left.name.removeprefix(STAGING))
     tag = final.relative_to(folder).as_posix()
     moves_latest = find_interrupted(folder) == staging_tag(tag)
-    if find_fault(left) is None and (moves_latest or not os.path.lexists(final)):
-        _swap(folder, tag, moves_latest)
+    if manifest.find_fault(left) is None and (moves_latest or not os.path.lexists(final)):
+        publish(folder, tag, moves_latest)
         return
     if _reads(folder / NEW_LATEST, tag):
         (folder / NEW_LATEST).unlink(missing_ok=True)  # before the save it belongs to is gone
-    remove(left)
+    own_files.remove(left)
     if final.is_dir():
-        unclaim(final)
+        own_files.unclaim(final)
 
 
 def _clear_up_latest(folder: Path) -> None:
     """Let `latest` name a save that had its name already when it was cut short."""
     interrupted = find_interrupted(folder)
-    if interrupted is not None and not is_leftover(interrupted):
+    if interrupted is not None and not manifest.is_leftover(interrupted):
         (folder / NEW_LATEST).replace(folder / LATEST)
     (folder / NEW_LATEST).unlink(missing_ok=True)
 
@@ -181,7 +112,9 @@ def token_of(folder: Path, tag: str) -> str:
     return (folder / staging_tag(tag) / TOKEN).read_text()
 
 
-def seal(folder: Path, tag: str, records: Mapping[str, Record], details: Mapping[str, Any], save_latest: bool) -> None:
+def seal(
+    folder: Path, tag: str, records: Mapping[str, Record], details: Mapping[str, object], save_latest: bool
+) -> None:
     """Write the manifest of a filled staging folder, and prepare the new `latest` beside it.
 
     Args:
@@ -198,16 +131,15 @@ def seal(folder: Path, tag: str, records: Mapping[str, Record], details: Mapping
     staging = folder / staging_tag(tag)
     for script in staging.glob("*.py"):  # of DeepSpeed, for the folder of all checkpoints
         script.replace(folder / script.name)
-    refuse_collisions(staging, folder / tag)
-    serial = 1 + max(
-        (content.get("serial", 0) for parent in {folder, staging.parent} for _, content in manifests(parent)), default=0
-    )
+    own_files.refuse_collisions(staging, folder / tag)
+    others = [content for parent in {folder, staging.parent} for _, content in manifest.manifests(parent)]
+    serial = 1 + max((content.get("serial", 0) for content in others), default=0)
     if save_latest:
         # Here, where a full disk can still be told without having moved anything, and before the checkpoint is
         # complete: from then on it counts.
-        write_file(folder / NEW_LATEST, tag.encode())
+        manifest.write_file(folder / NEW_LATEST, tag.encode())
     details = {"save_latest": save_latest, "latest_was": read_latest(folder), "save_id": "", **details}
-    write_manifest(staging, serial, details, records)
+    manifest.write_manifest(staging, serial, details, records)
     (staging / TOKEN).unlink()
 
 
@@ -217,36 +149,32 @@ def publish(folder: Path, tag: str, save_latest: bool) -> None:
     Raises:
         OSError: a rename failed; the checkpoint that was there before is there again.
     """
-    _swap(folder, tag, save_latest)
-
-
-def _swap(folder: Path, tag: str, moves_latest: bool) -> None:
     staging, final, aside = folder / staging_tag(tag), folder / tag, folder / beside(tag, REPLACED)
     if final.is_symlink():
         raise FileExistsError(errno.EEXIST, "a symbolic link is in the way", str(final))
     done: list[tuple[Path, Path]] = []
     try:
         if final.exists():
-            claim(final)
+            own_files.claim(final)
         for source, target in ((final, aside), (staging, final)):
             if source.exists():
                 source.rename(target)
                 done.append((source, target))
-        sync_directory(final.parent)
-        if moves_latest:
+        manifest.sync_directory(final.parent)
+        if save_latest:
             (folder / NEW_LATEST).replace(folder / LATEST)
-            sync_directory(folder)
+            manifest.sync_directory(folder)
     except OSError:
         for source, target in reversed(done):
             with contextlib.suppress(OSError):
                 target.rename(source)
         with contextlib.suppress(OSError):
-            unclaim(final)
+            own_files.unclaim(final)
         raise
     with contextlib.suppress(OSError):  # the next save goes on with it
-        unclaim(final)
-        if is_ours(aside):
-            hand_over(aside, final)
+        own_files.unclaim(final)
+        if own_files.is_ours(aside):
+            own_files.hand_over(aside, final)
 
 
 def discard(folder: Path, tag: str) -> None:
@@ -254,8 +182,8 @@ def discard(folder: Path, tag: str) -> None:
     with contextlib.suppress(OSError):
         (folder / NEW_LATEST).unlink(missing_ok=True)  # before the save it belongs to is gone
         staging = folder / staging_tag(tag)
-        if is_ours(staging):
-            remove_all(staging)
+        if own_files.is_ours(staging):
+            own_files.remove_all(staging)
 
 
 def reseal(folder: str | os.PathLike[str], tag: str) -> None:
@@ -266,13 +194,11 @@ def reseal(folder: str | os.PathLike[str], tag: str) -> None:
     Raises:
         OSError: it cannot be read or written.
     """
-    path, content = Path(folder) / tag, None
-    with contextlib.suppress(ValueError):
-        content = read_manifest(path)
-    details = {"save_latest": True, "latest_was": None, "save_id": "", **(content or {})}
+    path = Path(folder) / tag
+    details = {"save_latest": True, "latest_was": None, "save_id": "", **(manifest.whole_manifest(path) or {})}
     for key in ("format", "files", "sha256"):
         details.pop(key, None)
-    write_manifest(path, details.pop("serial", 0), details, {})
+    manifest.write_manifest(path, details.pop("serial", 0), details, {})
 
 
 def prune(folder: str | os.PathLike[str], keep: int) -> list[str]:
@@ -284,15 +210,17 @@ def prune(folder: str | os.PathLike[str], keep: int) -> list[str]:
         The deleted tags. Only checkpoints with a manifest that were saved as latest are counted and deleted.
     """
     path = Path(folder)
-    listed = [(content.get("serial", 0), name) for name, content in manifests(path) if content.get("save_latest")]
+    listed = [
+        (content.get("serial", 0), name) for name, content in manifest.manifests(path) if content.get("save_latest")
+    ]
     latest, old, complete = os.path.realpath(path / (read_latest(path) or LATEST)), [], 0
-    for name in [name for _, name in sorted(listed, reverse=True) if not is_leftover(name)]:
+    for name in [name for _, name in sorted(listed, reverse=True) if not manifest.is_leftover(name)]:
         if complete >= max(keep, 1) and os.path.realpath(path / name) != latest:
             old.append(name)
-        complete += find_fault(path / name) is None
+        complete += manifest.find_fault(path / name) is None
     for name in old:
         # Hidden first: what a kill leaves of it must not look like a checkpoint.
         aside = path / beside(name, REPLACED)
         (path / name).rename(aside)
-        hand_over(aside, path / name)
+        own_files.hand_over(aside, path / name)
     return old

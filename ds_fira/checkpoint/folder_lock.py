@@ -26,8 +26,8 @@ import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
+from ds_fira.checkpoint.manifest import write_file
 from ds_fira.checkpoint.process_identity import boot, is_gone, is_near, namespace, started
 from ds_fira.checkpoint.tag_folder import LOCK
 
@@ -46,7 +46,7 @@ class InUse(Exception):
     """Another run saves into the folder."""
 
 
-def hold(folder: Path, user: Any = None) -> None:
+def hold(folder: Path, user: object = None) -> None:
     """Take the lock of a folder for this process, or find that it has it.
 
     Args:
@@ -74,7 +74,7 @@ def hold(folder: Path, user: Any = None) -> None:
     _start_heart()
 
 
-def release(user: Any = None) -> None:
+def release(user: object = None) -> None:
     """Give up the locks that nobody but `user` needs."""
     for key, lock in list(_held.items()):
         lock.users.discard(id(user))
@@ -102,7 +102,7 @@ class FolderLock:
         self.path = folder / LOCK
         self.process = os.getpid()
         self.taken = False
-        self.lost: dict[str, Any] | None = None
+        self.lost: dict[str, object] | None = None
         self.users: set[int] = set()
         self._beats = 0
         self._content = {
@@ -119,9 +119,12 @@ class FolderLock:
         """Have it; see `hold`."""
         if self.lost is None and self._is_ours(self._read()):
             return
-        if self.lost is not None:
-            self._refuse_lost(self.lost)
         for _ in range(_TRIES):
+            if self.lost is not None:
+                raise InUse(
+                    f"another run ({_described(self.lost)}) has taken over {self.path.parent} while this one did not "
+                    "answer"
+                )
             if self._try():
                 break
             found = self._read()
@@ -129,7 +132,7 @@ class FolderLock:
                 continue  # given up this moment
             if self.taken:
                 self.lost = _parsed(found)
-                self._refuse_lost(self.lost)
+                continue
             if not self._is_stale(found):
                 raise InUse(f"another run ({_described(_parsed(found))}) saves into {self.path.parent}")
             if self._replace(found):
@@ -137,11 +140,6 @@ class FolderLock:
         else:
             raise OSError(errno.EBUSY, "the lock cannot be taken", str(self.path))
         self.taken = True
-
-    def _refuse_lost(self, owner: dict[str, Any]) -> None:
-        raise InUse(
-            f"another run ({_described(owner)}) has taken over {self.path.parent} while this one did not answer"
-        )
 
     def _read(self) -> bytes | None:
         try:
@@ -159,10 +157,7 @@ class FolderLock:
     def _written_apart(self) -> Path:
         """A new file with our content, for the lock's place."""
         path = self.path.with_name(f"{LOCK}-{self._content['run']}")
-        with path.open("wb") as file:
-            file.write(self._rendered())
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(path, self._rendered())
         return path
 
     def _try(self) -> bool:
@@ -240,7 +235,7 @@ class FolderLock:
                 self.path.unlink()
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
+def _parsed(content: bytes) -> dict[str, object]:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
@@ -248,7 +243,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _described(owner: dict[str, Any]) -> str:
+def _described(owner: dict[str, object]) -> str:
     return ", ".join(
         f"{word} {str(owner.get(key, 'unknown'))[:100]}"
         for word, key in (("process", "pid"), ("on", "host"), ("since", "since"))

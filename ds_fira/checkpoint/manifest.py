@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, and whether the checkpoint is what it says. Needs neither torch nor DeepSpeed.
+"""Write the manifest of a checkpoint, and compare a checkpoint with it. Needs neither torch nor DeepSpeed.
 
 A manifest is plain JSON: the size and the CRC-32 of every file, how the save was made, and from format 2 on the SHA-256
 of the rest of itself. It is taken only if it reads, byte for byte, as it would be written now, so that no changed byte
@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 MANIFEST = "ds_fira_manifest.json"
 FORMAT = 2
@@ -37,6 +37,18 @@ UNREADABLE = (ValueError, RecursionError, MemoryError, OverflowError, zipfile.Ba
 Record = dict[str, int]  # "size" in bytes and "crc32" of one file
 
 
+class Manifest(TypedDict, total=False):
+    """What a manifest holds; a save adds the ranks and the steps. The names are keys in saved files."""
+
+    format: int
+    serial: int  # higher than those of earlier saves
+    save_latest: bool
+    latest_was: str | None  # what `latest` named when the manifest was written
+    save_id: str  # tells this save from others, the same on every storage
+    files: dict[str, Record]
+    sha256: str  # of the rest
+
+
 def record_file(path: Path, flush: bool = True) -> Record:
     """The size and the CRC-32 of a file, after flushing it to the disk."""
     size = crc = 0
@@ -48,14 +60,14 @@ def record_file(path: Path, flush: bool = True) -> Record:
     return {"size": size, "crc32": crc}
 
 
-def render(content: Mapping[str, Any]) -> bytes:
+def render(content: Mapping[str, object]) -> bytes:
     """A manifest as it is written: with the checksum of the rest at its end."""
     rest = {key: value for key, value in content.items() if key != _CHECKSUM}
     digest = hashlib.sha256(json.dumps(rest, indent=1).encode()).hexdigest()
     return json.dumps({**rest, _CHECKSUM: digest}, indent=1).encode()
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
+def read_manifest(checkpoint: Path) -> Manifest | None:
     """The manifest of a checkpoint, None where it has none.
 
     Returns:
@@ -85,7 +97,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     return content
 
 
-def _find_fault_in(content: Any, written: bytes) -> str | None:
+def _find_fault_in(content: object, written: bytes) -> str | None:
     """Why a manifest is not as it was written, as far as its format can tell."""
     if not isinstance(content, dict) or not is_count(content.get("format")) or content["format"] < 1:
         return _DAMAGED
@@ -110,12 +122,12 @@ def _find_fault_in(content: Any, written: bytes) -> str | None:
     return None if whole else _DAMAGED
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> bool:
     """Whether a value from JSON is a number that can count something: no truth value, not negative, not absurd."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _is_record(record: Any) -> bool:
+def _is_record(record: object) -> bool:
     return isinstance(record, dict) and is_count(record.get("size")) and is_count(record.get("crc32"))
 
 
@@ -123,7 +135,7 @@ def _is_inside(name: str) -> bool:
     return "\0" not in name and not {"", ".", ".."} & set(name.split("/")) and name != MANIFEST
 
 
-def write_manifest(folder: Path, serial: int, details: Mapping[str, Any], records: Mapping[str, Record]) -> None:
+def write_manifest(folder: Path, serial: int, details: Mapping[str, object], records: Mapping[str, Record]) -> None:
     """Record all files of a folder, and flush it to the disk.
 
     Args:
@@ -166,12 +178,17 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def whole_manifest(checkpoint: Path) -> Manifest | None:
+    """The manifest of a checkpoint, None where it has none or a damaged one."""
+    try:
+        return read_manifest(checkpoint)
+    except ValueError:
+        return None
+
+
 def own_names(checkpoint: Path) -> set[str]:
     """The files of a folder that its manifest names, and the manifest; none where it has no whole one."""
-    try:
-        content = read_manifest(checkpoint)
-    except ValueError:
-        content = None
+    content = whole_manifest(checkpoint)
     return set() if content is None else {MANIFEST, *content["files"]}
 
 
@@ -180,15 +197,12 @@ def listed_files(checkpoint: Path) -> set[str] | None:
     return own_names(checkpoint) or None
 
 
-def manifests(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def manifests(folder: Path) -> Iterator[tuple[str, Manifest]]:
     """Names and manifests of the checkpoints in a folder that have a whole one; links are not followed."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     for name in names:
-        try:
-            content = read_manifest(folder / name)
-        except ValueError:
-            continue
+        content = whole_manifest(folder / name)
         if content is not None:
             yield name, content
 

@@ -1,8 +1,8 @@
 """The state of a run by the names of parameters and matrices: read from any number of ranks, restored on any other.
 
 A saved optimizer describes what its tensors hold (`describe`, in its state dict under "fira"). `SavedState` puts the
-state dicts of all ranks together under names, without copying; `ds_fira.checkpoint.restore` fills an optimizer from it,
-wherever that keeps what.
+state dicts of all ranks together under names, without copying. `ds_fira.checkpoint.restore` copies from it into the
+states of another optimizer, which may hold other parts of the matrices.
 """
 
 from __future__ import annotations
@@ -10,28 +10,41 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from torch import Tensor
 
-from ds_fira.checkpoint.reconcile import SavedGroup
-from ds_fira.checkpoint.slices import Piece, StateSlice
+from ds_fira.checkpoint.reconcile import Members, SavedGroup
+from ds_fira.checkpoint.slices import StateSlice
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
-from ds_fira.core.state import (
-    BASIS,
-    EXP_AVG,
-    REFRESH_STEP,
-    RESIDUAL_NORM,
-    STEP,
-    MatrixState,
-    state_views,
-    stored_moment,
-)
+from ds_fira.core.state import BASIS, REFRESH_STEP, RESIDUAL_NORM, STEP, MatrixState, state_views, stored_moment
+from ds_fira.sharding.geometry import ParamSlice
 
 # Where the description is in a state dict, and the version of its form.
 KEY = "fira"
 FORMAT = 1
+
+
+class Description(TypedDict, total=False):
+    """What a state dict says of its tensors, see `describe`; the names are keys in saved files."""
+
+    method: dict[str, object]
+    format: int
+    layout: str
+    settings: list[dict[str, object]]
+    members: list[list[list[object]]]
+    places: list[dict[str, list[list[object]]]]
+    states: list[list[str]]
+    scaling_factors: dict[str, object]
+
+
+class StateDict(TypedDict, total=False):
+    """The state dict of an optimizer of this package."""
+
+    state: dict[int, dict[str, Tensor]]
+    param_groups: list[dict[str, object]]
+    fira: Description
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,41 +52,41 @@ class TensorSlices:
     """What one stepped tensor holds.
 
     Attributes:
-        pieces: of which parameters it holds what.
-        matrices: the projected matrices whose states, or parts of states, are with it; empty under AdamW.
+        params: which elements of which parameters.
+        matrices: the projected matrices whose states, or parts of states, are with it; empty where it is not projected.
     """
 
-    pieces: tuple[Piece, ...]
+    params: tuple[ParamSlice, ...]
     matrices: tuple[StateSlice, ...]
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, list[list[object]]]:
         """As numbers, strings, lists and dicts."""
-        pieces = [[piece.name, piece.offset, piece.start, piece.stop] for piece in self.pieces]
-        return {"pieces": pieces, "matrices": [place.to_plain() for place in self.matrices]}
+        params = [[held.name, held.offset, held.start, held.stop] for held in self.params]
+        return {"pieces": params, "matrices": [held.to_plain() for held in self.matrices]}
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> TensorSlices:
+    def from_plain(cls, plain: Mapping[str, list[list[object]]]) -> TensorSlices:
         """The reverse of `to_plain`."""
-        pieces = tuple(Piece(*piece) for piece in plain["pieces"])
-        return cls(pieces, tuple(StateSlice.from_plain(place) for place in plain["matrices"]))
+        params = tuple(ParamSlice(*held) for held in plain["pieces"])
+        return cls(params, tuple(StateSlice.from_plain(held) for held in plain["matrices"]))
 
 
 def describe(
     layout: str,
-    given: Sequence[dict[str, Any]],
-    members: Sequence[Sequence[tuple[str, tuple[int, ...]]]],
-    places: Sequence[TensorSlices],
-    states: Sequence[Mapping[str, Any]],
+    given: Sequence[Mapping[str, object]],
+    members: Sequence[Members],
+    slices: Sequence[TensorSlices],
+    states: Sequence[Mapping[str, object]],
     algorithm: Algorithm = FIRA_ADAM,
-) -> dict[str, Any]:
-    """What goes into a state dict beside the tensors.
+) -> Description:
+    """Describe the tensors of a state dict, for the entry that is saved beside them.
 
     Args:
         layout: a digest of what lies where on all ranks; two runs with the same one can exchange state dicts as they
             are.
         given: of every param group, the settings it was made with.
         members: of every param group, the names and shapes of its parameters, over all ranks.
-        places: of every tensor of this rank, in the order of the state dict.
+        slices: what every tensor of this rank holds, in the order of the state dict.
         states: likewise its state; the description names what is in it, so that a loss is seen.
         algorithm: the optimizer; a description without one is FiraAdam's.
     """
@@ -83,7 +96,7 @@ def describe(
         "layout": layout,
         "settings": [dict(settings) for settings in given],
         "members": [[[name, list(shape)] for name, shape in group] for group in members],
-        "places": [place.to_plain() for place in places],
+        "places": [held.to_plain() for held in slices],
         "states": [sorted(state) for state in states],
     }
 
@@ -100,31 +113,26 @@ class SavedMoments:
     step: Tensor
     moments: dict[str, quantization.Stored]
 
-    @property
-    def exp_avg(self) -> quantization.Stored:
-        """Adam's first moment."""
-        return self.moments[EXP_AVG]
-
 
 @dataclass
 class SavedState:
-    """What a run had learned, by name.
+    """The states that the ranks of a run saved, by the names of matrices and parameters.
 
     Attributes:
         groups: its param groups.
-        matrices: by matrix, where a part of its state was and that part.
-        moments: by parameter under AdamW, likewise.
+        matrices: by matrix, which parts of its state were saved and those parts.
+        moments: by parameter without a projection, likewise.
         weights: by parameter, likewise, the tensors that were stepped.
         algorithm: the optimizer.
     """
 
     groups: list[SavedGroup] = field(default_factory=list)
     matrices: dict[str, list[tuple[StateSlice, MatrixState]]] = field(default_factory=lambda: defaultdict(list))
-    moments: dict[str, list[tuple[Piece, SavedMoments]]] = field(default_factory=lambda: defaultdict(list))
-    weights: dict[str, list[tuple[Piece, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    moments: dict[str, list[tuple[ParamSlice, SavedMoments]]] = field(default_factory=lambda: defaultdict(list))
+    weights: dict[str, list[tuple[ParamSlice, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     algorithm: Algorithm = FIRA_ADAM
 
-    def add(self, state_dict: dict[str, Any], weights: Sequence[Tensor] | None = None) -> None:
+    def add(self, state_dict: StateDict, weights: Sequence[Tensor] | None = None) -> None:
         """Add what one rank has saved, without copying a tensor.
 
         Args:
@@ -134,52 +142,50 @@ class SavedState:
         Raises:
             ValueError: the state dict has no description, or one of a later version.
         """
-        plain = described(state_dict)
-        groups = state_dict["param_groups"]
+        plain, groups = described(state_dict), state_dict["param_groups"]
         self.algorithm = Algorithm.from_plain(plain.get("method"))
         if not self.groups:
             for group, members, given in zip(groups, plain["members"], plain["settings"], strict=True):
                 values = {key: value for key, value in group.items() if key not in ("params", "param_names")}
                 shapes = {name: tuple(shape) for name, shape in members}
                 self.groups.append(SavedGroup(shapes, given, values))
-        ids = [number for group in groups for number in group["params"]]
+        numbers = [number for group in groups for number in group["params"]]
         # Version 0.1.0 did not say what states there were.
-        kept = plain.get("states") or [()] * len(ids)
-        for position, (number, listed, keys) in enumerate(zip(ids, plain["places"], kept, strict=True)):
-            places = TensorSlices.from_plain(listed)
+        kept = plain.get("states") or [()] * len(numbers)
+        for position, (number, listed, keys) in enumerate(zip(numbers, plain["places"], kept, strict=True)):
+            held = TensorSlices.from_plain(listed)
             state = state_dict["state"].get(number, {})
-            self._require_state(set(keys) - set(state), places)
+            self._require_state(set(keys) - set(state), held)
             if weights is not None:
-                for piece in places.pieces:
-                    self.weights[piece.name].append((piece, weights[position].reshape(-1)))
-            self._add_state(state, places)
+                for part in held.params:
+                    self.weights[part.name].append((part, weights[position].reshape(-1)))
+            self._add_state(state, held)
 
-    def _add_state(self, state: dict[str, Tensor], places: TensorSlices) -> None:
+    def _add_state(self, state: dict[str, Tensor], held: TensorSlices) -> None:
         algorithm = self.algorithm
         if not state:
             return  # of a tensor that never had a gradient
         present = {key for key, value in state.items() if isinstance(value, Tensor)}
-        for place in places.matrices:
-            own = (STEP, REFRESH_STEP, BASIS, *((RESIDUAL_NORM,) if algorithm.limited else ()))
-            self._require_state({key + place.mark for key in own} - present, places)
-            views = state_views(state, place.side, place.mark, place.index, algorithm=algorithm)
-            self.matrices[place.name].append((place, views))
-        if not places.matrices:
-            self._require_state({STEP, *algorithm.states} - present, places)
+        own = (STEP, REFRESH_STEP, BASIS, *((RESIDUAL_NORM,) if algorithm.limited else ()))
+        for part in held.matrices:
+            self._require_state({key + part.mark for key in own} - present, held)
+            views = state_views(state, part.side, part.mark, part.index, algorithm=algorithm)
+            self.matrices[part.name].append((part, views))
+        if not held.matrices:
+            self._require_state({STEP, *algorithm.states} - present, held)
             moments = SavedMoments(state[STEP], {name: stored_moment(state, name) for name in algorithm.states})
-            for piece in places.pieces:
-                self.moments[piece.name].append((piece, moments))
+            for part in held.params:
+                self.moments[part.name].append((part, moments))
 
-    def _require_state(self, lost: set[str], places: TensorSlices) -> None:
+    def _require_state(self, lost: set[str], held: TensorSlices) -> None:
         if lost:
-            names = ", ".join(sorted({piece.name for piece in places.pieces})[:3])
+            names = ", ".join(sorted({part.name for part in held.params})[:3])
             raise ValueError(
-                f"{self.algorithm.name}: the saved state of {names} has lost {', '.join(sorted(lost)[:3])}; load "
-                "another checkpoint."
+                f"the saved state of {names} has lost {', '.join(sorted(lost)[:3])}; load another checkpoint."
             )
 
 
-def described(state_dict: dict[str, Any]) -> dict[str, Any]:
+def described(state_dict: StateDict) -> Description:
     """The description in a state dict.
 
     Raises:
@@ -188,12 +194,11 @@ def described(state_dict: dict[str, Any]) -> dict[str, Any]:
     plain = state_dict.get(KEY)
     if plain is None:
         raise ValueError(
-            "FiraAdam: the state dict does not say what its tensors hold, as those of earlier versions do not; "
-            "resume it with the same number of ranks and the same settings, and save it again."
+            "the state dict does not say what its tensors hold, as those of earlier versions do not; resume it with "
+            "the same number of ranks and the same settings, and save it again."
         )
     if plain["format"] > FORMAT:
         raise ValueError(
-            f"FiraAdam: the state dict is of format {plain['format']}, and this version reads up to {FORMAT}; update "
-            "ds_fira."
+            f"the state dict is of format {plain['format']}, and this version reads up to {FORMAT}; update ds_fira."
         )
     return plain

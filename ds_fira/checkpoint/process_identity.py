@@ -1,20 +1,23 @@
-"""Which process wrote something down, and whether it still runs: by boot, PID namespace, number and start."""
+"""Identify the process that wrote something down, and tell whether it still runs.
+
+A process is known by the boot of its machine, its PID namespace, its number and its start.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 
-def is_near(owner: dict[str, Any]) -> bool:
+def is_near(owner: Mapping[str, object]) -> bool:
     """Whether the owner's process would be seen from here, if it were still there."""
     here = (boot(), namespace())
     return all(here) and here == (owner.get("boot"), owner.get("namespace")) and isinstance(owner.get("pid"), int)
 
 
-def is_gone(owner: dict[str, Any]) -> bool:
+def is_gone(owner: Mapping[str, object]) -> bool:
     """Whether the owner's process is known to have ended."""
     if not is_near(owner):
         return False

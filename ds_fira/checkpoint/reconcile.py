@@ -1,4 +1,4 @@
-"""What a resumed run takes from the checkpoint and what from its own config, group by group.
+"""Decide, group by group, what a resumed run takes from the checkpoint and what from its own config.
 
 Settings that shape the state (rank, side) have to agree. Values of param groups come from the checkpoint, as in
 `torch.optim`, so that whatever a scheduler or the user made of them goes on; but a setting that the user *gave* the new
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -30,8 +29,8 @@ class SavedGroup:
     """
 
     members: dict[str, tuple[int, ...]]
-    given: dict[str, Any]
-    values: dict[str, Any]
+    given: dict[str, object]
+    values: dict[str, object]
 
     @property
     def projects_full_rank(self) -> bool:
@@ -43,7 +42,7 @@ Members = Sequence[tuple[str, tuple[int, ...]]]
 
 
 def refuse_changed_structure(
-    saved: Sequence[SavedGroup], groups: Sequence[Mapping[str, Any]], members: Sequence[Members]
+    saved: Sequence[SavedGroup], groups: Sequence[Mapping[str, object]], members: Sequence[Members]
 ) -> None:
     """Stop unless the saved states fit the parameters, the same on every rank.
 
@@ -56,29 +55,29 @@ def refuse_changed_structure(
         ValueError: one sentence with the parameter, what differs, both values and the remedy.
     """
     for group, old in zip(groups, saved, strict=False):
-        name, previous = algorithm_of(group).name, old.values.get(KEY, FIRA_ADAM.name)
-        if name != previous:
+        previous = old.values.get(KEY, FIRA_ADAM.name)
+        if algorithm_of(group).name != previous:
             raise ValueError(
-                f"{name}: the checkpoint was made by {previous}; set optimizer.type = {previous!r} to resume, or load "
-                "with load_optimizer_states=False to start anew from its weights."
+                f"the checkpoint was made by {previous}; set optimizer.type = {previous!r} to resume, or load with "
+                "load_optimizer_states=False to start anew from its weights."
             )
     before = {name: (group, shape) for group in saved for name, shape in group.members.items()}
     now = {name: (group, shape) for group, listed in zip(groups, members, strict=True) for name, shape in listed}
-    if now.keys() - before.keys():
-        raise ValueError(
-            f"FiraAdam: the checkpoint holds no optimizer state for {_first(now.keys() - before.keys())}, which is "
-            "trained now; train the same parameters of the same model, or load with load_optimizer_states=False."
-        )
-    if before.keys() - now.keys():
-        raise ValueError(
-            f"FiraAdam: the checkpoint holds optimizer state for {_first(before.keys() - now.keys())}, which is not "
-            "trained now; train the same parameters of the same model, or load with load_optimizer_states=False."
-        )
+    for names, holds, trained in (
+        (now.keys() - before.keys(), "no optimizer state", "is trained now"),
+        (before.keys() - now.keys(), "optimizer state", "is not trained now"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(
+                f"the checkpoint holds {holds} for {min(names)}{more}, which {trained}; train the same parameters of "
+                "the same model, or load with load_optimizer_states=False."
+            )
     for name, (group, shape) in now.items():
         old, old_shape = before[name]
         if shape != old_shape:
             raise ValueError(
-                f"FiraAdam: {name} has shape {shape} and had {old_shape} in the checkpoint; build the model as it was."
+                f"{name} has shape {shape} and had {old_shape} in the checkpoint; build the model as it was."
             )
         # Which of the two it is at full rank the checkpoint says (`saved_projection`).
         full_rank = {PROJECT_FULL_RANK: old.projects_full_rank}
@@ -88,18 +87,14 @@ def refuse_changed_structure(
             if mine != theirs:
                 value, previous = group.get(setting), old.values.get(setting)
                 raise ValueError(
-                    f"FiraAdam: {setting} = {value!r} for {name}, whose state in the checkpoint was made with "
-                    f"{previous!r}; set {setting} to {previous!r} to resume, or load with load_optimizer_states=False "
-                    "to start anew from its weights."
+                    f"{setting} = {value!r} for {name}, whose state in the checkpoint was made with {previous!r}; set "
+                    f"{setting} to {previous!r} to resume, or load with load_optimizer_states=False to start anew from "
+                    "its weights."
                 )
 
 
-def _first(names: set[str]) -> str:
-    return min(names) if len(names) == 1 else f"{min(names)} and {len(names) - 1} more"
-
-
-def _structure(setting: str, shape: tuple[int, ...], group: Mapping[str, Any]) -> Any:
-    """What a setting makes of the state of one parameter: two values that make the same are no difference."""
+def _structure(setting: str, shape: tuple[int, ...], group: Mapping[str, object]) -> int | str | None:
+    """How a setting shapes the state of one parameter: two values that make the same are no difference."""
     if not is_projected(shape, group):
         return None
     matrix = (shape[-2], shape[-1])
@@ -108,16 +103,13 @@ def _structure(setting: str, shape: tuple[int, ...], group: Mapping[str, Any]) -
     return projection_side(matrix, group["proj_type"], group["formulation"])
 
 
-def saved_projection(
-    saved: Sequence[SavedGroup], group: Mapping[str, Any], listed: Members, name: str = FIRA_ADAM.name
-) -> bool | None:
+def saved_projection(saved: Sequence[SavedGroup], group: Mapping[str, object], listed: Members) -> bool | None:
     """What `project_full_rank` of a param group has to be for its states to be those of the checkpoint.
 
     Args:
         saved: the groups of the run that saved.
         group: the param group now.
         listed: names and shapes of its parameters.
-        name: of the optimizer.
 
     Returns:
         None where the states are the same either way.
@@ -132,17 +124,17 @@ def saved_projection(
     }
     if len(found) > 1:
         raise ValueError(
-            f"{name}: project_full_rank was true for {found[True]} and false for {found[False]} in the checkpoint, and "
-            "one param group has both now; put them into groups of their own, as they were."
+            f"project_full_rank was true for {found[True]} and false for {found[False]} in the checkpoint, and one "
+            "param group has both now; put them into groups of their own, as they were."
         )
     return next(iter(found), None)
 
 
 def carry_values(
     saved: Sequence[SavedGroup],
-    groups: Sequence[dict[str, Any]],
+    groups: Sequence[dict[str, object]],
     members: Sequence[Members],
-    given: Sequence[Mapping[str, Any]],
+    given: Sequence[Mapping[str, object]],
 ) -> list[str]:
     """Give the param groups the values of the groups that had their parameters.
 
@@ -193,7 +185,7 @@ def _numbered(saved: Sequence[SavedGroup], listed: Members) -> list[tuple[int, t
     return [(number[name], (name, shape)) for name, shape in listed if name in number]
 
 
-def _equal(first: Any, second: Any) -> bool:
+def _equal(first: object, second: object) -> bool:
     first, second = (float(value) if isinstance(value, Tensor) else value for value in (first, second))
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return len(first) == len(second) and all(map(_equal, first, second))
@@ -202,8 +194,8 @@ def _equal(first: Any, second: Any) -> bool:
     return first == second
 
 
-def carry_schedule(state: Any, own: Any, saved: Sequence[SavedGroup], members: Sequence[Members]) -> Any:
-    """The state of a learning-rate scheduler with its lists of one value a param group brought to the groups now.
+def carry_schedule(state: object, own: object, saved: Sequence[SavedGroup], members: Sequence[Members]) -> object:
+    """Bring the lists of one value a param group, in the state of a learning-rate scheduler, to the groups now.
 
     Args:
         state: saved.

@@ -1,64 +1,67 @@
-"""Fill an optimizer with what a run had learned, the other half of `ds_fira.checkpoint.named_state`.
+"""Copy the saved states of a run into the states of an optimizer that may hold other parts of the matrices.
 
-Whole matrices, parts of cut ones and flat states are all copied by the ranges they have in common, and every range has
-to be covered.
+`ds_fira.checkpoint.named_state` reads them. Whole matrices, parts of split ones and flat states are all copied by the
+ranges they have in common; a range that no saved part covers is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ds_fira.checkpoint.named_state import SavedState, TensorSlices
-from ds_fira.checkpoint.slices import Missing, Piece, StateSlice
+from ds_fira.checkpoint.slices import Missing, StateSlice
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.state import STEP, MatrixState, compute_dtype, state_views, stored_moment
+from ds_fira.sharding.geometry import ParamSlice
+
+Source = TypeVar("Source")
 
 
 def restore(
     saved: SavedState,
-    places: Iterable[tuple[Tensor, TensorSlices]],
+    slices: Iterable[tuple[Tensor, TensorSlices]],
     state_of: Callable[[Tensor], dict[str, Tensor]],
     *,
     weights: bool,
     algorithm: Algorithm = FIRA_ADAM,
 ) -> None:
-    """Fill tensors and their states from a saved state; what was saved without a state is left without one.
+    """Copy saved states into those of stepped tensors; what was saved without a state is left without one.
 
     Args:
         saved: read completely; its structure has been checked (`refuse_changed_structure`).
-        places: the tensors to fill, and what they hold.
+        slices: the stepped tensors, and what each holds.
         state_of: gives the state of a tensor, allocated.
-        weights: whether to fill the tensors themselves too.
-        algorithm: of the optimizer that is filled, and of the one that saved.
+        weights: whether the weights of the tensors are copied too.
+        algorithm: of the optimizer now, and of the one that saved.
 
     Raises:
         ValueError: a part of the saved state is missing, or the rule kept others.
     """
     refuse_other_states(saved, algorithm)
     known_names = {name for group in saved.groups for name in group.members}
-    for param, held in places:
-        strangers = [piece.name for piece in held.pieces if piece.name not in known_names]
+    for param, held in slices:
+        strangers = [part.name for part in held.params if part.name not in known_names]
         if strangers:
             raise ValueError(
-                f"{algorithm.name}: the checkpoint knows nothing of {strangers[0]!r}; train the same parameters under "
-                "the names that they had, or in the order that they had where they have no names."
+                f"the checkpoint knows nothing of {strangers[0]!r}; train the same parameters under the names that "
+                "they had, or in the order that they had where they have no names."
             )
         if weights:
-            _fill(param.detach().view(-1), held.pieces, saved.weights, "weights")
+            _fill(param.detach().view(-1), held.params, saved.weights, "weights")
         if held.matrices:
-            known = [place for place in held.matrices if saved.matrices.get(place.name)]
+            known = [part for part in held.matrices if saved.matrices.get(part.name)]
             state = state_of(param) if known else {}
-            for place in known:
+            for part in known:
                 dtype = compute_dtype(param.dtype)
-                target = state_views(state, place.side, place.mark, place.index, algorithm=algorithm, dtype=dtype)
-                _restore_matrix(place, target, saved.matrices[place.name])
-        elif any(saved.moments.get(piece.name) for piece in held.pieces):
-            _restore_moments(param, state_of(param), held.pieces, saved, algorithm)
+                target = state_views(state, part.side, part.mark, part.index, algorithm=algorithm, dtype=dtype)
+                _restore_matrix(part, target, saved.matrices[part.name])
+        elif any(saved.moments.get(part.name) for part in held.params):
+            _restore_moments(param, state_of(param), held.params, saved, algorithm)
 
 
 def refuse_other_states(saved: SavedState, algorithm: Algorithm) -> None:
@@ -70,91 +73,95 @@ def refuse_other_states(saved: SavedState, algorithm: Algorithm) -> None:
     before, now = list(saved.algorithm.states), list(algorithm.states)
     if before != now:
         raise ValueError(
-            f"{algorithm.name}: the rule keeps the states {now}, and the checkpoint holds {before}; resume with the "
-            "rule that saved it."
+            f"the rule keeps the states {now}, and the checkpoint holds {before}; resume with the rule that saved it."
         )
 
 
-def _restore_matrix(place: StateSlice, target: MatrixState, parts: list[tuple[StateSlice, MatrixState]]) -> None:
+def _restore_matrix(held: StateSlice, target: MatrixState, parts: list[tuple[StateSlice, MatrixState]]) -> None:
     first = parts[0][1]
     target.step.copy_(first.step)
     target.refresh_step.copy_(first.refresh_step)
     if target.residual_norm is not None:
         target.residual_norm.copy_(first.residual_norm)
-    missing = Missing(place.basis)
-    for other, state in parts:
-        for common in missing.take(other.basis):
-            target.basis[_within(common, place.basis)].copy_(state.basis[_within(common, other.basis)])
-    _require_all(missing, "basis", place.name)
+    for here, there, state in _covering(held.basis, [(other.basis, part) for other, part in parts], "basis", held.name):
+        target.basis[here].copy_(state.basis[there])
     for name, stored in target.moments.items():
         if stored:
-            _restore_moment(place, stored, [(other, state.moments[name]) for other, state in parts], target.dtype)
+            _restore_moment(held, stored, [(other, state.moments[name]) for other, state in parts], target.dtype)
 
 
 def _restore_moment(
-    place: StateSlice,
+    held: StateSlice,
     stored: quantization.Stored,
     parts: list[tuple[StateSlice, quantization.Stored]],
     dtype: torch.dtype,
 ) -> None:
     parts = [(other, part) for other, part in parts if part and len(other.kept)]
     for other, part in parts:
-        if other.kept == place.kept and _same_form(stored, part):
+        if other.kept == held.kept and _same_form(stored, part):
             _copy(stored, part)
             return
     shape = stored[quantization.VALUES].shape
     value = torch.zeros(shape, dtype=dtype, device=stored[quantization.VALUES].device)
-    missing = Missing(place.kept)
-    for other, part in parts:
-        ranges = missing.take(other.kept)
-        values = quantization.read(part, dtype) if ranges else None
-        for common in ranges:
-            source = values.narrow(place.axis, common.start - other.kept.start, len(common))
-            value.narrow(place.axis, common.start - place.kept.start, len(common)).copy_(source)
-    _require_all(missing, "moments", place.name)
+    for here, there, part in _covering(held.kept, [(other.kept, part) for other, part in parts], "moments", held.name):
+        values = quantization.read(part, dtype)
+        # Along the other dimension every part is whole.
+        value.transpose(0, held.axis)[here].copy_(values.transpose(0, held.axis)[there])
     quantization.write_(stored, value, seed=None)
 
 
 def _restore_moments(
-    param: Tensor, state: dict[str, Tensor], pieces: Sequence[Piece], saved: SavedState, algorithm: Algorithm
+    param: Tensor, state: dict[str, Tensor], params: Sequence[ParamSlice], saved: SavedState, algorithm: Algorithm
 ) -> None:
     """Fill the state of one tensor without a projection; its step count is the largest of its parameters'."""
-    found = {piece.name: saved.moments.get(piece.name, []) for piece in pieces}
+    found = {held.name: saved.moments.get(held.name, []) for held in params}
     steps = [int(moments.step) for parts in found.values() for _, moments in parts]
     state[STEP].fill_(max(steps))
     for key in algorithm.states:
         stored = stored_moment(state, key)
-        sources = {name: [(piece, held.moments[key]) for piece, held in parts] for name, parts in found.items()}
-        alike = [part for piece, part in sources[pieces[0].name] if piece == pieces[0] and _same_form(stored, part)]
-        if alike and all(any(p == piece and s is alike[0] for p, s in sources[piece.name]) for piece in pieces):
+        sources = {name: [(other, moments.moments[key]) for other, moments in parts] for name, parts in found.items()}
+        alike = [part for other, part in sources[params[0].name] if other == params[0] and _same_form(stored, part)]
+        if alike and all(any(o == held and s is alike[0] for o, s in sources[held.name]) for held in params):
             _copy(stored, alike[0])
             continue
         value = torch.zeros(param.numel(), dtype=torch.float64 if param.dtype == torch.float64 else torch.float32)
-        present = [piece for piece in pieces if sources[piece.name]]
+        present = [held for held in params if sources[held.name]]
         _fill(value, present, sources, "moments", quantization.elements)
         quantization.write_(stored, value.to(param.device), seed=None)
 
 
 def _fill(
     target: Tensor,
-    pieces: Sequence[Piece],
-    sources: dict[str, list[tuple[Piece, Any]]],
+    params: Sequence[ParamSlice],
+    sources: dict[str, list[tuple[ParamSlice, Source]]],
     what: str,
-    read: Callable[[Any, int, int], Tensor] = lambda flat, start, stop: flat[start:stop],
+    read: Callable[[Source, int, int], Tensor] = lambda flat, start, stop: flat[start:stop],
 ) -> None:
-    """Copy the elements of `pieces` to their offsets in a 1-D tensor, from wherever they were."""
-    for piece in pieces:
-        missing = Missing(range(piece.start, piece.stop))
-        for other, flat in sources.get(piece.name, []):
-            for common in missing.take(range(other.start, other.stop)):
-                values = read(flat, *_bounds(common, other))
-                start, stop = _bounds(common, piece)
-                target[start:stop].copy_(values)
-        _require_all(missing, what, piece.name)
+    """Copy the elements of `params` to their offsets in a 1-D tensor, from wherever they were."""
+    for held in params:
+        parts = [(range(other.start, other.stop), (other.offset, flat)) for other, flat in sources.get(held.name, [])]
+        for here, there, (offset, flat) in _covering(range(held.start, held.stop), parts, what, held.name):
+            values = read(flat, offset + there.start, offset + there.stop)
+            target[held.offset + here.start : held.offset + here.stop].copy_(values)
 
 
-def _bounds(common: range, piece: Piece) -> tuple[int, int]:
-    return piece.offset + common.start - piece.start, piece.offset + common.stop - piece.start
+def _covering(
+    wanted: range, parts: Iterable[tuple[range, Source]], what: str, name: str
+) -> Iterator[tuple[slice, slice, Source]]:
+    """Cover a range with parts of other ranges: where in it, where in the other one, and what that one holds.
+
+    Raises:
+        ValueError: some of it is in none of them.
+    """
+    missing = Missing(wanted)
+    for held, source in parts:
+        for common in missing.take(held):
+            yield _within(common, wanted), _within(common, held), source
+    if missing.ranges:
+        raise ValueError(
+            f"the checkpoint lacks a part of the {what} of {name}; a file of it is missing or from another save, so "
+            "load an older tag."
+        )
 
 
 def _within(common: range, held: range) -> slice:
@@ -170,11 +177,3 @@ def _same_form(stored: quantization.Stored, other: quantization.Stored) -> bool:
 def _copy(stored: quantization.Stored, other: quantization.Stored) -> None:
     for key, value in stored.items():
         value.view(-1).copy_(other[key].reshape(-1))
-
-
-def _require_all(missing: Missing, what: str, name: str) -> None:
-    if missing.ranges:
-        raise ValueError(
-            f"FiraAdam: the checkpoint lacks a part of the {what} of {name}; a file of it is missing or from another "
-            "save, so load an older tag."
-        )

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without running anything that stands in them.
+"""Read files of `torch.save` without running anything that stands in them.
 
 A pickle names classes and functions, and unpickling it calls them: whoever wrote the file decides which. torch's
 `weights_only` unpickler calls only those of its own list, which rebuild tensors, and those that it is given by name.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class UnsafeFileError(ValueError):
         found: the first half of the sentence, without the remedy.
     """
 
-    def __init__(self, path: Any, wanted: str | None, remedy: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], wanted: str | None, remedy: str) -> None:
         named = f"import {wanted}" if wanted else "run a pickle of a kind that torch's safe reader does not know"
         self.path, self.wanted = Path(path), wanted
         self.found = f"to read {path} would {named}, and so may run code that whoever wrote the file chose"
@@ -55,7 +55,7 @@ class StandIn:
     origin: ClassVar[str]
     tensors: ClassVar[bool] = False
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         """Take the attributes that the file has.
 
         Raises:
@@ -69,7 +69,7 @@ class StandIn:
             self.__dict__[name] = value
 
 
-def _is_tensors(value: Any) -> bool:
+def _is_tensors(value: object) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, list) and all(isinstance(item, Tensor) for item in value))
 
 
@@ -85,7 +85,7 @@ def stand_in(origin: str, tensors: bool = False) -> type[StandIn]:
     return type(name, (StandIn,), {"__module__": module, "__qualname__": name, "origin": origin, "tensors": tensors})
 
 
-def _stage(value: Any) -> int:
+def _stage(value: object) -> int:
     """A ZeRO stage, which DeepSpeed compares with numbers."""
     if type(value) is not int:
         raise UnpicklingError(f"a ZeRO stage is a {type(value).__name__}")
@@ -94,7 +94,7 @@ def _stage(value: Any) -> int:
 
 _stage.__module__, _stage.__qualname__ = "deepspeed.runtime.zero.config", "ZeroStageEnum"
 _SCALERS = ("deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")
-DEEPSPEED: tuple[Any, ...] = (
+DEEPSPEED: tuple[Callable[..., object], ...] = (
     _stage,
     stand_in("deepspeed.utils.tensor_fragment.fragment_address"),
     *map(stand_in, _SCALERS),
@@ -108,12 +108,12 @@ REMEDY = (
 
 def read(
     path: str | os.PathLike[str],
-    stand_ins: Sequence[Any] = DEEPSPEED,
+    stand_ins: Sequence[Callable[..., object]] = DEEPSPEED,
     remedy: str = REMEDY,
     *,
-    map_location: Any = "cpu",
+    map_location: object = "cpu",
     mmap: bool = True,
-) -> Any:
+) -> object:
     """What a file of `torch.save` holds, of any version of its format.
 
     Args:
@@ -147,7 +147,7 @@ def read(
         raise _unreadable(path, error) from None
 
 
-def _unreadable(path: Any, error: Exception) -> ValueError:
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
     # torch's texts go on with advice over many lines; the last says what is wrong.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     reason = next((line for line in lines if "WeightsUnpickler error: " in line), lines[0])
@@ -156,7 +156,7 @@ def _unreadable(path: Any, error: Exception) -> ValueError:
     return ValueError(f"{path} cannot be read ({told}); load another checkpoint, or save it anew.")
 
 
-def for_deepspeed(content: Any) -> Any:
+def for_deepspeed(content: object) -> object:
     """What was read, with DeepSpeed's own loss scaler where its stand-in is, for DeepSpeed to go on with."""
     wrappers = [content.get(key) for key in ("optimizer_state_dict", "optimizer")] if isinstance(content, dict) else []
     for wrapper in wrappers:
@@ -171,7 +171,7 @@ def for_deepspeed(content: Any) -> Any:
 
 @contextmanager
 def only_safe_loads(enabled: bool = True) -> Iterator[None]:
-    """Let every `torch.load` of this thread read as `read` does, whatever its caller asks for.
+    """Replace `torch.load` for a while: in this thread it reads as `read` does, whatever its caller asks for.
 
     DeepSpeed calls it in several places (the checkpoint engine, `zero_to_fp32` for weights alone at stage 3), each time
     with `weights_only=False`.
@@ -179,10 +179,10 @@ def only_safe_loads(enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    original: Callable[..., Any] = torch.load
+    original: Callable[..., object] = torch.load
     owner = threading.get_ident()
 
-    def load(f: Any, map_location: Any = None, *args: Any, **options: Any) -> Any:
+    def load(f: object, map_location: object = None, *args: object, **options: object) -> object:
         if threading.get_ident() != owner or options.get("weights_only"):
             return original(f, map_location, *args, **options)
         if not isinstance(f, str | os.PathLike):

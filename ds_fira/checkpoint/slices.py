@@ -1,44 +1,26 @@
-"""Where the elements of each parameter lie: a saved state carries this description, and other ranks load by it.
+"""Which part of a matrix's low-rank state a rank keeps: a saved state carries this, and other ranks load by it.
 
-A rank's share of a run is a number of tensors that the optimizer steps, each with its state. Their geometry depends on
-the number of ranks, the ZeRO stage and the param groups. What it is geometry *of* does not: parameters, by name, and
-their matrices. A `Piece` says which elements of a parameter a stepped tensor holds, a `StateSlice` which part of a
-matrix's low-rank state. Both go into the checkpoint as plain lists, so that it can be read with `weights_only=True`.
+The tensors that the optimizer of a rank steps depend on the number of ranks, the ZeRO stage and the param groups.
+Parameters and matrices, by name, do not. So a checkpoint says of each stepped tensor which elements of which parameters
+it holds (`ds_fira.sharding.geometry.ParamSlice`), and which parts of the states of which matrices (`StateSlice`). Both
+are saved as plain lists, which `torch.load` reads with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import EllipsisType
 
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import positions
 from ds_fira.core.subspace import Side, basis_shape, effective_rank, low_rank_shape
 from ds_fira.sharding.local_matrices import LocalMatrices
-from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Elements of one parameter in a tensor that the optimizer steps.
-
-    Attributes:
-        name: of the parameter in the module.
-        offset: the index in the tensor at which they begin.
-        start: the first of them among the parameter's elements, in row-major order.
-        stop: one past the last.
-    """
-
-    name: str
-    offset: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True)
 class StateSlice:
-    """Where a rank keeps the state of one matrix, or of its part of a cut one.
+    """Where a rank keeps the state of one matrix, or of its part of a matrix that is split over ranks.
 
     Attributes:
         name: of the matrix.
@@ -61,7 +43,7 @@ class StateSlice:
     kept: range
 
     @property
-    def index(self) -> Any:
+    def index(self) -> int | EllipsisType:
         """What takes the matrix's part out of a state tensor."""
         return ... if self.row is None else self.row
 
@@ -70,23 +52,13 @@ class StateSlice:
         """The dimension of the moments that `kept` counts."""
         return 1 if self.side == "left" else 0
 
-    @property
-    def rows(self) -> int:
-        """Rows of the whole P."""
-        return self.shape[0 if self.side == "left" else 1]
-
-    @property
-    def entries(self) -> int:
-        """Entries of the whole R along its axis."""
-        return self.shape[1 if self.side == "left" else 0]
-
-    def to_plain(self) -> list[Any]:
+    def to_plain(self) -> list[object]:
         """As numbers, strings and lists."""
         ranges = [self.basis.start, self.basis.stop, self.kept.start, self.kept.stop]
         return [self.name, list(self.shape), self.side, self.rank, self.mark, self.row, *ranges]
 
     @classmethod
-    def from_plain(cls, plain: Sequence[Any]) -> StateSlice:
+    def from_plain(cls, plain: Sequence[object]) -> StateSlice:
         """The reverse of `to_plain`."""
         name, shape, side, rank, mark, row, *bounds = plain
         return cls(name, tuple(shape), side, rank, mark, row, range(*bounds[:2]), range(*bounds[2:]))
@@ -101,31 +73,18 @@ def state_slices(matrices: LocalMatrices, settings: GroupSettings, prefix: str =
         prefix: put before the names of matrices; the parameter's name where they do not know it.
     """
     owned = [matrix for exchange in matrices.exchanges for matrix in exchange.owned]
-    slices = []
+    found = []
     for matrix, (mark, row) in zip((*matrices.whole, *owned), positions(matrices.shapes), strict=True):
-        side = settings.side_of(matrix.shape)
-        rows = basis_shape(matrix.shape, settings.rank, side)[0]
-        entries = low_rank_shape(matrix.shape, settings.rank, side)[1 if side == "left" else 0]
-        slices.append(
-            StateSlice(
-                prefix + matrix.name,
-                matrix.shape,
-                side,
-                effective_rank(matrix.shape, settings.rank),
-                mark,
-                row if matrices.batched else None,
-                range(rows),
-                range(entries),
-            )
-        )
-    plans = matrices.low_rank.plans if matrices.low_rank is not None else ()
-    return slices + [_split_slice(plan) for plan in plans]
-
-
-def _split_slice(plan: LocalShardPlan) -> StateSlice:
-    matrix = plan.matrix
-    mark, rows = f".cut{plan.position}", matrix.basis_rows(plan.dp_rank)
-    return StateSlice(matrix.name, matrix.shape, matrix.side, matrix.rank, mark, None, rows, plan.kept)
+        shape, rank, side = matrix.shape, settings.rank, settings.side_of(matrix.shape)
+        basis = range(basis_shape(shape, rank, side)[0])
+        kept = range(low_rank_shape(shape, rank, side)[1 if side == "left" else 0])
+        row = row if matrices.batched else None
+        found.append(StateSlice(prefix + matrix.name, shape, side, effective_rank(shape, rank), mark, row, basis, kept))
+    for plan in matrices.low_rank.plans if matrices.low_rank is not None else ():
+        matrix, mark = plan.matrix, f".cut{plan.position}"
+        rows = matrix.basis_rows(plan.dp_rank)
+        found.append(StateSlice(matrix.name, matrix.shape, matrix.side, matrix.rank, mark, None, rows, plan.kept))
+    return found
 
 
 def overlap(first: range, second: range) -> range:
@@ -145,7 +104,7 @@ class Missing:
         self.ranges = [wanted] if len(wanted) else []
 
     def take(self, found: range) -> list[range]:
-        """The part of a range that was missing until now; it is marked as found."""
+        """Mark a range as found; returns the parts of it that were missing until now."""
         taken: list[range] = []
         left: list[range] = []
         for part in self.ranges:

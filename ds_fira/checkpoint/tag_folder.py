@@ -1,4 +1,4 @@
-"""Which tags a folder of checkpoints may have, and which of its checkpoints is to be loaded. Only reads.
+"""Decide which tags a folder of checkpoints may have, and which of its checkpoints is loaded. Only reads.
 
 Needs neither torch nor DeepSpeed. `ds_fira/checkpoint/atomic_save.py` says how checkpoints come about, and under which
 names they lie.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Any
 
 from ds_fira.checkpoint.manifest import REPLACED, STAGING, find_fault, is_leftover, manifests, read_manifest
 
@@ -151,7 +150,7 @@ def in_order(folder: Path, wanted: str | None, only: bool = False) -> list[str]:
 
 
 def _others(folder: Path, plain_too: bool) -> list[str]:
-    listed: list[tuple[str, dict[str, Any]]] = sorted(manifests(folder), key=lambda item: -item[1].get("serial", 0))
+    listed = sorted(manifests(folder), key=lambda item: -item[1].get("serial", 0))
     known = {name for name, _ in listed}
     plain = [path for path in folder.iterdir() if path.name not in known and path.is_dir() and any(path.glob("*.pt"))]
     plain = [path for path in plain if plain_too or is_leftover(path.name)]

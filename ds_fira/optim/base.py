@@ -7,7 +7,7 @@ updated one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,13 @@ from ds_fira.core.param_shape import numel_of, shape_of
 from ds_fira.core.settings import GroupSettings
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_recorder import ScalingRecorder
+from ds_fira.optim.attachment import EngineAttachment
 from ds_fira.optim.param_groups import by_kind, group_defaults, ranked_groups
 from ds_fira.optim.settings import check_params, group_settings, refuse_foreign, without_torch_options
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.optim.stateful import settings_of
 from ds_fira.optim.stepping import Stepping
-from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import matrices_of
-from ds_fira.sharding.plan import GroupLayout
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, warn_of_costly_ranks
 from ds_fira.sharding.refresher import Refresher
 
@@ -76,11 +75,6 @@ class LowRankOptimizer(Stepping):
         self.recorder: ScalingRecorder | None = None
         self._recording = False
         self.metrics = StepMetrics()
-        # Set where the optimizer runs inside an engine.
-        self.communicator: Communicator | None = None
-        self.layouts: list[GroupLayout] = []
-        self.inventory_of_module: list[ParamRecord] | None = None
-        self.gradient_dtypes: dict[Tensor, torch.dtype] = {}
         self._reset_places()
         self._refresher = Refresher(self.metrics, self.algorithm.name)
 
@@ -153,11 +147,24 @@ class LowRankOptimizer(Stepping):
             self.param_groups[number][PROJECT_FULL_RANK] = value
         self._reset_places()
 
-    def replicate(self, communicator: Communicator) -> None:
-        """Say that all ranks of `communicator` hold the same parameters, so that each basis is computed once for "
-        "all.
+    def await_attachment(self, flat: bool) -> None:
+        """Make no step before `attach`: engines step as they are built, with zero gradients, and would decay weights.
+
+        Args:
+            flat: whether the engine makes each param group one flat tensor, which has to be of one kind.
         """
-        self._refresher.replicas = communicator if communicator.dp_size > 1 else None
+        self.suspended = True
+        if flat:
+            self.separate()
+
+    def attach(self, attachment: EngineAttachment) -> None:
+        """Take over what an engine says of the stepped tensors, and step from now on."""
+        self._reset_places()
+        self.attachment, communicator = attachment, attachment.communicator
+        for param, matrices in attachment.matrices.items():
+            self.bind(param, matrices)
+        self._refresher.replicas = communicator if attachment.replicated and communicator.dp_size > 1 else None
+        self.suspended = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -182,7 +189,7 @@ class LowRankOptimizer(Stepping):
             settings = GroupSettings.of(group)
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
-                _require_dense(param)
+                _require_dense(param, self.algorithm.name)
             if params:
                 number = self.metrics.count_step(params[0])
                 self._recording = self.recorder is not None and self.recorder.due(number)
@@ -198,11 +205,11 @@ class LowRankOptimizer(Stepping):
         return loss
 
     @property
-    def inventory(self) -> list[ParamRecord]:
+    def inventory(self) -> Sequence[ParamRecord]:
         """The parameters that are optimized, over all ranks."""
-        if self.inventory_of_module is not None:
-            return self.inventory_of_module
-        return [ParamRecord.of("", shape_of(p), group) for group in self.param_groups for p in group["params"]]
+        return self.attachment.inventory or [
+            ParamRecord.of("", shape_of(p), group) for group in self.param_groups for p in group["params"]
+        ]
 
     @property
     def replicated(self) -> bool:
@@ -210,9 +217,9 @@ class LowRankOptimizer(Stepping):
         return self._refresher.replicas is not None
 
 
-def _require_dense(param: Tensor) -> None:
+def _require_dense(param: Tensor, name: str) -> None:
     if param.grad.is_sparse or param.grad.layout != torch.strided:
         raise ValueError(
-            f"FiraAdam: the gradient of a parameter of shape {tuple(param.shape)} has layout {param.grad.layout}, "
+            f"{name}: the gradient of a parameter of shape {tuple(param.shape)} has layout {param.grad.layout}, "
             "which has no low-rank form here; build the embedding with sparse=False."
         )

@@ -1,26 +1,26 @@
-"""An optimizer whose state knows what it is the state of, so that it can be saved and taken up anywhere."""
+"""The states of an optimizer: allocate them, save them with a description of what they hold, and load them."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ds_fira.checkpoint.named_state import KEY, SavedState, TensorSlices, describe, described
+from ds_fira.checkpoint.errors import errors_name
+from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict, TensorSlices, describe, described
 from ds_fira.checkpoint.reconcile import Members, carry_values, refuse_changed_structure, saved_projection
 from ds_fira.checkpoint.restore import refuse_other_states, restore
-from ds_fira.checkpoint.slices import Piece, state_slices
+from ds_fira.checkpoint.slices import state_slices
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import STEP, allocate, compute_dtype, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
+from ds_fira.optim.attachment import ALONE, Attachable
 from ds_fira.optim.settings import group_settings
-from ds_fira.sharding.comm import Communicator
-from ds_fira.sharding.geometry import matrices_of
+from ds_fira.sharding.geometry import ParamSlice, matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
 from ds_fira.sharding.refresher import Refresher
@@ -33,34 +33,28 @@ ParamGroup = dict[str, object]
 RECORD = "scaling_factors"
 
 
-def settings_of(group: dict[str, Any]) -> dict[str, Any]:
+def settings_of(group: dict[str, object]) -> dict[str, object]:
     """The settings of the optimizer that a param group has."""
     found = {name: group[name] for name in group_settings(algorithm_of(group)) if name in group}
     # A number at this moment, where it is a tensor that may change.
     return {**found, "lr": float(found["lr"])} if isinstance(found.get("lr"), Tensor) else found
 
 
-class Resumable(Optimizer):
+class Resumable(Attachable, Optimizer):
     """The part of an optimizer that owns its state, saves it and loads it.
 
     Attributes:
         algorithm: what it is.
         given: of every param group, the settings it was made with.
-        members: of every param group, names and shapes of its parameters over all ranks; empty where no engine says.
-        pieces: by stepped tensor, what it holds of them.
-        layout_digest: of what lies where on all ranks; "" where no engine says.
     """
 
     algorithm: Algorithm = FIRA_ADAM
-    given: list[dict[str, Any]]
-    communicator: Communicator | None
+    given: list[dict[str, object]]
     recorder: ScalingRecorder | None
     _refresher: Refresher
 
     def _reset_places(self) -> None:
-        self.members: list[Members] = []
-        self.pieces: dict[Tensor, tuple[Piece, ...]] = {}
-        self.layout_digest = ""
+        self.attachment = ALONE
         self._bound: dict[Tensor, LocalMatrices] = {}
         self._alone: dict[Tensor, LocalMatrices] = {}
 
@@ -82,18 +76,18 @@ class Resumable(Optimizer):
         for matrices in (*self._bound.values(), *self._alone.values()):
             matrices.forget_views()
 
-    def _projects(self, param: Tensor, group: dict[str, Any]) -> bool:
+    def _projects(self, param: Tensor, group: dict[str, object]) -> bool:
         """Whether a stepped tensor has low-rank states. A flat partition has them where its matrices were bound."""
         return param in self._bound or is_projected(param.shape, group)
 
-    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor, group: dict[str, object]) -> dict[str, Tensor]:
         """The state of one parameter, allocated."""
         state = self.state[param]
         if not state:
             state.update(self._allocated(param, group, param))
         return state
 
-    def _allocated(self, param: Tensor, group: dict[str, Any], like: Tensor) -> dict[str, Tensor]:
+    def _allocated(self, param: Tensor, group: dict[str, object], like: Tensor) -> dict[str, Tensor]:
         """A new state of one parameter, in tensors of the device and dtype that suit `like`, of the same shape."""
         if self._projects(param, group):
             matrices, settings = self._matrices(param), GroupSettings.of(group)
@@ -115,19 +109,19 @@ class Resumable(Optimizer):
             state.update({key + suffix: value for suffix, value in stored.items()})
         return state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """As in `torch.optim`, with a description of what the tensors hold; tensors, numbers, strings, lists, dicts."""
         result = super().state_dict()
-        places = [self._places(param, group) for group in self.param_groups for param in group["params"]]
+        slices = [self._slices(param, group) for group in self.param_groups for param in group["params"]]
         states = [result["state"].get(number, {}) for group in result["param_groups"] for number in group["params"]]
-        result[KEY] = describe(self.layout_digest, self.given, self._members(), places, states, self.algorithm)
+        result[KEY] = describe(self.attachment.digest, self.given, self._members(), slices, states, self.algorithm)
         if self.recorder is not None and self.communicator is None:
             # Inside an engine the record goes over ranks, and `ds_fira.engine.deepspeed.save_load.client_state` saves
             # it.
             result[KEY][RECORD] = self.recorder.state_dict()
         return result
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict as in `torch.optim`, every state in the dtype it was saved in.
 
         `torch.optim.Optimizer` casts floating state to the parameter's dtype and moves counters to its device. Values
@@ -139,7 +133,8 @@ class Resumable(Optimizer):
                 of it is missing; nothing is changed.
         """
         given = [dict(group) for group in self.param_groups]
-        saved, members, convert = self.require_fit(state_dict)
+        with errors_name(self.algorithm.name):
+            saved, members, convert = self.require_fit(state_dict)
         super().load_state_dict(state_dict)
         self._refresher.forget_counts()
         if self.recorder is not None and self.communicator is None:
@@ -162,22 +157,21 @@ class Resumable(Optimizer):
                 device = torch.device("cpu") if on_host else param.device
                 self.state[param][key] = value.detach().to(device=device, copy=True)
 
-    def require_fit(self, state_dict: dict[str, Any]) -> tuple[SavedState | None, list[Members], bool]:
+    def require_fit(self, state_dict: StateDict) -> tuple[SavedState | None, list[Members], bool]:
         """Check all that `load_state_dict` relies on, and change nothing.
 
         Returns:
-            What was learned, by name, where the state dict says of what its tensors are; the members of the groups now
-            under the names that they had; whether states have to be converted to another dtype.
+            The saved states by name, where the state dict describes its tensors; the members of the groups now under
+            the names that they had; whether states have to be converted to another dtype.
 
         Raises:
-            ValueError: as of `load_state_dict`.
+            ValueError: as of `load_state_dict`, without the optimizer's name.
         """
         counts = [len(group["params"]) for group in state_dict["param_groups"]]
         own = [len(group["params"]) for group in self.param_groups]
         saved, members, convert = None, self._members(), False
         if KEY in state_dict:
-            plain = described(state_dict)
-            saved = SavedState()
+            plain, saved = described(state_dict), SavedState()
             saved.add(state_dict)
             listed = [[(name, tuple(shape)) for name, shape in group] for group in plain["members"]]
             if len(listed) == len(members):
@@ -185,10 +179,10 @@ class Resumable(Optimizer):
                 members = self._renamed(listed)
                 refuse_changed_structure(saved.groups, self.param_groups, members)
             refuse_other_states(saved, self.algorithm)
-            if plain["layout"] != self.layout_digest:
+            if plain["layout"] != self.attachment.digest:
                 raise ValueError(
-                    f"{self.algorithm.name}: this state dict is a rank's share of a run on other ranks, or with other "
-                    "settings; load it through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."
+                    "this state dict is a rank's share of a run on other ranks, or with other settings; load it "
+                    "through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."
                 )
             convert = any(
                 group["state_dtype"] != before["state_dtype"]
@@ -196,34 +190,29 @@ class Resumable(Optimizer):
             )
         if counts != own:
             raise ValueError(
-                f"{self.algorithm.name}: the state dict has param groups of {counts} tensors, and the optimizer of "
-                f"{own}; build the same groups as the run that saved."
+                f"the state dict has param groups of {counts} tensors, and the optimizer of {own}; build the same "
+                "groups as the run that saved."
             )
         params = [(param, group) for group in self._grouped_as(saved, members) for param in group["params"]]
         if saved is not None:
-            places = [self._places(param, group, members).to_plain() for param, group in params]
-            if places != plain["places"]:
-                raise ValueError(
-                    f"{self.algorithm.name}: this state dict is another rank's share of the run; load each rank's own."
-                )
+            slices = [self._slices(param, group, members).to_plain() for param, group in params]
+            if slices != plain["places"]:
+                raise ValueError("this state dict is another rank's share of the run; load each rank's own.")
         if not convert:
             self._require_states(state_dict, params)
         return saved, members, convert
 
-    def _grouped_as(self, saved: SavedState | None, members: list[Members]) -> list[dict[str, Any]]:
+    def _grouped_as(self, saved: SavedState | None, members: list[Members]) -> list[dict[str, object]]:
         """The param groups as they will be: what had low-rank states at full rank when it was saved, keeps them."""
         if saved is None:
             return self.param_groups
-        wanted = [
-            saved_projection(saved.groups, group, listed, self.algorithm.name)
-            for group, listed in zip(self.param_groups, members, strict=True)
-        ]
-        return [
-            group if value is None else {**group, PROJECT_FULL_RANK: value}
-            for group, value in zip(self.param_groups, wanted, strict=True)
-        ]
+        found = []
+        for group, listed in zip(self.param_groups, members, strict=True):
+            wanted = saved_projection(saved.groups, group, listed)
+            found.append(group if wanted is None else {**group, PROJECT_FULL_RANK: wanted})
+        return found
 
-    def _require_states(self, state_dict: dict[str, Any], params: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def _require_states(self, state_dict: StateDict, params: list[tuple[Tensor, dict[str, object]]]) -> None:
         """Stop unless every state that there is has the tensors, of the shapes, that this optimizer gives it."""
         ids = [number for group in state_dict["param_groups"] for number in group["params"]]
         for position, (number, (param, group)) in enumerate(zip(ids, params, strict=True)):
@@ -236,17 +225,17 @@ class Resumable(Optimizer):
             if found != wanted:
                 key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
                 raise ValueError(
-                    f"{self.algorithm.name}: the state of parameter {position} of shape {tuple(param.shape)} has "
-                    f"{key} of shape {found.get(key)} where {wanted.get(key)} belongs; load the state that this model "
-                    "and these settings made."
+                    f"the state of parameter {position} of shape {tuple(param.shape)} has {key} of shape "
+                    f"{found.get(key)} where {wanted.get(key)} belongs; load the state that this model and these "
+                    "settings made."
                 )
 
     def restore(self, saved: SavedState, *, weights: bool, members: list[Members] | None = None) -> None:
-        """Take over what a run had learned, on whatever ranks it ran; its structure has been checked.
+        """Copy the states that the ranks of a run saved, as many as they were; their structure has been checked.
 
         Args:
             saved: read from the state dicts of all its ranks.
-            weights: whether the stepped tensors are filled too.
+            weights: whether the weights of the stepped tensors are copied too.
             members: of every param group, the names by which `saved` knows its parameters; None for its own.
 
         Raises:
@@ -254,16 +243,17 @@ class Resumable(Optimizer):
         """
         owners = {param: group for group in self.param_groups for param in group["params"]}
         self.state.clear()
-        restore(
-            saved,
-            [(param, self._places(param, group, members)) for param, group in owners.items()],
-            lambda param: self._state_of(param, owners[param]),
-            weights=weights,
-            algorithm=self.algorithm,
-        )
+        with errors_name(self.algorithm.name):
+            restore(
+                saved,
+                [(param, self._slices(param, group, members)) for param, group in owners.items()],
+                lambda param: self._state_of(param, owners[param]),
+                weights=weights,
+                algorithm=self.algorithm,
+            )
         self._refresher.forget_counts()
 
-    def carry_groups(self, saved: SavedState, members: list[Any] | None = None) -> None:
+    def carry_groups(self, saved: SavedState, members: list[Members] | None = None) -> None:
         """Give the param groups the values they had, and say which settings keep a new value instead."""
         notes = carry_values(saved.groups, self.param_groups, members or self._members(), self.given)
         if notes and (self.communicator is None or self.communicator.dp_rank == 0):
@@ -271,35 +261,35 @@ class Resumable(Optimizer):
                 f"{self.algorithm.name}: the resumed run has other settings: {'; '.join(notes)}.", stacklevel=3
             )
 
-    def _members(self) -> list[list[tuple[str, tuple[int, ...]]]]:
+    def _members(self) -> list[Members]:
         """By group, names and shapes of its parameters; alone without names, their numbers in the state dict."""
         if self.members:
             return self.members
-        found: list[list[tuple[str, tuple[int, ...]]]] = []
+        found: list[Members] = []
         for group in self.param_groups:
             first = sum(len(listed) for listed in found)
             names = group.get("param_names") or [str(first + i) for i in range(len(group["params"]))]
             found.append([(name, tuple(p.shape)) for name, p in zip(names, group["params"], strict=True)])
         return found
 
-    def _renamed(self, members: list[Any]) -> list[Any]:
+    def _renamed(self, members: list[Members]) -> list[Members]:
         """Own members under the names of saved ones, position by position."""
-        own = self._members()
         return [
-            [(theirs[0], mine[1]) for theirs, mine in zip(a, b, strict=False)] + list(b[len(a) :])
-            for a, b in zip(members, own, strict=True)
+            [(theirs[0], mine[1]) for theirs, mine in zip(saved, own, strict=False)] + list(own[len(saved) :])
+            for saved, own in zip(members, self._members(), strict=True)
         ]
 
-    def _places(self, param: Tensor, group: dict[str, Any], members: list[Members] | None = None) -> TensorSlices:
-        pieces = self.pieces.get(param)
-        if pieces is None:
+    def _slices(self, param: Tensor, group: dict[str, object], members: list[Members] | None = None) -> TensorSlices:
+        """What a stepped tensor holds."""
+        params = self.attachment.slices.get(param)
+        if params is None:
             # Alone the names are found by position.
             listed = zip(self.param_groups, members or self._members(), strict=True)
             names = {id(p): name for g, named in listed for p, (name, _) in zip(g["params"], named, strict=True)}
-            pieces = (Piece(names[id(param)], 0, 0, param.numel()),)
+            params = (ParamSlice(names[id(param)], 0, 0, param.numel()),)
         if not self._projects(param, group):
-            return TensorSlices(pieces, ())
+            return TensorSlices(params, ())
         # The matrices of a lone parameter do not know its name.
         matrices = self._matrices(param)
-        prefix = "" if matrices.flat else pieces[0].name
-        return TensorSlices(pieces, tuple(state_slices(matrices, GroupSettings.of(group), prefix)))
+        prefix = "" if matrices.flat else params[0].name
+        return TensorSlices(params, tuple(state_slices(matrices, GroupSettings.of(group), prefix)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ds_fira.core import kernels
@@ -23,18 +22,16 @@ class Stepping(Resumable):
 
     Attributes:
         metrics: counts the matrix steps.
-        gradient_dtypes: by stepped tensor, the dtype in which the model computes its gradient.
     """
 
     metrics: StepMetrics
-    gradient_dtypes: dict[Tensor, torch.dtype]
     _recording: bool
 
     def _step_projected(self, params: list[Tensor], group: ParamGroup, settings: GroupSettings) -> None:
         """Step the matrices of a group: those stepped whole, in as many turns as they are gathered; then the rest."""
         series: dict[Tensor, list[Series]] = {}
         if self._recording:
-            series = {p: self.recorder.low_rank(p, lambda p=p: self._places(p, group).matrices) for p in params}
+            series = {p: self.recorder.low_rank(p, lambda p=p: self._slices(p, group).matrices) for p in params}
         for param in params:
             state = self._state_of(param, group)
             self._matrices(param).bind(state, settings, self.algorithm, compute_dtype(param.dtype))
@@ -90,7 +87,7 @@ class Stepping(Resumable):
             first = last
 
     def _negligible_ratio(self, param: Tensor) -> float:
-        return negligible_ratio(self.gradient_dtypes.get(param, param.grad.dtype))
+        return negligible_ratio(self.attachment.gradient_dtypes.get(param, param.grad.dtype))
 
     def _step_unprojected(self, param: Tensor, group: ParamGroup, settings: GroupSettings) -> None:
         state = self._state_of(param, group)

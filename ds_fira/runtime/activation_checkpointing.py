@@ -11,9 +11,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -25,9 +24,9 @@ BLOCK = "activation_checkpointing"
 METHODS = ("none", "transformers", "deepspeed")
 # Settings of the block that cannot do here what they promise, and why. `cpu_checkpointing` is the one that can.
 _REFUSED = {
-    "partition_activations": "divides activations over tensor-parallel ranks, and FiraAdam trains with one of them",
-    "contiguous_memory_optimization": "works with partition_activations only, which FiraAdam does not support",
-    "number_checkpoints": "is read by contiguous_memory_optimization only, which FiraAdam does not support",
+    "partition_activations": "divides activations over tensor-parallel ranks, and ds_fira trains with one of them",
+    "contiguous_memory_optimization": "works with partition_activations only, which ds_fira does not support",
+    "number_checkpoints": "is read by contiguous_memory_optimization only, which ds_fira does not support",
     "synchronize_checkpoint_boundary": "ends DeepSpeed's non-reentrant checkpoint with an error in the backward pass",
     "profile": "ends DeepSpeed's non-reentrant checkpoint with an error in the backward pass",
 }
@@ -35,7 +34,7 @@ _REFUSED = {
 
 def checkpoint_activations(
     model: nn.Module,
-    ds_config: dict[str, Any] | str | Path | None = None,
+    ds_config: Mapping[str, object] | str | Path | None = None,
     *,
     method: str | None = None,
     layers: Iterable[nn.Module] | None = None,
@@ -66,15 +65,14 @@ def checkpoint_activations(
         method = "transformers" if block is None and layers is None else "deepspeed"
     if method not in METHODS:
         raise ValueError(f"activation checkpointing: method = {method!r} is unknown; choose one of {METHODS}.")
-    if method != "deepspeed" and block is not None:
-        raise ValueError(
-            f"activation checkpointing: method = {method!r} would ignore the {BLOCK} block of the DeepSpeed config; "
-            "remove the block, or choose 'deepspeed'."
-        )
-    if method != "deepspeed" and layers is not None:
-        raise ValueError(
-            f"activation checkpointing: method = {method!r} would ignore layers; leave them out, or choose 'deepspeed'."
-        )
+    for given, what, remedy in (
+        (block, f"the {BLOCK} block of the DeepSpeed config", "remove the block"),
+        (layers, "layers", "leave them out"),
+    ):
+        if method != "deepspeed" and given is not None:
+            raise ValueError(
+                f"activation checkpointing: method = {method!r} would ignore {what}; {remedy}, or choose 'deepspeed'."
+            )
     if method == "deepspeed":
         _check_block(block or {}, model)
         _install(model, layers)
@@ -87,7 +85,7 @@ def checkpoint_activations(
     return method
 
 
-def _read_block(ds_config: dict[str, Any] | str | Path | None) -> dict[str, Any] | None:
+def _read_block(ds_config: Mapping[str, object] | str | Path | None) -> dict[str, object] | None:
     """The block of a config, None where it has none."""
     if isinstance(ds_config, str | Path):
         path = Path(ds_config)
@@ -103,7 +101,7 @@ def _read_block(ds_config: dict[str, Any] | str | Path | None) -> dict[str, Any]
     return block
 
 
-def _check_block(block: dict[str, Any], model: nn.Module) -> None:
+def _check_block(block: Mapping[str, object], model: nn.Module) -> None:
     """Refuse what DeepSpeed would ignore or could not do."""
     known = (*_REFUSED, "cpu_checkpointing")
     for name, value in block.items():
@@ -170,14 +168,14 @@ def _is_wrapped(layer: nn.Module) -> bool:
     return isinstance(layer.forward, functools.partial) and layer.forward.func is _layer_forward
 
 
-def _layer_forward(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _layer_forward(layer: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object) -> object:
     """What a wrapped layer does: checkpoint in training, nothing else in evaluation."""
     if layer.training and torch.is_grad_enabled():
         return _checkpoint(forward, *args, **kwargs)
     return forward(*args, **kwargs)
 
 
-def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpoint(function: Callable[..., object], *args: object, **kwargs: object) -> object:
     """`deepspeed.checkpointing` around a call, for any structure of arguments and outputs.
 
     DeepSpeed is given the first argument alone, the hidden states: under `cpu_checkpointing` it empties every tensor
@@ -195,7 +193,7 @@ def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     )
     structure = []
 
-    def run(*hidden: Any) -> list[Any]:
+    def run(*hidden: object) -> list[object]:
         with autocast():
             leaves, spec = pytree.tree_flatten(function(*hidden, *args[1:], **kwargs))
         structure[:] = [spec]

@@ -53,9 +53,7 @@ def complete_environment(environment: MutableMapping[str, str]) -> None:
         ValueError: variables are missing or contradict each other; the message names them and the remedy.
     """
     launcher = _set_place(environment)
-    for name in PLACE:
-        _integer(environment, name)
-    rank, world_size, local_rank = (int(environment[name]) for name in PLACE)
+    rank, world_size, local_rank = (_integer(environment, name) for name in PLACE)
     if not 0 <= rank < world_size:
         raise ValueError(f"RANK={rank} is not below WORLD_SIZE={world_size}; ranks count from 0.")
     if not 0 <= local_rank < world_size:

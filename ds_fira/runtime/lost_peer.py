@@ -1,4 +1,4 @@
-"""What the ranks tell each other outside of collectives, through the store of torch.distributed: that one has failed.
+"""Tell the other ranks that one has failed, outside of collectives, through the store of torch.distributed.
 
 A rank that raises in a step leaves the others in a collective that it will never join, until the timeout of minutes.
 So it publishes what went wrong, and a thread in every process looks for that about twice a second. A failure that all
@@ -21,18 +21,18 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from types import TracebackType
 
 import torch
 from torch.distributed import distributed_c10d
-
-from ds_fira.runtime.contact import is_lost_contact, tell_lost_contact
 
 POLL = 0.5  # seconds from one look at the store to the next
 GRACE = 2.0  # seconds in which a rank may still fail at the same place by itself
 ABORT = 2.0  # seconds for an abort to take effect, before the process is ended
 ACKNOWLEDGED = 5.0  # seconds for which a rank that failed waits until the others know, since it may hold the store
 LONGEST = 1000  # characters of an error's text that are passed on
+# gloo raises RuntimeError with these; NCCL and the store raise torch.distributed.DistError.
+_SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout", "Connection refused")
 
 
 class PeerFailed(RuntimeError):
@@ -66,7 +66,7 @@ class Peers:
         world_size: processes.
     """
 
-    store: Any
+    store: torch.distributed.Store
     rank: int
     world_size: int
     _process: int = field(default_factory=os.getpid)
@@ -206,7 +206,7 @@ def _abort_collectives() -> None:
             group.abort()
 
 
-_current: tuple[Any, Peers] | None = None
+_current: tuple[torch.distributed.ProcessGroup, Peers] | None = None
 
 
 def current() -> Peers | None:
@@ -222,11 +222,11 @@ def current() -> Peers | None:
             return None
         _current = (group, Peers(store, torch.distributed.get_rank(), torch.distributed.get_world_size()))
         _current[1].start()
-        tell_lost_contact(_tell)
+        tell_lost_contact()
     return _current[1]
 
 
-def open_store() -> Any:
+def open_store() -> torch.distributed.Store | None:
     """The part of torch.distributed's store that is ours, through a connection of its own; None where there is none."""
     if not torch.distributed.is_initialized():
         return None
@@ -245,17 +245,47 @@ def stop() -> None:
         _current = None
 
 
-def _tell(error: BaseException, lost: bool) -> str | None:
-    """For a process that an error ends: the sentence of the rank that caused it, or this rank's, told to the others."""
-    if _current is None or getattr(error, "says_why", False):
-        return None
-    peers = _current[1]
-    if lost:
-        failure = peers.failure()
-        return None if failure is None else failure.sentence
-    if not peers._own:
-        peers.publish("the end", sentence_of(peers.rank, "and ended", error, "ds_fira"))
-    return None
+def is_lost_contact(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that another process is gone or does not answer."""
+    while error is not None:
+        if isinstance(error, torch.distributed.DistError):
+            return True
+        if isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in _SIGNS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def tell_lost_contact() -> None:
+    """Say it in one sentence after the traceback if this process ends because it lost another; again without effect.
+
+    Where another error ends the process, the others are told of it.
+    """
+    before = sys.excepthook
+    if getattr(before, "_tells_lost_contact", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        before(kind, error, traceback)
+        if getattr(error, "says_why", False):
+            return
+        peers = None if _current is None else _current[1]
+        if is_lost_contact(error):
+            failure = None if peers is None else peers.failure()
+            told = (
+                "see what the first one to end printed, and start the training again from its newest complete "
+                "checkpoint."
+                if failure is None
+                else failure.sentence
+            )
+            rank = os.environ.get("RANK", "0")
+            text = f"ds_fira: rank {rank} ends because another process ended or did not answer in time: {told}"
+            print(text, file=sys.stderr, flush=True)
+        elif peers is not None and not peers._own:
+            peers.publish("the end", sentence_of(peers.rank, "and ended", error, "ds_fira"))
+
+    hook._tells_lost_contact = True
+    sys.excepthook = hook
 
 
 atexit.register(stop)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import gc
 import os
 from datetime import timedelta
-from typing import Any
 
+import deepspeed.ops
 import torch
 import torch.distributed
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.distributed import distributed_c10d
 
-from ds_fira.engine.deepspeed.attach import skip_shared_memory_op
 from ds_fira.runtime import launchers, lost_peer
-from ds_fira.runtime.contact import tell_lost_contact
 
 
 def init_distributed(timeout: float | None = None) -> None:
@@ -37,7 +36,7 @@ def init_distributed(timeout: float | None = None) -> None:
             contradict each other, or several processes were started and MASTER_ADDR or MASTER_PORT is missing and
             cannot be found.
     """
-    tell_lost_contact()
+    lost_peer.tell_lost_contact()
     if timeout is not None:
         _set_timeout(timeout)
     if not torch.distributed.is_initialized():
@@ -49,6 +48,11 @@ def init_distributed(timeout: float | None = None) -> None:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.environ.get("GROUP_WORLD_SIZE") == "1":
             _meet_again(limit)
         dist.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=limit)
+
+
+def skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives on CPU: tens of seconds and a C++ compiler."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _meet_again(limit: timedelta) -> None:
@@ -80,7 +84,7 @@ def _set_timeout(seconds: float) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
 
 
-def shutdown(engine: Any = None) -> None:
+def shutdown(engine: DeepSpeedEngine | None = None) -> None:
     """End a training process cleanly: the last call of a script, on every rank.
 
     A process that leaves with DeepSpeed's hooks and its process group alive aborts now and then after training ended

@@ -8,8 +8,8 @@ import threading
 from types import FrameType, TracebackType
 
 import torch
-
-from ds_fira.sharding.comm import SharedFlag
+import torch.distributed as dist
+from torch import Tensor
 
 
 class Termination:
@@ -64,7 +64,7 @@ class Termination:
         Returns:
             The same on every rank.
         """
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
             self._answered = self._received
             return self._received
         if self._flag is None:
@@ -89,3 +89,33 @@ class Termination:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class SharedFlag:
+    """Whether any rank has said yes: asked at one call, answered at the next, so that no rank waits for another.
+
+    Over gloo, also where the training communicates over NCCL: the host needs the answer.
+    """
+
+    def __init__(self) -> None:
+        self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._asked: tuple[Tensor, dist.Work] | None = None
+
+    def ask(self, flag: bool) -> bool:
+        """Say yes or no for this rank; a collective call.
+
+        Args:
+            flag: this rank's.
+
+        Returns:
+            Whether any rank said yes at the call before; the same on every rank.
+        """
+        answer = False
+        if self._asked is not None:
+            largest, work = self._asked
+            work.wait()
+            answer = bool(largest.item())
+        mine = torch.tensor([int(flag)], dtype=torch.int32)
+        work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._asked = (mine, work)
+        return answer

@@ -147,35 +147,3 @@ class Communicator:
                 f"{optimizer}: ranks {differing} planned another layout than rank 0; build the same model with the "
                 "same DeepSpeed config on every rank."
             )
-
-
-class SharedFlag:
-    """Whether any rank has said yes: asked at one call, answered at the next, so that no rank waits for another.
-
-    Over gloo, also where the training communicates over NCCL: the host needs the answer.
-    """
-
-    def __init__(self) -> None:
-        self._group: dist.ProcessGroup | None = None
-        if dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo")
-        self._asked: tuple[Tensor, dist.Work] | None = None
-
-    def ask(self, flag: bool) -> bool:
-        """Say yes or no for this rank; a collective call.
-
-        Args:
-            flag: this rank's.
-
-        Returns:
-            Whether any rank said yes at the call before; the same on every rank.
-        """
-        answer = False
-        if self._asked is not None:
-            largest, work = self._asked
-            work.wait()
-            answer = bool(largest.item())
-        mine = torch.tensor([int(flag)], dtype=torch.int32)
-        work = dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._asked = (mine, work)
-        return answer

@@ -19,8 +19,8 @@ Bounds are half-open and count elements in row-major order.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -122,17 +122,18 @@ def split(matrix: MatrixShard, partition_size: int, partitions: int) -> dict[int
     return fragments
 
 
-class Piece(NamedTuple):
-    """Elements of one parameter that lie in one partition.
+@dataclass(frozen=True, slots=True)
+class ParamSlice:
+    """Elements of one parameter that lie in a stepped tensor: a flat partition, or the parameter itself.
 
     Attributes:
-        index: of the parameter in its flat group.
-        offset: of the first element in the partition.
-        start: of the first element in the flattened parameter.
-        stop: one past the last element in the flattened parameter.
+        name: of the parameter in the module.
+        offset: the index in the tensor at which they begin.
+        start: the first of them among the parameter's elements, in row-major order.
+        stop: one past the last.
     """
 
-    index: int
+    name: str
     offset: int
     start: int
     stop: int
@@ -179,11 +180,16 @@ class Partitioning:
         found = split(matrix, -(-self.numels[index] // self.ranks), self.ranks)
         return {rank: replace(fragment, offset=begin + fragment.offset) for rank, fragment in found.items()}
 
-    def pieces(self, dp_rank: int) -> list[Piece]:
-        """What lies in a rank's partition, in the order of the parameters; those with nothing there are left out."""
+    def slices(self, dp_rank: int, names: Sequence[str]) -> tuple[ParamSlice, ...]:
+        """What lies in a rank's partition, in the order of the parameters; those with nothing there are left out.
+
+        Args:
+            dp_rank: of the rank.
+            names: of the parameters.
+        """
         found = []
-        for index, numel in enumerate(self.numels):
-            fragment = self.fragments(index, MatrixShard("", (1, numel), 0, 0, numel)).get(dp_rank)
+        for index, (name, numel) in enumerate(zip(names, self.numels, strict=True)):
+            fragment = self.fragments(index, MatrixShard(name, (1, numel), 0, 0, numel)).get(dp_rank)
             if fragment is not None:
-                found.append(Piece(index, fragment.offset, fragment.start, fragment.stop))
-        return found
+                found.append(ParamSlice(name, fragment.offset, fragment.start, fragment.stop))
+        return tuple(found)

@@ -1,6 +1,6 @@
 """What a live DeepSpeed engine holds, by purpose: reads DeepSpeed's private attributes.
 
-Written against DeepSpeed 0.19.8. Beside what `ds_fira.engine.deepspeed.attach` relies on:
+Written against DeepSpeed 0.19.8. Beside what `ds_fira.engine.deepspeed.flat_groups` relies on:
 
 - `DeepSpeedZeroOptimizer.averaged_gradients`: by group, the gradients of this rank's partition after a backward pass;
   with fp32 accumulation a parameter's `grad_accum`; under offload also `accumulated_grads_in_cpu`.
@@ -9,26 +9,33 @@ Written against DeepSpeed 0.19.8. Beside what `ds_fira.engine.deepspeed.attach` 
 - `DeepSpeedZeroOptimizer_Stage3`: `ds_tensor` of a parameter is this rank's slice, in `lp_param_buffer` or, offloaded,
   in `param_groups_fp16_flat_cpu_memory`; `fp32_partitioned_groups_flat` are the master weights (in fp32 the slices
   themselves); `grad_partitions_flat_buffer` the gradients of the slices, on the host under offload.
-- `reduce_gradients` of ZeRO-1 is called at the end of the last backward pass, before any gradient is given up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CATEGORIES = ("parameters", "master_weights", "optimizer_states", "gradients", "buffers")
 
 
-def is_offloaded(engine: Any) -> bool:
+class Engine(Protocol):
+    """What is read of a DeepSpeed engine; `optimizer` is a wrapper, or at stage 0 in fp32 the optimizer itself."""
+
+    module: nn.Module
+    optimizer: object
+    basic_optimizer: torch.optim.Optimizer
+
+
+def is_offloaded(engine: Engine) -> bool:
     """Whether the optimizer's part of the engine works on host memory."""
     return any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer"))
 
 
-def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
+def held_tensors(engine: Engine) -> dict[str, list[Tensor]]:
     """Tensors by purpose at this moment; a tensor may share its storage with one of an earlier purpose.
 
     Args:
@@ -45,7 +52,7 @@ def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
         stepped = [param for group in optimizer.param_groups for param in group["params"]]
     parameters = list(engine.module.parameters())
 
-    def of(*names: str) -> list[Any]:
+    def of(*names: str) -> list[object]:
         return [getattr(wrapper, name, None) for name in names]
 
     gradients = [
@@ -74,7 +81,7 @@ def held_tensors(engine: Any) -> dict[str, list[Tensor]]:
     return {name: list(_tensors(tensors)) for name, tensors in nested.items()}
 
 
-def engine_bytes(engine: Any) -> dict[str, int]:
+def engine_bytes(engine: Engine) -> dict[str, int]:
     """Bytes that an engine holds now, on device and host, by `CATEGORIES`.
 
     A storage counts once, in the first category that has it.
@@ -94,36 +101,7 @@ def engine_bytes(engine: Any) -> dict[str, int]:
     return result
 
 
-def backward_bytes(engine: Any, backward: Callable[[], object]) -> dict[str, int]:
-    """Run a backward pass and give the most that the engine held of every category.
-
-    That is at its end, or as ZeRO-1 begins to reduce, while it still has the gradients of the whole model.
-
-    Args:
-        engine: a DeepSpeed engine.
-        backward: makes the backward pass, `engine.backward` included, and no step.
-    """
-    looks: list[dict[str, int]] = []
-    wrapper = engine.optimizer
-    reduce_gradients = getattr(wrapper, "reduce_gradients", None)
-    if reduce_gradients is None:
-        backward()
-    else:
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            looks.append(engine_bytes(engine))
-            return reduce_gradients(*args, **kwargs)
-
-        wrapper.reduce_gradients = watched
-        try:
-            backward()
-        finally:
-            del wrapper.reduce_gradients
-    looks.append(engine_bytes(engine))
-    return {category: max(look[category] for look in looks) for category in CATEGORIES}
-
-
-def _tensors(nested: Any) -> Iterator[Tensor]:
+def _tensors(nested: object) -> Iterator[Tensor]:
     """The tensors in nested lists and dictionaries; None and numbers are passed over."""
     if isinstance(nested, Tensor):
         yield nested

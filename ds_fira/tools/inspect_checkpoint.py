@@ -10,20 +10,24 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+import torch
+from torch import Tensor
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
-from ds_fira.checkpoint.atomic_save import find_damage, find_fault, in_order, read_latest
-from ds_fira.checkpoint.named_state import KEY
+from ds_fira.checkpoint.manifest import find_damage, find_fault
+from ds_fira.checkpoint.named_state import KEY, SavedState
 from ds_fira.checkpoint.safe_load import UnsafeFileError
-from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
-from ds_fira.tools.checkpoint_states import states
+from ds_fira.checkpoint.tag_folder import in_order, read_latest
+from ds_fira.core import quantization
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
 
 # Settings of the projected groups that a resumed run has to keep, and those it may change.
 SHOWN = ("rank", "proj_type", "formulation", "update_proj_gap", "subspace", "state_dtype")
+NAMED = 5  # of the tensors that are not finite
 FINE, FAULTY = 0, 1  # and 2 for arguments that are not legal, as of argparse
 EPILOG = """exit status:
   0  every checkpoint listed is complete and, as far as was asked, unchanged and finite
@@ -35,7 +39,7 @@ Nothing that stands in a file is run.
 """
 
 
-def register(commands: Any) -> None:
+def register(commands: argparse._SubParsersAction) -> None:
     """Add the sub-command to argparse's `commands`."""
     parser = commands.add_parser(
         "checkpoint",
@@ -87,14 +91,14 @@ def _data_only() -> Iterator[None]:
         add_safe_globals(trusted)
 
 
-def _is_fine(entry: dict[str, Any]) -> bool:
+def _is_fine(entry: Mapping[str, object]) -> bool:
     return entry["fault"] is None and entry.get("states", {"finite": True})["finite"]
 
 
-def describe_tag(folder: Path, tag: str, verify: bool = False, with_states: bool = False) -> dict[str, Any]:
+def describe_tag(folder: Path, tag: str, verify: bool = False, with_states: bool = False) -> dict[str, object]:
     """One checkpoint: its fault if it has one, else step, ranks, ZeRO stage and settings; its states where asked."""
     path = folder / tag
-    entry: dict[str, Any] = {"tag": tag, "latest": False, "fault": None}
+    entry: dict[str, object] = {"tag": tag, "latest": False, "fault": None}
     try:
         entry["latest"] = tag == read_latest(folder)
         entry["fault"] = find_fault(path) or (find_damage(path) if verify else None)
@@ -107,7 +111,7 @@ def describe_tag(folder: Path, tag: str, verify: bool = False, with_states: bool
     return entry
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> dict[str, object]:
     files = CheckpointFiles.find(path)
     if not files.models:
         raise ValueError("it holds no file with the weights of a model, such as mp_rank_00_model_states.pt")
@@ -124,6 +128,77 @@ def _content(path: Path) -> dict[str, Any]:
     }
 
 
+def states(files: CheckpointFiles) -> dict[str, object]:
+    """The states of one checkpoint: matrices by shape and step, and whether all numbers are finite.
+
+    Args:
+        files: of the checkpoint, of all ranks.
+
+    Returns:
+        `matrices`, how many there are of a kind; `under_adamw`, parameters with states but no projection; `checked`,
+        the kinds of tensors that were read; `finite`, whether all their elements are; `not_finite`, of the others kind
+        and name, at most the first few of a kind.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    saved = files.read()
+    kinds: Counter[str] = Counter()
+    for parts in saved.matrices.values():
+        held, state = parts[0]
+        m, n = held.shape
+        steps = f"step {int(state.step)}, basis of step {int(state.refresh_step)}"
+        kinds[f"{m} x {n}, {held.side}, rank {held.rank}, {steps}"] += 1
+    checked: dict[str, None] = {}
+    faulty: dict[str, dict[str, None]] = defaultdict(dict)
+    for kind, name, tensor in _tensors(files, saved):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        checked[kind] = None
+        if not bool(torch.isfinite(tensor).all()):
+            faulty[kind][name] = None
+    return {
+        "matrices": dict(kinds),
+        "under_adamw": len(saved.moments),
+        "finite": not faulty,
+        "checked": list(checked),
+        "not_finite": [_named(kind, list(names)) for kind, names in faulty.items()],
+    }
+
+
+def _named(kind: str, names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{kind} of {', '.join(names[:NAMED])}{more}"
+
+
+def _tensors(files: CheckpointFiles, saved: SavedState) -> Iterator[tuple[str, str, Tensor]]:
+    """Every tensor: its kind, its name, the elements; in a flat tensor those of a name."""
+    for number in range(len(files.models)):
+        for name, value in normalized(files.model(number)["module"]).items():
+            if isinstance(value, Tensor):
+                yield "the module's weights", name, value
+    for name, parts in saved.weights.items():
+        for held, flat in parts:
+            yield "master weights", name, flat[held.offset :][: held.stop - held.start]
+    for name, parts in saved.matrices.items():
+        for _, part in parts:
+            yield "bases", name, part.basis
+            if part.residual_norm is not None:
+                yield "limiters", name, part.residual_norm
+            for stored in part.moments.values():
+                for suffix, tensor in stored.items():
+                    yield "moments" if suffix == quantization.VALUES else "scales of moments", name, tensor
+    scales: set[int] = set()
+    for name, parts in saved.moments.items():
+        for held, state in parts:
+            for stored in state.moments.values():
+                values, scale = stored[quantization.VALUES].reshape(-1), stored.get(quantization.SCALE)
+                yield "moments", name, values[held.offset :][: held.stop - held.start]
+                if scale is not None and id(scale) not in scales:
+                    scales.add(id(scale))
+                    yield "scales of moments", name, scale
+
+
 def _told(error: Exception) -> str:
     """An error as a phrase."""
     if isinstance(error, UnsafeFileError):
@@ -131,10 +206,10 @@ def _told(error: Exception) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
     if not isinstance(error, ValueError | OSError):
         text = f"its content makes no sense ({type(error).__name__}{': ' if text else ''}{text})"
-    return text.removeprefix("FiraAdam: ").rstrip(".")
+    return text.rstrip(".")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """As JSON can hold it, whatever a file held."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -149,7 +224,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def lines(entry: dict[str, Any]) -> list[str]:
+def lines(entry: Mapping[str, object]) -> list[str]:
     """A checkpoint as text."""
     mark = " (latest)" if entry["latest"] else ""
     if entry["fault"]:

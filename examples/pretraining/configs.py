@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
-from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import check_params, legal_settings
 from ds_fira.tools import models
 

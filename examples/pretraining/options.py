@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from ds_fira.checkpoint.atomic_save import find_complete
-from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.checkpoint.tag_folder import find_complete
+from ds_fira.optim.registry import TYPES
 from ds_fira.runtime.activation_checkpointing import METHODS as CHECKPOINTING
 from ds_fira.tools import models
 

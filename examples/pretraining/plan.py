@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from ds_fira.core.algorithms import GALORE_ADAM
-from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.optim.registry import TYPES
 from ds_fira.tools.estimate import Available, Estimate, available_memory, estimate, require_fit
 from ds_fira.tools.estimate.from_config import setup_of
 from ds_fira.tools.estimate.table import estimate_lines

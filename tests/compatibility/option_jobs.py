@@ -17,8 +17,8 @@ from deepspeed.runtime import torch_autocast
 from torch import Tensor, distributed, nn
 
 import ds_fira
-from ds_fira.engine.deepspeed.attach import fira_of
 from ds_fira.engine.deepspeed.save_load.load import stepped_params
+from ds_fira.optim.registry import fira_of
 from tests.distributed.zero_jobs import Net, batches, build, describe_groups
 
 # On two ranks: (8, 6) twice is one whole matrix for each; the other is alone in its shape, so it is cut.

@@ -24,7 +24,7 @@ import deepspeed
 import torch
 from packaging.version import Version
 
-from ds_fira.engine.deepspeed.versions import TESTED
+from ds_fira.engine.deepspeed.unsupported import TESTED
 from tests.compatibility.matrix import PAGE, RESULTS, Case, covering_pairs, rows_of, run, save_results, trained_cases
 from tests.compatibility.page import write_page
 from tests.ranks import Pools

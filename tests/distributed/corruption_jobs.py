@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 from tests.distributed.corruptions import corrupt
 from tests.distributed.save_jobs import attempt, engine_of, recorded_warnings, step
 

@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_fira.checkpoint.atomic_save import LATEST, MANIFEST
-from ds_fira.checkpoint.manifest import render
+from ds_fira.checkpoint.manifest import MANIFEST, render
+from ds_fira.checkpoint.tag_folder import LATEST
 
 Corruption = Callable[
     [random.Random, Path, Path], str

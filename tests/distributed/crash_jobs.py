@@ -170,7 +170,7 @@ def train(folder: str) -> None:
     """
     import torch
 
-    from ds_fira.engine.deepspeed.attach import fira_of
+    from ds_fira.optim.registry import fira_of
     from tests.distributed.zero_jobs import batches, build, config
 
     engine = build(config(2, "bf16", SETTINGS), SHAPES)
@@ -236,7 +236,8 @@ def fill_the_disk(folder: str, disk: str) -> None:
 def _save_thrice(folder: str, state: str, fill: Any, free: Any) -> None:
     import torch
 
-    from ds_fira.checkpoint.atomic_save import LOCK, CheckpointError, read_latest
+    from ds_fira.checkpoint.atomic_save import CheckpointError
+    from ds_fira.checkpoint.tag_folder import LOCK, read_latest
     from tests.distributed.zero_jobs import batches, build, config
 
     rank, seen = torch.distributed.get_rank(), {"error": None}

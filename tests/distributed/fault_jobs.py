@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_fira.engine.deepspeed import tensor_hash
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 from tests.distributed.resume_jobs import differences, snapshot
 from tests.distributed.zero_jobs import Net, batches, build
 

@@ -15,7 +15,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ds_fira.checkpoint.atomic_save import MANIFEST, record_file
+from ds_fira.checkpoint.manifest import MANIFEST, record_file
 from tests.distributed.save_jobs import attempt, engine_of, recorded_warnings, step
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ds_fira
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 from tests.distributed import rule_jobs
 from tests.distributed.zero_jobs import Net, batches, build, config
 

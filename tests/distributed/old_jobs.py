@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import ds_fira
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 from tests.distributed.resize_jobs import ROWS, advance
 from tests.distributed.rule_jobs import AdaGrad
 from tests.distributed.zero_jobs import Net, build, config

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_fira.checkpoint.atomic_save import CheckpointError
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 from tests.distributed.zero_jobs import Net, build
 
 ROWS = 12  # divides by 1, 2, 3 and 4 ranks

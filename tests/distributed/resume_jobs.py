@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import ds_fira
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 from tests.distributed.zero_jobs import Net, batches
 
 # Takes part in the loss, so that a wrong state of any generator shows in the weights.

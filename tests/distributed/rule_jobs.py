@@ -120,7 +120,7 @@ def run_frozen(ds_config: dict[str, Any], shapes: list[tuple[int, int]], steps: 
         param.requires_grad_(name.startswith("layers."))
     engine = build(ds_config, shapes, model=model, model_parameters=chosen)
     losses = advance(engine, 0, steps)
-    ways = [matrix.way for layout in ds_fira.engine.deepspeed.attach.fira_of(engine).layouts for matrix in layout.split]
+    ways = [matrix.way for layout in ds_fira.optim.registry.fira_of(engine).layouts for matrix in layout.split]
     result = {"losses": losses, "weights": module_weights(engine), "ways": ways}
     engine.destroy()
     return result

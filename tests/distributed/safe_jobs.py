@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from deepspeed.utils import logger
 
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 from tests.distributed.zero_jobs import Net, batches, build, config
 
 SHAPES = [(8, 6), (6, 12), (3, 40)]

@@ -15,7 +15,7 @@ from deepspeed.checkpoint.constants import CHECKPOINT_PARALLEL_DIMS
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 
-from ds_fira.checkpoint.atomic_save import LOCK
+from ds_fira.checkpoint.tag_folder import LOCK
 from tests.distributed.crash_jobs import SETTINGS, SHAPES
 from tests.distributed.zero_jobs import Net, batches, build, config
 

@@ -10,7 +10,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 import ds_fira
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 from ds_fira.sharding import plan
 from tests.distributed.zero_jobs import ExpertNet, Net, batches, build
 
@@ -67,7 +67,7 @@ def train(
     if folder:
         ds_fira.write_scaling_factors(engine, Path(folder, f"rank {engine.global_rank}.npz"))
     # Of the binding, which the bound shaped.
-    turns = [len(binding.exchanges) for binding in optimizer._bindings.values()]
+    turns = [len(binding.exchanges) for binding in optimizer._bound.values()]
     ways = [matrix.way for group in optimizer.layouts for matrix in group.split]
     result = {
         "factors": ds_fira.scaling_factors(engine) if optimizer.recorder is not None else None,

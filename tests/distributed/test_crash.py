@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_fira.checkpoint.atomic_save import MANIFEST
+from ds_fira.checkpoint.manifest import MANIFEST
 from tests.distributed.crash_jobs import SAVE_EVERY, STEPS, TIMEOUT, Kill, Run
 
 KILLS = int(os.environ.get("DS_FIRA_KILLS", "4"))

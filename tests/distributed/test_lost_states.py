@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import ds_fira
 from ds_fira.checkpoint.named_state import KEY, SavedState
 from ds_fira.checkpoint.restore import _fill
-from ds_fira.checkpoint.slices import Missing, Piece
+from ds_fira.checkpoint.slices import Missing
 from ds_fira.core.state import STEP
+from ds_fira.sharding.geometry import ParamSlice
 from tests.distributed.rule_jobs import FiraAges
 from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
@@ -141,14 +142,19 @@ def test_ranges_against_sets(seed: int) -> None:
         assert {element for part in missing.ranges for element in part} == expected
 
 
-def test_overlapping_pieces_with_a_gap_are_refused() -> None:
+def test_overlapping_slices_with_a_gap_are_refused() -> None:
     """As many elements as there are, twice the first half."""
     flat = torch.arange(8.0)
-    piece = Piece("w", 0, 0, 8)
+    wanted = ParamSlice("w", 0, 0, 8)
     with pytest.raises(ValueError, match="lacks a part of the weights of w"):
-        _fill(torch.zeros(8), [piece], {"w": [(Piece("w", 0, 0, 4), flat), (Piece("w", 0, 0, 4), flat)]}, "weights")
+        _fill(
+            torch.zeros(8),
+            [wanted],
+            {"w": [(ParamSlice("w", 0, 0, 4), flat), (ParamSlice("w", 0, 0, 4), flat)]},
+            "weights",
+        )
     target = torch.zeros(8)
-    _fill(target, [piece], {"w": [(Piece("w", 0, 0, 5), flat), (Piece("w", 3, 3, 8), flat)]}, "weights")
+    _fill(target, [wanted], {"w": [(ParamSlice("w", 0, 0, 5), flat), (ParamSlice("w", 3, 3, 8), flat)]}, "weights")
     assert torch.equal(target, flat)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn import Parameter
 
 from ds_fira import FiraAdam
-from ds_fira.engine.deepspeed.monitor_events import MonitorHook
+from ds_fira.engine.deepspeed.monitor import MonitorHook
 from tests.distributed.zero_jobs import Net, batches, config
 from tests.ranks import Pools
 from tests.reference.fira_reference import FiraReference
@@ -222,24 +222,24 @@ def test_a_step_between_events_reads_and_sends_nothing(ranks: Pools, tmp_path: P
     """One read and one collective an interval; none without a monitor, and the steps' own collectives as before."""
     job = {"function": "count_reports", "module": "tests.distributed.monitor_jobs", "shapes": SHAPES, "steps": 7}
     plain = ranks.run(2, ds_config=config(2, "fp32", PARAMS), **job)
-    watched = ranks.run(2, ds_config=config(2, "fp32", PARAMS, **monitored(tmp_path, interval=3)), **job)
-    for (silent, collectives), (found, others) in zip(plain, watched, strict=True):
+    monitored_ranks = ranks.run(2, ds_config=config(2, "fp32", PARAMS, **monitored(tmp_path, interval=3)), **job)
+    for (silent, collectives), (found, others) in zip(plain, monitored_ranks, strict=True):
         assert silent == [(0, 0)] * 7
         assert [sent for _, sent in found] == [0, 0, 1, 1, 1, 2, 2]
-        # One more read when the first step is watched.
+        # One more read before the first step.
         assert [read - 1 for read, _ in found] == [0, 0, 1, 1, 1, 2, 2]
         assert others == collectives
 
 
-def test_a_watched_step_leaves_losses_and_norms_on_their_device() -> None:
+def test_a_monitored_step_leaves_losses_and_norms_on_their_device() -> None:
     """The host asks for no number before the interval ends."""
     optimizer, written = FiraAdam(with_a_rank({"params": [Parameter(torch.ones(3))]})), []
-    watch = MonitorHook(optimizer, written.extend, interval=4)
+    hook = MonitorHook(optimizer, written.extend, interval=4)
     norm = torch.tensor(2.0)
     for step in range(1, 5):
         with HostReads([]) as reads:
-            watch.add_loss(torch.tensor(3.0 * step, requires_grad=True))
-            watch.after_step(applied=True, grad_norm=norm, step=step, samples=10 * step)
+            hook.add_loss(torch.tensor(3.0 * step, requires_grad=True))
+            hook.after_step(applied=True, grad_norm=norm, step=step, samples=10 * step)
         assert (reads.count > 0) == (step == 4)
     assert written == [("Train/Samples/train_loss", 7.5, 40), ("Train/Fira/grad_norm", 2.0, 40)]
 

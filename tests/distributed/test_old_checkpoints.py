@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_fira.checkpoint.named_state import FORMAT, KEY
 from tests.distributed.old_jobs import ALONE, CASES, STEPS, alone, states_alone, step_alone
 from tests.distributed.resume_jobs import same
 from tests.ranks import Pools
@@ -53,3 +54,14 @@ def test_an_old_state_dict_loads_to_the_bit(old: Path) -> None:
     assert same(states_alone(optimizer), kept["states"])
     step_alone(model, optimizer, range(STEPS, STEPS + 3))
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+def test_a_state_dict_of_a_later_form_is_refused() -> None:
+    """Instead of read as what it is not; the optimizer stays as it was."""
+    model, optimizer = alone(7)
+    step_alone(model, optimizer, range(1))
+    before, later = states_alone(optimizer), optimizer.state_dict()
+    later[KEY]["format"] = FORMAT + 1
+    with pytest.raises(ValueError, match=rf"FiraAdam: the state dict is of format {FORMAT + 1}, .*; update ds_fira"):
+        optimizer.load_state_dict(later)
+    assert same(states_alone(optimizer), before)

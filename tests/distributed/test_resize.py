@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from ds_fira.__main__ import main
-from ds_fira.checkpoint.atomic_save import MANIFEST
-from ds_fira.checkpoint.manifest import MARK
+from ds_fira.checkpoint.manifest import MANIFEST, MARK
 from ds_fira.checkpoint.named_state import KEY
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
 from tests.distributed.zero_jobs import config
@@ -189,7 +188,7 @@ def canonical(folder: Path) -> dict[Any, torch.Tensor]:
         }
     for name, pieces in state.moments.items():
         for piece, moments in pieces:
-            for key, value in {**moments.exp_avg}.items():
+            for key, value in {**moments.moments["exp_avg"]}.items():
                 found[name, "exp_avg", key, piece.start] = value[piece.offset :][: piece.stop - piece.start]
     return found
 

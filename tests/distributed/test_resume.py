@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_fira.engine.deepspeed.save_load.rng import rng_state, set_rng_state
+from ds_fira.engine.deepspeed.save_load.client_state import rng_state, set_rng_state
 from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
 

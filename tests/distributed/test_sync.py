@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,8 +156,12 @@ def test_the_odd_ranks_are_named(rows: list[list[int]], text: str | None) -> Non
 
 def test_stage_3_and_values_without_sense_are_refused() -> None:
     """One sentence with the setting, the value and the remedy."""
-    with pytest.raises(ValueError, match=r"check_sync_every = 5 .* zero_optimization\.stage = 3.*set it to 0"):
-        refuse_partitioned_weights(3, 5)
+    optimizer = ds_fira.FiraAdam([torch.nn.Parameter(torch.zeros(3, 3))], rank=2, check_sync_every=5)
+    engine = SimpleNamespace(basic_optimizer=optimizer, zero_optimization_stage=lambda: 3)
+    with pytest.raises(
+        ValueError, match=r"FiraAdam: check_sync_every = 5 .* zero_optimization\.stage = 3.*set it to 0"
+    ):
+        refuse_partitioned_weights(engine)
     for value in (-1, True, 1.5, "often"):
         with pytest.raises(ValueError, match=r"check_sync_every = .* is not legal; .* 0 for no check"):
             ds_fira.FiraAdam([torch.nn.Parameter(torch.zeros(3, 3))], check_sync_every=value)

@@ -96,7 +96,7 @@ def test_few_matrices_are_sharded_evenly(ranks: Pools) -> None:
 def test_pieces(ranks: Pools, stage: int, dtype: str, extra: dict[str, Any]) -> None:
     """Where the elements of every parameter lie, by what lies there: each once on some rank, whatever the wrapper."""
     job = {"ds_config": config(stage, dtype, PARAMS, **extra), "shapes": SHAPES}
-    for covered in ranks.run(3, "look_at_pieces", module=MODULE, **job):
+    for covered in ranks.run(3, "look_at_slices", module=MODULE, **job):
         assert covered == {"all": True, "same": True}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ds_fira.checkpoint.atomic_save import MANIFEST
+from ds_fira.checkpoint.manifest import MANIFEST
 from tests.ranks import Pools
 
 MODULE = "tests.distributed.folder_jobs"

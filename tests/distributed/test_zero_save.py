@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_fira.checkpoint.atomic_save import LOCK, MANIFEST
+from ds_fira.checkpoint.manifest import MANIFEST
+from ds_fira.checkpoint.tag_folder import LOCK
 from tests.ranks import Pools
 
 MODULE = "tests.distributed.save_jobs"

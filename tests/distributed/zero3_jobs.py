@@ -12,8 +12,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 import ds_fira
-from ds_fira.engine.deepspeed.attach import fira_of
 from ds_fira.engine.deepspeed.flat_groups import flat_groups
+from ds_fira.optim.registry import fira_of
 from ds_fira.optim.state_size import state_bytes
 from ds_fira.tools.engine_memory import engine_bytes
 from tests.distributed.zero_jobs import ExpertNet, Net, batches, build, faulty
@@ -157,11 +157,11 @@ def _train(
     return result
 
 
-def look_at_pieces(ds_config: dict[str, Any], shapes: list[tuple[int, int]]) -> dict[str, bool]:
-    """Compare what `FlatGroup.pieces` says with the values that lie there.
+def look_at_slices(ds_config: dict[str, Any], shapes: list[tuple[int, int]]) -> dict[str, bool]:
+    """Compare what `FlatGroup.slices` says with the values that lie there.
 
     Returns:
-        `all`: whether the pieces of all ranks are every element of every parameter once; `same`: whether this rank's
+        `all`: whether the slices of all ranks are every element of every parameter once; `same`: whether this rank's
         partitions hold the parameters' values there.
     """
     torch.manual_seed(0)
@@ -179,14 +179,15 @@ def look_at_pieces(ds_config: dict[str, Any], shapes: list[tuple[int, int]]) -> 
         for param in group.lp_params:
             with deepspeed.zero.GatheredParameters(param):
                 values.append(param.detach().float().flatten().clone())
+        names = {id(param): str(index) for index, param in enumerate(group.lp_params)}
         seen = [torch.zeros_like(value) for value in values]
         for rank in range(ranks):
-            for piece in group.pieces(rank):
-                seen[piece.index][piece.start : piece.stop] += 1
+            for held in group.slices(rank, names):
+                seen[int(held.name)][held.start : held.stop] += 1
         every &= all(bool(count.eq(1).all()) for count in seen)
-        for piece in group.pieces(own):
-            there = group.hp_partition[piece.offset : piece.offset + piece.stop - piece.start].detach().float()
-            same &= torch.equal(there, values[piece.index][piece.start : piece.stop])
+        for held in group.slices(own, names):
+            there = group.hp_partition[held.offset : held.offset + held.stop - held.start].detach().float()
+            same &= torch.equal(there, values[int(held.name)][held.start : held.stop])
     engine.destroy()
     return {"all": every, "same": same}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ds_fira
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 
 
 class Net(nn.Module):

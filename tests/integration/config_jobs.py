@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import ds_fira
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.optim.registry import fira_of
 from tests import small_models
 from tests.small_models import SEQUENCE, VOCABULARY, loss_of
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from ds_fira.engine.deepspeed.attach import TYPES
+from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import check_params
 from tests.ranks import Pools
 

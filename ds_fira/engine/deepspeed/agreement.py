@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch.distributed import distributed_c10d
@@ -71,7 +69,7 @@ class Building:
 
     engines: Engines
     name: str
-    given: dict[str, Any]
+    given: dict[str, object]
     number: int = 0
     phases: list[str] = field(default_factory=list)
     refused: bool = False
@@ -85,7 +83,7 @@ class Building:
 _engines: dict[str, Engines] = {}
 
 
-def engines_of(mpu: Any) -> Engines:
+def engines_of(mpu: object) -> Engines:
     """The engines of the ranks that will train together: those that `mpu` names, else all."""
     ranks: Sequence[int] = range(torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
     for name in ("get_sequence_data_parallel_group", "get_data_parallel_group"):
@@ -120,14 +118,19 @@ def foreign(engines: Engines, label: str) -> Iterator[None]:
         raise
 
 
-def agree(building: Building, phase: str, describe: Callable[[], Description], error: Exception | None = None) -> None:
+def agree(
+    building: Building,
+    phase: str,
+    describe: Callable[[], Description] | None = None,
+    error: Exception | None = None,
+) -> None:
     """Stop on every rank unless all of them build the same engine; a call that all of its ranks make.
 
     Args:
         building: the engine.
         phase: the agreement's name.
-        describe: what this rank has; an exception of it counts as an error.
-        error: that this rank has raised.
+        describe: gives what this rank has; an exception of it counts as an error.
+        error: that this rank has raised, in place of `describe`.
 
     Raises:
         DeviatingRank: ranks differ, or some raised an error; names them.
@@ -138,9 +141,9 @@ def agree(building: Building, phase: str, describe: Callable[[], Description], e
     if not building.number:
         building.engines.ours += 1
         building.number = building.engines.ours
-    description: Description = {}
+    description: Mapping[str, object] = {}
     try:
-        if error is None:
+        if describe is not None:
             description = describe()
     except Exception as raised:
         error = raised
@@ -166,7 +169,7 @@ def _text(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _difference(found: Mapping[int, Mapping[str, Any]]) -> str:
+def _difference(found: Mapping[int, _Told]) -> str:
     """The sentence, the same on every rank, about what they told each other."""
     name = next(iter(found.values()))["name"]
     failed = {rank: each["error"] for rank, each in found.items() if each["error"] is not None}
@@ -175,6 +178,13 @@ def _difference(found: Mapping[int, Mapping[str, Any]]) -> str:
     (rank, text), *more = failed.items()
     also = f", as ranks {[other for other, _ in more]} did for this or another reason," if more else ""
     return f"{name}: rank {rank} refused what it was given{also} and the others cannot go on without it: {text}"
+
+
+class _Told(Description):
+    """What a rank tells the others: its description, which is empty where it has an error."""
+
+    name: str
+    error: str | None
 
 
 @dataclass
@@ -258,12 +268,3 @@ class _Table:
             )
             self.peers.publish(f"{self.building.place}/foreign", sentence, listening=len(rest))
             raise DeviatingRank(sentence)
-
-
-def names_ours(function: Any, names: Sequence[str]) -> bool:
-    """Whether a function, or what else makes an optimizer, has one of our optimizers' names in its code."""
-    function = getattr(function, "func", function)  # functools.partial
-    if inspect.isclass(function):
-        return function.__name__ in names
-    code = getattr(function, "__code__", None)
-    return code is not None and any(name in names for name in (*code.co_names, *code.co_freevars))

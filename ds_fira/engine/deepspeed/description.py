@@ -1,4 +1,4 @@
-"""What an engine is built of, in words that ranks compare, and a sentence about where they differ.
+"""What an engine is built of, in values that ranks compare, and a sentence about where they differ.
 
 Written against DeepSpeed 0.19.8. What it relies on: `DeepSpeedConfig` keeps every setting, resolved, in attributes of
 its own, most blocks of them as pydantic models.
@@ -10,7 +10,7 @@ import enum
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -45,28 +45,39 @@ OWN = {
 }
 SHOWN = 3  # differences in one sentence
 
-# By rank: settings by name; the module's parameters; the names of the parameters that were given, by group.
-Description = dict[str, Any]
+
+class Description(TypedDict):
+    """What one rank builds its engine of, in values that JSON has.
+
+    Attributes:
+        settings: by name.
+        parameters: of the module, each by its name and a text.
+        groups: of every param group that was given, its parameters, each by its name.
+    """
+
+    settings: dict[str, object]
+    parameters: list[list[str]]
+    groups: list[list[list[str]]]
 
 
-def describe_config(config: Any) -> dict[str, Any]:
+def describe_config(config: object) -> dict[str, object]:
     """The settings of a DeepSpeedConfig that all ranks have to share, by the names they have in the JSON."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name, value in vars(config).items():
         if name not in OWN and not name.startswith("_"):
             found |= _flat(BLOCKS.get(name, name.removesuffix("_config")), value)
     return {name: value for name, value in found.items() if not name.endswith(("path", "_dir"))}
 
 
-def describe_module(module: nn.Module) -> list[list[Any]]:
-    """Name, shape, dtype and whether it is trained, of every parameter in the module's order."""
+def describe_module(module: nn.Module) -> list[list[str]]:
+    """Every parameter in the module's order: its name, and its shape, dtype and whether it is frozen."""
     return [
-        [name, list(shape_of(param)), str(param.dtype).removeprefix("torch."), param.requires_grad]
+        [name, f"{shape_of(param)} {str(param.dtype)[6:]}{'' if param.requires_grad else ', frozen'}"]
         for name, param in module.named_parameters()
     ]
 
 
-def describe_groups(module: nn.Module, items: Iterable[Any]) -> tuple[dict[str, Any], list[list[str]]]:
+def describe_groups(module: nn.Module, items: Iterable[object]) -> tuple[dict[str, object], list[list[list[str]]]]:
     """The settings of param groups, and the names of their parameters.
 
     Args:
@@ -76,7 +87,7 @@ def describe_groups(module: nn.Module, items: Iterable[Any]) -> tuple[dict[str, 
     names = {id(param): name for name, param in module.named_parameters()}
     items = [items] if isinstance(items, Tensor | dict) else list(items)
     groups = items if any(isinstance(item, dict) for item in items) else [{"params": items}]
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     members = []
     for number, group in enumerate(group for group in groups if isinstance(group, dict)):
         for name, value in group.items():
@@ -85,11 +96,11 @@ def describe_groups(module: nn.Module, items: Iterable[Any]) -> tuple[dict[str, 
         params = group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         params = [item[1] if isinstance(item, tuple) else item for item in params]
-        members.append([names.get(id(param), f"a tensor {tuple(shape_of(param))}") for param in params])
+        members.append([[names.get(id(param), f"a tensor {shape_of(param)}")] for param in params])
     return settings, members
 
 
-def _flat(name: str, value: Any) -> dict[str, Any]:
+def _flat(name: str, value: object) -> dict[str, object]:
     """A setting, or those of a block by dotted names."""
     if hasattr(value, "model_dump"):
         value = value.model_dump()
@@ -98,7 +109,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     return {name: plain(value)}
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """A value as JSON has it; of an object only its type, since its text may be another in every process."""
     if value is None or isinstance(value, bool | int | float | str):
         return value.value if isinstance(value, enum.Enum) else value
@@ -135,16 +146,14 @@ def describe_difference(descriptions: Mapping[int, Description]) -> str | None:
     else:
         for number, lists in enumerate(zip(*given.values(), strict=True)):
             where = "the given" if set(counts.values()) == {"1"} else f"param group {number}'s"
-            found += _differing_lists(
-                where, dict(zip(given, ([[name] for name in each] for each in lists), strict=True))
-            )
+            found += _differing_lists(where, dict(zip(given, lists, strict=True)))
     if not found:
         return None
     more = f", and {len(found) - SHOWN} more differences" if len(found) > SHOWN else ""
     return "; ".join(found[:SHOWN]) + more
 
 
-def _differing_lists(whose: str, lists: Mapping[int, list[list[Any]]]) -> list[str]:
+def _differing_lists(whose: str, lists: Mapping[int, list[list[str]]]) -> list[str]:
     """Where lists of parameters first differ: those that some ranks lack, else the first that is another one."""
     usual = _usual({rank: json.dumps(each) for rank, each in lists.items()})
     names = {rank: [entry[0] for entry in each] for rank, each in lists.items()}
@@ -164,26 +173,18 @@ def _differing_lists(whose: str, lists: Mapping[int, list[list[Any]]]) -> list[s
         if parts:
             return [f"of {whose} parameters rank {rank} {' and '.join(parts)}"]
         place = next((i for i, pair in enumerate(zip(each, lists[usual], strict=False)) if pair[0] != pair[1]), -1)
-        entries = {other: _parameter(items[place]) if items else "none" for other, items in lists.items()}
+        entries = {other: " ".join(items[place]) if items else "none" for other, items in lists.items()}
         return [f"{whose} parameter {place} is {_by_rank(entries)}"]
     return []
 
 
-def _parameter(entry: list[Any]) -> str:
-    name, *rest = entry
-    if not rest:
-        return name
-    shape, dtype, trained = rest
-    return f"{name} {tuple(shape)} {dtype}{'' if trained else ', frozen'}"
-
-
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value for a message; a long one with a number that tells it from others that begin alike."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... (CRC-32 {zlib.crc32(text.encode()):08x})"
 
 
-def _usual(values: Mapping[int, Any]) -> int:
+def _usual(values: Mapping[int, str]) -> int:
     """A rank that has the most frequent value; the lowest of those."""
     items = list(values.values())
     return max(values, key=lambda rank: (items.count(values[rank]), -rank))

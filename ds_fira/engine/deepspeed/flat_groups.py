@@ -1,7 +1,10 @@
-"""What lies where in ZeRO's flat partitions: reads the private books of DeepSpeed's optimizer wrappers.
+"""Where DeepSpeed puts parameters that its optimizer steps: reads private attributes of its optimizer wrappers.
 
-Written against DeepSpeed 0.17 to 0.19. What it relies on:
+lp means the module's low-precision parameters, hp the high-precision master weights that the optimizer steps. Written
+against DeepSpeed 0.17 to 0.19. What it relies on:
 
+- `FP16_UnfusedOptimizer` (stage 0) keeps an fp32 copy of every parameter `fp16_groups[i][j]` at that place of the
+  optimizer's groups; in fp32 the optimizer steps the module's own parameters.
 - `DeepSpeedZeroOptimizer` (stages 1 and 2): the flat buffer of group i holds `round_robin_bit16_groups[i]` at
   `round_robin_bit16_offsets[i]`; this rank's master partition is `single_partition_of_fp32_groups[i]`.
 - `BF16_Optimizer` (stage 1, bf16 with fp32 accumulation): `bf16_groups[i]` back to back in
@@ -15,23 +18,24 @@ Written against DeepSpeed 0.17 to 0.19. What it relies on:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_fira.core.param_shape import numel_of, shape_of
-from ds_fira.sharding.geometry import MatrixShard, Partitioning, Piece, matrices_of
+from ds_fira.sharding.geometry import MatrixShard, ParamSlice, Partitioning, matrices_of
 
 
 @dataclass(frozen=True, slots=True)
 class FlatGroup:
-    """Parameters that ZeRO steps as one flat tensor on each rank.
+    """Parameters that are stepped as one tensor: of ZeRO a flat one, cut over the ranks; at stage 0 one parameter.
 
     Attributes:
-        group: the number of the optimizer's param group that they belong to; at stage 3 several may belong to one.
-        hp_partition: the flat master partition on this rank.
+        group: the number of the optimizer's param group that they belong to; at stages 0 and 3 several belong to one.
+        hp_partition: the tensor that is stepped on this rank.
         lp_params: the module's parameters, in the order of the flat tensor.
         partitioning: where they lie.
     """
@@ -41,9 +45,22 @@ class FlatGroup:
     lp_params: list[Tensor]
     partitioning: Partitioning
 
-    def pieces(self, dp_rank: int) -> list[Piece]:
-        """What of which parameter of `lp_params` lies where in a rank's partition; padding is left out."""
-        return self.partitioning.pieces(dp_rank)
+    @property
+    def dtypes(self) -> set[str]:
+        """Of the module's parameters."""
+        return {str(param.dtype) for param in self.lp_params}
+
+    def slices(self, dp_rank: int, names: Mapping[int, str]) -> tuple[ParamSlice, ...]:
+        """What of which parameter of `lp_params` lies where in a rank's tensor; padding is left out.
+
+        Args:
+            dp_rank: of the rank; at stage 0 every rank has the only tensor there is.
+            names: of the parameters, by their `id`.
+        """
+        listed = [names.get(id(param), "") for param in self.lp_params]
+        if self.partitioning.partition_size == 0:  # a parameter without elements, at stage 0
+            return (ParamSlice(listed[0], 0, 0, 0),)
+        return self.partitioning.slices(dp_rank % self.partitioning.ranks, listed)
 
     def matrices(self, names: dict[int, str]) -> list[dict[int, MatrixShard]]:
         """The fragments of every matrix by dp_rank.
@@ -61,7 +78,34 @@ class FlatGroup:
         ]
 
 
-def flat_groups(wrapper: Any, ranks: int) -> list[FlatGroup]:
+def by_group(flats: list[FlatGroup]) -> list[list[FlatGroup]]:
+    """Those of every param group."""
+    return [list(part) for _, part in itertools.groupby(flats, key=lambda flat: flat.group)]
+
+
+def stepped_groups(engine: DeepSpeedEngine, ranks: int) -> list[FlatGroup]:
+    """What the optimizer of an engine steps, in its order: at stage 0 every parameter, else ZeRO's flat groups.
+
+    Args:
+        engine: its optimizer wrapper is built.
+        ranks: that ZeRO partitions over.
+
+    Raises:
+        RuntimeError: as of `flat_groups`.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return flat_groups(engine.optimizer, ranks)
+    hp_groups = [list(group["params"]) for group in engine.basic_optimizer.param_groups]
+    return [
+        FlatGroup(number, hp_param, [lp_param], _in_buffer([lp_param], [0], lp_param.numel(), 1))
+        for number, params in enumerate(
+            zip(hp_groups, getattr(engine.optimizer, "fp16_groups", hp_groups), strict=True)
+        )
+        for hp_param, lp_param in zip(*params, strict=True)
+    ]
+
+
+def flat_groups(wrapper: ZeROOptimizer, ranks: int) -> list[FlatGroup]:
     """The flat groups of a ZeRO optimizer wrapper, in the optimizer's order.
 
     Args:
@@ -93,9 +137,13 @@ def flat_groups(wrapper: Any, ranks: int) -> list[FlatGroup]:
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return [_sub_group(wrapper, index, ranks) for index in range(len(wrapper.fp32_partitioned_groups_flat))]
     raise RuntimeError(
-        f"FiraAdam: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose layout is not known; use ZeRO "
-        "stage 0, 1, 2 or 3 of a supported DeepSpeed version."
+        f"{_name(wrapper)}: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose layout is not known; "
+        "use ZeRO stage 0, 1, 2 or 3 of a supported DeepSpeed version."
     )
+
+
+def _name(wrapper: ZeROOptimizer) -> str:
+    return wrapper.optimizer.algorithm.name
 
 
 def _offsets(params: Sequence[Tensor]) -> list[int]:
@@ -107,7 +155,7 @@ def _in_buffer(params: list[Tensor], offsets: list[int], partition_size: int, ra
     return Partitioning(tuple(numel_of(p) for p in params), tuple(offsets), partition_size, ranks, sliced=False)
 
 
-def _sub_group(wrapper: Any, index: int, ranks: int) -> FlatGroup:
+def _sub_group(wrapper: ZeROOptimizer, index: int, ranks: int) -> FlatGroup:
     params, hp_partition = wrapper.fp16_groups[index], wrapper.fp32_partitioned_groups_flat[index]
     partitioning = Partitioning.of_slices(tuple(numel_of(param) for param in params), ranks)
     # From 0.19 on, where parameters may have process groups of their own.
@@ -116,8 +164,8 @@ def _sub_group(wrapper: Any, index: int, ranks: int) -> FlatGroup:
     held = [param.ds_tensor.ds_numel for param in params]
     if count != ranks or sum(held) != partitioning.partition_size or hp_partition.numel() != sum(held):
         raise RuntimeError(
-            f"FiraAdam: ZeRO-3 cut a group of {len(params)} parameters over {count} ranks, not in even slices over the "
-            f"{ranks} data-parallel ones; leave out what gives parameters process groups of their own (expert, tensor "
-            "or sequence parallelism, a data_parallel_group of deepspeed.zero.Init)."
+            f"{_name(wrapper)}: ZeRO-3 cut a group of {len(params)} parameters over {count} ranks, not in even slices "
+            f"over the {ranks} data-parallel ones; leave out what gives parameters process groups of their own "
+            "(expert, tensor or sequence parallelism, a data_parallel_group of deepspeed.zero.Init)."
         )
     return FlatGroup(wrapper.sub_group_to_group_id[index], hp_partition, list(params), partitioning)

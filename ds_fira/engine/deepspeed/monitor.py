@@ -1,6 +1,7 @@
-"""How a watch follows DeepSpeed's engine, through its private attributes like the other files `zero*.py`.
+"""What DeepSpeed's monitors are told of a training with Fira: loss, gradient norm, and how its steps go.
 
-Written against DeepSpeed 0.19.8. What it relies on:
+`docs/monitoring.md` says what each event is, and when it is written. Written against DeepSpeed 0.19.8. What it relies
+on:
 
 - `DeepSpeedEngine.backward` returns the micro-batch's share of the loss of the step.
 - `DeepSpeedEngine._take_model_step` makes the optimizer step, and counts `global_steps` and `global_samples`. The
@@ -11,91 +12,165 @@ Written against DeepSpeed 0.19.8. What it relies on:
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import astuple, fields
+from typing import TypeVar
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
-from ds_fira.engine.deepspeed.monitor_events import MonitorHook
+from ds_fira.engine.deepspeed.chosen import trains_ours
+from ds_fira.engine.deepspeed.loss_scale import loss_scale
+from ds_fira.observe.metrics import Totals
 from ds_fira.optim.base import LowRankOptimizer
 
-_WATCH = "_fira_watch"
+T = TypeVar("T")
+# (name, value, x), as DeepSpeed's monitors take them; x is global samples.
+Event = tuple[str, float, int]
+# The page of DeepSpeed's monitors that its own `lr` and `loss_scale` are on; its documentation promises the loss there.
+LOSS = "Train/Samples/train_loss"
+PREFIX = "Train/Fira/"
+_HOOK = "_fira_monitor_hook"
 
 
-def register_monitor_hook() -> None:
-    """Let every engine that trains with FiraAdam and has a monitor switched on write Fira's events to it.
+class MonitorHook:
+    """Follows the steps of one engine and writes events to its monitors, every `interval` optimizer steps.
 
-    Called by `import ds_fira`, and again without effect. Other engines go on as before.
+    Between two events nothing is sent, and nothing is read from a device.
     """
-    if hasattr(DeepSpeedEngine._take_model_step, _WATCH):
-        return
-    backward = DeepSpeedEngine.backward
-    take_model_step = DeepSpeedEngine._take_model_step
 
-    @functools.wraps(backward)
-    def backward_watched(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = backward(engine, *args, **kwargs)
-        watch = _hook_of(engine)
-        if watch is not None:
-            watch.add_loss(loss)
-        return loss
+    def __init__(self, optimizer: LowRankOptimizer, write: Callable[[list[Event]], None], interval: int) -> None:
+        """Start to follow.
 
-    @functools.wraps(take_model_step)
-    def take_model_step_watched(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        watch = _hook_of(engine)
-        if watch is None:
-            return take_model_step(engine, *args, **kwargs)
-        norm, scale = _own_norm(engine), _scale_of_norm(engine)
-        result = take_model_step(engine, *args, **kwargs)
-        if norm is None:
-            norm = engine.get_global_grad_norm()
-        watch.after_step(
-            applied=engine.was_step_applied(),
-            grad_norm=None if norm is None else norm / scale,
-            step=engine.global_steps,
-            samples=engine.global_samples,
-        )
-        return result
+        Args:
+            optimizer: the engine's.
+            write: takes events on every rank, such as `MonitorMaster.write_events`.
+            interval: optimizer steps from one event to the next, at least 1.
+        """
+        self._optimizer = optimizer
+        self._write = write
+        self._interval = interval
+        self._reported = optimizer.metrics.totals()
+        self._loss: Tensor | None = None
+        self._begin_interval()
 
-    setattr(take_model_step_watched, _WATCH, True)
-    DeepSpeedEngine.backward = backward_watched
-    DeepSpeedEngine._take_model_step = take_model_step_watched
+    def add_loss(self, loss: Tensor | float) -> None:
+        """Add a micro-batch's share of the loss of the step under way, 0-dim."""
+        loss = torch.as_tensor(loss).detach().double()
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def after_step(self, applied: bool, grad_norm: float | Tensor | None, step: int, samples: int) -> None:
+        """Count an optimizer step, and write the events of the interval that it ends; a collective call.
+
+        Args:
+            applied: whether the step was made; one that the loss scaler skipped counts for nothing.
+            grad_norm: 2-norm of the whole gradient before clipping; None where it is not known.
+            step: the engine's optimizer steps so far, skipped ones included.
+            samples: samples seen so far, the x of the events.
+        """
+        loss, self._loss = self._loss, None
+        if applied and loss is not None:
+            self._loss_sum = self._loss_sum + loss
+            self._losses += 1
+        if applied and grad_norm is not None:
+            norm = torch.as_tensor(grad_norm, dtype=torch.float64)
+            finite = norm.isfinite()
+            self._norm_square_sum = self._norm_square_sum + torch.where(finite, norm.square(), 0.0)
+            self._norms = self._norms + finite.double()
+        if step % self._interval == 0:
+            self._write(self._events(samples))
+            self._begin_interval()
+
+    def _begin_interval(self) -> None:
+        # Sums and what they are over stay where they are added up, on a device or not.
+        self._loss_sum: Tensor | float = 0.0
+        self._losses = 0
+        self._norm_square_sum: Tensor | float = 0.0
+        self._norms: Tensor | float = 0.0
+
+    def _events(self, samples: int) -> list[Event]:
+        """The events of the interval; all ranks together."""
+        totals = self._optimizer.metrics.totals()
+        own, self._reported = totals - self._reported, totals
+        # One collective for all of it. The norm is known to every rank, the loss is each rank's own.
+        rows = [[*astuple(own), float(self._loss_sum), float(self._losses)]]
+        if self._optimizer.communicator is not None:
+            rows = self._optimizer.communicator.gather_numbers(rows[0])
+        width = len(fields(Totals))
+        done = Totals.over_ranks([Totals(*row[:width]) for row in rows], self._optimizer.replicated)
+        loss, losses = (sum(row[place] for row in rows) for place in (width, width + 1))
+        norms = float(self._norms)
+        events: list[Event] = []
+        if losses:
+            events.append((LOSS, loss / losses, samples))
+        if norms:
+            events.append((PREFIX + "grad_norm", math.sqrt(float(self._norm_square_sum) / norms), samples))
+        if done.matrix_steps:
+            found = done.figures()
+            del found["matrix_steps"]
+            events += [(PREFIX + name, float(value), samples) for name, value in found.items()]
+        return events
 
 
-def _hook_of(engine: Any) -> MonitorHook | None:
-    """The engine's watch, None without a monitor or without FiraAdam."""
-    if not engine.monitor.enabled or not isinstance(engine.basic_optimizer, LowRankOptimizer):
+def add_loss(backward: Callable[..., T], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> T:
+    """`backward`: the loss that it returns goes into the mean of the interval."""
+    loss = backward(engine, *args, **kwargs)
+    hook = _hook_of(engine)
+    if hook is not None:
+        hook.add_loss(loss)
+    return loss
+
+
+def report_step(take_model_step: Callable[..., T], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> T:
+    """`_take_model_step`: counts the step, and writes the events of an interval that ends with it."""
+    hook = _hook_of(engine)
+    if hook is None:
+        return take_model_step(engine, *args, **kwargs)
+    norm, scale = _own_norm(engine), _scale_of_norm(engine)
+    result = take_model_step(engine, *args, **kwargs)
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+    hook.after_step(
+        applied=engine.was_step_applied(),
+        grad_norm=None if norm is None else norm / scale,
+        step=engine.global_steps,
+        samples=engine.global_samples,
+    )
+    return result
+
+
+def forget_hook(engine: DeepSpeedEngine) -> None:
+    """Begin a new interval of events at the next step, because the counters were set to those of a checkpoint."""
+    vars(engine).pop(_HOOK, None)
+
+
+def _hook_of(engine: DeepSpeedEngine) -> MonitorHook | None:
+    """The engine's hook, None without a monitor or with another optimizer."""
+    if not engine.monitor.enabled or not trains_ours(engine):
         return None
-    if _WATCH not in vars(engine):
+    if _HOOK not in vars(engine):
         interval = engine.steps_per_print()
         # accelerate sets infinity, to keep DeepSpeed from printing.
         interval = 1 if interval is None or math.isinf(interval) else int(interval)
-        vars(engine)[_WATCH] = MonitorHook(engine.basic_optimizer, engine.monitor.write_events, interval)
-    return vars(engine)[_WATCH]
+        vars(engine)[_HOOK] = MonitorHook(engine.basic_optimizer, engine.monitor.write_events, interval)
+    return vars(engine)[_HOOK]
 
 
-def forget_hook(engine: Any) -> None:
-    """Begin a new interval of events at the next step, because the counters were set to those of a checkpoint."""
-    vars(engine).pop(_WATCH, None)
-
-
-def _own_norm(engine: Any) -> Tensor | None:
+def _own_norm(engine: DeepSpeedEngine) -> Tensor | None:
     """The gradient's norm before clipping where no wrapper keeps it: at stage 0 in fp32; None elsewhere."""
     if engine.optimizer is not engine.basic_optimizer:
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
-def _scale_of_norm(engine: Any) -> float:
+def _scale_of_norm(engine: DeepSpeedEngine) -> float:
     """The loss scale that is still in the norm, before the step that may change it."""
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-        # Before 0.19 the scale is on the wrapper itself.
-        config = getattr(engine.optimizer, "loss_scale_config", engine.optimizer)
-        return float(config.cur_scale) if getattr(config, "use_grad_scaling", True) else 1.0
+        config = getattr(engine.optimizer, "loss_scale_config", None)
+        return loss_scale(engine.optimizer) if getattr(config, "use_grad_scaling", True) else 1.0
     scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
     scaler = scaler or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0

@@ -6,22 +6,22 @@ Reads DeepSpeed's books through `ds_fira.engine.deepspeed.flat_groups` only.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure, saved_projection
 from ds_fira.core.param_shape import shape_of
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
 
 
-def kinds_of(flat: FlatGroup, groups: Sequence[dict[str, Any]]) -> Iterable[bool]:
+def kinds_of(flat: FlatGroup, groups: Sequence[Mapping[str, object]]) -> Iterable[bool]:
     """Of every parameter of a flat tensor whether it is projected."""
     return (is_projected(shape_of(param), groups[flat.group]) for param in flat.lp_params)
 
 
-def project_as_flat(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup]) -> None:
+def project_as_flat(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], communicator: Communicator) -> None:
     """Project at full rank after all where a flat tensor cannot be stepped otherwise, with a warning.
 
     That is where it holds matrices of both kinds, or where a rule has to see whole what is not projected.
@@ -29,6 +29,7 @@ def project_as_flat(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup]) -> 
     Args:
         optimizer: whose param groups are changed.
         flats: of all of them.
+        communicator: whose first rank warns.
     """
     groups, rule, kept = optimizer.param_groups, optimizer.algorithm.rule, {}
     whole = rule is not None and not rule.elementwise
@@ -38,7 +39,7 @@ def project_as_flat(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup]) -> 
             kept[flat.group] = None
     for number in kept:
         groups[number][PROJECT_FULL_RANK] = True
-    if kept and optimizer.communicator.dp_rank == 0:
+    if kept and communicator.dp_rank == 0:
         reason = f"{rule.__name__} is not elementwise" if whole else "ZeRO steps them with others as one flat tensor"
         remedy = "" if whole else "build the learning-rate scheduler after deepspeed.initialize, "
         warnings.warn(
@@ -64,7 +65,7 @@ def project_as_saved(
     """
     changed, members = {}, optimizer._members()
     for number, (group, listed) in enumerate(zip(optimizer.param_groups, members, strict=True)):
-        wanted = saved_projection(saved, group, listed, optimizer.algorithm.name)
+        wanted = saved_projection(saved, group, listed)
         if wanted is not None and wanted != group[PROJECT_FULL_RANK]:
             changed[number] = wanted
     if not changed:

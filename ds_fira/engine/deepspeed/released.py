@@ -9,29 +9,34 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any
 
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.named_state import SavedState
 from ds_fira.checkpoint.reconcile import refuse_changed_structure
 from ds_fira.checkpoint.released_files import optimizer_part, released_state
 from ds_fira.core.algorithms import FIRA_ADAM, GALORE_ADAM, KEY
-from ds_fira.engine.deepspeed.attach import attach, fira_of
+from ds_fira.engine.deepspeed.attach import attach
 from ds_fira.engine.deepspeed.projection import project_as_saved
-from ds_fira.engine.deepspeed.save_load.check import agree, sentence
+from ds_fira.engine.deepspeed.save_load.check import agreed
 from ds_fira.engine.deepspeed.save_load.files import normalized
 from ds_fira.engine.deepspeed.save_load.load import stepped_params
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.registry import fira_of
+
+# A param group of the released run, or its parameters or their names.
+ReleasedGroup = Mapping[str, object] | Iterable[Tensor | str] | Tensor
 
 
 def load_released_state(
-    engine_or_optimizer: Any,
-    state_dict: Mapping[str, Any] | str | os.PathLike[str],
-    groups: Iterable[Any],
+    engine_or_optimizer: DeepSpeedEngine | Optimizer,
+    state_dict: Mapping[str, object] | str | os.PathLike[str],
+    groups: Iterable[ReleasedGroup],
     model: nn.Module | None = None,
 ) -> None:
     """Go on where an optimizer of `fira` or `galore-torch` stopped: basis, moments, step counts and the limiter.
@@ -55,7 +60,7 @@ def load_released_state(
     optimizer = fira_of(engine_or_optimizer)
     if model is None:
         model = getattr(engine_or_optimizer, "module", None)
-    with _agreed(optimizer):
+    with agreed(optimizer):
         members = optimizer._members()
         state_dict = optimizer_part(state_dict)
         saved = released_state(state_dict, _names(groups, model, optimizer), dict(chain.from_iterable(members)))
@@ -65,8 +70,9 @@ def load_released_state(
         refuse_changed_structure(saved.groups, optimizer.param_groups, members)
     # The released code projects at any rank.
     is_engine = hasattr(engine_or_optimizer, "basic_optimizer")
-    project_as_saved(optimizer, saved.groups, functools.partial(attach, engine_or_optimizer) if is_engine else None)
-    with _agreed(optimizer), stepped_params(engine_or_optimizer):
+    with errors_name(optimizer.algorithm.name):
+        project_as_saved(optimizer, saved.groups, functools.partial(attach, engine_or_optimizer) if is_engine else None)
+    with agreed(optimizer), stepped_params(engine_or_optimizer):
         optimizer.restore(saved, weights=False)
     fresh = [name for group in saved.groups for name in group.members if not _has_state(saved, name)]
     if fresh and (optimizer.communicator is None or optimizer.communicator.dp_rank == 0):
@@ -77,25 +83,11 @@ def load_released_state(
         )
 
 
-@contextmanager
-def _agreed(optimizer: LowRankOptimizer) -> Iterator[None]:
-    """Stop on every rank, with one sentence, if what is done inside fails on any; inside an engine a collective."""
-    error = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    if optimizer.communicator is not None:
-        agree(optimizer.communicator, error, optimizer.algorithm.name)
-    elif error is not None:
-        raise ValueError(sentence(error, optimizer.algorithm.name)) from error
-
-
 def _has_state(saved: SavedState, name: str) -> bool:
     return name in saved.matrices or name in saved.moments
 
 
-def _names(groups: Iterable[Any], model: nn.Module | None, optimizer: LowRankOptimizer) -> list[list[str]]:
+def _names(groups: Iterable[ReleasedGroup], model: nn.Module | None, optimizer: LowRankOptimizer) -> list[list[str]]:
     """The names of the parameters of every group."""
     known = {id(param): name for name, param in normalized(dict(model.named_parameters())).items()} if model else {}
     if not optimizer.members:  # alone, where FiraAdam knows its parameters by their numbers
@@ -108,8 +100,8 @@ def _names(groups: Iterable[Any], model: nn.Module | None, optimizer: LowRankOpt
         strangers = [p for p in params if not isinstance(p, str) and id(p) not in known]
         if strangers:
             raise ValueError(
-                f"FiraAdam: groups hold a parameter of shape {tuple(strangers[0].shape)} that is none of the model's; "
-                "build them from the model given to DeepSpeed, or give names."
+                f"groups hold a parameter of shape {tuple(strangers[0].shape)} that is none of the model's; build them "
+                "from the model given to DeepSpeed, or give names."
             )
         found.append([p if isinstance(p, str) else known[id(p)] for p in params])
     return found

@@ -1,4 +1,4 @@
-"""What of DeepSpeed FiraAdam does not support: refused before training, on every rank, with one sentence.
+"""Settings and versions of DeepSpeed that are not supported: each is refused in one sentence, before training begins.
 
 docs/compatibility.md lists what is supported and what is refused; `python -m tests.compatibility.matrix` writes it from
 a run.
@@ -6,18 +6,25 @@ a run.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
+import functools
+import warnings
 
 import deepspeed
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from packaging.version import Version
 from torch import nn
 
-from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
+from ds_fira.core.algorithms import Algorithm, algorithm_of
+from ds_fira.optim.base import LowRankOptimizer
+
+# DeepSpeed releases of three minors that the tests run with: ds_fira reads private attributes, which may change between
+# them. 0.18.8 and 0.18.9 fail in a step of stage 2 under torch 2.13, with torch's AdamW too. `bash
+# launch/test_versions.sh` runs with each.
+TESTED = ("0.17.6", "0.18.4", "0.19.8")
 
 # Options of ZeRO++ and parameter offload: DeepSpeed reads them at stage 3 only, and says nothing at the others.
 STAGE_3_ONLY = {
@@ -28,99 +35,117 @@ STAGE_3_ONLY = {
 }
 
 
-def refuse_unsupported(engine: Any) -> None:
-    """Stop before the engine does any work if FiraAdam does not support its config.
+def is_tested(version: str) -> bool:
+    """Whether a DeepSpeed version is of a minor release that is tested, and no newer than the one tested."""
+    found = Version(version)
+    return any(found.release[:2] == Version(tested).release[:2] and found <= Version(tested) for tested in TESTED)
+
+
+@functools.cache
+def warn_if_untested(version: str, name: str) -> None:
+    """Warn, once, of a DeepSpeed version that is not tested.
+
+    Args:
+        version: of DeepSpeed.
+        name: of the optimizer.
+    """
+    if not is_tested(version):
+        warnings.warn(
+            f"{name}: DeepSpeed {version} is not among the tested versions {', '.join(TESTED)}, whose internals "
+            'ds_fira reads; if something is off, use one of them: pip install "deepspeed==' + TESTED[-1] + '".',
+            stacklevel=2,
+        )
+
+
+def refuse_unsupported(engine: DeepSpeedEngine, name: str) -> None:
+    """Stop before the engine does any work if low-rank states do not support its config.
+
+    Args:
+        engine: its config has been read.
+        name: of the optimizer.
 
     Raises:
         ValueError: names the setting, its value and what to use instead.
     """
-    stage = engine.zero_optimization_stage()
-    looks = (_parallelism, _zero_options, _other_blocks, _old_versions)
-    for sentence in itertools.chain.from_iterable(look(engine, stage) for look in looks):
-        raise ValueError(f"{_name(engine)}: {sentence}")
+    refused = {**_refused(engine, name), **_without_effect(engine), **_refused_before_0_19(engine)}
+    for sentence, is_set in refused.items():
+        if is_set:
+            raise ValueError(f"{name}: {sentence}")
 
 
-def _name(engine: Any) -> str:
-    """What the engine trains with."""
-    if engine.client_optimizer is None:
-        return engine.optimizer_name()
-    return FIRA_ADAM.name if callable(engine.client_optimizer) else type(engine.client_optimizer).__name__
-
-
-def _parallelism(engine: Any, stage: int) -> Iterator[str]:
-    """Sentences about model parallelism that is set."""
-    if isinstance(engine, PipelineEngine):
-        yield (
-            f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
-            "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2."
-        )
+def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, bool]:
+    """By sentence, whether a setting is on that is not supported."""
+    config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
     tensor_parallel = max(engine.autotp_size(), _model_parallel_size(engine.mpu))
-    if tensor_parallel > 1:
-        yield (
-            f"tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not "
-            "supported yet, because a rank would see a part of every matrix; set it to 1."
-        )
-    # AutoEP came with 0.19.
-    if getattr(getattr(engine._config, "expert_parallel_config", None), "enabled", False):
-        yield (
-            "expert_parallel.enabled = True is not supported yet, because its experts have process groups of their "
-            "own; set it to false and train the experts as ordinary parameters."
-        )
+    ratio = getattr(zero.offload_optimizer, "ratio", 1.0)
+    return {
+        f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
+        "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2.": isinstance(
+            engine, PipelineEngine
+        ),
+        f"tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not supported yet, "
+        "because a rank would see a part of every matrix; set it to 1.": tensor_parallel > 1,
+        # AutoEP came with 0.19.
+        "expert_parallel.enabled = True is not supported yet, because its experts have process groups of their own; "
+        "set it to false and train the experts as ordinary parameters.": getattr(
+            getattr(config, "expert_parallel_config", None), "enabled", False
+        ),
+        "zero_optimization.elastic_checkpoint = True is not supported, because it gives every rank rank 0's low-rank "
+        "state on loading; set it to false.": engine.zero_elastic_checkpoint(),
+        "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.": zero.zenflow
+        is not None,
+        "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam on "
+        "the CPU; set it to false.": getattr(zero.offload_optimizer, "super_offload", False),
+        **{
+            f"zero_optimization.{block}.device = 'nvme' is not supported yet, because low-rank states are not swapped; "
+            "use 'cpu'.": stage == 3 and _device(getattr(zero, block)) == "nvme"
+            for block in ("offload_optimizer", "offload_param")
+        },
+        f"zero_optimization.offload_optimizer.ratio = {ratio} is not supported, because the part that stays on the GPU "
+        "is stepped by torch's AdamW; set it to 1.0.": stage == 3 and ratio != 1.0,
+        "checkpoint.load_universal = True is not supported; remove it, load_checkpoint re-shards "
+        f"{name}'s state by itself.": config.load_universal_checkpoint,
+        "compile.deepcompile = True is not supported, because its passes replace ZeRO's reduction of gradients; set it "
+        "to false and call engine.compile().": config.compile_config.deepcompile,
+        "hybrid_engine.enabled = True is not supported, because its inference containers hold weights of their own; "
+        "set it to false and generate with the module.": config.hybrid_engine.enabled,
+        # stage_1_and_2.py, `_optimizer_step`: torch.amp.GradScaler.update after every param group.
+        f"torch_autocast.dtype = 'float16' is not supported at stage {stage}, because DeepSpeed changes the loss scale "
+        "from one param group to the next in the same step; use 'bfloat16', or the fp16 block.": stage > 0
+        and getattr(config, "torch_autocast_enabled", False)
+        and config.torch_autocast_dtype == torch.float16,
+        # Apex was removed in 0.19.
+        "amp.enabled = True is not supported; use the bf16 or the fp16 block.": getattr(config, "amp_enabled", False),
+    }
 
 
-def _zero_options(engine: Any, stage: int) -> Iterator[str]:
-    """Sentences about options of zero_optimization that are set."""
-    zero = engine._config.zero_config
-    if engine.zero_elastic_checkpoint():
-        yield (
-            "zero_optimization.elastic_checkpoint = True is not supported, because it gives every rank rank "
-            "0's low-rank state on loading; set it to false."
-        )
-    if zero.zenflow is not None:
-        yield "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it."
-    if getattr(zero.offload_optimizer, "super_offload", False):
-        yield (
-            "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam "
-            "on the CPU; set it to false."
-        )
-    if stage > 2:
-        for name in ("offload_optimizer", "offload_param"):
-            if _device(getattr(zero, name)) == "nvme":
-                yield (
-                    f"zero_optimization.{name}.device = 'nvme' is not supported yet, because low-rank states are not "
-                    "swapped; use 'cpu'."
-                )
-        if zero.offload_optimizer is not None and zero.offload_optimizer.ratio != 1.0:
-            yield (
-                f"zero_optimization.offload_optimizer.ratio = {zero.offload_optimizer.ratio} is not supported, because "
-                "the part that stays on the GPU is stepped by torch's AdamW; set it to 1.0."
-            )
-        return
-    for name, off in STAGE_3_ONLY.items():
-        if getattr(zero, name) != off:
-            yield (
-                f"zero_optimization.{name} = {getattr(zero, name)} has no effect at stage {stage}, since DeepSpeed "
-                "reads it at stage 3 only; remove it."
-            )
-    for name, devices in (("offload_optimizer", ("nvme",)), ("offload_param", ("cpu", "nvme"))):
-        device = _device(getattr(zero, name))
-        if device in devices:
-            instead = "use device = 'cpu'" if name == "offload_optimizer" else "remove it"
-            yield (
-                f"zero_optimization.{name}.device = {device!r} has no effect at stage {stage}, since DeepSpeed reads "
-                f"it at stage 3 only; {instead}."
-            )
-
-
-def _old_versions(engine: Any, stage: int) -> Iterator[str]:
-    """Sentences about settings with which DeepSpeed before 0.19 gave wrong gradients on two ranks, or failed."""
-    if Version(deepspeed.__version__) >= Version("0.19"):
-        return
+def _without_effect(engine: DeepSpeedEngine) -> dict[str, bool]:
+    """By sentence, whether a setting is on that DeepSpeed ignores below stage 3, and says nothing."""
+    zero, stage = engine._config.zero_config, engine.zero_optimization_stage()
     if stage == 3:
-        yield (
-            f"zero_optimization.stage = 3 is supported from DeepSpeed 0.19 on, and this is {deepspeed.__version__}; "
-            "use stage 2, or DeepSpeed 0.19."
+        return {}
+    options = {
+        f"zero_optimization.{name} = {getattr(zero, name)} has no effect at stage {stage}, since DeepSpeed reads it at "
+        "stage 3 only; remove it.": getattr(zero, name) != off
+        for name, off in STAGE_3_ONLY.items()
+    }
+    devices = {
+        f"zero_optimization.{name}.device = {device!r} has no effect at stage {stage}, since DeepSpeed reads it at "
+        f"stage 3 only; {instead}.": _device(getattr(zero, name)) == device
+        for name, device, instead in (
+            ("offload_optimizer", "nvme", "use device = 'cpu'"),
+            ("offload_param", "cpu", "remove it"),
+            ("offload_param", "nvme", "remove it"),
         )
+    }
+    return {**options, **devices}
+
+
+def _refused_before_0_19(engine: DeepSpeedEngine) -> dict[str, bool]:
+    """By sentence, whether a setting is on with which older DeepSpeed gave wrong gradients on two ranks, or failed."""
+    version, stage = deepspeed.__version__, engine.zero_optimization_stage()
+    if Version(version) >= Version("0.19"):
+        return {}
     zero, (dtype, accumulated) = engine._config.zero_config, engine.get_data_types()
     wrong = {
         "bf16.enabled = True at stage 0": stage == 0 and dtype == torch.bfloat16,
@@ -128,60 +153,39 @@ def _old_versions(engine: Any, stage: int) -> Iterator[str]:
         "zero_optimization.contiguous_gradients = False": stage > 0 and not zero.contiguous_gradients,
         "zero_optimization.reduce_scatter = False": stage > 0 and not zero.reduce_scatter,
     }
-    for setting, is_set in wrong.items():
-        if is_set:
-            yield (
-                f"{setting} is not supported with DeepSpeed {deepspeed.__version__}, which gives wrong gradients with "
-                "it; change the setting, or use DeepSpeed 0.19."
-            )
+    return {
+        f"zero_optimization.stage = 3 is supported from DeepSpeed 0.19 on, and this is {version}; use stage 2, or "
+        "DeepSpeed 0.19.": stage == 3,
+        **{
+            f"{setting} is not supported with DeepSpeed {version}, which gives wrong gradients with it; change the "
+            "setting, or use DeepSpeed 0.19.": is_set
+            for setting, is_set in wrong.items()
+        },
+    }
 
 
-def _other_blocks(engine: Any, stage: int) -> Iterator[str]:
-    """Sentences about other blocks of the config."""
-    config = engine._config
-    if config.load_universal_checkpoint:
-        yield (
-            "checkpoint.load_universal = True is not supported; remove it, load_checkpoint re-shards FiraAdam's state "
-            "by itself."
-        )
-    if config.compile_config.deepcompile:
-        yield (
-            "compile.deepcompile = True is not supported, because its passes replace ZeRO's reduction of gradients; "
-            "set it to false and call engine.compile()."
-        )
-    if config.hybrid_engine.enabled:
-        yield (
-            "hybrid_engine.enabled = True is not supported, because its inference containers hold weights of their "
-            "own; set it to false and generate with the module."
-        )
-    if stage > 0 and _autocast_dtype(config) == torch.float16:
-        # stage_1_and_2.py, `_optimizer_step`: torch.amp.GradScaler.update after every param group.
-        yield (
-            f"torch_autocast.dtype = 'float16' is not supported at stage {stage}, because DeepSpeed changes the loss "
-            "scale from one param group to the next in the same step; use 'bfloat16', or the fp16 block."
-        )
-    # Apex was removed in 0.19.
-    if getattr(config, "amp_enabled", False):
-        yield "amp.enabled = True is not supported; use the bf16 or the fp16 block."
+def refuse_unsupported_module(engine: DeepSpeedEngine, name: str) -> None:
+    """Stop if the engine's module gives gradients that have no low-rank form here.
 
-
-def refuse_unsupported_module(module: nn.Module, has_moe_layers: bool) -> None:
-    """Stop if the module gives gradients that FiraAdam cannot take.
+    Args:
+        engine: has its module.
+        name: of the optimizer.
 
     Raises:
         ValueError: the module has sparse embeddings, complex parameters or DeepSpeed MoE layers.
     """
-    if has_moe_layers:
+    module = engine.module
+    if engine.has_moe_layers:
         raise ValueError(
-            "FiraAdam: DeepSpeed MoE layers are not supported yet, because their experts have process groups of their "
+            f"{name}: DeepSpeed MoE layers are not supported yet, because their experts have process groups of their "
             "own; use a dense model, or one whose experts are ordinary parameters, such as transformers' Mixtral."
         )
-    for name, submodule in module.named_modules():
+    for path, submodule in module.named_modules():
         if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
-            raise ValueError(f"FiraAdam: {name}.sparse = True gives sparse gradients; build it with sparse=False.")
-    for name, param in module.named_parameters():
+            raise ValueError(f"{name}: {path}.sparse = True gives sparse gradients; build it with sparse=False.")
+    for path, param in module.named_parameters():
         if param.is_complex():
-            raise ValueError(f"FiraAdam: {name} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
+            raise ValueError(f"{name}: {path} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
 
 
 def refuse_sharding(algorithm: Algorithm, unprojected: bool, stage: int) -> None:
@@ -207,33 +211,38 @@ class RefusedOptimizer(ValueError, ZeRORuntimeException):
     """An optimizer object that would not be the one that trains; DeepSpeed's own class for that, and ours."""
 
 
-def refuse_object(engine: Any, optimizer: Any, is_fira: bool) -> None:
-    """Stop if DeepSpeed, or who called it, would train with another optimizer than the FiraAdam that was made.
+def refuse_object(engine: DeepSpeedEngine, optimizer: object) -> None:
+    """Stop if DeepSpeed, or who called it, would train with another optimizer than the one that the user made.
 
     Args:
         engine: that is being built.
         optimizer: the object it is to train with.
-        is_fira: whether it is a FiraAdam.
 
     Raises:
-        RefusedOptimizer: the object was made of a FiraAdam's groups, or DeepSpeed wants its own Adam for offload.
+        RefusedOptimizer: the object was made of the param groups of an optimizer of this package, or DeepSpeed wants
+            its own Adam for offload.
     """
+    ours = isinstance(optimizer, LowRankOptimizer)
+    groups = [group for group in getattr(optimizer, "param_groups", ()) if ours or "update_proj_gap" in group]
+    if not groups:
+        return
+    name = algorithm_of(groups[0]).name
     remedy = (
-        'give it as "type": "FiraAdam" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = false, which '
+        f'give it as "type": "{name}" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = false, which '
         "keeps the object."
     )
-    if not is_fira and any("update_proj_gap" in group for group in getattr(optimizer, "param_groups", ())):
+    if not ours:
         raise RefusedOptimizer(
-            f"FiraAdam: {type(optimizer).__name__} took the param groups of a FiraAdam, as accelerate does under "
+            f"{name}: {type(optimizer).__name__} took the param groups of a {name}, as accelerate does under "
             f"optimizer offload, and would train without a projection; {remedy}"
         )
-    if is_fira and engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
+    if engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
         raise RefusedOptimizer(
-            f"FiraAdam: with optimizer offload DeepSpeed takes no other optimizer object than its own Adam; {remedy}"
+            f"{name}: with optimizer offload DeepSpeed takes no other optimizer object than its own Adam; {remedy}"
         )
 
 
-def _model_parallel_size(mpu: Any) -> int:
+def _model_parallel_size(mpu: object) -> int:
     # DeepSpeed's own mpu for Ulysses calls its sequence-parallel group the model-parallel one too.
     if hasattr(mpu, "initialize_sequence_parallel"):
         return 1
@@ -243,13 +252,6 @@ def _model_parallel_size(mpu: Any) -> int:
     return 1
 
 
-def _device(offload: Any) -> str:
+def _device(offload: DeepSpeedZeroOffloadOptimizerConfig | DeepSpeedZeroOffloadParamConfig | None) -> str:
     """The device of an offload block: "none" without one."""
     return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
-
-
-def _autocast_dtype(config: Any) -> torch.dtype | None:
-    """The dtype of torch_autocast where it is enabled."""
-    if not getattr(config, "torch_autocast_enabled", False):
-        return None
-    return config.torch_autocast_dtype

@@ -1,4 +1,4 @@
-"""The check of DeepSpeed's engine that the ranks still hold the same weights: `check_sync_every`.
+"""Checks that the ranks of a DeepSpeed engine still hold the same weights: `check_sync_every`.
 
 Written against DeepSpeed 0.19.8. What it relies on: `DeepSpeedEngine._take_model_step` makes the optimizer step on
 every rank and counts `global_steps`; at stages 0, 1 and 2 the module's parameters are whole on every rank afterwards.
@@ -10,75 +10,53 @@ different models.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_fira.engine.deepspeed import tensor_hash
+from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.optim.base import LowRankOptimizer
 
-_CHECKED = "_fira_sync"
+T = TypeVar("T")
 # Steps between two comparisons at stage 0, unless `check_sync_every` is given: about 0.02% of a training step there
 # (docs/monitoring.md).
 DEFAULT = 100
 
 
-def register_sync() -> None:
-    """Let every engine whose FiraAdam has `check_sync_every`, or is at stage 0, compare its weights over the ranks.
-
-    Called by `import ds_fira`, and again without effect. Other engines go on as before.
-    """
-    if hasattr(DeepSpeedEngine._take_model_step, _CHECKED):
-        return
-    configure = DeepSpeedEngine._configure_optimizer
-    take_model_step = DeepSpeedEngine._take_model_step
-
-    @functools.wraps(configure)
-    def _configure_optimizer(engine: Any, *args: Any, **kwargs: Any) -> None:
-        configure(engine, *args, **kwargs)
-        every = _interval(engine)
-        if every:
-            refuse_partitioned_weights(engine.zero_optimization_stage(), every)
-
-    @functools.wraps(take_model_step)
-    def _take_model_step(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        result = take_model_step(engine, *args, **kwargs)
-        every = _interval(engine)
-        if every and engine.global_steps % every == 0:
-            check_sync(engine)
-        return result
-
-    setattr(_take_model_step, _CHECKED, True)
-    DeepSpeedEngine._configure_optimizer = _configure_optimizer
-    DeepSpeedEngine._take_model_step = _take_model_step
+def check_after_step(take_model_step: Callable[..., T], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> T:
+    """`_take_model_step`: compares the weights over the ranks every `check_sync_every` steps."""
+    result = take_model_step(engine, *args, **kwargs)
+    every = _interval(engine)
+    if every and engine.global_steps % every == 0:
+        check_sync(engine)
+    return result
 
 
-def refuse_partitioned_weights(stage: int, every: int) -> None:
-    """Stop where no rank holds whole weights.
-
-    Args:
-        stage: of ZeRO.
-        every: `check_sync_every`, above 0.
+def refuse_partitioned_weights(engine: DeepSpeedEngine) -> None:
+    """Stop where weights are to be compared that no rank holds whole.
 
     Raises:
         ValueError: the stage is 3.
     """
-    if stage == 3:
+    every = _interval(engine)
+    if every and engine.zero_optimization_stage() == 3:
         raise ValueError(
-            f"FiraAdam: check_sync_every = {every} has nothing to compare at zero_optimization.stage = 3, where every "
-            "weight is held by one rank alone; set it to 0, or use stage 0, 1 or 2."
+            f"{engine.basic_optimizer.algorithm.name}: check_sync_every = {every} has nothing to compare at "
+            "zero_optimization.stage = 3, where every weight is held by one rank alone; set it to 0, or use stage 0, 1 "
+            "or 2."
         )
 
 
-def check_sync(engine: Any) -> None:
+def check_sync(engine: DeepSpeedEngine) -> None:
     """Compare the weights of all data-parallel ranks to the bit; a collective call.
 
     One number for each rank is compared; only where they differ are those of all parameters gathered.
 
     Args:
-        engine: a DeepSpeed engine that trains with FiraAdam, at stage 0, 1 or 2.
+        engine: a DeepSpeed engine that trains with an optimizer of this package, at stage 0, 1 or 2.
 
     Raises:
         RuntimeError: they differ; on every rank, one sentence with the step, the parameters, the ranks, the remedy.
@@ -95,23 +73,22 @@ def check_sync(engine: Any) -> None:
     given = optimizer.check_sync_every
     default = " (the default at stage 0; 0 switches it off)" if given is None else ""
     raise RuntimeError(
-        f"FiraAdam: check_sync_every = {_interval(engine)}{default} found at step {engine.global_steps} that the ranks "
-        f"no longer hold the same weights, {difference} of the data-parallel group: load the last checkpoint from "
-        "before, and where it happens again check the memory of that machine and what changes weights on one rank only."
+        f"{optimizer.algorithm.name}: check_sync_every = {_interval(engine)}{default} found at step "
+        f"{engine.global_steps} that the ranks no longer hold the same weights, {difference} of the data-parallel "
+        "group: load the last checkpoint from before, and where it happens again check the memory of that machine and "
+        "what changes weights on one rank only."
     )
 
 
-def _interval(engine: Any) -> int:
+def _interval(engine: DeepSpeedEngine) -> int:
     """Steps from one comparison to the next, 0 for none."""
-    optimizer = getattr(engine, "basic_optimizer", None)
-    if not isinstance(optimizer, LowRankOptimizer):
-        return 0
-    if optimizer.check_sync_every is None:
+    every = engine.basic_optimizer.check_sync_every if trains_ours(engine) else 0
+    if every is None:
         return DEFAULT if engine.zero_optimization_stage() == 0 else 0
-    return optimizer.check_sync_every
+    return every
 
 
-def _replicated(engine: Any, optimizer: LowRankOptimizer) -> list[tuple[str, Tensor]]:
+def _replicated(engine: DeepSpeedEngine, optimizer: LowRankOptimizer) -> list[tuple[str, Tensor]]:
     """What every rank has to hold alike: the module's parameters, frozen ones too, and at stage 0 the master copies."""
     found = list(engine.module.named_parameters())
     if optimizer.replicated:

@@ -47,7 +47,7 @@ class Run:
 
     Attributes:
         label: tells it from others.
-        series: by name: `train_loss`, `lr`, `loss_scale`, the events of `ds_fira.engine.deepspeed.monitor_events`,
+        series: by name: `train_loss`, `lr`, `loss_scale`, the events of `ds_fira.engine.deepspeed.monitor`,
         `validation_loss`. in_samples: whether x counts samples; else optimizer steps.
     """
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from ds_fira.checkpoint import folder_lock
-from ds_fira.checkpoint.atomic_save import LOCK
 from ds_fira.checkpoint.folder_lock import InUse
+from ds_fira.checkpoint.tag_folder import LOCK
 
 PACKAGE = Path(folder_lock.__file__).parents[1]
 # The package itself would import torch.

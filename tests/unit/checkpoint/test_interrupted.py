@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_fira.checkpoint import atomic_save
+from ds_fira.checkpoint import atomic_save, manifest, tag_folder
 from tests.unit.checkpoint.test_tags import FILES, MODEL, save
 
 
@@ -14,7 +14,7 @@ def save_cut_short(folder: Path, tag: str, save_latest: bool = True) -> None:
     """A save that is complete when its run is killed, before any rename."""
     atomic_save.prepare(folder, tag, "token")
     for name, content in FILES.items():
-        (folder / atomic_save.staging_tag(tag) / name).write_bytes(content + b"cut short")
+        (folder / tag_folder.staging_tag(tag) / name).write_bytes(content + b"cut short")
     atomic_save.seal(folder, tag, {}, {}, save_latest)
 
 
@@ -27,13 +27,13 @@ def test_a_complete_save_that_was_killed_before_latest_moved(tag: str, renamed: 
     if renamed:
         if tag == "one":
             (tmp_path / "one").rename(tmp_path / ".replaced-one")
-        (tmp_path / atomic_save.staging_tag(tag)).rename(tmp_path / tag)
-    assert atomic_save.read_latest(tmp_path) == "one"
-    found = atomic_save.find_complete(tmp_path)
-    assert found == (tag if renamed else atomic_save.staging_tag(tag))
-    assert atomic_save.in_order(tmp_path, tag, only=True)[0] == found
+        (tmp_path / tag_folder.staging_tag(tag)).rename(tmp_path / tag)
+    assert tag_folder.read_latest(tmp_path) == "one"
+    found = tag_folder.find_complete(tmp_path)
+    assert found == (tag if renamed else tag_folder.staging_tag(tag))
+    assert tag_folder.in_order(tmp_path, tag, only=True)[0] == found
     atomic_save.prepare(tmp_path, "three", "token")
-    assert atomic_save.read_latest(tmp_path) == atomic_save.find_complete(tmp_path) == tag
+    assert tag_folder.read_latest(tmp_path) == tag_folder.find_complete(tmp_path) == tag
     assert (tmp_path / tag / MODEL).read_bytes().endswith(b"cut short")
     atomic_save.discard(tmp_path, "three")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
@@ -46,18 +46,18 @@ def test_a_save_cut_short_does_not_count_against_the_user(how: str, tmp_path: Pa
     """Whoever edits `latest` is obeyed, and so is `save_latest=False`; going back to what was there is going back."""
     for tag in ("one", "two", "three"):
         save(tmp_path, tag)
-    assert atomic_save.find_complete(tmp_path) == "three"
+    assert tag_folder.find_complete(tmp_path) == "three"
     (tmp_path / "latest").write_text("two")
-    assert atomic_save.find_complete(tmp_path) == "two"  # although "three" was saved while `latest` named "two"
+    assert tag_folder.find_complete(tmp_path) == "two"  # although "three" was saved while `latest` named "two"
     save_cut_short(tmp_path, "four", save_latest=how == "latest by hand")
     if how == "latest by hand":
-        assert atomic_save.find_complete(tmp_path) == ".saving-four"
+        assert tag_folder.find_complete(tmp_path) == ".saving-four"
         (tmp_path / "latest").write_text("one")
     expected = "one" if how == "latest by hand" else "two"
-    assert atomic_save.find_complete(tmp_path) == expected
+    assert tag_folder.find_complete(tmp_path) == expected
     atomic_save.prepare(tmp_path, "five", "token")
-    assert atomic_save.find_complete(tmp_path) == atomic_save.read_latest(tmp_path) == expected
-    assert atomic_save.find_fault(tmp_path / "four") is None
+    assert tag_folder.find_complete(tmp_path) == tag_folder.read_latest(tmp_path) == expected
+    assert manifest.find_fault(tmp_path / "four") is None
 
 
 def test_an_unfinished_save_over_a_tag_does_not_bring_the_old_one_back(tmp_path: Path) -> None:
@@ -66,9 +66,9 @@ def test_an_unfinished_save_over_a_tag_does_not_bring_the_old_one_back(tmp_path:
     save(tmp_path, "two")  # while `latest` named "one"
     (tmp_path / "latest").write_text("one")
     save_cut_short(tmp_path, "two")
-    (tmp_path / ".saving-two" / atomic_save.MANIFEST).unlink()
+    (tmp_path / ".saving-two" / manifest.MANIFEST).unlink()
     (tmp_path / ".saving-two" / ".ds_fira_token").write_text("token")
     assert (tmp_path / ".latest-saving").read_text() == "two"
-    assert atomic_save.find_complete(tmp_path) == "one"
+    assert tag_folder.find_complete(tmp_path) == "one"
     atomic_save.prepare(tmp_path, "three", "token")
-    assert atomic_save.find_complete(tmp_path) == "one"
+    assert tag_folder.find_complete(tmp_path) == "one"

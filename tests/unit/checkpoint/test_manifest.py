@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from ds_fira.checkpoint import atomic_save, manifest
+from ds_fira.checkpoint import atomic_save, manifest, tag_folder
 from tests.unit.checkpoint.test_tags import FILES, MODEL, OPTIMIZER, save
 
-DAMAGED = f"its {atomic_save.MANIFEST} is damaged"
+DAMAGED = f"its {manifest.MANIFEST} is damaged"
 
 
 @pytest.fixture
@@ -26,24 +26,24 @@ def one(tmp_path: Path) -> Path:
 
 def rewrite(one: Path, change: Any = None, **entries: Any) -> None:
     """Another manifest, without a new checksum."""
-    content = json.loads((one / atomic_save.MANIFEST).read_text())
+    content = json.loads((one / manifest.MANIFEST).read_text())
     content.update(entries)
     if change is not None:
         change(content)
-    (one / atomic_save.MANIFEST).write_text(json.dumps(content, indent=1))
+    (one / manifest.MANIFEST).write_text(json.dumps(content, indent=1))
 
 
 def as_format_1(one: Path, **entries: Any) -> None:
     """The manifest as version 0.1.0 wrote it."""
-    content = json.loads((one / atomic_save.MANIFEST).read_text())
+    content = json.loads((one / manifest.MANIFEST).read_text())
     for key in ("sha256", "latest_was", "save_id"):
         del content[key]
-    (one / atomic_save.MANIFEST).write_text(json.dumps({**content, "format": 1, **entries}, indent=1))
+    (one / manifest.MANIFEST).write_text(json.dumps({**content, "format": 1, **entries}, indent=1))
 
 
 def test_it_is_plain_json(one: Path) -> None:
     """Other programs read it."""
-    content = json.loads((one / atomic_save.MANIFEST).read_text())
+    content = json.loads((one / manifest.MANIFEST).read_text())
     keys = {"format", "serial", "save_latest", "latest_was", "save_id", "world_size", "files", "sha256"}
     assert set(content) == keys
     assert content["format"] == 2
@@ -51,7 +51,7 @@ def test_it_is_plain_json(one: Path) -> None:
 
 def test_every_changed_byte_is_noticed(one: Path) -> None:
     """At every place, with a changed bit and a random byte; cut anywhere; with anything behind it."""
-    whole = (one / atomic_save.MANIFEST).read_bytes()
+    whole = (one / manifest.MANIFEST).read_bytes()
     chance = random.Random(0)
     changed = [whole[:i] + bytes([whole[i] ^ 1 << chance.randrange(8)]) + whole[i + 1 :] for i in range(len(whole))]
     changed += [whole[:i] + bytes([chance.randrange(256)]) + whole[i + 1 :] for i in range(len(whole))]
@@ -60,20 +60,20 @@ def test_every_changed_byte_is_noticed(one: Path) -> None:
     for content in changed:
         if content == whole:
             continue
-        (one / atomic_save.MANIFEST).write_bytes(content)
-        fault = atomic_save.find_fault(one)
+        (one / manifest.MANIFEST).write_bytes(content)
+        fault = manifest.find_fault(one)
         assert fault is not None, content
         assert fault == DAMAGED or "update ds_fira" in fault  # where the changed byte is the format's
-    (one / atomic_save.MANIFEST).write_bytes(whole)
-    assert atomic_save.find_fault(one) is None
+    (one / manifest.MANIFEST).write_bytes(whole)
+    assert manifest.find_fault(one) is None
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "2", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\xff"])
 def test_what_is_no_manifest(text: str, one: Path) -> None:
     """Whatever reading it raises becomes the same fault."""
-    (one / atomic_save.MANIFEST).write_bytes(text.encode("latin-1"))
-    assert atomic_save.find_fault(one) == atomic_save.find_damage(one) == DAMAGED
-    assert atomic_save.find_complete(one.parent) is None
+    (one / manifest.MANIFEST).write_bytes(text.encode("latin-1"))
+    assert manifest.find_fault(one) == manifest.find_damage(one) == DAMAGED
+    assert tag_folder.find_complete(one.parent) is None
     assert list(manifest.manifests(one.parent)) == []
 
 
@@ -110,29 +110,29 @@ def test_entries_that_cannot_be(entries: dict[str, Any], version: int, one: Path
     if version == 1:
         as_format_1(two, **entries)
     else:
-        content = json.loads((two / atomic_save.MANIFEST).read_text()) | entries
-        (two / atomic_save.MANIFEST).write_bytes(manifest.render(content))
-    assert atomic_save.find_fault(two) == DAMAGED
-    assert atomic_save.find_complete(one.parent) == "one"
+        content = json.loads((two / manifest.MANIFEST).read_text()) | entries
+        (two / manifest.MANIFEST).write_bytes(manifest.render(content))
+    assert manifest.find_fault(two) == DAMAGED
+    assert tag_folder.find_complete(one.parent) == "one"
     save(one.parent, "three")
-    assert atomic_save.read_manifest(one.with_name("three"))["serial"] == 2
+    assert manifest.read_manifest(one.with_name("three"))["serial"] == 2
 
 
 def test_an_unknown_format_is_refused(one: Path) -> None:
     """With the remedy."""
     rewrite(one, format=99)
-    fault = f"its {atomic_save.MANIFEST} has format 99, and this version of ds_fira knows 2 at most: update ds_fira"
-    assert atomic_save.find_fault(one) == fault
+    fault = f"its {manifest.MANIFEST} has format 99, and this version of ds_fira knows 2 at most: update ds_fira"
+    assert manifest.find_fault(one) == fault
 
 
 def test_format_1_is_complete_without_a_checksum(one: Path) -> None:
     """As version 0.1.0 wrote it; the files' checksums are compared as ever."""
     as_format_1(one)
-    assert atomic_save.find_fault(one) is None
-    assert atomic_save.find_damage(one) is None
-    assert atomic_save.find_complete(one.parent) == "one"
+    assert manifest.find_fault(one) is None
+    assert manifest.find_damage(one) is None
+    assert tag_folder.find_complete(one.parent) == "one"
     os.truncate(one / OPTIMIZER, 17)
-    assert "has 17 bytes" in atomic_save.find_fault(one)
+    assert "has 17 bytes" in manifest.find_fault(one)
 
 
 @pytest.mark.parametrize("how", ["removed", "older", "a folder", "a link that leads nowhere"])
@@ -140,25 +140,25 @@ def test_a_manifest_that_was_taken_away_is_missed(how: str, one: Path) -> None:
     """The files say that there is one of format 2; `reseal` is for who changed them on purpose."""
     torch.save({"module": {}, "ds_fira": {manifest.MARK: manifest.FORMAT}}, one / MODEL)
     atomic_save.reseal(one.parent, "one")
-    assert atomic_save.find_fault(one) is None
-    assert atomic_save.find_damage(one) is None
+    assert manifest.find_fault(one) is None
+    assert manifest.find_damage(one) is None
     if how == "older":
         as_format_1(one)
     else:
-        (one / atomic_save.MANIFEST).unlink()
+        (one / manifest.MANIFEST).unlink()
     if how == "a folder":
-        (one / atomic_save.MANIFEST).mkdir()
+        (one / manifest.MANIFEST).mkdir()
     elif how == "a link that leads nowhere":
-        (one / atomic_save.MANIFEST).symlink_to("nowhere")
-    fault = atomic_save.find_fault(one)
-    assert atomic_save.MANIFEST in fault
+        (one / manifest.MANIFEST).symlink_to("nowhere")
+    fault = manifest.find_fault(one)
+    assert manifest.MANIFEST in fault
     assert {"removed": "is missing", "older": "replaced by one of format 1"}.get(how, "is ") in fault
-    assert atomic_save.find_complete(one.parent) is None
+    assert tag_folder.find_complete(one.parent) is None
     torch.save({"module": {}}, one / MODEL)
     if how == "removed":  # as DeepSpeed alone writes it
         for name in FILES:
             torch.save({}, one / name)
-        assert atomic_save.find_fault(one) is None
+        assert manifest.find_fault(one) is None
 
 
 def test_files_replaced_by_something_else(one: Path) -> None:
@@ -171,11 +171,11 @@ def test_files_replaced_by_something_else(one: Path) -> None:
         lambda path: path.symlink_to(path.name),
     ):
         harm(one / MODEL)
-        assert atomic_save.find_fault(one) == f"its file {MODEL} is missing"
+        assert manifest.find_fault(one) == f"its file {MODEL} is missing"
         (one / MODEL).unlink() if (one / MODEL).is_symlink() else (one / MODEL).rmdir()
     (one.parent / "elsewhere").write_bytes(content)
     (one / MODEL).symlink_to("../elsewhere")
-    assert atomic_save.find_fault(one) is atomic_save.find_damage(one) is None
+    assert manifest.find_fault(one) is manifest.find_damage(one) is None
 
 
 @pytest.mark.parametrize(
@@ -196,9 +196,9 @@ def test_latest_that_names_nothing(harm: Any, fault: str, one: Path) -> None:
     save(one.parent, "two")
     (one.parent / "latest").unlink()
     harm(one.parent / "latest")
-    name, found = atomic_save.look_up_latest(one.parent)
+    name, found = tag_folder.look_up_latest(one.parent)
     assert name is None
     assert found.endswith(fault)
     assert len(found) < 300
-    assert atomic_save.read_latest(one.parent) is None
-    assert atomic_save.find_complete(one.parent) == "two"
+    assert tag_folder.read_latest(one.parent) is None
+    assert tag_folder.find_complete(one.parent) == "two"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_fira.checkpoint import atomic_save
+from ds_fira.checkpoint import atomic_save, manifest, tag_folder
 from tests.unit.checkpoint.test_tags import FILES, FOREIGN, MODEL, OPTIMIZER, add_foreign, save, where_foreign
 
 
@@ -28,14 +28,14 @@ def test_what_a_user_keeps_in_a_tags_folder_survives(harm: str | None, tmp_path:
     add_foreign(tmp_path / "same")
     before = {line for line in listing(tmp_path / "same") if line.partition("/")[0].partition(" ")[0] not in FILES}
     if harm == "torn manifest":
-        os.truncate(tmp_path / "same" / atomic_save.MANIFEST, 20)
+        os.truncate(tmp_path / "same" / manifest.MANIFEST, 20)
     elif harm == "no manifest":
-        (tmp_path / "same" / atomic_save.MANIFEST).unlink()
+        (tmp_path / "same" / manifest.MANIFEST).unlink()
     for mark in (b"one", b"two"):
         save(tmp_path, "same", mark)
         assert (tmp_path / "same" / MODEL).read_bytes().endswith(mark)
-        assert atomic_save.find_fault(tmp_path / "same") is None
-        kept = {line for line in before if atomic_save.MANIFEST not in line}
+        assert manifest.find_fault(tmp_path / "same") is None
+        kept = {line for line in before if manifest.MANIFEST not in line}
         assert kept <= set(listing(tmp_path / "same"))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -54,8 +54,8 @@ def test_files_of_the_old_checkpoint_alone_are_replaced(tmp_path: Path) -> None:
     save(tmp_path, "same")
     names = {path.relative_to(tmp_path / "same").as_posix() for path in (tmp_path / "same").rglob("*")}
     foreign = {"zero_pp_rank_7_mp_rank_00_optim_states.pt", "offloaded_tensors", "offloaded_tensors/mine"}
-    assert names == {*FILES, atomic_save.MANIFEST, *foreign}
-    assert atomic_save.listed_files(tmp_path / "same") == {*FILES, atomic_save.MANIFEST}
+    assert names == {*FILES, manifest.MANIFEST, *foreign}
+    assert manifest.listed_files(tmp_path / "same") == {*FILES, manifest.MANIFEST}
 
 
 def test_a_users_hidden_folders_stay(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_prune_leaves_what_no_manifest_names(tmp_path: Path) -> None:
     assert where_foreign(tmp_path) == {name: ["same"] for name in FOREIGN}
     assert sorted(path.name for path in (tmp_path / "same").iterdir()) == sorted({n.split("/")[0] for n in FOREIGN})
     assert not (tmp_path / "step1").exists()
-    assert atomic_save.find_fault(tmp_path / "step2") is None
+    assert manifest.find_fault(tmp_path / "step2") is None
 
 
 def test_prune_spares_what_latest_leads_to(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_prune_spares_what_latest_leads_to(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("step0")
     (tmp_path / "latest").write_text("link")
     assert atomic_save.prune(tmp_path, 1) == ["step1"]
-    assert atomic_save.find_complete(tmp_path) == "link"
+    assert tag_folder.find_complete(tmp_path) == "link"
 
 
 def test_a_leftover_that_cannot_be_cleared_up_stops_no_other_save(tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_a_leftover_that_cannot_be_cleared_up_stops_no_other_save(tmp_path: Path
     atomic_save.seal(tmp_path, "two", {}, {}, True)
     (tmp_path / "two").symlink_to("one")
     save(tmp_path, "three")
-    assert atomic_save.find_complete(tmp_path) == "three"
+    assert tag_folder.find_complete(tmp_path) == "three"
     assert os.readlink(tmp_path / "two") == "one"
-    assert atomic_save.find_fault(tmp_path / "one") is None
+    assert manifest.find_fault(tmp_path / "one") is None
 
 
 def test_a_folder_in_the_way_of_a_file_is_refused_in_time(tmp_path: Path) -> None:
@@ -155,11 +155,11 @@ def test_tags_that_name_no_checkpoint_of_the_folder(tag: str, tmp_path: Path) ->
     (folder / "in").symlink_to(outside)
     (folder / "loop").symlink_to("loop")
     if BAD_TAGS[tag] is not None:
-        assert BAD_TAGS[tag] in atomic_save.find_tag_fault(folder, tag)
-        assert atomic_save.find_tag_fault(folder, tag, saving=True)
+        assert BAD_TAGS[tag] in tag_folder.find_tag_fault(folder, tag)
+        assert tag_folder.find_tag_fault(folder, tag, saving=True)
     (folder / "latest").write_bytes(tag.encode(errors="surrogateescape"))
-    assert atomic_save.find_complete(folder) == "good"
-    assert all(not os.path.isabs(name) and ".." not in name for name in atomic_save.in_order(folder, "good"))
+    assert tag_folder.find_complete(folder) == "good"
+    assert all(not os.path.isabs(name) and ".." not in name for name in tag_folder.in_order(folder, "good"))
 
 
 def test_tags_that_only_a_save_refuses(tmp_path: Path) -> None:
@@ -174,12 +174,12 @@ def test_tags_that_only_a_save_refuses(tmp_path: Path) -> None:
         ".saving-a": "marks of unfinished saves",
         "a/.replaced-b/c": "marks of unfinished saves",
     }.items():
-        assert atomic_save.find_tag_fault(tmp_path, tag) is None
-        assert reason in atomic_save.find_tag_fault(tmp_path, tag, saving=True)
-    assert atomic_save.find_tag_fault(tmp_path, "runs/a", saving=True) is None
+        assert tag_folder.find_tag_fault(tmp_path, tag) is None
+        assert reason in tag_folder.find_tag_fault(tmp_path, tag, saving=True)
+    assert tag_folder.find_tag_fault(tmp_path, "runs/a", saving=True) is None
     (tmp_path / "latest").write_text("link/\n")  # as a shell completes it
-    assert atomic_save.find_complete(tmp_path) == "link"
+    assert tag_folder.find_complete(tmp_path) == "link"
     with pytest.raises(OSError, match="a symbolic link is in the way"):
         save(tmp_path, "link")
     assert (tmp_path / "link").is_symlink()
-    assert atomic_save.find_fault(tmp_path / "good") is None
+    assert manifest.find_fault(tmp_path / "good") is None

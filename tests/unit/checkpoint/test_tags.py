@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_fira.checkpoint import atomic_save, manifest
+from ds_fira.checkpoint import atomic_save, manifest, tag_folder
 
 FILES = {"mp_rank_00_model_states.pt": b"model" * 100, "zero_pp_rank_0_mp_rank_00_optim_states.pt": b"optimizer" * 100}
 MODEL, OPTIMIZER = FILES
@@ -20,11 +20,11 @@ MODEL, OPTIMIZER = FILES
 def save(folder: Path, tag: str, mark: bytes = b"", save_latest: bool = True) -> None:
     """Make a checkpoint as the ranks do."""
     atomic_save.prepare(folder, tag, "token")
-    staging = folder / atomic_save.staging_tag(tag)
+    staging = folder / tag_folder.staging_tag(tag)
     for name, content in FILES.items():
         (staging / name).write_bytes(content + mark)
     (staging / "zero_to_fp32.py").write_text("script")
-    records = {MODEL: atomic_save.record_file(staging / MODEL)}
+    records = {MODEL: manifest.record_file(staging / MODEL)}
     atomic_save.seal(folder, tag, records, {"world_size": 2}, save_latest)
     atomic_save.publish(folder, tag, save_latest)
 
@@ -33,14 +33,14 @@ def test_a_saved_checkpoint_is_complete(tmp_path: Path) -> None:
     """Files, manifest, `latest` and DeepSpeed's script, and nothing else."""
     save(tmp_path, "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "one", "zero_to_fp32.py"]
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted([*FILES, atomic_save.MANIFEST])
-    assert atomic_save.read_latest(tmp_path) == "one"
-    assert atomic_save.find_fault(tmp_path / "one") is None
-    assert atomic_save.find_damage(tmp_path / "one") is None
-    content = atomic_save.read_manifest(tmp_path / "one")
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == sorted([*FILES, manifest.MANIFEST])
+    assert tag_folder.read_latest(tmp_path) == "one"
+    assert manifest.find_fault(tmp_path / "one") is None
+    assert manifest.find_damage(tmp_path / "one") is None
+    content = manifest.read_manifest(tmp_path / "one")
     assert content["world_size"] == 2
     assert content["files"][OPTIMIZER]["size"] == 900
-    assert atomic_save.find_complete(tmp_path) == "one"
+    assert tag_folder.find_complete(tmp_path) == "one"
 
 
 def change_byte(path: Path) -> None:
@@ -55,8 +55,8 @@ def change_byte(path: Path) -> None:
     [
         (lambda one: (one / OPTIMIZER).unlink(), f"its file {OPTIMIZER} is missing"),
         (lambda one: os.truncate(one / OPTIMIZER, 17), f"its file {OPTIMIZER} has 17 bytes instead of 900"),
-        (lambda one: os.truncate(one / atomic_save.MANIFEST, 40), f"its {atomic_save.MANIFEST} is damaged"),
-        (lambda one: (one / atomic_save.MANIFEST).write_text("[]"), f"its {atomic_save.MANIFEST} is damaged"),
+        (lambda one: os.truncate(one / manifest.MANIFEST, 40), f"its {manifest.MANIFEST} is damaged"),
+        (lambda one: (one / manifest.MANIFEST).write_text("[]"), f"its {manifest.MANIFEST} is damaged"),
         (lambda one: one.rename(one.with_name("gone")), "it is missing"),
     ],
     ids=["missing", "cut", "manifest cut", "manifest empty", "no folder"],
@@ -66,17 +66,17 @@ def test_faults_are_named(harm, fault: str, tmp_path: Path) -> None:
     save(tmp_path, "zero")
     save(tmp_path, "one")
     harm(tmp_path / "one")
-    assert atomic_save.find_fault(tmp_path / "one") == fault
+    assert manifest.find_fault(tmp_path / "one") == fault
     if fault != "it is missing":
-        assert atomic_save.find_complete(tmp_path) == "zero"
+        assert tag_folder.find_complete(tmp_path) == "zero"
 
 
 def test_a_changed_byte_is_found_by_the_process_that_reads_the_file(tmp_path: Path) -> None:
     """Sizes do not show it; each file is read by one process of several."""
     save(tmp_path, "one")
     change_byte(tmp_path / "one" / OPTIMIZER)
-    assert atomic_save.find_fault(tmp_path / "one") is None
-    found = [atomic_save.find_damage(tmp_path / "one", share=share, of=2) for share in range(2)]
+    assert manifest.find_fault(tmp_path / "one") is None
+    found = [manifest.find_damage(tmp_path / "one", share=share, of=2) for share in range(2)]
     assert found == [None, f"the content of its file {OPTIMIZER} has changed"]
 
 
@@ -84,21 +84,21 @@ def test_the_optimizers_files_may_be_gone_where_only_the_model_is_loaded(tmp_pat
     """Deleting them is the usual way to keep a model without its training state."""
     save(tmp_path, "one")
     (tmp_path / "one" / OPTIMIZER).unlink()
-    assert atomic_save.find_fault(tmp_path / "one", model_only=True) is None
-    assert atomic_save.find_damage(tmp_path / "one", model_only=True) is None
+    assert manifest.find_fault(tmp_path / "one", model_only=True) is None
+    assert manifest.find_damage(tmp_path / "one", model_only=True) is None
 
 
 def test_the_order_of_what_is_tried(tmp_path: Path) -> None:
     """What `latest` names, then the newest saved as latest, whatever the names; a save apart is not taken."""
     for tag, save_latest in [("step9", True), ("step10", True), ("best", False), ("again", True)]:
         save(tmp_path, tag, save_latest=save_latest)
-    assert atomic_save.in_order(tmp_path, "again") == ["again", "step10", "step9"]
+    assert tag_folder.in_order(tmp_path, "again") == ["again", "step10", "step9"]
     (tmp_path / "latest").write_text("step9")  # by hand, to go back
-    assert atomic_save.find_complete(tmp_path) == "step9"
+    assert tag_folder.find_complete(tmp_path) == "step9"
     (tmp_path / "latest").unlink()
-    assert atomic_save.find_complete(tmp_path) == "again"
-    assert atomic_save.in_order(tmp_path, "best", only=True) == ["best"]
-    assert atomic_save.in_order(tmp_path / "nowhere", None) == []
+    assert tag_folder.find_complete(tmp_path) == "again"
+    assert tag_folder.in_order(tmp_path, "best", only=True) == ["best"]
+    assert tag_folder.in_order(tmp_path / "nowhere", None) == []
 
 
 def test_deepspeeds_own_checkpoints(tmp_path: Path) -> None:
@@ -108,14 +108,14 @@ def test_deepspeeds_own_checkpoints(tmp_path: Path) -> None:
         torch.save({"a": torch.ones(1000)}, tmp_path / tag / MODEL)
     os.utime(tmp_path / "older", (1, 1))
     (tmp_path / "latest").write_text("old")
-    assert atomic_save.find_complete(tmp_path) == "old"
+    assert tag_folder.find_complete(tmp_path) == "old"
     os.truncate(tmp_path / "old" / MODEL, 2000)
-    assert atomic_save.find_fault(tmp_path / "old") == f"its file {MODEL} is cut short"
-    assert atomic_save.find_complete(tmp_path) == "older"
+    assert manifest.find_fault(tmp_path / "old") == f"its file {MODEL} is cut short"
+    assert tag_folder.find_complete(tmp_path) == "older"
     os.truncate(tmp_path / "older" / MODEL, 0)
-    assert atomic_save.find_complete(tmp_path) is None
+    assert tag_folder.find_complete(tmp_path) is None
     (tmp_path / "older" / MODEL).unlink()
-    assert atomic_save.find_fault(tmp_path / "older") == "it holds no *.pt file"
+    assert manifest.find_fault(tmp_path / "older") == "it holds no *.pt file"
 
 
 def save_until(folder: Path, operation: int) -> int:
@@ -171,9 +171,9 @@ def test_killed_at_every_file_operation(before: str, tmp_path: Path) -> None:
         status = save_until(folder, operation)
         found = where_foreign(folder)
         assert all(found.values()), (operation, found)
-        tag = atomic_save.find_complete(folder)
+        tag = tag_folder.find_complete(folder)
         if before == "ours" or tag is not None:
-            assert atomic_save.find_damage(folder / tag) is None
+            assert manifest.find_damage(folder / tag) is None
             mark = (folder / tag / MODEL).read_bytes()[-3:]
             seen.add((tag, mark))
             assert status == 9 or mark == b"new"
@@ -181,13 +181,13 @@ def test_killed_at_every_file_operation(before: str, tmp_path: Path) -> None:
         names = ["latest", "next", "same", "zero_to_fp32.py"]
         assert sorted(path.name for path in folder.iterdir()) == names, operation
         assert where_foreign(folder) == {name: ["same"] for name in FOREIGN}, operation
-        ours = [*FILES, atomic_save.MANIFEST] if before == "ours" or tag is not None else []
+        ours = [*FILES, manifest.MANIFEST] if before == "ours" or tag is not None else []
         assert {path.name for path in (folder / "same").iterdir()} == {
             *ours,
             *(name.partition("/")[0] for name in FOREIGN),
         }
         if ours:
-            assert atomic_save.find_damage(folder / "same") is None
+            assert manifest.find_damage(folder / "same") is None
             # What was to be loaded before the next save is not lost by it.
             assert (folder / "same" / MODEL).read_bytes()[-3:] == mark
         if status == 0:
@@ -218,7 +218,7 @@ def test_a_tag_in_a_folder_of_its_own(tmp_path: Path) -> None:
     """A tag may be a path."""
     save(tmp_path, "runs/a", b"old")
     save(tmp_path, "runs/a", b"new")
-    assert atomic_save.find_complete(tmp_path) == "runs/a"
+    assert tag_folder.find_complete(tmp_path) == "runs/a"
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
 
 

@@ -1,43 +1,50 @@
-"""What is checked of a checkpoint before DeepSpeed loads it: an error on one rank would leave the others waiting."""
+"""Check a checkpoint on every rank before DeepSpeed loads it: an error on one rank would leave the others waiting."""
 
 from __future__ import annotations
 
+import io
+import pickle
+import pickletools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger
+from torch import Tensor
+
+from ds_fira.checkpoint.errors import load_sentence
 from ds_fira.checkpoint.manifest import listed_files
-from ds_fira.core.algorithms import ALGORITHMS
+from ds_fira.checkpoint.safe_load import SETTING, UnsafeFileError
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, load
 from ds_fira.optim.base import LowRankOptimizer
-from ds_fira.sharding.comm import Communicator
 
 
-def agree(communicator: Communicator, error: Exception | None, name: str) -> None:
-    """Stop on every rank if any has failed.
+@contextmanager
+def agreed(optimizer: LowRankOptimizer) -> Iterator[None]:
+    """Stop on every rank if what is done inside fails on any; inside an engine a collective call.
 
     Args:
-        communicator: of the ranks.
-        error: of this rank, of whatever kind; None without one.
-        name: of the optimizer.
+        optimizer: gives the ranks, and its name to the sentence.
 
     Raises:
-        ValueError: with the text of the first rank that failed, one sentence.
+        ValueError: with the sentence of the first rank that failed, the same on every rank.
     """
-    texts = communicator.gather_objects(None if error is None else sentence(error, name, communicator.dp_rank))
-    failed = [text for text in texts if text is not None]
+    error, communicator = None, optimizer.communicator
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    rank = 0 if communicator is None else communicator.dp_rank
+    text = None if error is None else load_sentence(error, optimizer.algorithm.name, rank)
+    texts = [text] if communicator is None else communicator.gather_objects(text)
+    failed = [told for told in texts if told is not None]
     if failed:
         raise ValueError(failed[0]) from error
 
 
-def sentence(error: Exception, name: str, rank: int = 0) -> str:
-    """What an error of loading says, with the optimizer's name before it."""
-    if not isinstance(error, ValueError):
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"{name}: rank {rank} could not load the checkpoint ({told}); load another tag."
-    return str(error) if str(error).partition(":")[0] in ALGORITHMS else f"{name}: {error}"
-
-
-def require_loadable(engine: Any, folder: Path, model_only: bool = False) -> None:
+def require_loadable(engine: DeepSpeedEngine, folder: Path, model_only: bool = False) -> None:
     """Stop on every rank if a file of a checkpoint cannot be read without running what stands in it; collective.
 
     DeepSpeed reads one file on one rank, where an error would leave the others waiting. So all are looked into before:
@@ -52,20 +59,17 @@ def require_loadable(engine: Any, folder: Path, model_only: bool = False) -> Non
         ValueError: with the file, what it would import, and the remedy.
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
-    communicator, error = optimizer.communicator, None
-    try:
+    communicator = optimizer.communicator
+    with agreed(optimizer):
         listed = listed_files(folder)
         paths = sorted(folder.glob("*model_states.pt" if model_only else "*_states.pt")) if folder.is_dir() else []
         paths = [path for path in paths if listed is None or path.name in listed]
         first, step = (0, 1) if engine.use_node_local_storage() else (communicator.dp_rank, communicator.dp_size)
         for path in paths[first::step]:
             load(path)
-    except Exception as raised:
-        error = raised
-    agree(communicator, error, optimizer.algorithm.name)
 
 
-def require_own_share(engine: Any, folder: Path) -> None:
+def require_own_share(engine: DeepSpeedEngine, folder: Path) -> None:
     """Stop on every rank unless each finds the states that it saved, whole; a collective call.
 
     For a checkpoint that DeepSpeed loads by itself, the same ranks having saved it. Stage 3 has its tensors in the
@@ -75,12 +79,55 @@ def require_own_share(engine: Any, folder: Path) -> None:
         ValueError: with what is missing or another's, and the remedy.
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
-    error = None
-    try:
+    with agreed(optimizer):
         files = CheckpointFiles.find(folder, every=False, unpickle=optimizer.unpickle_checkpoints)
         if files.models:
             _, state_dict = files.of_rank(optimizer.communicator.dp_rank)
             optimizer.require_fit(state_dict)
-    except Exception as raised:
-        error = raised
-    agree(optimizer.communicator, error, optimizer.algorithm.name)
+
+
+def warn_if_unloadable(engine: DeepSpeedEngine, folder: Path, client_state: Mapping[str, object]) -> None:
+    """Warn once, on rank 0, if the file that was just saved with the model's weights needs `unpickle_checkpoints`.
+
+    Everything that a user adds is in that file; tensors are mapped, not read.
+
+    Args:
+        engine: that saved.
+        folder: of the tag.
+        client_state: as the user gave it.
+    """
+    optimizer: LowRankOptimizer = engine.basic_optimizer
+    if engine.global_rank != 0 or optimizer.unpickle_checkpoints or getattr(engine, "fira_told_unloadable", False):
+        return
+    name = optimizer.algorithm.name
+    try:
+        for path in sorted(folder.glob("*mp_rank_00_model_states.pt"))[:1]:
+            load(path)
+    except UnsafeFileError as error:
+        engine.fira_told_unloadable = True
+        schedule = {} if engine.lr_scheduler is None else {"lr_scheduler": engine.lr_scheduler.state_dict()}
+        keys = [key for key, value in {**client_state, **schedule}.items() if error.wanted in names_in(value)]
+        where = f"client_state[{keys[0]!r}]" if keys and keys[0] in client_state else " and ".join(keys) or "the model"
+        logger.warning(
+            f"{name}: {where} holds {error.wanted or 'an object'}, which is saved but not loaded again, since that may "
+            f'run code; save plain values and tensors in its place, or resume with "{SETTING}": true in the '
+            "optimizer's params."
+        )
+    except (ValueError, OSError) as error:
+        logger.warning(f"{name}: what was just saved cannot be read: {error}")
+
+
+class _Pickler(pickle.Pickler):
+    """Without the contents of tensors."""
+
+    def persistent_id(self, found: object) -> str | None:
+        return "tensor" if isinstance(found, Tensor | torch.UntypedStorage | torch.storage.TypedStorage) else None
+
+
+def names_in(value: object) -> set[str]:
+    """The classes and functions that a pickle of a value names, with their modules; not those of tensors."""
+    buffer = io.BytesIO()
+    # Protocol 2 is torch.save's.
+    _Pickler(buffer, protocol=2, fix_imports=False).dump(value)
+    found = pickletools.genops(buffer.getvalue())
+    return {name.replace(" ", ".") for operation, name, _ in found if operation.name == "GLOBAL"}

@@ -1,4 +1,4 @@
-"""What DeepSpeed's checkpoints lack for a run that goes on: random number generators, Fira's counters and records.
+"""Save and load what DeepSpeed's checkpoints lack for a run that goes on: random number generators, counters, records.
 
 Written against DeepSpeed 0.19.8. What it relies on: `DeepSpeedEngine.save_checkpoint` writes `client_state` beside the
 weights, and `load_checkpoint` gives it back, both on every rank. DeepSpeed itself saves weights, optimizer, scheduler,
@@ -12,64 +12,69 @@ over the ranks as they are saved.
 
 from __future__ import annotations
 
-import functools
-import inspect
+import random
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
 
+from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.monitor import forget_hook
-from ds_fira.engine.deepspeed.save_load.loadable import warn_if_unloadable
-from ds_fira.engine.deepspeed.save_load.rng import rng_state, set_rng_state
+from ds_fira.engine.deepspeed.save_load.calls import bound
+from ds_fira.engine.deepspeed.save_load.check import warn_if_unloadable
 from ds_fira.observe.metrics import StepMetrics
-from ds_fira.optim.base import LowRankOptimizer
 
 KEY = "ds_fira"
-_EXTENDED = "_fira_resume"
+# The parts of numpy's legacy generator's state beside its key.
+NUMPY_PARTS = ("algorithm", "key", "position", "has_gauss", "cached_gaussian")
 
 
-def register_resume() -> None:
-    """Let every engine that trains with FiraAdam save and load what an exact resume needs.
+class RngState(TypedDict):
+    """The states of the random number generators of a process; the names are keys in saved files."""
 
-    Called by `import ds_fira`, and again without effect. Other engines go on as before.
-    """
-    if hasattr(DeepSpeedEngine.save_checkpoint, _EXTENDED):
-        return
-    save = DeepSpeedEngine.save_checkpoint
-    load = DeepSpeedEngine.load_checkpoint
-    save_signature, load_signature = inspect.signature(save), inspect.signature(load)
-
-    @functools.wraps(save)
-    def save_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(engine.basic_optimizer, LowRankOptimizer):
-            return save(engine, *args, **kwargs)
-        given = save_signature.bind(engine, *args, **kwargs)
-        given.apply_defaults()
-        client_state, tag = given.arguments["client_state"], given.arguments["tag"]
-        given.arguments["client_state"] = {**client_state, KEY: _state_of_all(engine)}
-        done = save(*given.args, **given.kwargs)
-        folder = Path(given.arguments["save_dir"], f"global_step{engine.global_steps}" if tag is None else str(tag))
-        warn_if_unloadable(engine, folder, client_state)
-        return done
-
-    @functools.wraps(load)
-    def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        path, client_state = load(engine, *args, **kwargs)
-        saved = client_state.pop(KEY, None) if client_state else None
-        given = load_signature.bind(engine, *args, **kwargs)
-        given.apply_defaults()
-        with_states = given.arguments["load_optimizer_states"] and not given.arguments["load_module_only"]
-        if saved is not None and with_states and isinstance(engine.basic_optimizer, LowRankOptimizer):
-            _restore(engine, saved)
-        return path, client_state
-
-    setattr(save_checkpoint, _EXTENDED, True)
-    DeepSpeedEngine.save_checkpoint = save_checkpoint
-    DeepSpeedEngine.load_checkpoint = load_checkpoint
+    cpu: Tensor
+    device: Tensor | None
+    python: list[object]
+    numpy: dict[str, object]
 
 
-def _state_of_all(engine: Any) -> dict[str, Any]:
+def save_with_resume_state(
+    save: Callable[..., object], engine: DeepSpeedEngine, *args: object, **kwargs: object
+) -> object:
+    """`save_checkpoint`: also saves what an exact resume needs."""
+    if not trains_ours(engine):
+        return save(engine, *args, **kwargs)
+    call = bound(save, engine, *args, **kwargs)
+    client_state, tag = call.arguments["client_state"], call.arguments["tag"]
+    call.arguments["client_state"] = {**client_state, KEY: _state_of_all(engine)}
+    done = save(*call.args, **call.kwargs)
+    folder = Path(call.arguments["save_dir"], f"global_step{engine.global_steps}" if tag is None else str(tag))
+    warn_if_unloadable(engine, folder, client_state)
+    return done
+
+
+def load_with_resume_state(
+    load: Callable[..., tuple[str | None, dict[str, object] | None]],
+    engine: DeepSpeedEngine,
+    *args: object,
+    **kwargs: object,
+) -> tuple[str | None, dict[str, object] | None]:
+    """`load_checkpoint`: also takes over what `save_with_resume_state` saved, where states are loaded."""
+    path, client_state = load(engine, *args, **kwargs)
+    saved = client_state.pop(KEY, None) if client_state else None
+    given = bound(load, engine, *args, **kwargs).arguments
+    with_states = given["load_optimizer_states"] and not given["load_module_only"]
+    if saved is not None and with_states and trains_ours(engine):
+        _restore(engine, saved)
+    return path, client_state
+
+
+def _state_of_all(engine: DeepSpeedEngine) -> dict[str, object]:
     """Generators and counters of every rank, in order of rank; a collective call."""
     optimizer = engine.basic_optimizer
     own = {"rng": rng_state(), "metrics": optimizer.metrics.state_dict()}
@@ -79,7 +84,7 @@ def _state_of_all(engine: Any) -> dict[str, Any]:
     return state
 
 
-def _restore(engine: Any, saved: dict[str, Any]) -> None:
+def _restore(engine: DeepSpeedEngine, saved: Mapping[str, object]) -> None:
     optimizer, ranks = engine.basic_optimizer, saved["ranks"]
     rank, size = optimizer.communicator.dp_rank, optimizer.communicator.dp_size
     if rank < len(ranks):
@@ -94,3 +99,35 @@ def _restore(engine: Any, saved: dict[str, Any]) -> None:
         optimizer.recorder.restart(saved.get("scaling_factors") or {})
     # It has counted the steps before the load, which belong to another run or are to be made again.
     forget_hook(engine)
+
+
+def rng_state() -> RngState:
+    """The states of torch's generators on the CPU and on this process's device, of Python's `random` and of numpy.
+
+    Returns:
+        Tensors, numbers, strings and lists, so that `torch.load(..., weights_only=True)` reads it: about 12 kB. The
+        device's is None where the device is the CPU.
+    """
+    version, internal, gauss_next = random.getstate()
+    numpy = dict(zip(NUMPY_PARTS, np.random.get_state(), strict=True))  # the generator that others draw from
+    return {
+        "cpu": torch.get_rng_state(),
+        "device": get_accelerator().get_rng_state() if get_accelerator().device_name() != "cpu" else None,
+        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss_next],
+        "numpy": {**numpy, "key": torch.from_numpy(numpy["key"].astype(np.int64))},
+    }
+
+
+def set_rng_state(state: RngState) -> None:
+    """Let the generators go on where `rng_state` was called; one of a device is left where the device is another.
+
+    Args:
+        state: of `rng_state`, of this process or one like it.
+    """
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["device"] is not None and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(state["device"].cpu())
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss_next))
+    numpy = {**state["numpy"], "key": state["numpy"]["key"].numpy().astype(np.uint32)}
+    np.random.set_state(tuple(numpy[part] for part in NUMPY_PARTS))

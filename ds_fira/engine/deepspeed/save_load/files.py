@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files: which there are, and what FiraAdam has left in them.
+"""Read DeepSpeed's checkpoint files: which there are, and what an optimizer of this package has left in them.
 
 What it relies on, of DeepSpeed 0.19.8: the names of the files and their keys (`DeepSpeedEngine._load_checkpoint`, the
 `state_dict` methods of its optimizer wrappers).
@@ -10,14 +10,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from ds_fira.checkpoint import safe_load
 from ds_fira.checkpoint.manifest import listed_files
-from ds_fira.checkpoint.named_state import KEY, SavedState
+from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict
 
+T = TypeVar("T")
 # Keys of DeepSpeed's files.
 OUTER = "optimizer_state_dict"
 BASE_OPTIMIZER = ("base_optimizer_state", "optimizer_state_dict")  # stages 1 and 2; stage 3 and the wrapper of stage 0
@@ -63,43 +64,50 @@ class CheckpointFiles:
             absent = [rank for rank in range(ranks) if rank not in optimizers]
             if absent:
                 raise ValueError(
-                    f"FiraAdam: {folder} lacks the optimizer states of ranks {absent} of the {ranks} that saved it; "
+                    f"{folder} lacks the optimizer states of ranks {absent} of the {ranks} that saved it; "
                     "to resume on other ranks all of its files must be in one folder that every node can read."
                 )
             optimizers = {rank: optimizers[rank] for rank in range(ranks)}
         return cls(tuple(models.values()), tuple(optimizers.values()), unpickle)
 
-    def model(self, number: int = 0) -> dict[str, Any]:
+    @property
+    def partitioned(self) -> bool:
+        """Whether stage 3 saved it: its model files hold no weights."""
+        return MODEL_FILE.fullmatch(self.models[0].name).groups()[0] is not None
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that the files of optimizer states are of."""
+        return [int(OPTIMIZER_FILE.fullmatch(path.name).groups()[-1]) for path in self.optimizers]
+
+    def model(self, number: int = 0) -> dict[str, object]:
         """What the file with the module's weights holds, of one rank under stage 3."""
         return load(self.models[number], self.unpickle)
 
-    def of_rank(self, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def of_rank(self, rank: int) -> tuple[Mapping[str, object], StateDict]:
         """As `optimizer_state`, of the rank by its number: files of other ranks may be on other nodes.
 
         Raises:
             ValueError: it has no file.
         """
-        ranks = [int(OPTIMIZER_FILE.fullmatch(path.name).groups()[-1]) for path in self.optimizers]
+        ranks = self.ranks
         if ranks and rank not in ranks:
             folder = self.models[0].parent
             raise ValueError(f"{folder} lacks the optimizer states of rank {rank}; load another tag.")
         return self.optimizer_state(ranks.index(rank) if ranks else 0)
 
-    def optimizer_state(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a rank's wrapper has saved, and in it the state dict of FiraAdam."""
+    def optimizer_state(self, number: int) -> tuple[Mapping[str, object], StateDict]:
+        """What a rank's wrapper has saved, and in it the state dict of the optimizer."""
         path = self.optimizers[number] if self.optimizers else self.models[0]
         wrapper = load(path, self.unpickle).get(OUTER if self.optimizers else "optimizer")
         if not isinstance(wrapper, Mapping):
             raise ValueError(
                 f"{path} holds no optimizer states; load with load_optimizer_states=False, or another tag."
             )
-        for key in BASE_OPTIMIZER:
-            if key in wrapper:
-                return wrapper, wrapper[key]
-        return wrapper, wrapper
+        return wrapper, next((wrapper[key] for key in BASE_OPTIMIZER if key in wrapper), wrapper)
 
     def read(self) -> SavedState:
-        """Everything the run had learned, of all ranks."""
+        """The states and master weights that all ranks saved."""
         saved = SavedState()
         for number in range(max(1, len(self.optimizers))):
             wrapper, state_dict = self.optimizer_state(number)
@@ -124,7 +132,7 @@ def _by_rank(folder: Path, pattern: re.Pattern[str], prefix: str | None = "") ->
     return dict(sorted(found.items()))
 
 
-def load(path: Path, unpickle: bool = False) -> dict[str, Any]:
+def load(path: Path, unpickle: bool = False) -> dict[str, object]:
     """One of DeepSpeed's files, its tensors mapped, not read; nothing that stands in it is run.
 
     Args:
@@ -142,6 +150,6 @@ def load(path: Path, unpickle: bool = False) -> dict[str, Any]:
     return content
 
 
-def normalized(named: Mapping[str, Any]) -> dict[str, Any]:
+def normalized(named: Mapping[str, T]) -> dict[str, T]:
     """Names without what `torch.compile` puts in front of them."""
     return {name.replace("_orig_mod.", ""): value for name, value in named.items()}

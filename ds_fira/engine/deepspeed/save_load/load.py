@@ -1,4 +1,4 @@
-"""Resume anywhere: `engine.load_checkpoint` for a run that was saved by other ranks, another ZeRO stage or dtype.
+"""Load what other ranks, another ZeRO stage or dtype saved, when a user calls `engine.load_checkpoint`.
 
 Reads DeepSpeed's own checkpoint files, of all ranks that saved, mapped into memory, and copies what this rank needs.
 Where nothing but time has passed (the same ranks, stage, dtype and settings), DeepSpeed loads its files itself.
@@ -11,10 +11,10 @@ stage 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -22,62 +22,58 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.named_state import KEY, SavedState
 from ds_fira.checkpoint.reconcile import SavedGroup, carry_schedule, refuse_changed_structure
 from ds_fira.checkpoint.safe_load import only_safe_loads
+from ds_fira.engine.deepspeed.attach import attach
+from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.projection import project_as_saved
-from ds_fira.engine.deepspeed.save_load.check import agree, require_loadable, require_own_share
-from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, CheckpointFiles, normalized
+from ds_fira.engine.deepspeed.save_load.calls import replaced
+from ds_fira.engine.deepspeed.save_load.check import agreed, require_loadable, require_own_share
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
 from ds_fira.optim.base import LowRankOptimizer
-from ds_fira.sharding.comm import Communicator
 
+# The path that was loaded, and the client state.
+Loaded = tuple[str | None, dict[str, object] | None]
 # What a dynamic loss scaler counts, in every wrapper that has one.
 SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def saved_elsewhere(engine: Any, folder: Path) -> bool:
-    """Whether a checkpoint of FiraAdam was saved by other ranks, another stage, dtype or settings; alike on all ranks.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the states of the first rank say of the run that saved them.
+
+    Attributes:
+        layout: a digest of what lay where on all of its ranks; None where it does not say.
+        groups: its param groups; empty where it does not say.
+    """
+
+    layout: str | None = None
+    groups: Sequence[SavedGroup] = ()
+
+
+def read_header(optimizer: LowRankOptimizer, folder: Path) -> Header:
+    """Read on rank 0, and give all ranks, what a checkpoint says of the run that saved it; a collective call.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read; the same on every rank.
     """
-    optimizer: LowRankOptimizer = engine.basic_optimizer
-    layout, error = None, None
-    if optimizer.communicator.dp_rank == 0:
-        try:
-            files = CheckpointFiles.find(folder, every=False, unpickle=optimizer.unpickle_checkpoints)
-            if files.models:
-                _, state_dict = files.optimizer_state(0)
-                layout = (state_dict or {}).get(KEY, {}).get("layout")
-        except Exception as raised:
-            error = raised
-    agree(optimizer.communicator, error, optimizer.algorithm.name)
-    layout = optimizer.communicator.gather_objects(layout)[0]
-    return layout is not None and layout != optimizer.layout_digest
-
-
-def saved_groups(engine: Any, folder: Path) -> list[SavedGroup]:
-    """The param groups of a checkpoint of FiraAdam, of rank 0, alike on all ranks; none where it does not say.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    optimizer: LowRankOptimizer = engine.basic_optimizer
-    communicator: Communicator = optimizer.communicator
-    saved, error = SavedState(), None
-    if communicator.dp_rank == 0:
-        try:
+    header = Header()
+    with agreed(optimizer):
+        if optimizer.communicator.dp_rank == 0:
             files = CheckpointFiles.find(folder, every=False, unpickle=optimizer.unpickle_checkpoints)
             _, state_dict = files.optimizer_state(0) if files.models else (None, None)
             if KEY in (state_dict or {}):
+                saved = SavedState()
                 saved.add(state_dict)
-        except Exception as raised:
-            error = raised
-    agree(communicator, error, optimizer.algorithm.name)
-    return communicator.gather_objects(saved.groups)[0]
+                header = Header(state_dict[KEY].get("layout"), saved.groups)
+    return optimizer.communicator.gather_objects(header)[0]
 
 
-def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: dict[str, Any]) -> Any:
+def load_elsewhere(
+    engine: DeepSpeedEngine, folder: Path, load_engine_state: Callable[..., Loaded], options: Mapping[str, bool]
+) -> Loaded:
     """Load a checkpoint that was saved by other ranks, another stage, dtype or settings.
 
     Args:
@@ -94,8 +90,7 @@ def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: d
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
     communicator, stage = optimizer.communicator, engine.zero_optimization_stage()
-    error, saved, rest = None, None, {}
-    try:
+    with agreed(optimizer):
         files = CheckpointFiles.find(folder, unpickle=optimizer.unpickle_checkpoints)
         saved = files.read()
         refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
@@ -103,11 +98,8 @@ def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: d
             optimizer.restore(saved, weights=True)
         optimizer.carry_groups(saved)
         rest = _untrained(files)
-    except Exception as raised:
-        error = raised
-    agree(communicator, error, optimizer.algorithm.name)
-    simple = stage < 3 and len(files.models) == 1 and not _is_partitioned(files)
-    with _overridden(
+    simple = stage < 3 and len(files.models) == 1 and not files.partitioned
+    with replaced(
         engine,
         _get_all_ckpt_names=lambda *_: [str(files.models[0])],
         **({} if simple else {"load_module_state_dict": lambda **_: _load_untrained(engine, rest)}),
@@ -128,14 +120,14 @@ def load_elsewhere(engine: Any, folder: Path, load_engine_state: Any, options: d
         client_state.pop(key, None)
     if communicator.dp_rank == 0:
         logger.info(
-            f"FiraAdam: resumed at step {engine.global_steps} on {communicator.dp_size} ranks at ZeRO stage {stage} "
-            f"from {max(1, len(files.optimizers))} files of optimizer states"
+            f"{optimizer.algorithm.name}: resumed at step {engine.global_steps} on {communicator.dp_size} ranks at "
+            f"ZeRO stage {stage} from {max(1, len(files.optimizers))} files of optimizer states"
         )
     return path, client_state
 
 
 @contextmanager
-def stepped_params(engine: Any) -> Iterator[None]:
+def stepped_params(engine: DeepSpeedEngine) -> Iterator[None]:
     """Where stage 3 keeps the stepped tensors out of the param groups, put them there for a while."""
     wrapper = getattr(engine, "optimizer", None)
     if not hasattr(wrapper, "_set_fp32_optimizer_param_groups"):
@@ -148,18 +140,7 @@ def stepped_params(engine: Any) -> Iterator[None]:
         wrapper._clear_fp32_optimizer_param_groups()
 
 
-@contextmanager
-def _overridden(engine: Any, **methods: Any) -> Iterator[None]:
-    for name, method in methods.items():
-        setattr(engine, name, method)
-    try:
-        yield
-    finally:
-        for name in methods:
-            delattr(engine, name)
-
-
-def write_back(engine: Any) -> None:
+def write_back(engine: DeepSpeedEngine) -> None:
     """Give the module the weights of the master copies, as a step does; a collective call."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "update_lp_params"):  # stages 1 and 2
@@ -183,9 +164,9 @@ def write_back(engine: Any) -> None:
                 param.data.copy_(master.data)
 
 
-def _carry_loss_scale(wrapper: Any, saved: dict[str, Any]) -> None:
+def _carry_loss_scale(wrapper: object, saved: Mapping[str, object]) -> None:
     """Go on with the loss scale, and with the steps counted towards the next change of it, if both runs have one."""
-    source: Any = saved.get("loss_scaler", saved)
+    source = saved.get("loss_scaler", saved)
     target = getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
     if target is None or not saved.get("dynamic_loss_scale") or not getattr(wrapper, "dynamic_loss_scale", True):
         return
@@ -195,24 +176,19 @@ def _carry_loss_scale(wrapper: Any, saved: dict[str, Any]) -> None:
             setattr(target, name, value)
 
 
-def _is_partitioned(files: CheckpointFiles) -> bool:
-    """Whether stage 3 saved it: its model files hold no weights."""
-    return MODEL_FILE.fullmatch(files.models[0].name).groups()[0] is not None
-
-
 def _untrained(files: CheckpointFiles) -> dict[str, Tensor]:
     """Buffers and frozen weights by name, whole."""
-    models = [files.model(number) for number in range(len(files.models) if _is_partitioned(files) else 1)]
+    models = [files.model(number) for number in range(len(files.models) if files.partitioned else 1)]
     found = {name: value for name, value in models[0]["module"].items() if isinstance(value, Tensor)}
     shapes = models[0].get("frozen_param_shapes") or {}
-    if _is_partitioned(files):
+    if files.partitioned:
         for name, shape in shapes.items():
             whole = torch.cat([model["frozen_param_fragments"][name].reshape(-1) for model in models])
             found[name] = whole[: shape.numel()].view(shape)
     return normalized(found)
 
 
-def _load_untrained(engine: Any, values: Mapping[str, Tensor]) -> None:
+def _load_untrained(engine: DeepSpeedEngine, values: Mapping[str, Tensor]) -> None:
     """Set the buffers and the frozen weights; what is trained comes from the master copies. A collective call."""
     module: nn.Module = engine.module
     trained = {name for group in engine.basic_optimizer.members for name, _ in group}
@@ -227,48 +203,36 @@ def _load_untrained(engine: Any, values: Mapping[str, Tensor]) -> None:
                     param.data.copy_(values[name])
 
 
-def register_checkpoint(attach: Callable[[Any], None]) -> None:
-    """Extend DeepSpeed's loading for engines that train with FiraAdam; again without effect.
-
-    Args:
-        attach: tells an engine's optimizer what lies where, where a checkpoint changes what is projected.
-    """
-    load_checkpoint, load_zero = DeepSpeedEngine._load_checkpoint, DeepSpeedEngine._load_zero_checkpoint
-    if hasattr(load_zero, "__wrapped__"):
-        return
-
-    @functools.wraps(load_checkpoint)
-    def _load_checkpoint(engine: Any, load_dir: str, tag: str, **options: Any) -> Any:
-        engine.fira_has_loaded = False
-        optimizer = engine.basic_optimizer
-        if not isinstance(optimizer, LowRankOptimizer):
-            return load_checkpoint(engine, load_dir, tag, **options)
-        folder = Path(load_dir, str(tag))
-        optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
-        with only_safe_loads(not optimizer.unpickle_checkpoints):
-            if not optimizer.unpickle_checkpoints:
-                # Stage 3 takes the weights from the optimizer's files.
-                require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3)
-            if optimizer_too:
-                project_as_saved(optimizer, saved_groups(engine, folder), functools.partial(attach, engine))
-            if optimizer_too and saved_elsewhere(engine, folder):
+def load_states(
+    load_checkpoint: Callable[..., Loaded], engine: DeepSpeedEngine, load_dir: str, tag: str, **options: bool
+) -> Loaded:
+    """`_load_checkpoint`: loads what other ranks, another stage or dtype saved; runs no code of a file."""
+    engine.fira_has_loaded = False
+    if not trains_ours(engine):
+        return load_checkpoint(engine, load_dir, tag, **options)
+    optimizer, folder = engine.basic_optimizer, Path(load_dir, str(tag))
+    optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
+    with only_safe_loads(not optimizer.unpickle_checkpoints):
+        if not optimizer.unpickle_checkpoints:
+            # Stage 3 takes the weights from the optimizer's files.
+            require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3)
+        if optimizer_too:
+            header = read_header(optimizer, folder)
+            with errors_name(optimizer.algorithm.name):
+                project_as_saved(optimizer, header.groups, functools.partial(attach, engine))
+            if header.layout not in (None, optimizer.attachment.digest):
                 load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
                 loaded = load_elsewhere(engine, folder, load_engine_state, options)
                 engine.fira_has_loaded = True
                 return loaded
-            if optimizer_too:
-                with stepped_params(engine):
-                    require_own_share(engine, folder)
-            return load_checkpoint(engine, load_dir, tag, **options)
+            with stepped_params(engine):
+                require_own_share(engine, folder)
+        return load_checkpoint(engine, load_dir, tag, **options)
 
-    @functools.wraps(load_zero)
-    def _load_zero_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> bool:
-        if engine.fira_has_loaded:
-            return True
-        optimizer = engine.basic_optimizer
-        ours = isinstance(optimizer, LowRankOptimizer)
-        with only_safe_loads(ours and not optimizer.unpickle_checkpoints):
-            return load_zero(engine, *args, **kwargs)
 
-    DeepSpeedEngine._load_checkpoint = _load_checkpoint
-    DeepSpeedEngine._load_zero_checkpoint = _load_zero_checkpoint
+def load_zero_states(load_zero: Callable[..., bool], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> bool:
+    """`_load_zero_checkpoint`: only where `load_states` has not loaded the states; runs no code of a file."""
+    if getattr(engine, "fira_has_loaded", False):
+        return True
+    with only_safe_loads(trains_ours(engine) and not engine.basic_optimizer.unpickle_checkpoints):
+        return load_zero(engine, *args, **kwargs)

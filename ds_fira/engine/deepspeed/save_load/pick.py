@@ -1,4 +1,4 @@
-"""Which checkpoint `engine.load_checkpoint` takes: the newest that is complete, the same on every rank.
+"""Choose the checkpoint that `engine.load_checkpoint` takes: the newest that is complete, the same on every rank.
 
 Written against DeepSpeed 0.19.8. What it relies on: `use_node_local_storage`, and that `latest` lies beside the tags;
 that loading finds its files through `_get_all_ckpt_names` and, for the weights alone at stage 3, through
@@ -9,30 +9,54 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import deepspeed.runtime.engine as deepspeed_engine
 from deepspeed import comm as dist
-from deepspeed.utils import logger, zero_to_fp32
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger
 
-from ds_fira.checkpoint import atomic_save
+from ds_fira.checkpoint import manifest, tag_folder
 from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.checkpoint.manifest import FORMAT, REPLACED, STAGING
-from ds_fira.checkpoint.tag_folder import beside
-from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, OPTIMIZER_FILE, load
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
 from ds_fira.sharding.comm import Communicator
 
+T = TypeVar("T")
+# The tag that is being loaded and the names of its files, where its manifest lists them.
+_loading: ContextVar[tuple[str | None, Collection[str] | None]] = ContextVar("_loading", default=(None, None))
 _warned: set[Path] = set()
 
 
-def owns_storage(engine: Any) -> bool:
+def owns_storage(engine: DeepSpeedEngine) -> bool:
     """Whether this rank moves the files of its storage: rank 0, or the first of each node."""
     return (engine.local_rank if engine.use_node_local_storage() else engine.global_rank) == 0
 
 
-def choose(engine: Any, call: inspect.BoundArguments) -> str | None:
+def require_all(name: str, communicator: Communicator, error: str | None, item: T = None) -> list[T]:
+    """Gather an item of every rank, unless some rank has an error.
+
+    Args:
+        name: of the optimizer.
+        communicator: of the ranks.
+        error: of this rank, the rest of a sentence that begins with the rank; None without one.
+        item: of this rank.
+
+    Raises:
+        CheckpointError: some rank has an error; on every rank with the same sentence.
+    """
+    answers = communicator.gather_objects((error, item))
+    errors = [(rank, text) for rank, (text, _) in enumerate(answers) if text is not None]
+    if errors:
+        (rank, text), *more = errors
+        others = f" (and {len(more)} more ranks)" if more else ""
+        raise CheckpointError(f"{name}: rank {rank}{others} {text}")
+    return [item for _, item in answers]
+
+
+def choose(engine: DeepSpeedEngine, call: inspect.BoundArguments) -> str | None:
     """The tag to load, the same on every rank; None leaves it to DeepSpeed, which finds nothing.
 
     With node-local storage the parts on the nodes have to be of one save. Where a crash has left them under different
@@ -48,11 +72,10 @@ def choose(engine: Any, call: inspect.BoundArguments) -> str | None:
 class _Choice:
     """One call of `load_checkpoint` on one rank; what it decides goes by what all ranks have gathered."""
 
-    def __init__(self, engine: Any, call: inspect.BoundArguments) -> None:
+    def __init__(self, engine: DeepSpeedEngine, call: inspect.BoundArguments) -> None:
         given, self.communicator = call.arguments, Communicator()
         self.name: str = engine.basic_optimizer.algorithm.name
         self.folder = Path(given["load_dir"])
-        self.told = ""  # rank 0's folder, for sentences that are the same on every rank
         self.asked = None if given["tag"] is None else str(given["tag"])
         partial = given["load_module_only"] or not given["load_optimizer_states"]
         self.model_only = partial and engine.zero_optimization_stage() < 3
@@ -62,13 +85,14 @@ class _Choice:
 
     def make(self) -> str | None:
         """See `choose`."""
-        wanted, fault, candidates = self._gathered(self._candidates)[0]
+        # Rank 0's folder, for sentences that are the same on every rank.
+        wanted, fault, candidates, told = self._gathered(self._candidates)[0]
         if fault is not None and self.asked is not None:
             raise CheckpointError(
-                f"{self.name}: nothing can be loaded under tag {atomic_save.shown(wanted)}, which {fault}: give "
-                f"load_checkpoint the name of a folder inside {self.told}."
+                f"{self.name}: nothing can be loaded under tag {tag_folder.shown(wanted)}, which {fault}: give "
+                f"load_checkpoint the name of a folder inside {told}."
             )
-        faults = {} if fault is None else {atomic_save.LATEST: fault}
+        faults = {} if fault is None else {tag_folder.LATEST: fault}
         for tag, save_id in candidates:
             own = tag
             if self.local:
@@ -79,77 +103,61 @@ class _Choice:
                 found = self._gathered(self._find_damage, own)
             if not any(found):
                 if wanted is None and not faults:
-                    faults = {atomic_save.LATEST: "it is missing"}
+                    faults = {tag_folder.LATEST: "it is missing"}
                 self._warn(faults, f"loading {tag!r} instead")
                 if not faults and tag != wanted:
                     self._say(
-                        f"{tag!r} was complete when its run was killed, before {atomic_save.LATEST} named it: "
-                        "loading it"
+                        f"{tag!r} was complete when its run was killed, before {tag_folder.LATEST} named it: loading it"
                     )
                 self._tell_unverified(own)
                 return own
             faults[tag] = next(text for text in found if text)
-        if wanted is not None or any(not atomic_save.is_leftover(tag) for tag in faults):
+        if wanted is not None or any(not manifest.is_leftover(tag) for tag in faults):
             # Of rank 0: the others may come here later, when the folder has changed.
             others = self._gathered(lambda: self._others(faults))[0]
             remedy = f"load another tag, such as {others[0]!r}" if others else "load from another folder"
-            told = "; ".join(f"{Path(self.told, tag)}: {text}" for tag, text in faults.items())
-            raise CheckpointError(f"{self.name}: no complete checkpoint to load ({told}): {remedy}.")
+            why = "; ".join(f"{Path(told, tag)}: {text}" for tag, text in faults.items())
+            raise CheckpointError(f"{self.name}: no complete checkpoint to load ({why}): {remedy}.")
         self._warn(faults, "there is no complete one")
         return None
 
-    def _gathered(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What a function returns on every rank.
-
-        Raises:
-            CheckpointError: it raised on some rank; on every rank, so that none waits for another.
-        """
+    def _gathered(self, function: Callable[..., T], *args: object) -> list[T]:
+        """What a function returns on every rank; raises as `require_all` where it raised on some rank."""
         answer, error = None, None
         try:
             answer = function(*args)
         except Exception as raised:
-            error = f"{type(raised).__name__}: {raised}"
-        answers = self.communicator.gather_objects((answer, error, str(self.folder)))
-        self.told = answers[0][2]
-        failed = [(rank, text) for rank, (_, text, _) in enumerate(answers) if text is not None]
-        if failed:
-            rank, text = failed[0]
-            raise CheckpointError(
-                f"{self.name}: rank {rank} cannot read the checkpoints in {self.told} ({text}): mend the folder or "
-                "load from another one."
-            )
-        return [answer for answer, *_ in answers]
+            told = f"{type(raised).__name__}: {raised}"
+            error = f"cannot read the checkpoints in {self.folder} ({told}): mend the folder or load from another one."
+        return require_all(self.name, self.communicator, error, answer)
 
-    def _candidates(self) -> tuple[str | None, str | None, list[tuple[str, str | None]]] | None:
-        """The tag that is wanted, its fault, and what to try with the ids of its saves.
+    def _candidates(self) -> tuple[str | None, str | None, list[tuple[str, str | None]], str] | None:
+        """The tag that is wanted, its fault, what to try with the ids of its saves, and the folder.
 
         Of rank 0: DeepSpeed alone writes `latest` on the first node only.
         """
         if self.communicator.dp_rank != 0:
             return None
         if self.asked is not None:
-            wanted, fault = self.asked, atomic_save.find_tag_fault(self.folder, self.asked)
-            found = [] if fault else atomic_save.in_order(self.folder, wanted, only=True)
+            wanted, fault = self.asked, tag_folder.find_tag_fault(self.folder, self.asked)
+            found = [] if fault else tag_folder.in_order(self.folder, wanted, only=True)
         else:
-            wanted, fault = atomic_save.look_up_latest(self.folder)
+            wanted, fault = tag_folder.look_up_latest(self.folder)
             wanted = "" if fault else wanted
-            found = atomic_save.in_order(self.folder, wanted)
-        return wanted, fault, [(tag, self._save_id(tag)) for tag in found]
+            found = tag_folder.in_order(self.folder, wanted)
+        return wanted, fault, [(tag, self._save_id(tag)) for tag in found], str(self.folder)
 
     def _save_id(self, tag: str) -> str | None:
-        try:
-            return (atomic_save.read_manifest(self.folder / tag) or {}).get("save_id")
-        except ValueError:
-            return None
+        return (manifest.whole_manifest(self.folder / tag) or {}).get("save_id")
 
     def _find_fault(self, tag: str, save_id: str | None) -> str | None:
         """Of the ranks that own a storage: what is missing, or that it is of another save than rank 0's."""
         if not self.owner:
             return None
-        fault = atomic_save.find_fault(self.folder / tag, self.model_only)
+        fault = manifest.find_fault(self.folder / tag, self.model_only)
         if fault is None and self.local and self._save_id(tag) != save_id:
             fault = "its parts on the nodes are of different saves"
-        if fault is None and self.whole and not self.local and atomic_save.listed_files(self.folder / tag) is None:
+        if fault is None and self.whole and not self.local and manifest.listed_files(self.folder / tag) is None:
             fault = _find_missing_ranks(self.folder / tag)
         return fault
 
@@ -157,14 +165,14 @@ class _Choice:
         if self.local and not self.owner:
             return None
         share = (0, 1) if self.local else (self.communicator.dp_rank, self.communicator.dp_size)
-        return atomic_save.find_damage(self.folder / tag, self.model_only, *share)
+        return manifest.find_damage(self.folder / tag, self.model_only, *share)
 
     def _others(self, faults: dict[str, str]) -> list[str]:
         """What is complete in the folder beside what was tried."""
         if self.communicator.dp_rank != 0:
             return []
-        listed = [tag for tag in atomic_save.in_order(self.folder, None) if tag not in faults]
-        return [tag for tag in listed if atomic_save.find_fault(self.folder / tag) is None]
+        listed = [tag for tag in tag_folder.in_order(self.folder, None) if tag not in faults]
+        return [tag for tag in listed if manifest.find_fault(self.folder / tag) is None]
 
     def _warn(self, faults: dict[str, str], outcome: str) -> None:
         """Name the checkpoints that are not taken, and why."""
@@ -181,13 +189,13 @@ class _Choice:
         path = self.folder / tag
         if dist.get_rank() != 0 or path in _warned:
             return
-        content = atomic_save.read_manifest(path)
+        content = manifest.read_manifest(path)
         if content is not None and content["format"] >= FORMAT:
             return
         _warned.add(path)
-        lack = f"no {atomic_save.MANIFEST}, so that nothing of it could be verified"
+        lack = f"no {manifest.MANIFEST}, so that nothing of it could be verified"
         if content is not None:
-            lack = f"a {atomic_save.MANIFEST} of format {content['format']}, which has no checksum of itself"
+            lack = f"a {manifest.MANIFEST} of format {content['format']}, which has no checksum of itself"
         logger.warning(f"{self.name}: {path} has {lack}: the next save writes one of format {FORMAT}.")
 
 
@@ -196,22 +204,20 @@ def _names(tag: str) -> list[str]:
     parent, _, name = tag.rpartition("/")
     name = name.removeprefix(STAGING).removeprefix(REPLACED)
     base = f"{parent}/{name}" if parent else name
-    return [base, beside(base, STAGING), beside(base, REPLACED)]
+    return [base, tag_folder.beside(base, STAGING), tag_folder.beside(base, REPLACED)]
 
 
 def _find_missing_ranks(path: Path) -> str | None:
     """Of a checkpoint without a manifest: the ranks whose optimizer states are missing."""
-    names = [entry.name for entry in path.iterdir() if entry.is_file()]
-    models = sorted(name for name in names if MODEL_FILE.fullmatch(name))
-    if not models:
+    files = CheckpointFiles.find(path, every=False)
+    if not files.models:
         return "its file of the model's states is missing"
     try:
-        content = load(path / models[0])
+        content = files.model()
         size, replicated = int(content["dp_world_size"]), content.get("optimizer") is not None
     except Exception:
         return None  # loading says what is wrong with it
-    found = {int(match.groups()[-1]) for name in names if (match := OPTIMIZER_FILE.fullmatch(name))}
-    absent = [rank for rank in range(size) if rank not in found]
+    absent = [rank for rank in range(size) if rank not in files.ranks]
     if replicated or not absent:
         return None
     return f"it lacks the optimizer states of ranks {absent} of the {size} that saved it"
@@ -219,35 +225,21 @@ def _find_missing_ranks(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def only_listed_files(folder: Path, tag: str) -> Iterator[None]:
-    """Hide from DeepSpeed what lies in a checkpoint's folder and does not belong to it.
-
-    Loading the weights alone at stage 3, it would also read what `latest` names, whatever the tag.
-    """
-    listed = atomic_save.listed_files(folder / tag)
-
-    def belongs(path: str) -> bool:
-        return listed is None or Path(path).name in listed
-
-    cls = deepspeed_engine.DeepSpeedEngine
-    find, find_shards, consolidate = (
-        cls._get_all_ckpt_names,
-        zero_to_fp32.get_checkpoint_files,
-        deepspeed_engine.get_fp32_state_dict_from_zero_checkpoint,
-    )
-
-    def find_listed(self: Any, *args: Any) -> list[str]:
-        return [path for path in find(self, *args) if belongs(path)]
-
-    def find_listed_shards(*args: Any) -> list[str]:
-        return [path for path in find_shards(*args) if belongs(path)]
-
-    def consolidate_tag(checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        return consolidate(checkpoint_dir, tag, *args, **kwargs)
-
+    """Hide from DeepSpeed what lies in a checkpoint's folder and does not belong to it, while it loads the tag."""
+    token = _loading.set((tag, manifest.listed_files(folder / tag)))
     try:
-        cls._get_all_ckpt_names, zero_to_fp32.get_checkpoint_files = find_listed, find_listed_shards
-        deepspeed_engine.get_fp32_state_dict_from_zero_checkpoint = consolidate_tag
         yield
     finally:
-        cls._get_all_ckpt_names, zero_to_fp32.get_checkpoint_files = find, find_shards
-        deepspeed_engine.get_fp32_state_dict_from_zero_checkpoint = consolidate
+        _loading.reset(token)
+
+
+def find_listed(find: Callable[..., list[str]], *args: object) -> list[str]:
+    """`_get_all_ckpt_names` and `get_checkpoint_files`: without files that do not belong to the tag that is loaded."""
+    _, listed = _loading.get()
+    return [path for path in find(*args) if listed is None or Path(path).name in listed]
+
+
+def consolidate_tag(consolidate: Callable[..., T], checkpoint_dir: str, *args: object, **kwargs: object) -> T:
+    """`get_fp32_state_dict_from_zero_checkpoint`: of the tag that is loaded; DeepSpeed reads what `latest` names."""
+    tag, _ = _loading.get()
+    return consolidate(checkpoint_dir, *(args if tag is None else (tag, *args)), **kwargs)

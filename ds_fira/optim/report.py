@@ -1,23 +1,79 @@
-"""The recorded scaling factors of a training for its user: in memory, and in a file."""
+"""What a training script asks about a run: how the low-rank steps go, bytes of state, recorded scaling factors.
+
+Every function takes an optimizer of this package, or an engine that trains with one. Under an engine each is a
+collective call: every rank makes it.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ds_fira.engine.deepspeed.attach import fira_of
+from ds_fira.observe.metrics import Totals
 from ds_fira.observe.scaling_series import Factors
+from ds_fira.optim.registry import fira_of
+from ds_fira.optim.state_size import adamw_bytes, formula_bytes, state_bytes
 
 _TENSORS = ("matrix", "column", "count")
 
 
-def scaling_factors(engine_or_optimizer: Any) -> Factors:
+def metrics(engine_or_optimizer: object) -> dict[str, float | int]:
+    """Fira at work since the run began, over all ranks. Under an engine a collective call.
+
+    A checkpoint carries the counters, so the steps before a resume are included.
+
+    Args:
+        engine_or_optimizer: an optimizer of this package, or a DeepSpeed engine that trains with one.
+
+    Returns:
+        `captured_energy`, the mean over matrix steps of |P'G|^2 / |G|^2; `residual_norm`, the root mean square over
+        steps of the norm of all matrices' residuals as they went into the update; `limiter_activations`, matrix steps
+        in which the limiter shrank the residual, and `limiter_share`, of all; `refreshes`, bases computed;
+        `refresh_seconds`, wall time of refreshes on the rank that spent most; `matrix_steps`; `projected_matrices`.
+
+    Raises:
+        ValueError: the engine trains with another optimizer.
+    """
+    optimizer = fira_of(engine_or_optimizer)
+    ranks = [optimizer.metrics.totals()]
+    if optimizer.communicator is not None:
+        ranks = [Totals(*row) for row in optimizer.communicator.gather_numbers(astuple(ranks[0]))]
+    together = Totals.over_ranks(ranks, optimizer.replicated)
+    return {**together.figures(), "projected_matrices": sum(record.matrices for record in optimizer.inventory)}
+
+
+def memory_report(engine_or_optimizer: object) -> dict[str, int | list[int]]:
+    """Bytes of optimizer state. Under an engine a collective call.
+
+    Args:
+        engine_or_optimizer: as in `metrics`.
+
+    Returns:
+        `optimizer_state_bytes`, measured, one figure for each rank; `paper_formula_bytes`, mr + 2nr + 1 per projected
+        matrix and AdamW for the rest at four bytes, over all ranks; `adamw_bytes`, what AdamW would hold. Measured
+        states are more than the formula where partition boundaries cut matrices and `exact_cuts` is off: each rank
+        that shares one projected on the right holds its basis, nr more for every rank beyond the first; on the left a
+        row of the basis is held twice where its row of the matrix is cut. At stage 3 only such rows are held twice.
+
+    Raises:
+        ValueError: as in `metrics`.
+    """
+    optimizer = fira_of(engine_or_optimizer)
+    held, communicator = state_bytes(optimizer), optimizer.communicator
+    return {
+        "optimizer_state_bytes": [held] if communicator is None else communicator.gather_objects(held),
+        "paper_formula_bytes": formula_bytes(optimizer.inventory),
+        "adamw_bytes": adamw_bytes(optimizer.inventory),
+    }
+
+
+def scaling_factors(engine_or_optimizer: object) -> Factors:
     """The scaling factors |psi(R)| / |R| recorded so far, of all ranks. Under an engine a collective call.
 
     What they are of and what is in them: docs/monitoring.md. A checkpoint carries them on.
@@ -39,13 +95,13 @@ def scaling_factors(engine_or_optimizer: Any) -> Factors:
     optimizer = fira_of(engine_or_optimizer)
     if optimizer.recorder is None:
         raise ValueError(
-            "FiraAdam: record_scaling_factors = 0 records no scaling factors; give a number of steps, such as 10, "
-            "before training."
+            f"{optimizer.algorithm.name}: record_scaling_factors = 0 records no scaling factors; give a number of "
+            "steps, such as 10, before training."
         )
     return optimizer.recorder.gather(optimizer.communicator, optimizer.replicated)
 
 
-def write_scaling_factors(engine_or_optimizer: Any, path: str | Path) -> None:
+def write_scaling_factors(engine_or_optimizer: object, path: str | Path) -> None:
     """Write what `scaling_factors` gives to one NumPy .npz file. Under an engine a collective call; rank 0 writes.
 
     The file holds plain arrays under "NAME/steps", "NAME/matrix", "NAME/column", "NAME/count", "NAME/side",

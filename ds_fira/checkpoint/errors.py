@@ -1,18 +1,48 @@
-"""What went wrong in a save on one rank, as a sentence with the reason and the remedy."""
+"""What went wrong in a save or a load on one rank, as a sentence with the reason and the remedy.
+
+The readers and writers of this package raise sentences without a name in front. Whoever holds the optimizer adds its
+name, so that users read the one that they chose.
+"""
 
 from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ds_fira.checkpoint.folder_lock import InUse
+from ds_fira.core.algorithms import ALGORITHMS
 
 _PROBE = 1 << 20  # bytes
 
 
+def load_sentence(error: Exception, name: str, rank: int = 0) -> str:
+    """What to tell of an error of loading: one sentence, with the optimizer's name before it.
+
+    Args:
+        error: what was raised; a `ValueError` says itself what to do.
+        name: of the optimizer.
+        rank: that failed.
+    """
+    if not isinstance(error, ValueError):
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{name}: rank {rank} could not load the checkpoint ({told}); load another tag."
+    return str(error) if str(error).partition(":")[0] in ALGORITHMS else f"{name}: {error}"
+
+
+@contextmanager
+def errors_name(name: str) -> Iterator[None]:
+    """Put an optimizer's name before the sentence of a `ValueError` that is raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(load_sentence(error, name)) from error
+
+
 def save_sentence(error: Exception, path: Path | None, folder: Path, tag: str) -> str:
-    """The rest of a sentence that begins with the rank.
+    """Say what stopped a save: the rest of a sentence that begins with the rank.
 
     Args:
         error: what was raised.

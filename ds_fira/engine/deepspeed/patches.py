@@ -1,0 +1,155 @@
+"""Every patch of DeepSpeed, in one table.
+
+DeepSpeed looks a JSON type outside its own list up in `torch.optim`, gives it parameters without names, wraps it
+without telling it what lies where, and saves and loads checkpoints in its own way. So methods are wrapped, each by a
+plain function `f(original, *args, **kwargs)` of the file that its row names. Every such function asks first whether the
+engine trains with an optimizer of this package, and otherwise only calls the original.
+
+Rows of one method nest in the order of the table: the first is called last, next to DeepSpeed's own code. So a step
+goes through `step` and `_take_model_step` of the engine, then `step` and `_update_scale` of the optimizer wrapper, and
+meets: failures of other ranks, the comparison of weights, the monitors, the loss scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import deepspeed
+import deepspeed.runtime.engine as deepspeed_engine
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.utils import zero_to_fp32
+
+from ds_fira.engine.deepspeed import attach, loss_scale, monitor, peers, weight_sync
+from ds_fira.engine.deepspeed.save_load import client_state, load, pick, save
+from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.registry import TYPES, add_types
+
+# On a class or module of DeepSpeed: the rows that are on.
+_INSTALLED = "_ds_fira_patches"
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One method or function of DeepSpeed, and what wraps it.
+
+    Attributes:
+        owner: the class or module that has it.
+        name: of the method.
+        wrapper: called with the original and its arguments.
+        optional: whether a supported release of DeepSpeed lacks the method.
+    """
+
+    owner: type | ModuleType
+    name: str
+    wrapper: Callable[..., object]
+    optional: bool = False
+
+    @property
+    def key(self) -> str:
+        """The row's name among those of its owner."""
+        return f"{self.name}: {self.wrapper.__module__}.{self.wrapper.__qualname__}"
+
+
+# Above each row: what it is for; what it relies on in DeepSpeed.
+PATCHES = (
+    # --- An engine is built.
+    # An error before any engine is begun ends every rank; scripts call it as deepspeed.initialize.
+    Patch(deepspeed, "initialize", peers.agree_on_failed_start),
+    # The ranks agree on what they build, or all hear why one failed; all of this part is called from it.
+    Patch(DeepSpeedEngine, "__init__", peers.build_among_peers),
+    # Refuses unsupported settings, then compares config, model and parameters over the ranks; called with the config in
+    # _config, before the first collective.
+    Patch(DeepSpeedEngine, "_do_sanity_check", attach.check_config),
+    Patch(DeepSpeedEngine, "_do_sanity_check", peers.agree_on_config),
+    # Makes the optimizer with the names of its parameters; called for a JSON type, with the parameters.
+    Patch(DeepSpeedEngine, "_configure_basic_optimizer", attach.build_optimizer),
+    # Compares the optimizer over the ranks; called with it before it is wrapped.
+    Patch(DeepSpeedEngine, "_do_optimizer_sanity_check", peers.agree_on_optimizer),
+    # Tells the optimizer what lies where, and every rank of an error before that; sets basic_optimizer and its wrapper
+    # optimizer.
+    Patch(DeepSpeedEngine, "_configure_optimizer", attach.attach_built),
+    Patch(DeepSpeedEngine, "_configure_optimizer", peers.agree_on_refusal),
+    # Lets a process that loses another one say so; called once, after the optimizer is there.
+    Patch(DeepSpeedEngine, "_configure_checkpointing", save.explain_lost_contact),
+    # --- It trains.
+    # Raises what another rank has published.
+    Patch(DeepSpeedEngine, "forward", peers.call_among_peers),
+    # Multiplies the loss by the scale of stage 0; DeepSpeed returns the loss as it is where it does not. From 0.18 on.
+    Patch(DeepSpeedEngine, "scale", loss_scale.scale_loss, optional=True),
+    # The same; then adds up the micro-batch's share of the loss, which is returned; then as forward.
+    Patch(DeepSpeedEngine, "backward", loss_scale.scale_backward),
+    Patch(DeepSpeedEngine, "backward", monitor.add_loss),
+    Patch(DeepSpeedEngine, "backward", peers.call_among_peers),
+    # Lets the loss scale grow after the step; step calls _update_scale before it divides the gradients by the scale.
+    *(Patch(wrapper, "_update_scale", loss_scale.put_off_growth) for wrapper in loss_scale.WRAPPERS),
+    *(Patch(wrapper, "step", loss_scale.grow_after_step) for wrapper in loss_scale.WRAPPERS),
+    # Writes events, then compares the weights; makes the optimizer step on every rank, counts global_steps and
+    # global_samples.
+    Patch(DeepSpeedEngine, "_take_model_step", monitor.report_step),
+    Patch(DeepSpeedEngine, "_take_model_step", weight_sync.check_after_step),
+    # Tells the others of an error, and raises theirs; global_steps counts the steps before.
+    Patch(DeepSpeedEngine, "step", peers.step_among_peers),
+    # --- It saves and loads.
+    # Survives a crash, then adds generators, counters and records; writes through checkpoint_engine.save and
+    # _copy_recovery_script, and client_state beside the weights.
+    Patch(DeepSpeedEngine, "save_checkpoint", save.save_whole),
+    Patch(DeepSpeedEngine, "save_checkpoint", client_state.save_with_resume_state),
+    # Hide files that are not the checkpoint's; loading finds its files through these.
+    Patch(DeepSpeedEngine, "_get_all_ckpt_names", pick.find_listed),
+    Patch(zero_to_fp32, "get_checkpoint_files", pick.find_listed),
+    # Takes weights alone at stage 3 from the tag that is loaded; takes the tag after the folder, else reads latest.
+    Patch(deepspeed_engine, "get_fp32_state_dict_from_zero_checkpoint", pick.consolidate_tag),
+    # Skips states that the row below has loaded, runs no code of a file; returns whether it has loaded.
+    Patch(DeepSpeedEngine, "_load_zero_checkpoint", load.load_zero_states),
+    # Loads what other ranks, stages and dtypes saved, runs no code of a file; takes all but folder and tag by keyword.
+    Patch(DeepSpeedEngine, "_load_checkpoint", load.load_states),
+    # Takes the newest complete checkpoint, then generators, counters and records; returns path and client state.
+    Patch(DeepSpeedEngine, "load_checkpoint", save.load_whole),
+    Patch(DeepSpeedEngine, "load_checkpoint", client_state.load_with_resume_state),
+    # Gives the folder of checkpoints back.
+    Patch(DeepSpeedEngine, "destroy", save.release_folder),
+)
+
+# Replaced on one object for the length of one call, and put back then: whose, what, by which file.
+TEMPORARY = (
+    ("TorchCheckpointEngine", "save", "save_load.save"),  # notes what is written, keeps errors for all ranks
+    ("DeepSpeedEngine", "_copy_recovery_script", "save_load.save"),  # into the staging folder
+    ("DeepSpeedEngine", "_get_all_ckpt_names", "save_load.load"),  # one model file for every rank
+    ("DeepSpeedEngine", "load_module_state_dict", "save_load.load"),  # weights that other ranks saved
+    ("torch", "load", "checkpoint.safe_load"),  # runs no code of a file that DeepSpeed reads
+)
+
+
+def register(*types: type[LowRankOptimizer]) -> None:
+    """Make `"type": "FiraAdam"` a DeepSpeed optimizer; called by `import ds_fira`, and again without effect.
+
+    Args:
+        *types: further optimizers of this package's kind, each by its class's name.
+    """
+    add_types(*types)
+    ZERO_SUPPORTED_OPTIMIZERS.extend(kind for kind in TYPES.values() if kind not in ZERO_SUPPORTED_OPTIMIZERS)
+    for patch in PATCHES:
+        install(patch)
+
+
+def is_installed(patch: Patch) -> bool:
+    """Whether a method is wrapped by this package, whoever else has wrapped it before or since."""
+    return patch.key in vars(patch.owner).get(_INSTALLED, ())
+
+
+def install(patch: Patch) -> None:
+    """Wrap a method, once."""
+    if is_installed(patch) or (patch.optional and not hasattr(patch.owner, patch.name)):
+        return
+    original = getattr(patch.owner, patch.name)
+
+    @functools.wraps(original)
+    def patched(*args: object, **kwargs: object) -> object:
+        return patch.wrapper(original, *args, **kwargs)
+
+    setattr(patch.owner, patch.name, patched)
+    setattr(patch.owner, _INSTALLED, (*vars(patch.owner).get(_INSTALLED, ()), patch.key))

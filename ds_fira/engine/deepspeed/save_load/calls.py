@@ -1,0 +1,32 @@
+"""Wrap calls of DeepSpeed's methods: their arguments by name, and methods that are others for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+
+
+def bound(method: Callable[..., object], *args: object, **kwargs: object) -> inspect.BoundArguments:
+    """The arguments of a call by name, with the defaults of those that are not given."""
+    call = inspect.signature(method).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call
+
+
+@contextlib.contextmanager
+def replaced(owner: object, **methods: Callable[..., object]) -> Iterator[None]:
+    """Give one object other methods for a while; afterwards it has what it had.
+
+    Args:
+        owner: the object.
+        **methods: by the names that they replace, called without the object.
+    """
+    before = {name: vars(owner)[name] for name in methods if name in vars(owner)}
+    vars(owner).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(owner, name)
+        vars(owner).update(before)

@@ -1,0 +1,70 @@
+"""What an engine tells an optimizer about the tensors it steps: one record, handed over by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ds_fira.checkpoint.reconcile import Members
+from ds_fira.optim.state_size import ParamRecord
+from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.geometry import ParamSlice
+from ds_fira.sharding.local_matrices import LocalMatrices
+from ds_fira.sharding.plan import GroupLayout
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAttachment:
+    """Where an engine has put the parameters of a model, as one rank sees it; the defaults are those of no engine.
+
+    A stepped tensor is one that the optimizer has in its param groups on this rank: a parameter, or a flat partition
+    with the elements of many.
+
+    Attributes:
+        communicator: the ranks that share the work of a step.
+        replicated: whether each of them steps the same tensors, so that one computes a basis for all.
+        members: of every param group, names and shapes of its parameters over all ranks.
+        inventory: of every trained parameter over all ranks, how it is optimized.
+        layouts: of every flat buffer with projected matrices, which rank holds and steps what.
+        slices: by stepped tensor, the elements of parameters that it holds.
+        matrices: by flat partition, the projected matrices in it.
+        gradient_dtypes: by stepped tensor, the dtype in which its gradient was computed.
+        digest: of all that is the same on every rank; a state dict of another digest was saved elsewhere.
+    """
+
+    communicator: Communicator | None = None
+    replicated: bool = False
+    members: Sequence[Members] = ()
+    inventory: Sequence[ParamRecord] = ()
+    layouts: Sequence[GroupLayout] = ()
+    slices: Mapping[Tensor, tuple[ParamSlice, ...]] = field(default_factory=dict)
+    matrices: Mapping[Tensor, LocalMatrices] = field(default_factory=dict)
+    gradient_dtypes: Mapping[Tensor, torch.dtype] = field(default_factory=dict)
+    digest: str = ""
+
+
+ALONE = EngineAttachment()
+
+
+class Attachable:
+    """Reads what `attachment` says; an optimizer without an engine reads the defaults."""
+
+    attachment: EngineAttachment = ALONE
+
+    @property
+    def communicator(self) -> Communicator | None:
+        """The ranks that share the work of a step; None where no engine says."""
+        return self.attachment.communicator
+
+    @property
+    def members(self) -> Sequence[Members]:
+        """Of every param group, names and shapes of its parameters over all ranks; empty where no engine says."""
+        return self.attachment.members
+
+    @property
+    def layouts(self) -> Sequence[GroupLayout]:
+        """Which rank holds and steps what of the projected matrices; empty where no engine says."""
+        return self.attachment.layouts

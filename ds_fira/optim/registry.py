@@ -1,0 +1,38 @@
+"""The optimizers of this package by name, and the one that an engine trains with."""
+
+from __future__ import annotations
+
+import torch
+
+from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.fira_adam import FiraAdam
+from ds_fira.optim.galore_adam import GaLoreAdam
+from ds_fira.optim.plug import FiraRMSProp
+
+# By the type in an engine's config.
+TYPES: dict[str, type[LowRankOptimizer]] = {kind.__name__: kind for kind in (FiraAdam, GaLoreAdam, FiraRMSProp)}
+
+
+def add_types(*types: type[LowRankOptimizer]) -> None:
+    """Add optimizers, each by its class's name, and put all of them where engines look a type up: in `torch.optim`."""
+    TYPES.update({kind.__name__: kind for kind in types})
+    for name, kind in TYPES.items():
+        setattr(torch.optim, name, kind)
+
+
+def fira_of(engine_or_optimizer: object) -> LowRankOptimizer:
+    """The optimizer of this package that was given, or that is inside an engine or an optimizer wrapper.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = engine_or_optimizer
+    for attribute in ("basic_optimizer", "optimizer"):
+        if not isinstance(found, LowRankOptimizer):
+            found = getattr(found, attribute, None) or found
+    if not isinstance(found, LowRankOptimizer):
+        raise ValueError(
+            f"ds_fira: {type(engine_or_optimizer).__name__} trains with no optimizer of this package; set "
+            f"optimizer.type to {' or '.join(map(repr, TYPES))} in its DeepSpeed config."
+        )
+    return found
