@@ -18,8 +18,7 @@ from ds_fira.engine.deepspeed.report import memory_report, metrics
 from ds_fira.engine.deepspeed.save_load.client_state import register_resume
 from ds_fira.engine.deepspeed.scaling_report import read_scaling_factors, scaling_factors, write_scaling_factors
 from ds_fira.engine.deepspeed.weight_sync import register_sync
-from ds_fira.optim.fira_adam import FiraAdam
-from ds_fira.optim.galore_adam import GaLoreAdam
+from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
 from ds_fira.optim.param_groups import param_groups
 from ds_fira.optim.plug import FiraRMSProp, plug
 from ds_fira.optim.state_size import state_bytes

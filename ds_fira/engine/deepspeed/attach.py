@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ds_fira.checkpoint.slices import Piece
 from ds_fira.core.algorithms import KEY
-from ds_fira.core.param_shape import shape_of
+from ds_fira.core.selection import shape_of
 from ds_fira.engine.deepspeed.flat_groups import flat_groups
 from ds_fira.engine.deepspeed.loss_scale import mend_loss_scaling
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
@@ -39,8 +39,7 @@ from ds_fira.engine.deepspeed.unsupported import (
 )
 from ds_fira.engine.deepspeed.versions import warn_if_untested
 from ds_fira.optim.base import LowRankOptimizer
-from ds_fira.optim.fira_adam import FiraAdam
-from ds_fira.optim.galore_adam import GaLoreAdam
+from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
 from ds_fira.optim.param_groups import build_groups, group_defaults
 from ds_fira.optim.plug import FiraRMSProp
 from ds_fira.optim.settings import check_params, refuse_auto

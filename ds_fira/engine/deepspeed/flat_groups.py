@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_fira.core.param_shape import numel_of, shape_of
+from ds_fira.core.selection import numel_of, shape_of
 from ds_fira.sharding.geometry import MatrixShard, Partitioning, Piece, matrices_of
 
 

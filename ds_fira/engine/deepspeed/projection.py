@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure, saved_projection
-from ds_fira.core.param_shape import shape_of
+from ds_fira.core.selection import shape_of
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_fira.core.param_shape import shape_of
-from ds_fira.core.selection import find_projected_weights
+from ds_fira.core.selection import find_projected_weights, shape_of
 from ds_fira.engine.deepspeed.flat_groups import flat_groups
 from ds_fira.observe.scaling_recorder import under_adamw
 from ds_fira.optim.base import LowRankOptimizer
