@@ -19,7 +19,8 @@ from ds_fira.core.settings import ParamGroup
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.constructor import Params, bind, documented, signature_of
-from ds_fira.optim.param_groups import by_kind, group_defaults, grouped, linear_weights, ranked_groups
+from ds_fira.optim.param_groups import by_kind, group_defaults
+from ds_fira.optim.rank_rule import grouped, linear_weights, ranked_groups
 from ds_fira.optim.settings import check_params, group_settings, refuse_foreign, without_torch_options
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.optim.stateful import settings_of
@@ -36,7 +37,7 @@ class LowRankOptimizer(Stepping):
 
     Param groups with a `rank` are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
     stepped by the same rule without a projection. Where no group has a rank, the constructor's applies to all of them,
-    as `ds_fira.optim.param_groups.ranked_groups` says.
+    as `ds_fira.optim.rank_rule.ranked_groups` says.
 
     Args:
         params: the model, parameters, (name, parameter) pairs, or param groups.

@@ -90,10 +90,9 @@ def settings_table() -> str:
         legal = remedy_of(field).partition(" ")[2]
         default = f"`{json.dumps(field.default)}`"
         rows.append([f"`{name}`", legal, default, field.description])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    lacks = ", ".join(f"`{name}`" for name in GALORE_ADAM.without)
-    alone = ", ".join(f"`{name}`" for name in NOT_OF_GROUPS)
-    return (
-        f"{table}\n\nA param group may set every one of them for itself but {alone}. `{OF_CONFIGS}` stands in configs\n"
-        f"alone. GaLoreAdam has no {lacks}.\n"
+    lacks, alone = (", ".join(f"`{name}`" for name in names) for names in (GALORE_ADAM.without, NOT_OF_GROUPS))
+    notes = (
+        f"A param group may set every one of them for itself but {alone}.",
+        f"`{OF_CONFIGS}` stands in configs alone. GaLoreAdam has no {lacks}.",
     )
+    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", *notes])

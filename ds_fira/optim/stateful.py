@@ -168,8 +168,14 @@ class Resumable(Optimizer):
         counts = [len(group["params"]) for group in state_dict["param_groups"]]
         own = [len(group["params"]) for group in self.param_groups]
         saved, members, convert = None, self._members(), False
-        if KEY in state_dict:
-            plain = described(state_dict)
+        plain = described(state_dict) if KEY in state_dict else None
+        if counts != own and (plain is None or plain["layout"] == self.layout_digest):
+            raise ValueError(
+                f"{self.algorithm.name}: the state dict has param groups of {counts} tensors, and the optimizer of "
+                f"{own}; build the same groups as the run that saved, and where that gave its parameters in a flat "
+                f"list, pass the model, as in {self.algorithm.name}(model, rank=...)."
+            )
+        if plain is not None:
             saved = SavedState()
             saved.add(state_dict)
             listed = [[(name, tuple(shape)) for name, shape in group] for group in plain["members"]]
@@ -186,11 +192,6 @@ class Resumable(Optimizer):
             convert = any(
                 group["state_dtype"] != before["state_dtype"]
                 for group, before in zip(self.given, plain["settings"], strict=False)
-            )
-        if counts != own:
-            raise ValueError(
-                f"{self.algorithm.name}: the state dict has param groups of {counts} tensors, and the optimizer of "
-                f"{own}; build the same groups as the run that saved."
             )
         params = [(param, group) for group in self._grouped_as(saved, members) for param in group["params"]]
         if saved is not None:
