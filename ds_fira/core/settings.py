@@ -45,7 +45,7 @@ def setting(default: object, meaning: str, remedy: str | None = None, **bounds: 
         meaning: what it does, for the documentation.
         remedy: what a message tells the user to give instead of a value that is not legal; None where the type lists
             all that is legal.
-        **bounds: `ge`, `gt` or `lt`, as pydantic's `Field` has them.
+        **bounds: `ge`, `gt`, `lt` or `min_length`, as pydantic's `Field` has them.
     """
     return Field(default, description=meaning, json_schema_extra={"remedy": remedy}, **bounds)
 

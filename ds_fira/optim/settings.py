@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import Annotated
 
-from pydantic import StrictBool, ValidationError, field_validator
+from pydantic import Field, StrictBool, ValidationError, field_validator
 from torch import Tensor
 
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
@@ -46,23 +47,17 @@ class Settings(GroupSettings):
         "wrote it, rather than refuse what needs it",
         "give true to let checkpoints run the code in them, or false",
     )
-    target_modules: tuple[str, ...] | None = setting(
+    target_modules: tuple[Annotated[str, Field(min_length=1)], ...] | None = setting(
         None,
         "with a rank, substrings of the names of the modules to project; None for every linear layer but the head",
         "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer",
+        min_length=1,  # an empty name would match everything
     )
 
     @field_validator("target_modules", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
-
-    @field_validator("target_modules")
-    @classmethod
-    def _not_empty(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None and (not value or not all(value)):
-            raise ValueError("an empty name matches nothing or everything")
-        return value
 
 
 # What a param group may not set for itself: it acts before there are groups, or on the whole training.

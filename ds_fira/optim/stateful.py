@@ -37,6 +37,18 @@ def settings_of(group: dict[str, Any]) -> dict[str, Any]:
     return {**found, "lr": float(found["lr"])} if isinstance(found.get("lr"), Tensor) else found
 
 
+def allocate_unprojected(param: Tensor, state_dtype: str, algorithm: Algorithm) -> dict[str, Tensor]:
+    """Zero state for a parameter that is not projected: its moments and the step count."""
+    state, dtype = {STEP: torch.zeros((), dtype=torch.int64)}, compute_dtype(param.dtype)
+    kept = state_dtype if param.numel() >= SMALL_PARAM else "float32"
+    for key, kind in algorithm.states.items():
+        stored = quantization.allocate(
+            tuple(param.shape), (), kept, dtype=dtype, device=param.device, signed=kind != "second"
+        )
+        state |= {key + suffix: value for suffix, value in stored.items()}
+    return state
+
+
 class Resumable(Optimizer):
     """The part of an optimizer that owns its state, saves it and loads it.
 
@@ -94,19 +106,7 @@ class Resumable(Optimizer):
             if binding.lean is not None:
                 state.update(binding.lean.allocate(like, group))
             return state
-        state = {STEP: torch.zeros((), dtype=torch.int64)}
-        state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
-        for key, kind in self.algorithm.states.items():
-            stored = quantization.allocate(
-                tuple(param.shape),
-                (),
-                state_dtype,
-                dtype=compute_dtype(like.dtype),
-                device=like.device,
-                signed=kind != "second",
-            )
-            state.update({key + suffix: value for suffix, value in stored.items()})
-        return state
+        return allocate_unprojected(like, group["state_dtype"], self.algorithm)
 
     def state_dict(self) -> dict[str, Any]:
         """As in `torch.optim`, with a description of what the tensors hold; tensors, numbers, strings, lists, dicts."""

@@ -1,4 +1,4 @@
-"""What is made from the fields of the settings: signatures, docstrings, copies of an optimizer, the page of the docs."""
+"""What is made from the fields of the settings: signatures, docstrings, copies of an optimizer, a table of the docs."""
 
 from __future__ import annotations
 
