@@ -38,7 +38,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "estimate",
         help="memory per GPU of AdamW, GaLore, LoRA and Fira, before training",
-        description="Bytes per GPU by category, for AdamW, GaLore, LoRA and Fira under ZeRO 0, 1 or 2, all of one rank.",
+        description="Bytes per GPU by category, for AdamW, GaLore, LoRA and Fira under ZeRO 0, 1 or 2, at one rank.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
