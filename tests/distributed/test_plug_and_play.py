@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ds_fira
-from ds_fira.core.algorithms import METHODS
+from ds_fira.core.algorithms import ALGORITHMS
 from ds_fira.tools.dry_run import plan_run
 from tests.distributed.rule_jobs import AdaGrad, FiraAdaGrad, FiraLion, FiraNormalized, Lion, alone
 from tests.distributed.zero_jobs import Net, config
@@ -239,7 +239,7 @@ def test_a_rule_that_is_not_elementwise(ranks: Pools) -> None:
 
 def test_memory_is_what_the_rule_keeps(ranks: Pools) -> None:
     results = ranks.run(2, "train", module=JOBS, ds_config=ds_config(ds_fira.FiraRMSProp), shapes=SHAPES, steps=2)
-    planned = plan_run(Net(SHAPES), 2, 2, METHODS["FiraRMSProp"], **PARAMS)
+    planned = plan_run(Net(SHAPES), 2, 2, ALGORITHMS["FiraRMSProp"], **PARAMS)
     assert results[0]["memory"]["optimizer_state_bytes"] == [
         planned.state_bytes(rank, torch.float32) for rank in (0, 1)
     ]
