@@ -55,7 +55,7 @@ class LowRankOptimizer(Stepping):
         super().__init_subclass__(**options)
         if "algorithm" in vars(cls):
             cls.__signature__ = signature_of(cls.algorithm)
-            cls.__doc__ = documented(cls.__doc__, cls.algorithm)
+            cls.__doc__ = documented(cls.__doc__ or "", cls.algorithm)
         elif "__init__" in vars(cls):
             cls.__signature__ = None  # a user's own constructor has its own
 
