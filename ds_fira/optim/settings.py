@@ -79,7 +79,7 @@ OTHER_NAMES |= {"scale": "alpha"}
 
 
 class UnknownSetting(ValueError, TypeError):
-    """A name that is no setting: a wrong value to who gives a config, a wrong call to who calls a constructor."""
+    """An argument of a constructor that is no setting: a wrong call, as in Python, and a wrong setting, as elsewhere."""
 
 
 def legal_settings(algorithm: Algorithm = FIRA_ADAM) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ def check_params(
         ValueError: a name is unknown or only another optimizer's, a value is out of range or needs a package that is
             not installed; one sentence with the name, the value, the remedy.
     """
-    where = where or algorithm.name
+    where, fault = (where, ValueError) if where else (algorithm.name, UnknownSetting)
     params = without_torch_options(params, where)
     refuse_foreign(params, where, algorithm)
     legal = legal_settings(algorithm)
@@ -118,7 +118,7 @@ def check_params(
     if unknown:
         key = unknown[0]
         nearest = OTHER_NAMES.get(key) or difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
-        raise UnknownSetting(
+        raise fault(
             f"{where}: unknown setting {key!r} = {params[key]!r}; did you mean {nearest!r}? "
             f"Legal settings are {', '.join(legal)}."
         )
