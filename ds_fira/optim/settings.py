@@ -79,7 +79,7 @@ OTHER_NAMES |= {"scale": "alpha"}
 
 
 class UnknownSetting(ValueError, TypeError):
-    """An argument of a constructor that is no setting: a wrong call, as in Python, and a wrong setting, as elsewhere."""
+    """An argument of a constructor that is no setting: a wrong call, as in Python, and a wrong setting too."""
 
 
 def legal_settings(algorithm: Algorithm = FIRA_ADAM) -> tuple[str, ...]:
