@@ -6,8 +6,7 @@ Importing this package registers `FiraAdam`, `GaLoreAdam` and `FiraRMSProp` with
 
 from ds_fira.checkpoint.released_files import read_released_state
 from ds_fira.core.rules import Rule
-from ds_fira.optim.fira_adam import FiraAdam
-from ds_fira.optim.galore_adam import GaLoreAdam
+from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
 from ds_fira.optim.param_groups import param_groups
 from ds_fira.optim.plug import FiraRMSProp, plug
 from ds_fira.optim.report import memory_report, metrics, read_scaling_factors, scaling_factors, write_scaling_factors

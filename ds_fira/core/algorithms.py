@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from ds_fira.core.rules import Kind, Rule
 
 ADAM_STATES: Mapping[str, Kind] = {"exp_avg": "first", "exp_avg_sq": "second"}
 KEY = "method"
+
+
+class PlainAlgorithm(TypedDict):
+    """What a checkpoint says of an algorithm."""
+
+    name: str
+    states: dict[str, Kind]
+    limited: bool
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Algorithm:
     name: str
     states: Mapping[str, Kind] = field(default_factory=lambda: ADAM_STATES)
     without: tuple[str, ...] = ()
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, object] = field(default_factory=dict)
     limited: bool = True
     rule: type[Rule] | None = None
 
@@ -42,16 +50,16 @@ class Algorithm:
         return () if self.rule is None else tuple(self.rule.model_fields)
 
     @property
-    def group_values(self) -> dict[str, Any]:
+    def group_values(self) -> dict[str, object]:
         """What its param groups hold beside settings."""
         return {**self.fixed, **({} if self.name == FIRA_ADAM.name else {KEY: self.name})}
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> PlainAlgorithm:
         """What a checkpoint says of it, so that its states can be read where the algorithm is not known."""
         return {"name": self.name, "states": dict(self.states), "limited": self.limited}
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any] | None) -> Algorithm:
+    def from_plain(cls, plain: PlainAlgorithm | None) -> Algorithm:
         """The reverse of `to_plain`, enough of it to read states; None for a checkpoint that says nothing."""
         return FIRA_ADAM if plain is None else cls(plain["name"], states=plain["states"], limited=plain["limited"])
 
@@ -66,7 +74,7 @@ GALORE_ADAM = Algorithm(
 ALGORITHMS = {algorithm.name: algorithm for algorithm in (FIRA_ADAM, GALORE_ADAM)}
 
 
-def algorithm_of(group: Mapping[str, Any]) -> Algorithm:
+def algorithm_of(group: Mapping[str, object]) -> Algorithm:
     """The algorithm of a param group.
 
     Raises:
@@ -78,6 +86,6 @@ def algorithm_of(group: Mapping[str, Any]) -> Algorithm:
     return ALGORITHMS[name]
 
 
-def without_residual(group: Mapping[str, Any]) -> bool:
+def without_residual(group: Mapping[str, object]) -> bool:
     """Whether a step of a group has no residual in it, nor keeps its norm, so that nothing of it need be computed."""
     return group["residual_scale"] == 0.0 and group["limiter"] == "none"

@@ -1,16 +1,33 @@
-"""Which weights of a model are projected, and which take no weight decay."""
+"""Which weights of a model, or of named parameters, are projected, and which take no weight decay; and their shapes.
+
+Written against DeepSpeed 0.19.8, where a parameter that ZeRO-3 manages (by `deepspeed.zero.Init`, or once the engine is
+built) has an empty tensor between uses, and says what it stands for in `ds_shape` and `ds_numel`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from ds_fira.core.param_shape import shape_of
+from ds_fira.core.algorithms import FIRA_ADAM
 
 # Names that model code gives to the layer that makes logits, where nothing else tells it apart.
 HEAD_NAMES = frozenset({"lm_head", "embed_out", "output_projection", "score", "classifier"})
+# Ends of the names that it gives to norms, and names of embeddings, beside all that have "embed" in them.
 _NORM_SUFFIXES = ("norm", "norm1", "norm2", "ln_f", "ln_1", "ln_2")
+_EMBEDDINGS = frozenset({"wte", "wpe", "shared"})
+
+
+def shape_of(param: Tensor) -> tuple[int, ...]:
+    """The shape of a whole parameter, whether or not ZeRO-3 has taken its data away."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def numel_of(param: Tensor) -> int:
+    """The elements of a whole parameter."""
+    return math.prod(shape_of(param))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -65,8 +82,45 @@ def find_projected_weights(model: nn.Module, target_modules: Sequence[str] | Non
     return found
 
 
-def projected_weights(model: nn.Module, target_modules: Sequence[str] | None = None) -> dict[int, str]:
-    """As `find_projected_weights`, for a model that must have some.
+def find_named_weights(
+    named: Iterable[tuple[str, Tensor]], target_modules: Sequence[str] | None = None
+) -> dict[int, str]:
+    """The parameters that a rank applies to as far as their names tell, for want of the model.
+
+    Every 2-D parameter and every 3-D one with "expert" in its name, but not biases and norms; embeddings, known by
+    "embed", `wte`, `wpe` or `shared` in their names; nor, without `target_modules`, the output head, known by
+    `HEAD_NAMES`, or last and of an embedding's shape. A name of "" tells nothing: then every 2-D parameter.
+
+    Args:
+        named: names, as `nn.Module.named_parameters` gives them, and parameters, in the model's order.
+        target_modules: substrings of the names of the modules to project.
+
+    Returns:
+        Parameter names by `id` of the parameter.
+    """
+    found, embeddings, last = {}, set(), (0, ())
+    for name, param in named:
+        module, _, key = name.rpartition(".")
+        parts, shape = module.lower().split("."), shape_of(param)
+        if not (len(shape) == 2 or (len(shape) == 3 and "expert" in name.lower())) or key.endswith("bias"):
+            continue
+        head = parts[-1] in HEAD_NAMES
+        if not head and any("embed" in part or part in _EMBEDDINGS for part in parts):
+            embeddings.add(shape)
+            continue
+        last = (id(param), shape)
+        wanted = not head if target_modules is None else any(target in module for target in target_modules)
+        if wanted and not module.endswith(_NORM_SUFFIXES):
+            found[id(param)] = name
+    if target_modules is None and last[1] in embeddings:
+        found.pop(last[0], None)
+    return found
+
+
+def projected_weights(
+    model: nn.Module, target_modules: Sequence[str] | None = None, optimizer: str = FIRA_ADAM.name
+) -> dict[int, str]:
+    """As `find_projected_weights`, for a model that must have some; messages begin with the optimizer's name.
 
     Raises:
         ValueError: the model has nothing to project, or `target_modules` match nothing.
@@ -75,18 +129,19 @@ def projected_weights(model: nn.Module, target_modules: Sequence[str] | None = N
     if not found and target_modules is not None:
         names = [name for name, module in model.named_modules() if _is_linear(module)]
         raise ValueError(
-            f"FiraAdam: target_modules = {list(target_modules)!r} match no linear module of "
-            f"{type(model).__name__}; use parts of names such as {_some(names)}."
+            f"{optimizer}: target_modules = {list(target_modules)!r} match no linear module of "
+            f"{type(model).__name__}; use parts of names such as {some_names(names)}."
         )
     if not found:
         raise ValueError(
-            f"FiraAdam: a rank is set, but {type(model).__name__} has no linear weight to project; give param "
+            f"{optimizer}: a rank is set, but {type(model).__name__} has no linear weight to project; give param "
             "groups that say what to project, or train with AdamW."
         )
     return found
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
+    """A few module names for a message, by their last parts."""
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     return ", ".join(repr(leaf) for leaf in leaves[:6]) or "those that named_modules() gives"
 

@@ -7,29 +7,59 @@ them as attributes of one frozen `GroupSettings`, which `GroupSettings.of` makes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from ds_fira.core.algorithms import ADAM_STATES, algorithm_of
 from ds_fira.core.rules import Kind, Rule
 from ds_fira.core.subspace import Side, projection_side, refresh_offset
 
+# A param group as `torch.optim` holds it: its parameters and its settings.
+ParamGroup = dict[str, object]
+
+
+def one_number(value: object) -> object:
+    """Refuse a truth value where a number belongs, and read a learning rate that torch users give as a tensor.
+
+    Raises:
+        ValueError: it is not one number.
+    """
+    # JSON's true would otherwise pass as the number 1.
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.numel() != 1 or value.dtype == torch.bool)):
+        raise ValueError("not one number")
+    return float(value) if isinstance(value, Tensor) else value
+
+
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Whole = Annotated[int, BeforeValidator(one_number)]
 
 
-def setting(default: object, meaning: str, remedy: str, **bounds: float):
+def setting(default: object, meaning: str, remedy: str | None = None, **bounds: float):
     """A field of the settings.
 
     Args:
         default: its value where the user gives none.
         meaning: what it does, for the documentation.
-        remedy: what a message tells the user to give instead of a value that is not legal.
-        **bounds: `ge`, `gt` or `lt`, as pydantic's `Field` has them.
+        remedy: what a message tells the user to give instead of a value that is not legal; None where the type lists
+            all that is legal.
+        **bounds: `ge`, `gt`, `lt` or `min_length`, as pydantic's `Field` has them.
     """
     return Field(default, description=meaning, json_schema_extra={"remedy": remedy}, **bounds)
+
+
+def remedy_of(field: FieldInfo) -> str:
+    """What a message tells the user to give for a field."""
+    stated = (field.json_schema_extra or {}).get("remedy")
+    if stated is not None:
+        return stated
+    if get_origin(field.annotation) is Literal:
+        *first, last = map(repr, get_args(field.annotation))
+        return f"choose {', '.join(first)} or {last}"
+    return "give true or false"
 
 
 class GroupSettings(BaseModel):
@@ -37,7 +67,7 @@ class GroupSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    lr: float = setting(
+    lr: Annotated[float, BeforeValidator(one_number)] = setting(
         1e-3,
         "learning rate; a tensor of one element is read in every step",
         "give a learning rate of at least 0, such as 0.01",
@@ -50,14 +80,14 @@ class GroupSettings(BaseModel):
     )
     eps: float = setting(1e-6, "added to sqrt(V)", "give a number of at least 0, such as 1e-6", ge=0.0)
     weight_decay: float = setting(0.0, "decoupled, applied after the update", "give a number of at least 0", ge=0.0)
-    rank: int | None = setting(
+    rank: Whole | None = setting(
         None,
         "subspace rank of the weights to project, in all groups that do not say `rank = None`; not used where some "
         "group has a rank of its own",
         "give a whole number of at least 1, such as 128",
         ge=1,
     )
-    update_proj_gap: int = setting(
+    update_proj_gap: Whole = setting(
         200,
         "steps from one refresh of the subspace to the next",
         "give a whole number of steps of at least 1, such as 200",
@@ -70,9 +100,7 @@ class GroupSettings(BaseModel):
         gt=0.0,
     )
     proj_type: Literal["std", "reverse_std", "left", "right"] = setting(
-        "std",
-        'the projected side: "std" the smaller, "reverse_std" the larger, "left", "right"',
-        "choose 'std', 'reverse_std', 'left' or 'right'",
+        "std", 'the projected side: "std" the smaller, "reverse_std" the larger, "left", "right"'
     )
     gamma: float = setting(
         1.01,
@@ -87,58 +115,47 @@ class GroupSettings(BaseModel):
         ge=0.0,
     )
     scaling: Literal["column", "matrix", "none"] = setting(
-        "column", 'the scaling factor per "column", per "matrix", or "none" (1)', "choose 'column', 'matrix' or 'none'"
+        "column", 'the scaling factor of the residual per "column", per "matrix", or "none" (1)'
     )
     limiter: Literal["growth", "none"] = setting(
-        "growth", '"growth", the norm-growth limiter of the residual, or "none"', "choose 'growth' or 'none'"
+        "growth", '"growth", the norm-growth limiter of the residual, or "none"'
     )
     formulation: Literal["released", "paper"] = setting(
-        "released",
-        '"released" makes the steps of PyPI `fira`, "paper" those of Algorithm 1',
-        "choose 'released' or 'paper'",
+        "released", '"released", the code behind the published figures (PyPI `fira` 1.0.2), or "paper", Algorithm 1'
     )
     subspace: Literal["svd", "gram", "randomized"] = setting(
         "svd",
         'how a basis is computed: "svd" exactly, "gram" from the Gram matrix, "randomized" by block power iteration',
-        "choose 'svd', 'gram' or 'randomized'",
     )
     refresh_moments: Literal["keep", "rotate", "reset"] = setting(
         "keep",
-        'what a refresh does to the moments: "keep" them, "rotate" them into the new basis, "reset" them',
-        "choose 'keep', 'rotate' or 'reset'",
+        'what a refresh does to the moments: "keep" them (the paper), "rotate" them into the new basis, "reset" them',
     )
     refresh_limiter: Literal["keep", "reset"] = setting(
         "keep",
-        'what a refresh does to the residual norm that the limiter remembers: "keep" or "reset" it',
-        "choose 'keep' or 'reset'",
+        'what a refresh does to the residual norm that the limiter remembers: "keep" it (the paper), or "reset" it, so '
+        "that the first step in a new subspace is not limited",
     )
-    stagger: StrictBool = setting(
-        False, "whether the matrices refresh on different steps, spread over the gap", "give true or false"
-    )
+    stagger: StrictBool = setting(False, "whether the matrices refresh on different steps, spread over the gap")
     state_dtype: Literal["float32", "bfloat16", "int8"] = setting(
-        "float32", "how basis and moments are stored", "choose 'float32', 'bfloat16' or 'int8'"
+        "float32",
+        'how basis and moments are stored: "float32" (float64 for float64 weights), "bfloat16", or "int8" '
+        "(`pip install ds_fira[int8]`)",
     )
     matmul_precision: Literal["float32", "tf32", "bfloat16"] = setting(
-        "tf32", "the precision of the matrix products of a step", "choose 'float32', 'tf32' or 'bfloat16'"
+        "tf32", "the precision of the matrix products of a step; on a CPU tf32 is float32"
     )
     exact_cuts: StrictBool = setting(
         False,
         "whether a matrix that ZeRO splits is stepped whole on its owner, equal to the bit to a matrix that is "
         "not split, even where exchanging low-rank data is cheaper",
-        "give true or false",
     )
     project_full_rank: StrictBool = setting(
         False,
         "whether a matrix whose rank is at or above its smaller side is projected, as the released code does, "
         "though its states are then larger; else it is stepped unprojected, with lr x alpha",
-        "give true or false",
     )
     rule: Rule | None = Field(None, exclude=True, repr=False)
-
-    @field_validator("rank", "update_proj_gap", "lr", mode="before")
-    @classmethod
-    def _one_number(cls, value: object) -> object:
-        return one_number(value)
 
     @classmethod
     def of(cls, group: Mapping[str, object]) -> GroupSettings:
@@ -187,18 +204,6 @@ class GroupSettings(BaseModel):
     def without_residual(self) -> bool:
         """Whether no step has a residual in it nor keeps its norm, so that none of it has to be computed."""
         return self.residual_scale == 0.0 and self.limiter == "none"
-
-
-def one_number(value: object) -> object:
-    """Refuse a truth value where a number belongs, and read a learning rate that torch users give as a tensor.
-
-    Raises:
-        ValueError: it is not one number.
-    """
-    # JSON's true would otherwise pass as the number 1.
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.numel() != 1 or value.dtype == torch.bool)):
-        raise ValueError("not one number")
-    return float(value) if isinstance(value, Tensor) else value
 
 
 # The names of the settings; `rule` is an algorithm's base optimizer, no setting.

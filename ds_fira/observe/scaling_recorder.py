@@ -7,24 +7,22 @@ the ranks' sums at every recorded step; all else is put together at the end.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_fira.checkpoint.slices import StateSlice
 from ds_fira.core import functional as F
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import algorithm_of
 from ds_fira.core.scalars import Scalar
-from ds_fira.core.selection import find_projected_weights
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import EXP_AVG, EXP_AVG_SQ, STEP, compute_dtype, stored_moment
 from ds_fira.core.subspace import Side, projection_side
 from ds_fira.observe.scaling_series import Factors, Series, carry_on, join
-from ds_fira.optim.param_groups import owning_modules
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import MatrixShard, matrices_of
 from ds_fira.sharding.projection import is_projected
@@ -62,10 +60,17 @@ class ScalingRecorder:
     Attributes:
         every: steps from one recorded step to the next, at least 1.
         names: of the parameters in the model's order; empty until they are known.
+
+    Args:
+        every: as the attribute.
+        given: outside of an engine, names by `id` of the parameter in the model's order.
+        linear: ids of the weights of linear layers.
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, given: Mapping[int, str] | None = None, linear: Collection[int] = ()) -> None:
         self.every = every
+        self._given = given or {}
+        self._linear = linear
         self.names: list[str] = []
         # What the run had recorded that this one resumes, and the steps of it that the optimizer's own count lacks.
         self._earlier: Factors = {}
@@ -129,9 +134,9 @@ class ScalingRecorder:
         self._watched[param] = watched
 
     def watch_alone(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Find names and weights of an optimizer that is in no engine: from its modules, as a flat list is split.
+        """Find names and weights of an optimizer that is in no engine, from what its constructor was given.
 
-        Of parameters that no live module owns, every 2-D one is a weight.
+        Of parameters without a name every 2-D one is a weight.
 
         Args:
             param_groups: of the optimizer.
@@ -139,21 +144,16 @@ class ScalingRecorder:
         if self.names:
             return
         params = [param for group in param_groups for param in group["params"]]
-        modules = owning_modules(params)
-        linear = {key for module in modules for key in find_projected_weights(module)}
-        owned = _names_of(modules)
-        given = {
-            id(param): name
-            for group in param_groups
-            for param, name in zip(group["params"], group.get("param_names", ()), strict=False)
-        }
+        taken: set[str] = set()
         for number, param in enumerate(params):
-            self._alone[param] = given.get(id(param)) or owned.get(id(param)) or f"parameter {number}"
-        order = {key: place for place, key in enumerate(owned)}
+            name = self._given.get(id(param), f"parameter {number}").replace("_orig_mod.", "")  # of torch.compile
+            self._alone[param] = f"{number}.{name}" if name in taken else name
+            taken.add(name)
+        order = {key: place for place, key in enumerate(self._given)}
         self.names = [self._alone[param] for param in sorted(params, key=lambda p: order.get(id(p), len(order)))]
         for group in param_groups:
             for param in [param for param in group["params"] if under_adamw(param.shape, group)]:
-                if id(param) in linear or (id(param) not in owned and param.ndim == 2):
+                if id(param) in self._linear or (id(param) not in self._given and param.ndim == 2):
                     matrices = matrices_of(self._alone[param], tuple(param.shape))
                     sides = [projection_side(m.shape, group["proj_type"], group["formulation"]) for m in matrices]
                     self._watched[param] = [
@@ -248,16 +248,6 @@ class ScalingRecorder:
 
 def _anew(series: Series) -> Series:
     return Series(series.name, series.shape, series.side, series.rank, series.entries)
-
-
-def _names_of(modules: Sequence[nn.Module]) -> dict[int, str]:
-    """Names by `id` of the parameter; with a module's number before them where two modules have one in common."""
-    found: dict[int, str] = {}
-    for number, module in enumerate(modules):
-        for name, param in module.named_parameters():
-            name = name.replace("_orig_mod.", "")  # of torch.compile
-            found.setdefault(id(param), f"{number}.{name}" if name in found.values() else name)
-    return found
 
 
 def _adamw_squares(

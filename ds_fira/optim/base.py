@@ -7,19 +7,21 @@ updated one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_fira.core.algorithms import KEY
-from ds_fira.core.param_shape import numel_of, shape_of
-from ds_fira.core.settings import GroupSettings
+from ds_fira.core.selection import numel_of, shape_of
+from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import EngineAttachment
-from ds_fira.optim.param_groups import by_kind, group_defaults, ranked_groups
+from ds_fira.optim.constructor import Params, bind, documented, signature_of
+from ds_fira.optim.param_groups import by_kind, group_defaults
+from ds_fira.optim.rank_rule import grouped, linear_weights, ranked_groups
 from ds_fira.optim.settings import check_params, group_settings, refuse_foreign, without_torch_options
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.optim.stateful import settings_of
@@ -34,12 +36,12 @@ class LowRankOptimizer(Stepping):
 
     Param groups with a `rank` are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
     stepped by the same rule without a projection. Where no group has a rank, the constructor's applies to all of them,
-    as `ds_fira.optim.param_groups.ranked_groups` says.
+    as `ds_fira.optim.rank_rule.ranked_groups` says.
 
     Args:
-        params: parameters, (name, parameter) pairs, or param groups; groups may set every argument but
-            `target_modules`, `check_sync_every`, `record_scaling_factors` and `unpickle_checkpoints` for themselves.
-        **given: settings of the algorithm.
+        params: the model, parameters, (name, parameter) pairs, or param groups.
+        *positional: lr, betas, eps, weight_decay, where the base optimizer is Adam.
+        **given: settings of the algorithm; the docstring and the signature of its class list them.
 
     Attributes:
         algorithm: what the optimizer is; of the class.
@@ -48,23 +50,30 @@ class LowRankOptimizer(Stepping):
         ValueError: a value is out of range, there is no rank, nothing is to be projected, or a parameter cannot be.
     """
 
-    def __init__(self, params: Iterable[Any], **given: Any) -> None:
-        if "max_group_bytes" in given:
-            raise ValueError(
-                f"{self.algorithm.name}: max_group_bytes = {given['max_group_bytes']!r} is a setting of DeepSpeed "
-                "configs; remove it here."
-            )
-        settings = check_params(given, algorithm=self.algorithm)
-        params = [params] if isinstance(params, Tensor) else list(params)
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        if "algorithm" in vars(cls):
+            cls.__signature__ = signature_of(cls.algorithm)
+            cls.__doc__ = documented(cls.__doc__ or "", cls.algorithm)
+        elif "__init__" in vars(cls):
+            cls.__signature__ = None  # a user's own constructor has its own
+
+    def __init__(self, params: Params, *positional: object, **given: object) -> None:
+        settings = check_params(bind(self.algorithm, positional, given), algorithm=self.algorithm)
         self._reset_runtime()
-        self.given: list[dict[str, Any]] = []
+        self.given: list[dict[str, object]] = []
         self.check_sync_every = settings["check_sync_every"]
         self.unpickle_checkpoints = settings["unpickle_checkpoints"]
+        model = params if isinstance(params, nn.Module) else None
+        if model is not None:
+            params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        groups = grouped(params)
         if settings["record_scaling_factors"]:
-            self.recorder = ScalingRecorder(settings["record_scaling_factors"])
-        if params:
-            params = ranked_groups(params, settings["rank"], settings["target_modules"], self.algorithm.name)
-        super().__init__(params, {**group_defaults(settings), **self.algorithm.group_values})
+            self.recorder = ScalingRecorder(settings["record_scaling_factors"], *linear_weights(groups, model))
+        rank, target_modules = settings["rank"], settings["target_modules"]
+        groups = ranked_groups(groups, rank, target_modules, self.algorithm.name, model) if params else []
+        super().__init__(groups, {**group_defaults(settings), **self.algorithm.group_values})
         warn_of_costly_ranks(self.param_groups)
 
     def _reset_runtime(self) -> None:
@@ -90,7 +99,7 @@ class LowRankOptimizer(Stepping):
         if fresh:
             self.given = [settings_of(group) for group in self.param_groups]
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group as in `torch.optim`, its own settings checked.
 
         Raises:
@@ -118,7 +127,7 @@ class LowRankOptimizer(Stepping):
             if "rank" in group and numel_of(param) > 0:
                 matrices_of("", shape_of(param), optimizer=self.algorithm.name)
 
-    def _refuse_algorithm(self, param_group: dict[str, Any]) -> None:
+    def _refuse_algorithm(self, param_group: ParamGroup) -> None:
         """Stop if a group says that another optimizer of this package is to step it."""
         name, own = param_group.get(KEY, self.algorithm.name), self.algorithm.group_values
         if name != self.algorithm.name:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from ds_fira.core.algorithms import ALGORITHMS, Algorithm
 from ds_fira.core.rules import RMSProp, Rule
 from ds_fira.core.state import BASIS, REFRESH_STEP, RESIDUAL_NORM, STEP
 from ds_fira.optim.base import LowRankOptimizer
-from ds_fira.optim.settings import LEGAL, Settings, legal_settings
+from ds_fira.optim.settings import LEGAL
 
 # The settings of FiraAdam that belong to Adam.
 ADAM_SETTINGS = ("betas", "eps")
@@ -19,11 +18,6 @@ DOCUMENTATION = """Fira around {rule}, in place of Adam.
 
     Param groups with a `rank` are projected; their parameters are 2-D, or 3-D for experts. The others are stepped by
     {rule} alone. Where no group has one, the constructor's applies to the weights to project in all of them.
-
-    Args:
-        params: parameters, (name, parameter) pairs, or param groups; groups may set every setting but
-            `target_modules`, `check_sync_every` and `unpickle_checkpoints` for themselves.
-        **settings: {own}; and FiraAdam's: {shared}.
 
     Raises:
         ValueError: a value is out of range, nothing is to be projected, or a parameter cannot be.
@@ -74,35 +68,17 @@ def plug(rule: type[Rule], name: str | None = None) -> type[LowRankOptimizer]:
         rule=rule,
     )
     ALGORITHMS[name] = algorithm
-    shared = [setting for setting in legal_settings(algorithm) if setting not in (*own, "max_group_bytes")]
-    documentation = DOCUMENTATION.format(
-        rule=rule.__name__, own=", ".join(own) or "none of its own", shared=", ".join(shared)
-    )
-    return type(
-        name,
-        (LowRankOptimizer,),
-        {
-            "algorithm": algorithm,
-            "__doc__": documentation,
-            "__module__": rule.__module__,
-            "__signature__": _signature(rule, shared),
-        },
-    )
+    content = {
+        "algorithm": algorithm,
+        "__doc__": DOCUMENTATION.format(rule=rule.__name__),
+        "__module__": rule.__module__,
+    }
+    return type(name, (LowRankOptimizer,), content)
 
 
 def _home(rule: type[Rule]) -> tuple[str, str]:
     """Where a rule is defined: a definition that is run again, as in a notebook, replaces the one before."""
     return rule.__module__, rule.__qualname__
-
-
-def _signature(rule: type[Rule], shared: list[str]) -> inspect.Signature:
-    parameter = inspect.Parameter
-    defaults: dict[str, Any] = {name: info.default for name, info in rule.model_fields.items()}
-    defaults |= {name: Settings.model_fields[name].default for name in shared}
-    first = parameter("params", parameter.POSITIONAL_OR_KEYWORD)
-    return inspect.Signature(
-        [first, *(parameter(name, parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items())]
-    )
 
 
 FiraRMSProp = plug(RMSProp)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_fira.optim.base import LowRankOptimizer
-from ds_fira.optim.fira_adam import FiraAdam
-from ds_fira.optim.galore_adam import GaLoreAdam
+from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
 from ds_fira.optim.plug import FiraRMSProp
 
 # By the type in an engine's config.

@@ -1,40 +1,40 @@
-"""The settings of FiraAdam: their types, ranges and defaults, checked in one place.
+"""All settings: those of a param group and those of the whole training, checked in one place.
 
-A JSON config, a param group and the constructor all go through `Settings`, so a wrong value stops with the same
+A JSON config, a param group and the constructor all go through `check_params`, so a wrong value stops with the same
 sentence wherever it came from.
 """
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated
 
-from pydantic import StrictBool, ValidationError, field_validator
+from pydantic import Field, StrictBool, ValidationError, field_validator
 from torch import Tensor
 
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.quantization import require_library
-from ds_fira.core.rules import Rule
-from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, one_number, setting
+from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, Whole, remedy_of, setting
 
 
 class Settings(GroupSettings):
-    """Every setting of `FiraAdam`: those of a param group, and those of the whole training."""
+    """Every setting of `FiraAdam`, of a param group or of the whole training."""
 
-    max_group_bytes: int = setting(
+    max_group_bytes: Whole = setting(
         2**30,
         "the most bytes that the float32 gradients of one param group take on one rank, which ZeRO copies at a time",
         "give a whole number of bytes of at least 1, such as 1073741824",
         ge=1,
     )
-    check_sync_every: int | None = setting(
+    check_sync_every: Whole | None = setting(
         None,
         "inside an engine, steps from one comparison of the replicated weights over the ranks to the next; 0 for "
         "none, None for every 100 at stage 0 and none elsewhere",
         "give a whole number of steps, such as 100, or 0 for no check",
         ge=0,
     )
-    record_scaling_factors: int = setting(
+    record_scaling_factors: Whole = setting(
         0,
         "steps from one record of the scaling factors of all linear layers, projected or not, to the next "
         "(`ds_fira.scaling_factors`); 0 for none",
@@ -47,32 +47,23 @@ class Settings(GroupSettings):
         "wrote it, rather than refuse what needs it",
         "give true to let checkpoints run the code in them, or false",
     )
-    target_modules: tuple[str, ...] | None = setting(
+    target_modules: tuple[Annotated[str, Field(min_length=1)], ...] | None = setting(
         None,
         "with a rank, substrings of the names of the modules to project; None for every linear layer but the head",
         "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer",
+        min_length=1,  # an empty name would match everything
     )
-
-    @field_validator("max_group_bytes", "check_sync_every", "record_scaling_factors", mode="before")
-    @classmethod
-    def _whole_number(cls, value: object) -> object:
-        return one_number(value)
 
     @field_validator("target_modules", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("target_modules")
-    @classmethod
-    def _not_empty(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None and (not value or not all(value)):
-            raise ValueError("an empty name matches nothing or everything")
-        return value
 
-
+# What a param group may not set for itself: it acts before there are groups, or on the whole training.
+NOT_OF_GROUPS = tuple(name for name in Settings.model_fields if name not in GroupSettings.model_fields)
 # In the order in which messages list them.
-LEGAL = (*GROUP_FIELDS, *(name for name in Settings.model_fields if name not in GroupSettings.model_fields))
+LEGAL = (*GROUP_FIELDS, *NOT_OF_GROUPS)
 # Options of torch's optimizers that are off here, and what to do for one that is on.
 TORCH_OPTIONS = {
     "amsgrad": "remove it, low-rank states have no maximum of V",
@@ -85,8 +76,10 @@ TORCH_OPTIONS = {
 # What other libraries call a setting, where the spelling alone would suggest another.
 OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "wd": "weight_decay"}
 OTHER_NAMES |= {"scale": "alpha"}
-# What a param group may not set for itself: it acts before there are groups, or on the whole training.
-NOT_OF_GROUPS = LEGAL[len(GROUP_FIELDS) :]
+
+
+class UnknownSetting(ValueError, TypeError):
+    """An argument of a constructor that is no setting: a wrong call, as in Python, and a wrong setting too."""
 
 
 def legal_settings(algorithm: Algorithm = FIRA_ADAM) -> tuple[str, ...]:
@@ -100,10 +93,9 @@ def group_settings(algorithm: Algorithm = FIRA_ADAM) -> tuple[str, ...]:
     return tuple(name for name in legal_settings(algorithm) if name not in NOT_OF_GROUPS)
 
 
-GROUP_SETTINGS = group_settings()
-
-
-def check_params(params: dict[str, Any], where: str | None = None, algorithm: Algorithm = FIRA_ADAM) -> dict[str, Any]:
+def check_params(
+    params: Mapping[str, object], where: str | None = None, algorithm: Algorithm = FIRA_ADAM
+) -> dict[str, object]:
     """Check a `params` block (of a JSON config, or keyword arguments) and fill in the defaults.
 
     Args:
@@ -118,7 +110,7 @@ def check_params(params: dict[str, Any], where: str | None = None, algorithm: Al
         ValueError: a name is unknown or only another optimizer's, a value is out of range or needs a package that is
             not installed; one sentence with the name, the value, the remedy.
     """
-    where = where or algorithm.name
+    where, fault = (where, ValueError) if where else (algorithm.name, UnknownSetting)
     params = without_torch_options(params, where)
     refuse_foreign(params, where, algorithm)
     legal = legal_settings(algorithm)
@@ -126,7 +118,7 @@ def check_params(params: dict[str, Any], where: str | None = None, algorithm: Al
     if unknown:
         key = unknown[0]
         nearest = OTHER_NAMES.get(key) or difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
-        raise ValueError(
+        raise fault(
             f"{where}: unknown setting {key!r} = {params[key]!r}; did you mean {nearest!r}? "
             f"Legal settings are {', '.join(legal)}."
         )
@@ -136,8 +128,12 @@ def check_params(params: dict[str, Any], where: str | None = None, algorithm: Al
         rule = {} if algorithm.rule is None else algorithm.rule(**own).model_dump()
     except ValidationError as error:
         found = error.errors()[0]
-        key = str(found["loc"][0])
-        remedy = _remedy(algorithm.rule, key, found["msg"]) if key in own else _remedy_of(key)
+        key, message = str(found["loc"][0]), found["msg"]
+        if key in own:  # a rule's description is its remedy, else what pydantic says
+            described = algorithm.rule.model_fields[key].description
+            remedy = f"give {described}" if described else message[0].lower() + message[1:]
+        else:
+            remedy = remedy_of(Settings.model_fields[key])
         raise ValueError(f"{where}: {key} = {params[key]!r} is not legal; {remedy}.") from None
     if settings.target_modules is not None and settings.rank is None:
         raise ValueError(
@@ -152,7 +148,7 @@ def check_params(params: dict[str, Any], where: str | None = None, algorithm: Al
     return {**checked, "lr": params["lr"]} if isinstance(params.get("lr"), Tensor) else checked
 
 
-def without_torch_options(params: dict[str, Any], where: str) -> dict[str, Any]:
+def without_torch_options(params: Mapping[str, object], where: str) -> dict[str, object]:
     """Settings without `TORCH_OPTIONS` that are off, as they are here anyway.
 
     Raises:
@@ -164,17 +160,7 @@ def without_torch_options(params: dict[str, Any], where: str) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name not in TORCH_OPTIONS}
 
 
-def _remedy_of(name: str) -> str:
-    return Settings.model_fields[name].json_schema_extra["remedy"]
-
-
-def _remedy(rule: type[Rule], name: str, found: str) -> str:
-    """What to give for a hyper-parameter of a rule: its description, or what pydantic says."""
-    description = rule.model_fields[name].description
-    return f"give {description}" if description else found[0].lower() + found[1:]
-
-
-def refuse_foreign(params: dict[str, Any], where: str, algorithm: Algorithm) -> None:
+def refuse_foreign(params: Mapping[str, object], where: str, algorithm: Algorithm) -> None:
     """Stop if there are settings that only FiraAdam has.
 
     Raises:
@@ -188,7 +174,7 @@ def refuse_foreign(params: dict[str, Any], where: str, algorithm: Algorithm) -> 
             )
 
 
-def refuse_auto(config: dict[str, Any]) -> None:
+def refuse_auto(config: Mapping[str, object], name: str = FIRA_ADAM.name) -> None:
     """Stop if a DeepSpeed config says "auto" outside the optimizer's `params`, which have their own check.
 
     Only the Hugging Face Trainer and Accelerate know the word. DeepSpeed drops it where a truth value belongs, so that
@@ -202,11 +188,11 @@ def refuse_auto(config: dict[str, Any]) -> None:
         (("fp16", "enabled"), "true or false"),
         (("gradient_clipping",), "a number, such as 1.0, or 0 for none"),
     ):
-        value: Any = config
+        value: object = config
         for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
+            value = value.get(key) if isinstance(value, Mapping) else None
         if value == "auto":
             raise ValueError(
-                f"FiraAdam: {'.'.join(path)} = 'auto' in the DeepSpeed config is for the Hugging Face Trainer, which "
+                f"{name}: {'.'.join(path)} = 'auto' in the DeepSpeed config is for the Hugging Face Trainer, which "
                 f"replaces it; give {remedy}."
             )

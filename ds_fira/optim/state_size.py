@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -37,7 +36,7 @@ class ParamRecord:
     algorithm: str = FIRA_ADAM.name
 
     @classmethod
-    def of(cls, name: str, shape: tuple[int, ...], group: dict[str, Any]) -> ParamRecord:
+    def of(cls, name: str, shape: tuple[int, ...], group: Mapping[str, object]) -> ParamRecord:
         """The record of a parameter in a param group."""
         rank, algorithm = group["rank"] if is_projected(shape, group) else None, algorithm_of(group).name
         return cls(name, shape, rank, group["proj_type"], group["formulation"], algorithm)

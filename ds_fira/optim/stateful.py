@@ -15,7 +15,7 @@ from ds_fira.checkpoint.restore import refuse_other_states, restore
 from ds_fira.checkpoint.slices import state_slices
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
-from ds_fira.core.settings import GroupSettings
+from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, allocate, compute_dtype, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
@@ -27,17 +27,27 @@ from ds_fira.sharding.refresher import Refresher
 
 # AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
 SMALL_PARAM = 4096
-# A param group as torch.optim holds it.
-ParamGroup = dict[str, object]
 # Where the recorded scaling factors are in the description of a state dict.
 RECORD = "scaling_factors"
 
 
-def settings_of(group: dict[str, object]) -> dict[str, object]:
+def settings_of(group: ParamGroup) -> ParamGroup:
     """The settings of the optimizer that a param group has."""
     found = {name: group[name] for name in group_settings(algorithm_of(group)) if name in group}
     # A number at this moment, where it is a tensor that may change.
     return {**found, "lr": float(found["lr"])} if isinstance(found.get("lr"), Tensor) else found
+
+
+def allocate_unprojected(param: Tensor, state_dtype: str, algorithm: Algorithm) -> dict[str, Tensor]:
+    """Zero state for a parameter that is not projected: its moments and the step count."""
+    state, dtype = {STEP: torch.zeros((), dtype=torch.int64)}, compute_dtype(param.dtype)
+    kept = state_dtype if param.numel() >= SMALL_PARAM else "float32"
+    for key, kind in algorithm.states.items():
+        stored = quantization.allocate(
+            tuple(param.shape), (), kept, dtype=dtype, device=param.device, signed=kind != "second"
+        )
+        state |= {key + suffix: value for suffix, value in stored.items()}
+    return state
 
 
 class Resumable(Attachable, Optimizer):
@@ -49,7 +59,7 @@ class Resumable(Attachable, Optimizer):
     """
 
     algorithm: Algorithm = FIRA_ADAM
-    given: list[dict[str, object]]
+    given: list[ParamGroup]
     recorder: ScalingRecorder | None
     _refresher: Refresher
 
@@ -76,18 +86,18 @@ class Resumable(Attachable, Optimizer):
         for matrices in (*self._bound.values(), *self._alone.values()):
             matrices.forget_views()
 
-    def _projects(self, param: Tensor, group: dict[str, object]) -> bool:
+    def _projects(self, param: Tensor, group: ParamGroup) -> bool:
         """Whether a stepped tensor has low-rank states. A flat partition has them where its matrices were bound."""
         return param in self._bound or is_projected(param.shape, group)
 
-    def _state_of(self, param: Tensor, group: dict[str, object]) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor, group: ParamGroup) -> dict[str, Tensor]:
         """The state of one parameter, allocated."""
         state = self.state[param]
         if not state:
             state.update(self._allocated(param, group, param))
         return state
 
-    def _allocated(self, param: Tensor, group: dict[str, object], like: Tensor) -> dict[str, Tensor]:
+    def _allocated(self, param: Tensor, group: ParamGroup, like: Tensor) -> dict[str, Tensor]:
         """A new state of one parameter, in tensors of the device and dtype that suit `like`, of the same shape."""
         if self._projects(param, group):
             matrices, settings = self._matrices(param), GroupSettings.of(group)
@@ -95,19 +105,7 @@ class Resumable(Attachable, Optimizer):
             if matrices.low_rank is not None:
                 state.update(matrices.low_rank.allocate(like, settings, self.algorithm))
             return state
-        state = {STEP: torch.zeros((), dtype=torch.int64)}
-        state_dtype = group["state_dtype"] if param.numel() >= SMALL_PARAM else "float32"
-        for key, kind in self.algorithm.states.items():
-            stored = quantization.allocate(
-                tuple(param.shape),
-                (),
-                state_dtype,
-                dtype=compute_dtype(like.dtype),
-                device=like.device,
-                signed=kind != "second",
-            )
-            state.update({key + suffix: value for suffix, value in stored.items()})
-        return state
+        return allocate_unprojected(like, group["state_dtype"], self.algorithm)
 
     def state_dict(self) -> StateDict:
         """As in `torch.optim`, with a description of what the tensors hold; tensors, numbers, strings, lists, dicts."""
@@ -170,8 +168,15 @@ class Resumable(Attachable, Optimizer):
         counts = [len(group["params"]) for group in state_dict["param_groups"]]
         own = [len(group["params"]) for group in self.param_groups]
         saved, members, convert = None, self._members(), False
-        if KEY in state_dict:
-            plain, saved = described(state_dict), SavedState()
+        plain = described(state_dict) if KEY in state_dict else None
+        if counts != own and (plain is None or plain["layout"] == self.attachment.digest):
+            raise ValueError(
+                f"the state dict has param groups of {counts} tensors, and the optimizer of {own}; build the same "
+                "groups as the run that saved, and where that gave its parameters in a flat list, pass the model, as "
+                f"in {self.algorithm.name}(model, rank=...)."
+            )
+        if plain is not None:
+            saved = SavedState()
             saved.add(state_dict)
             listed = [[(name, tuple(shape)) for name, shape in group] for group in plain["members"]]
             if len(listed) == len(members):
@@ -188,11 +193,6 @@ class Resumable(Attachable, Optimizer):
                 group["state_dtype"] != before["state_dtype"]
                 for group, before in zip(self.given, plain["settings"], strict=False)
             )
-        if counts != own:
-            raise ValueError(
-                f"the state dict has param groups of {counts} tensors, and the optimizer of {own}; build the same "
-                "groups as the run that saved."
-            )
         params = [(param, group) for group in self._grouped_as(saved, members) for param in group["params"]]
         if saved is not None:
             slices = [self._slices(param, group, members).to_plain() for param, group in params]
@@ -202,7 +202,7 @@ class Resumable(Attachable, Optimizer):
             self._require_states(state_dict, params)
         return saved, members, convert
 
-    def _grouped_as(self, saved: SavedState | None, members: list[Members]) -> list[dict[str, object]]:
+    def _grouped_as(self, saved: SavedState | None, members: list[Members]) -> list[ParamGroup]:
         """The param groups as they will be: what had low-rank states at full rank when it was saved, keeps them."""
         if saved is None:
             return self.param_groups
@@ -212,7 +212,7 @@ class Resumable(Attachable, Optimizer):
             found.append(group if wanted is None else {**group, PROJECT_FULL_RANK: wanted})
         return found
 
-    def _require_states(self, state_dict: StateDict, params: list[tuple[Tensor, dict[str, object]]]) -> None:
+    def _require_states(self, state_dict: StateDict, params: list[tuple[Tensor, ParamGroup]]) -> None:
         """Stop unless every state that there is has the tensors, of the shapes, that this optimizer gives it."""
         ids = [number for group in state_dict["param_groups"] for number in group["params"]]
         for position, (number, (param, group)) in enumerate(zip(ids, params, strict=True)):
@@ -279,7 +279,7 @@ class Resumable(Attachable, Optimizer):
             for saved, own in zip(members, self._members(), strict=True)
         ]
 
-    def _slices(self, param: Tensor, group: dict[str, object], members: list[Members] | None = None) -> TensorSlices:
+    def _slices(self, param: Tensor, group: ParamGroup, members: list[Members] | None = None) -> TensorSlices:
         """What a stepped tensor holds."""
         params = self.attachment.slices.get(param)
         if params is None:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ds_fira.core import kernels
 from ds_fira.core.precision import negligible_ratio
-from ds_fira.core.settings import GroupSettings
+from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, compute_dtype, stored_moment
 from ds_fira.core.step import MatrixTask, update
 from ds_fira.core.unprojected import step_unprojected_
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_series import Series, add_batch
-from ds_fira.optim.stateful import ParamGroup, Resumable
+from ds_fira.optim.stateful import Resumable
 
 
 class Stepping(Resumable):

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from ds_fira.core.algorithms import algorithm_of
-from ds_fira.core.param_shape import shape_of
+from ds_fira.core.selection import shape_of
 from ds_fira.core.subspace import basis_shape, effective_rank, low_rank_shape, projection_side
 
 Group = Mapping[str, object]
@@ -95,13 +95,13 @@ def warn_of_costly_ranks(groups: Iterable[Group]) -> None:
             f"{switched_off.low_rank:,} bytes and unprojected ones {switched_off.plain:,}: they are stepped "
             "unprojected, with lr x alpha; give a smaller rank to project them, or project_full_rank = true to do so "
             "at this one.",
-            stacklevel=4,
+            stacklevel=3,
         )
     if costly.counts:
         warnings.warn(
             f"{costly.summary}, takes {costly.low_rank:,} bytes of states where unprojected they take "
             f"{costly.plain:,}; give a smaller rank, or put them into a group with rank = None.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

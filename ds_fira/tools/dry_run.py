@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
-from ds_fira.core.settings import GroupSettings
-from ds_fira.core.state import STEP, allocate, allocate_matrices, compute_dtype
+from ds_fira.core.settings import GroupSettings, ParamGroup
+from ds_fira.core.state import allocate, allocate_matrices
 from ds_fira.optim.param_groups import build_groups, by_kind, group_defaults
 from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import ParamRecord
-from ds_fira.optim.stateful import SMALL_PARAM
-from ds_fira.sharding.geometry import Partitioning, matrices_of
+from ds_fira.optim.stateful import allocate_unprojected
+from ds_fira.sharding.geometry import MatrixShard, Partitioning, matrices_of
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.plan import GroupLayout, plan_groups
 from ds_fira.sharding.projection import is_projected
@@ -65,11 +64,7 @@ class FlatBuffer:
 
     @cached_property
     def _ends(self) -> list[int]:
-        ends, end = [], 0
-        for numel in self.numels:
-            end += numel
-            ends.append(end)
-        return ends
+        return list(accumulate(self.numels))
 
     def held(self, dp_rank: int) -> int:
         """Elements of the parameters, each counted whole, that a rank's partition holds any element of.
@@ -101,7 +96,7 @@ class PlannedGroup:
         layout: of projected groups, None for AdamW's, and for those whose rank saves nothing.
     """
 
-    settings: dict[str, Any]
+    settings: ParamGroup
     shapes: tuple[tuple[int, ...], ...]
     buffer: FlatBuffer
     layout: GroupLayout | None
@@ -120,16 +115,17 @@ class PlannedGroup:
             sharded: whether the group is one flat partition.
         """
         weight = torch.empty(0, dtype=dtype, device="meta")
-        kept = self.settings["state_dtype"]
+        kept, algorithm = self.settings["state_dtype"], algorithm_of(self.settings)
         if self.layout is None:
             shapes = [(self.partition_size,)] if sharded else self.shapes
-            return sum(_plain_bytes(shape, kept, dtype, algorithm_of(self.settings)) for shape in shapes)
-        method, settings = algorithm_of(self.settings), GroupSettings.of(self.settings)
+            flats = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+            return sum(_bytes(allocate_unprojected(flat, kept, algorithm).values()) for flat in flats)
+        settings = GroupSettings.of(self.settings)
         owned = (*self.layout.unsplit[dp_rank], *self.layout.gathered_by(dp_rank))
-        held = _bytes(allocate(weight, [matrix.shape for matrix in owned], settings, True, method).values())
+        held = _bytes(allocate(weight, [matrix.shape for matrix in owned], settings, True, algorithm).values())
         for matrix in self._low_rank_parts(dp_rank):
             low_rank = LocalShardPlan.of(matrix, 0, 0, dp_rank).low_rank_shape
-            part = allocate_matrices(weight, matrix.basis_shape(dp_rank), low_rank, kept, (), method)
+            part = allocate_matrices(weight, matrix.basis_shape(dp_rank), low_rank, kept, (), algorithm)
             held += _bytes(part.values())
         return held
 
@@ -174,7 +170,7 @@ class PlannedRun:
 
 
 def plan_run(
-    module: nn.Module, ranks: int, zero_stage: int = 2, method: Algorithm = FIRA_ADAM, **params: Any
+    module: nn.Module, ranks: int, zero_stage: int = 2, method: Algorithm = FIRA_ADAM, **params: object
 ) -> PlannedRun:
     """Plan a model under DeepSpeed as the engine would, with the settings of a JSON `params` block.
 
@@ -191,7 +187,7 @@ def plan_run(
     settings = check_params(params, algorithm=method)
     defaults = {**group_defaults(settings), **method.group_values}
     sharded = zero_stage > 0
-    drafts: list[tuple[dict[str, Any], tuple, FlatBuffer, list]] = []
+    drafts: list[tuple[ParamGroup, tuple[tuple[int, ...], ...], FlatBuffer, list[dict[int, MatrixShard]]]] = []
     records = []
     groups = build_groups(module, module.parameters(), settings, zero_stage, ranks, method)
     # At stage 0, where nothing is flat, a group may hold both kinds.
@@ -220,19 +216,6 @@ def plan_run(
         for own, shapes, buffer, matrices in drafts
     ]
     return PlannedRun(ranks, sharded, groups, records)
-
-
-def _plain_bytes(shape: Sequence[int], state_dtype: str, dtype: torch.dtype, method: Algorithm) -> int:
-    """Bytes of the state of one parameter that is not projected: its moments and the step count."""
-    kept = state_dtype if math.prod(shape) >= SMALL_PARAM else "float32"
-    moments = [
-        quantization.allocate(
-            tuple(shape), (), kept, dtype=compute_dtype(dtype), device="meta", signed=kind != "second"
-        )
-        for kind in method.states.values()
-    ]
-    step = {STEP: torch.zeros((), dtype=torch.int64, device="meta")}
-    return sum(_bytes(tensors.values()) for tensors in (*moments, step))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

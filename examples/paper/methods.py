@@ -57,10 +57,8 @@ def build_optimizer(run: Run, size: Size, model: nn.Module) -> torch.optim.Optim
     """The optimizer of a run over the model's trainable parameters."""
     trainable = [param for param in model.parameters() if param.requires_grad]
     if run.method in ("Fira", "GaLore"):
-        settings = fira_settings(run, size)
-        groups = ds_fira.param_groups(model, settings.pop("rank"), **settings)
         kind = ds_fira.FiraAdam if run.method == "Fira" else ds_fira.GaLoreAdam
-        return kind(groups, lr=run.lr, record_scaling_factors=run.record)
+        return kind(model, lr=run.lr, record_scaling_factors=run.record, **fira_settings(run, size))
     if run.record:
         # At full rank ours is Adam, and can record; with torch's eps.
         named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]

@@ -21,7 +21,7 @@ def train_with_an_empty_weight(stages: list[int]) -> list[list[float]]:
         ds_config, kwargs = config(stage, "fp32", {"lr": 0.01, "rank": 2, "update_proj_gap": 2}), {}
         if as_object:
             del ds_config["optimizer"]
-            kwargs["optimizer"] = ds_fira.FiraAdam(model.parameters(), rank=2)
+            kwargs["optimizer"] = ds_fira.FiraAdam(model, rank=2)
         engine, losses = build(ds_config, SHAPES, model=model, **kwargs), []
         for batch in batches(3, torch.distributed.get_rank()):
             loss = engine(batch) + engine.module.unused(torch.ones(6)).sum()

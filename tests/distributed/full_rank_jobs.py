@@ -124,7 +124,7 @@ def train_object(stage: int, scheduled: bool = False, rule: str | None = None) -
     kind = ds_fira.FiraAdam if rule is None else getattr(rule_jobs, rule)
     settings = {"rank": 8, "update_proj_gap": 2, "alpha": 0.5}
     trained = [param for param in model.parameters() if param.requires_grad]
-    optimizer = kind(trained, lr=0.01, **settings)
+    optimizer = kind(model, lr=0.01, **settings)
     groups = len(optimizer.param_groups)
     kwargs: dict[str, Any] = {"model": model, "optimizer": optimizer, "model_parameters": trained}
     if scheduled:

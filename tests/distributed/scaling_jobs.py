@@ -95,7 +95,7 @@ def train_plain(params: dict[str, Any], steps: int, kind: str, accumulation: int
     """The factors of the same training in one process without DeepSpeed."""
     model = model_of(kind)
     settings = {key: value for key, value in params.items() if key != "exact_cuts"}
-    optimizer = ds_fira.FiraAdam(model.parameters(), **settings)
+    optimizer = ds_fira.FiraAdam(model, **settings)
     for index, tokens in enumerate(batches(steps * accumulation, rank=0)):
         (model(tokens) / accumulation).backward()
         if (index + 1) % accumulation == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_fira.checkpoint.reconcile import Members
 from ds_fira.core.algorithms import KEY
-from ds_fira.core.param_shape import shape_of
+from ds_fira.core.selection import shape_of
 from ds_fira.core.settings import GroupSettings
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups

@@ -15,7 +15,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from ds_fira.core.param_shape import shape_of
+from ds_fira.core.selection import shape_of
 
 # Attributes of DeepSpeedConfig by the names they have in the JSON.
 BLOCKS = {"zero_config": "zero_optimization", "float16_config": "fp16", "bfloat16_config": "bf16"}

@@ -25,7 +25,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from ds_fira.core.param_shape import numel_of, shape_of
+from ds_fira.core.selection import numel_of, shape_of
 from ds_fira.sharding.geometry import MatrixShard, ParamSlice, Partitioning, matrices_of
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure, saved_projection
-from ds_fira.core.param_shape import shape_of
+from ds_fira.core.selection import shape_of
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.comm import Communicator

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ds_fira.core.param_shape import shape_of
-from ds_fira.core.selection import find_projected_weights
+from ds_fira.core.selection import find_projected_weights, shape_of
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.observe.scaling_recorder import under_adamw
 from ds_fira.optim.base import LowRankOptimizer

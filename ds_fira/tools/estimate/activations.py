@@ -15,13 +15,16 @@ e (2 f + h) more in a layer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Architectures with RMSNorm before attention and a gated MLP of three projections.
 KNOWN = ("llama", "mistral", "qwen2")
 
 
-def activation_bytes(config: Any, tokens: int, element: int, checkpointing: bool) -> int | None:
+def activation_bytes(config: PretrainedConfig | None, tokens: int, element: int, checkpointing: bool) -> int | None:
     """The most bytes of activations that a micro-batch holds at once; linear in the tokens.
 
     Args:

@@ -5,17 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from ds_fira.optim.settings import Settings
 from ds_fira.tools.estimate.cards import CARDS, Available, card_memory
-from ds_fira.tools.estimate.compute import estimate
+from ds_fira.tools.estimate.compute import Estimate, estimate
 from ds_fira.tools.estimate.methods import METHODS
 from ds_fira.tools.estimate.paper_report import paper_json, paper_lines
 from ds_fira.tools.estimate.setup import DTYPES, MASTERS, REDUCE_BUCKET_SIZE, Setup
 from ds_fira.tools.estimate.table import estimate_json, estimate_lines
 from ds_fira.tools.models import NAMES
 
+# Settings of FiraAdam that shape its states, and how a command line gives them; None for one of a few words.
+SETTINGS: dict[str, dict[str, object] | None] = {
+    "rank": {"type": int},
+    "target_modules": {"nargs": "+"},
+    "proj_type": None,
+    "formulation": None,
+    "state_dtype": None,
+    "project_full_rank": {"action": "store_true"},
+    "max_group_bytes": {"type": int},
+}
 EXAMPLES = """examples:
   python -m ds_fira estimate --model llama_1b --rank 512 --gpus 8 --zero-stage 2 --gpu-memory a100-40
   python -m ds_fira estimate --model my_model/config.json --rank 128 --dtype bf16 --offload --json estimate.json
@@ -23,25 +33,22 @@ EXAMPLES = """examples:
 """
 
 
-def register(commands: Any) -> None:
+def register(commands: argparse._SubParsersAction) -> None:
     """Add the sub-command to argparse's `commands`."""
     parser = commands.add_parser(
         "estimate",
         help="memory per GPU of AdamW, GaLore, LoRA and Fira, before training",
-        description="Bytes per GPU by category, for AdamW, GaLore, LoRA and Fira under ZeRO 0, 1 or 2.",
+        description="Bytes per GPU by category, for AdamW, GaLore, LoRA and Fira under ZeRO 0, 1 or 2, at one rank.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--paper", action="store_true", help="print the paper's Table 2 beside its formula's instead")
     add("--model", help=f"{', '.join(NAMES)}, a transformers config file or folder, or a hub id")
-    add("--rank", type=int, help="subspace rank, also LoRA's")
-    add("--target-modules", nargs="+", help="parts of names of the modules to project")
-    add("--proj-type", choices=_choices("proj_type"), default="std")
-    add("--formulation", choices=_choices("formulation"), default="released")
-    add("--state-dtype", choices=_choices("state_dtype"), default="float32", help="of Fira's and GaLore's states")
-    add("--project-full-rank", action="store_true", help="FiraAdam's setting of this name")
-    add("--max-group-bytes", type=int, help="FiraAdam's setting of this name")
+    for name, kind in SETTINGS.items():
+        field = Settings.model_fields[name]
+        kind = kind or {"choices": get_args(field.annotation)}
+        add(f"--{name.replace('_', '-')}", default=field.default, help=field.description, **kind)
     add("--zero-stage", type=int, default=2, help="0, 1 or 2 (default %(default)s)")
     add("--gpus", type=int, default=1, help="data-parallel ranks (default %(default)s)")
     add("--dtype", choices=list(DTYPES), default="bf16", help="of weights and gradients (default %(default)s)")
@@ -70,36 +77,25 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an argument is not legal; one sentence.
     """
-    if args.paper:
-        lines, numbers = paper_lines(), paper_json
-    else:
-        lines, numbers = _estimate(args)
-    print("\n".join(lines))
+    found, available = (None, None) if args.paper else _estimate(args)
+    print("\n".join(paper_lines() if found is None else estimate_lines(found, available)))
     if args.json is not None:
+        numbers = paper_json() if found is None else estimate_json(found, available)
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(numbers(), indent=1) + "\n")
+            args.json.write_text(json.dumps(numbers, indent=1) + "\n")
         except OSError as error:
             raise ValueError(
                 f"--json = {str(args.json)!r} cannot be written ({error.strerror}); give another file."
             ) from None
 
 
-def _estimate(args: argparse.Namespace) -> tuple[list[str], Any]:
+def _estimate(args: argparse.Namespace) -> tuple[Estimate, Available | None]:
     if args.model is None:
         raise ValueError(
             f"--model is missing; give one of {', '.join(NAMES)}, a config file or a hub id, or use --paper."
         )
     available = None if args.gpu_memory is None else Available(card_memory(args.gpu_memory))
     setup = Setup(**{name: getattr(args, name) for name in Setup.__dataclass_fields__})
-    plain = ("rank", "proj_type", "formulation", "state_dtype", "project_full_rank")
-    params = {name: getattr(args, name) for name in plain}
-    params |= {
-        name: getattr(args, name) for name in ("target_modules", "max_group_bytes") if getattr(args, name) is not None
-    }
-    found = estimate(args.model, setup, args.methods, **params)
-    return estimate_lines(found, available), lambda: estimate_json(found, available)
-
-
-def _choices(setting: str) -> list[str]:
-    return list(get_args(Settings.model_fields[setting].annotation))
+    params = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    return estimate(args.model, setup, args.methods, **params), available

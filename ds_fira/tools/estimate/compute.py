@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, algorithm_of
+from ds_fira.core.settings import ParamGroup
 from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import adamw_bytes, formula_bytes
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
@@ -48,15 +49,9 @@ class MethodEstimate:
         """Sequences in the largest micro-batch that fits; 0 where none does, None where activations are not known."""
         if self.activations_per_sequence is None:
             return None
-        found = 0
-        most = 2 * int(available.device) // self.activations_per_sequence + 1
-        while found < most:  # bisection: fitting is monotonic
-            middle = (found + most + 1) // 2
-            if fits(self.with_batch(middle), available):
-                found = middle
-            else:
-                most = middle - 1
-        return found
+        # More would not fit without anything else.
+        batches = range(1, 2 * int(available.device) // self.activations_per_sequence + 2)
+        return bisect_left(batches, True, key=lambda batch: not fits(self.with_batch(batch), available))
 
     def with_batch(self, batch_size: int) -> MethodEstimate:
         """The same with another micro-batch; activations must be known."""
@@ -89,7 +84,7 @@ class Estimate:
     cut_matrices: int
     saving: float
     setup: Setup
-    params: dict[str, Any]
+    params: dict[str, object]
     methods: dict[str, MethodEstimate]
     notes: tuple[str, ...]
 
@@ -99,7 +94,7 @@ def estimate(
     setup: Setup | None = None,
     methods: Sequence[str] = METHODS,
     optimizer: str = FIRA_ADAM.name,
-    **params: Any,
+    **params: object,
 ) -> Estimate:
     """Estimate the memory that training a model takes on every rank.
 
@@ -180,8 +175,13 @@ def require_fit(found: MethodEstimate, available: Available) -> None:
     )
 
 
+def _ranked(run: PlannedRun) -> list[tuple[tuple[int, ...], ParamGroup]]:
+    """Shapes that have a rank, each with its group's settings."""
+    return [(shape, group.settings) for group in run.groups if "rank" in group.settings for shape in group.shapes]
+
+
 def _require_rank(run: PlannedRun, rank: int) -> None:
-    sizes = [min(shape[-2:]) for group in run.groups if "rank" in group.settings for shape in group.shapes]
+    sizes = [min(shape[-2:]) for shape, _ in _ranked(run)]
     if sizes and rank > max(sizes):
         raise ValueError(
             f"--rank = {rank} is larger than the smaller side of every projected weight, {max(sizes)} at most; give a "
@@ -190,32 +190,22 @@ def _require_rank(run: PlannedRun, rank: int) -> None:
 
 
 def _rank_notes(run: PlannedRun) -> list[str]:
-    unprojected = [
-        shape
-        for group in run.groups
-        if "rank" in group.settings
-        for shape in group.shapes
-        if not is_projected(shape, group.settings)
-    ]
+    unprojected = sum(not is_projected(shape, settings) for shape, settings in _ranked(run))
     if not unprojected:
         return []
     return [
-        f"{len(unprojected)} weights are stepped unprojected, since at their rank low-rank states save nothing: "
+        f"{unprojected} weights are stepped unprojected, since at their rank low-rank states save nothing: "
         f"{PROJECT_FULL_RANK} projects them."
     ]
 
 
-def _notes(setup: Setup, config: Any, sequence: int | None, methods: Sequence[str]) -> list[str]:
-    notes = []
+def _notes(setup: Setup, config: object, sequence: int | None, methods: Sequence[str]) -> list[str]:
+    notes = ["Activations are an estimate by formula (ds_fira/tools/estimate/activations.py); the rest is counted."]
     if sequence is None:
         kind = getattr(config, "model_type", None)
-        notes.append(
+        notes = [
             f"Activations are left out: no formula for the architecture {kind!r}; there is one for {', '.join(KNOWN)}."
-        )
-    else:
-        notes.append(
-            "Activations are an estimate by formula (ds_fira/tools/estimate/activations.py); the rest is counted."
-        )
+        ]
     if "LoRA" in methods:
         notes.append("LoRA trains its adapters alone; embeddings, head and norms are frozen with the other weights.")
     if "GaLore" in methods and setup.sharded:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from ds_fira.tools.estimate.setup import REDUCE_BUCKET_SIZE, Setup
 
 
-def setup_of(config: dict[str, Any], *, gpus: int, seq_length: int, activation_checkpointing: bool) -> Setup:
+def setup_of(config: Mapping[str, object], *, gpus: int, seq_length: int, activation_checkpointing: bool) -> Setup:
     """Read a DeepSpeed configuration.
 
     Args:

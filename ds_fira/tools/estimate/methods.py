@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -20,7 +19,7 @@ STEP_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Algorithm:
+class MethodPlan:
     """How a method's memory comes about.
 
     Attributes:
@@ -41,7 +40,7 @@ def lora_numel(shape: Sequence[int], rank: int) -> int:
     return sum(min(rank, *matrix.shape) * sum(matrix.shape) for matrix in matrices_of("", tuple(shape)))
 
 
-def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: dict[str, Any]) -> list[Algorithm]:
+def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: Mapping[str, object]) -> list[MethodPlan]:
     """The four methods for one model, with checked settings of FiraAdam.
 
     AdamW is DeepSpeed's with one param group and states in the masters' dtype. LoRA trains its adapters alone, with
@@ -64,9 +63,9 @@ def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: di
 
     return [
         _adamw("AdamW", [param.numel() for param in trained], frozen, setup),
-        Algorithm("GaLore", fira, frozen, galore_bytes),
+        MethodPlan("GaLore", fira, frozen, galore_bytes),
         _adamw("LoRA", adapters, frozen + sum(param.numel() for param in trained), setup),
-        Algorithm("Fira", fira, frozen, lambda dp_rank: run.state_bytes(dp_rank, dtype)),
+        MethodPlan("Fira", fira, frozen, lambda dp_rank: run.state_bytes(dp_rank, dtype)),
     ]
 
 
@@ -80,9 +79,9 @@ def _adapter(shape: Sequence[int], rank: int) -> list[int]:
     return factors
 
 
-def _adamw(name: str, numels: Sequence[int], frozen: int, setup: Setup) -> Algorithm:
+def _adamw(name: str, numels: Sequence[int], frozen: int, setup: Setup) -> MethodPlan:
     """AdamW of torch over one param group: two moments in the dtype of what it steps."""
     buffer = FlatBuffer.of(numels, setup.gpus, setup.zero_stage)
     steps = 1 if setup.sharded else len(buffer.numels)
     held = 2 * setup.master_dtype.itemsize * buffer.partition_size + STEP_BYTES * steps
-    return Algorithm(name, (buffer,), frozen, lambda dp_rank: held)
+    return MethodPlan(name, (buffer,), frozen, lambda dp_rank: held)

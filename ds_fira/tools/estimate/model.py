@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ds_fira.tools.models import NAMES, config_file
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # How long the hub may take to answer at all.
 HUB_SECONDS = 10.0
 
 
-def load_model(model: str | Path) -> Any:
+def load_model(model: str | Path) -> PreTrainedModel:
     """Build a causal language model on the meta device: shapes, no memory.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ds_fira.tools.estimate.paper import (
     MODELS,
     PUBLISHED,
@@ -85,7 +83,7 @@ def saving_lines() -> list[str]:
     ]
 
 
-def paper_json() -> dict[str, Any]:
+def paper_json() -> dict[str, object]:
     """The same for a machine."""
     return {
         "table_2": [

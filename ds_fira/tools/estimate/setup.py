@@ -47,15 +47,12 @@ class Setup:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name, flag in (
-            ("gpus", "gpus"),
-            ("batch_size", "batch-size"),
-            ("seq_length", "seq-length"),
-            ("reduce_bucket_size", "reduce-bucket-size"),
-        ):
+        for name in ("gpus", "batch_size", "seq_length", "reduce_bucket_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"--{flag} = {value!r} is not legal; give a whole number of at least 1.")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} = {value!r} is not legal; give a whole number of at least 1."
+                )
         if self.zero_stage == 3:
             raise ValueError("--zero-stage = 3 is not estimated yet, though FiraAdam trains at it; choose 0, 1 or 2.")
         if self.zero_stage not in (0, 1, 2):

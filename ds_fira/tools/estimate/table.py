@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
 
 from ds_fira.tools.estimate.cards import GIB, Available
 from ds_fira.tools.estimate.compute import Estimate, MethodEstimate, fits
@@ -44,7 +44,7 @@ def estimate_lines(found: Estimate, available: Available | None) -> list[str]:
     return [*lines, "", *(f"- {note}" for note in found.notes)]
 
 
-def estimate_json(found: Estimate, available: Available | None) -> dict[str, Any]:
+def estimate_json(found: Estimate, available: Available | None) -> dict[str, object]:
     """Everything in bytes, by method and rank."""
     methods = {}
     for name, method in found.methods.items():
@@ -103,5 +103,5 @@ def _batch(method: MethodEstimate, available: Available) -> str:
     return "-" if batch is None else str(batch) if batch else "none"
 
 
-def _row(label: str, values: Any) -> str:
+def _row(label: str, values: Iterable[str]) -> str:
     return f"{label:{LABEL}}" + "".join(f"{value:>{COLUMN}}" for value in values)

@@ -154,10 +154,10 @@ def test_a_wrong_value_is_refused(value: Any) -> None:
 @pytest.mark.parametrize("rank", [2, 99])
 @pytest.mark.parametrize("build", [llama, mixtral])
 def test_linear_layers_of_a_model_by_name(build: Any, rank: int) -> None:
-    """The weights that a rank would project and no others, in the model's order, with names from the live model."""
+    """The weights that a rank would project and no others, in the model's order, with its names."""
     torch.manual_seed(0)
     model = build()
-    optimizer = FiraAdam(model.parameters(), rank=rank, record_scaling_factors=1)
+    optimizer = FiraAdam(model, rank=rank, record_scaling_factors=1)
     for seed in range(2):
         tokens = torch.randint(0, 24, (4, 8), generator=torch.Generator().manual_seed(seed))
         loss_of(model, tokens).backward()
@@ -177,7 +177,9 @@ def test_linear_layers_of_a_model_by_name(build: Any, rank: int) -> None:
 def test_two_modules_with_the_same_names_stay_apart() -> None:
     """The second one's names get a number."""
     modules = [nn.Linear(6, 9, bias=False), nn.Linear(6, 9, bias=False)]
-    optimizer = FiraAdam([module.weight for module in modules], rank=99, record_scaling_factors=1)
+    optimizer = FiraAdam(
+        [pair for module in modules for pair in module.named_parameters()], rank=99, record_scaling_factors=1
+    )
     for module in modules:
         module(torch.ones(6)).square().sum().backward()
     optimizer.step()

@@ -117,8 +117,23 @@ def test_an_unknown_setting_names_the_nearest_legal_one(typo, meant):
 
 
 def test_an_unknown_keyword_of_the_constructor():
-    with pytest.raises(TypeError, match="rnak"):
-        FiraAdam([nn.Parameter(make_weight((6, 8)))], rnak=4)
+    """A wrong call, as in Python, with the sentence of a wrong setting."""
+    for kind in (FiraAdam, ds_fira.GaLoreAdam, ds_fira.FiraRMSProp):
+        for error in (TypeError, ValueError):
+            with pytest.raises(error, match=rf"^{kind.__name__}: unknown setting 'rnak' = 4; did you mean 'rank'\?"):
+                kind([nn.Parameter(make_weight((6, 8)))], rnak=4)
+
+
+def test_positional_arguments_are_torchs():
+    weights = [nn.Parameter(make_weight((6, 8)))]
+    (group,) = FiraAdam(weights, 0.1, (0.8, 0.9), 1e-4, 0.2, rank=4).param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.8, 0.9), 1e-4, 0.2)
+    with pytest.raises(TypeError, match="too many positional"):
+        FiraAdam(weights, 0.1, (0.8, 0.9), 1e-4, 0.2, 4)
+    with pytest.raises(TypeError, match="'lr'"):
+        FiraAdam(weights, 0.1, lr=0.1, rank=4)
+    with pytest.raises(ValueError, match=r"FiraAdam: max_group_bytes = 8 is a setting of DeepSpeed configs"):
+        FiraAdam(weights, rank=4, max_group_bytes=8)
 
 
 def test_good_settings_come_back_filled_in():
@@ -145,8 +160,9 @@ def test_target_modules_that_match_nothing(targets):
     with pytest.raises(ValueError, match="target_modules") as error:
         ds_fira.param_groups(model, 4, targets)
     assert repr(targets) in str(error.value)
-    with pytest.raises(ValueError, match="target_modules"):
-        FiraAdam(model.parameters(), rank=4, target_modules=targets)
+    for given in (model, model.named_parameters()):
+        with pytest.raises(ValueError, match="target_modules"):
+            FiraAdam(given, rank=4, target_modules=targets)
 
 
 def test_a_model_with_nothing_to_project():

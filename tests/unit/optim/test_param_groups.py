@@ -1,5 +1,7 @@
 """What ds_fira.param_groups and the constructor's rank project, and what of the user's own groups survives."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -122,10 +124,10 @@ def test_what_is_projected_by_default(which):
 
 
 @pytest.mark.parametrize("which", EXPECTED)
-def test_a_flat_list_with_a_rank_projects_the_same(which):
+def test_a_model_with_a_rank_projects_the_same(which):
     make, expected = EXPECTED[which]
     model = make()
-    optimizer = FiraAdam(model.parameters(), rank=RANK)
+    optimizer = FiraAdam(model, rank=RANK)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -135,23 +137,80 @@ def test_a_flat_list_with_a_rank_projects_the_same(which):
     assert {names[id(p)] for p in optimizer.state} == set(names.values())
 
 
-def test_two_models_in_one_flat_list_keep_their_embeddings_unprojected():
-    first, second, bare = Zoo(), llama(), nn.Parameter(torch.zeros(3))
-    optimizer = FiraAdam([*first.parameters(), *second.parameters(), bare], rank=RANK)
-    projected = {id(p) for group in optimizer.param_groups if group.get("rank") for p in group["params"]}
-    expected = {id(dict(first.named_parameters())[name]) for name in EXPECTED["zoo"][1]}
-    expected |= {id(dict(second.named_parameters())[name]) for name in LLAMA_LINEAR}
-    assert projected == expected
+# What only the module says: a bare parameter, and a router that is no linear layer of torch's.
+UNKNOWN_BY_NAME = {"zoo": {"table"}, "mixtral_experts": {"model.layers.0.mlp.gate.weight"}}
 
 
-def test_part_of_a_model_in_a_flat_list():
+@pytest.mark.parametrize("which", EXPECTED)
+def test_named_parameters_tell_embeddings_heads_and_biases(which):
+    make, expected = EXPECTED[which]
+    model = make()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no names")
+        optimizer = FiraAdam(model.named_parameters(), rank=RANK)
+    expected = expected | UNKNOWN_BY_NAME.get(which, set())
+    assert projected_names(model, optimizer.param_groups) == expected
+    # Those of a group's own are told in the same way.
+    parts = [[(n, p) for n, p in model.named_parameters() if ("embed" in n) is kind] for kind in (True, False)]
+    optimizer = FiraAdam([{"params": part} for part in parts if part], rank=RANK)
+    assert projected_names(model, optimizer.param_groups) == expected
+
+
+def test_parameters_without_names_are_all_projected_with_one_warning():
+    model = llama()
+    with pytest.warns(UserWarning, match="no names") as caught:
+        optimizer = FiraAdam(model.parameters(), rank=RANK)
+    assert len(caught) == 1
+    count = sum(p.ndim == 2 for p in model.parameters())
+    assert str(caught[0].message) == (
+        f"FiraAdam: these parameters have no names, so all {count} matrices are projected, embeddings and heads too, "
+        "if any; pass the model, as in FiraAdam(model, rank=3), or ds_fira.param_groups(model, rank=3), to project "
+        "linear layers only."
+    )
+    assert caught[0].filename == __file__
+    projected = [p for group in optimizer.param_groups if "rank" in group for p in group["params"]]
+    assert {id(p) for p in projected} == {id(p) for p in model.parameters() if p.ndim == 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FiraAdam(nn.Linear(8, 6).parameters(), rank=RANK)
+
+
+def test_a_model_does_not_have_to_be_alive_to_be_told_apart():
+    """Nothing is looked up but what the constructor is given."""
+    weights = [p for p in llama().parameters() if p.ndim == 2]
+    model = llama()
+    with pytest.warns(UserWarning, match="no names"):
+        optimizer = FiraAdam([*weights, *(p for p in model.parameters() if p.ndim == 2)], rank=RANK)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_part_of_a_model():
     model = llama()
     for parameter in model.model.layers[0].parameters():
         parameter.requires_grad_(False)
-    optimizer = FiraAdam([p for p in model.parameters() if p.requires_grad], rank=RANK)
-    assert projected_names(model, [g for g in optimizer.param_groups if g.get("rank")]) == {
-        name for name in LLAMA_LINEAR if ".layers.1." in name
-    }
+    expected = {name for name in LLAMA_LINEAR if ".layers.1." in name}
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    for given in (model, named):
+        optimizer = FiraAdam(given, rank=RANK)
+        assert projected_names(model, optimizer.param_groups) == expected
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
+
+
+def test_a_model_and_its_named_parameters_resume_a_run_of_either():
+    """Both have the groups that a flat list had: what is projected, then the rest, weight decay for both."""
+    model, twin = llama(), llama()
+    first, second = FiraAdam(model, rank=RANK, weight_decay=0.1), FiraAdam(twin.named_parameters(), rank=RANK)
+    assert [group["param_names"] for group in first.param_groups] == [g["param_names"] for g in second.param_groups]
+    assert {group["weight_decay"] for group in first.param_groups} == {0.1}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    assert len(second.state) == len(list(model.parameters()))
+    with pytest.warns(UserWarning, match="no names"):
+        unnamed = FiraAdam(twin.parameters(), rank=RANK)
+    with pytest.raises(ValueError, match=r"FiraAdam: .*pass the model, as in FiraAdam\(model, rank=\.\.\.\)"):
+        unnamed.load_state_dict(first.state_dict())
 
 
 def test_a_bare_matrix_is_projected():
@@ -193,8 +252,13 @@ def test_the_constructors_rank_does_not_leak_into_groups_without_one():
 def test_target_modules(targets, expected):
     model = llama()
     assert projected_names(model, ds_fira.param_groups(model, RANK, targets)) == expected
-    optimizer = FiraAdam(model.parameters(), rank=RANK, target_modules=targets)
-    assert projected_names(model, [g for g in optimizer.param_groups if g.get("rank")]) == expected
+    for given in (model, model.named_parameters()):
+        optimizer = FiraAdam(given, rank=RANK, target_modules=targets)
+        assert projected_names(model, optimizer.param_groups) == expected
+    with pytest.raises(
+        ValueError, match=r"target_modules = .* need names.*pass the model, as in FiraAdam\(model, rank=3"
+    ):
+        FiraAdam(model.parameters(), rank=RANK, target_modules=targets)
 
 
 def test_target_modules_pick_conv1d_and_experts_but_nothing_else():
@@ -203,10 +267,11 @@ def test_target_modules_pick_conv1d_and_experts_but_nothing_else():
         n for n in GPT2_LINEAR if "attn" in n
     }
     zoo = Zoo()
-    assert projected_names(zoo, ds_fira.param_groups(zoo, RANK, ["experts", "norm", "embed"])) == {
-        "experts.up_proj",
-        "experts.down_proj",
-    }
+    experts = {"experts.up_proj", "experts.down_proj"}
+    targets = ["experts", "norm", "embed"]
+    assert projected_names(zoo, ds_fira.param_groups(zoo, RANK, targets)) == experts
+    named = FiraAdam(zoo.named_parameters(), rank=RANK, target_modules=targets)
+    assert projected_names(zoo, named.param_groups) == experts
 
 
 @pytest.mark.parametrize("which", EXPECTED)

@@ -21,7 +21,7 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(30, 8)
+        self.embed_tokens = nn.Embedding(30, 8)
         self.first = nn.Linear(8, 12)
         self.second = nn.Linear(12, 8)
         self.norm = nn.LayerNorm(8)
@@ -29,7 +29,14 @@ class Model(nn.Module):
 
 
 def by_constructor(model: nn.Module, groups: list, rank: int | None, kind: type = FiraAdam, **settings) -> list:
-    return kind(groups, rank=rank, **settings).param_groups
+    """With names, by which a constructor tells embeddings and heads."""
+    names = {id(param): name for name, param in model.named_parameters()}
+
+    def named(params: list) -> list:
+        return [(names[id(param)], param) for param in params]
+
+    own = [{**item, "params": named(item["params"])} if isinstance(item, dict) else item for item in groups]
+    return kind(own if isinstance(groups[0], dict) else named(own), rank=rank, **settings).param_groups
 
 
 def by_config(model: nn.Module, groups: list, rank: int | None, kind: type = FiraAdam, stage: int = 0, **settings):
@@ -52,7 +59,11 @@ def test_a_rank_applies_to_the_weights_of_all_groups(way, kind):
     model = Model()
     groups = [
         {"params": [*model.first.parameters(), *model.norm.parameters()], "lr": 0.5, "name": "first"},
-        {"params": [*model.second.parameters(), *model.tokens.parameters()], "weight_decay": 0.3, "name": "second"},
+        {
+            "params": [*model.second.parameters(), *model.embed_tokens.parameters()],
+            "weight_decay": 0.3,
+            "name": "second",
+        },
         {"params": list(model.lm_head.parameters()), "name": "head"},
     ]
     found = way(model, groups, 3, kind)
