@@ -22,9 +22,9 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 import transformers
-from paper.choices import Question, predictions, read_questions, training_rows
-from paper.tuning import METHODS, Recipe, optimizer_block, prepare, trained_parameters
-from paper.tuning_loop import fine_tune, schedule, steps_of
+from finetuning.choices import Question, predictions, read_questions, training_rows
+from finetuning.loop import fine_tune, schedule, steps_of
+from finetuning.tuning import METHODS, Recipe, optimizer_block, prepare, trained_parameters
 from pretraining.arguments import OneSentenceParser, positive
 from pretraining.batch import TOTAL, settle_batch
 from pretraining.configs import read_json
