@@ -19,7 +19,7 @@ from ds_fira.engine.deepspeed.attach import TYPES
 from ds_fira.optim.settings import check_params
 from ds_fira.tools.models import NAMES, config_file
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 def stop(sentence: str) -> NoReturn:
