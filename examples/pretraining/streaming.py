@@ -4,6 +4,17 @@ The text is cut into *lanes*, disjoint and of equal share; a rank reads one lane
 of (seed, position), so its state is a handful of integers: where in the text the current block of rows begins, and how
 many rows of the block were handed out. After a restart the block is made again, and the next row is the one that would
 have come.
+
+`datasets` reads the files and torchdata's loader makes the batches. Packing and shuffling are our own, because theirs
+lose rows (366 documents, 13,646 tokens, rows of 16; the tests are in test_data_stream.py):
+
+- `map(pack, batched=True)` drops what does not fill a row at the end of each batch of documents: 46 tokens lost in
+  batches of 100 (test_no_token_is_lost).
+- `shuffle(buffer_size=64)` drops what its buffer holds when a `state_dict` is loaded: 60 of 850 rows never came
+  (test_resume_anywhere).
+- `split_dataset_by_node` is disjoint, but every rank reads every file as soon as the ranks do not divide their number,
+  and a split stream tells no file: the error of a broken one could not name it
+  (test_an_error_of_one_rank_ends_all in test_data_ranks.py).
 """
 
 from __future__ import annotations
