@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from tests.integration.data_jobs import c4_files, write_c4
 
+from pretraining.loader import Loader  # isort: skip
 from pretraining.rows import State  # isort: skip
 from pretraining.documents import Documents, is_held_out  # isort: skip
 from pretraining.streaming import START, Lane, LaneRecipe, StreamRows  # isort: skip
@@ -189,3 +197,44 @@ def test_a_lane_without_documents_is_refused(tmp_path: Path, encoder) -> None:
     lane = Lane(recipe(c4_files(tmp_path), encoder, lanes=5), 4)
     with pytest.raises(ValueError, match="part 5 of 5 of the training text holds no documents"):
         next(lane)
+
+
+def running(pid: int) -> bool:
+    """Whether a process runs; one that ended and that nobody waits for does not."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_the_worker_obeys_its_rank_alone(corpus, encoder) -> None:
+    """A SIGTERM from outside leaves the worker at work; `close` ends it."""
+    before = multiprocessing.active_children()
+    loader = Loader(StreamRows(recipe(c4_files(corpus[0]), encoder), {}, 0, 1), depth=2)
+    loader.get()
+    (worker,) = (child for child in multiprocessing.active_children() if child not in before)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    for _ in range(10):
+        loader.get()
+    loader.close()
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+def be_killed(documents: Documents, encoder: Encoder, connection: Connection) -> None:
+    """Start a worker, tell its process, and be killed as a rank is for want of memory."""
+    loader = Loader(StreamRows(recipe(documents, encoder), {}, 0, 1), depth=2)
+    loader.get()
+    connection.send([child.pid for child in multiprocessing.active_children()])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_worker_ends_with_a_rank_that_is_killed(corpus, encoder) -> None:
+    """Within two seconds: what it holds open of the rank's would let the other ranks wait."""
+    ours, theirs = multiprocessing.Pipe()
+    arguments = (c4_files(corpus[0]), encoder, theirs)
+    rank = multiprocessing.get_context("fork").Process(target=be_killed, args=arguments)
+    rank.start()
+    (pid,) = ours.recv()
+    rank.join(10)
+    end = time.monotonic() + 2
+    while running(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not running(pid)
