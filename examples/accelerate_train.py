@@ -25,8 +25,9 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     set_seed,
 )
-from huggingface.common import Task, collate, load, stop
+from huggingface.common import Task, collate, load
 from huggingface.options import filled_config, parse
+from pretraining.arguments import stop
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
@@ -112,7 +113,6 @@ def run(accelerator: Accelerator, options: argparse.Namespace, task: Task) -> No
     if options.resume is not None:
         accelerator.load_state(str(options.resume))
     losses = train(accelerator, options, model, loader)
-
     val_loss = evaluate(accelerator, model, validation)
     figures = {"losses": losses, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)}
     if accelerator.deepspeed_plugin.get_value("optimizer.type") in TYPES:

@@ -13,10 +13,8 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
@@ -26,6 +24,7 @@ from finetuning.choices import Question, predictions, read_questions, training_r
 from finetuning.loop import fine_tune, schedule, steps_of
 from finetuning.options import build_parser, load_model, settle
 from finetuning.tuning import Recipe, trained_parameters
+from pretraining.arguments import stop
 
 import ds_fira
 
@@ -127,12 +126,6 @@ def main() -> None:
     except (OSError, ValueError) as error:
         stop(str(error))
     ds_fira.shutdown(engine)
-
-
-def stop(sentence: str) -> NoReturn:
-    """End every process in good order with one sentence; for errors that all of them know of."""
-    ds_fira.shutdown()
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(sentence.split())}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from huggingface.common import REPOSITORY, check_fira, collate, load, stop
+from huggingface.common import REPOSITORY, check_fira, collate, load
+from pretraining.arguments import stop
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 

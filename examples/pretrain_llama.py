@@ -19,10 +19,11 @@ import torch
 import transformers
 from pretraining import options as command_line
 from pretraining import report
+from pretraining.arguments import stop
 from pretraining.documents import DataError
 from pretraining.finish import final_figures, save_model
 from pretraining.loop import train
-from pretraining.start import check_start, load_state, plan, start_engine, stop, training_data
+from pretraining.start import check_start, load_state, plan, start_engine, training_data
 
 import ds_fira
 from ds_fira.tools.run_report.plots import write_page

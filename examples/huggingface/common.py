@@ -1,11 +1,10 @@
-"""What the two Hugging Face examples share: the model, its text, and an end in one sentence on every rank."""
+"""What the two Hugging Face examples share: the model and its text."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -14,18 +13,11 @@ from pretraining.documents import DataError
 from pretraining.text_data import TextData, TextRecipe, prepare
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-import ds_fira
 from ds_fira.engine.deepspeed.attach import TYPES
 from ds_fira.optim.settings import check_params
 from ds_fira.tools.models import NAMES, config_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-
-
-def stop(sentence: str) -> NoReturn:
-    """End every process in good order with one sentence; for errors that all of them know of."""
-    ds_fira.shutdown()
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(sentence.split())}")
 
 
 def check_fira(config: dict[str, Any], source: Any) -> None:

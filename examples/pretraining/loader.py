@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -26,14 +27,16 @@ class Loader:
 
     def __init__(self, rows: Rows, depth: int) -> None:
         """Start the worker."""
-        self._loader = StatefulDataLoader(
-            rows,
-            batch_size=None,  # rows come as batches
-            num_workers=1,
-            prefetch_factor=depth,
-            worker_init_fn=begin_worker,
-            multiprocessing_context="fork",  # at once, with the files and the tokenizer that are open
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it
+            self._loader = StatefulDataLoader(
+                rows,
+                batch_size=None,  # rows come as batches
+                num_workers=1,
+                prefetch_factor=depth,
+                worker_init_fn=begin_worker,
+                multiprocessing_context="fork",  # at once, with the files and the tokenizer that are open
+            )
         self._batches: Iterator[torch.Tensor | str] = iter(self._loader)
 
     def get(self) -> tuple[torch.Tensor, State]:

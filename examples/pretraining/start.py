@@ -6,8 +6,6 @@ What is wrong ends every process in good order with one sentence.
 import argparse
 import functools
 import sys
-from pathlib import Path
-from typing import NoReturn
 
 import deepspeed
 import deepspeed.comm as dist
@@ -17,6 +15,7 @@ import transformers
 import ds_fira
 from ds_fira.checkpoint.atomic_save import CheckpointError
 
+from .arguments import stop
 from .batch import settle_batch
 from .data import TrainingData, open_data
 from .documents import DataError
@@ -124,9 +123,3 @@ def check_start(
     except DataError as error:
         data.close()
         stop(str(error), engine)
-
-
-def stop(sentence: str, engine: deepspeed.DeepSpeedEngine | None = None) -> NoReturn:
-    """End every process in good order with one sentence; for errors that all of them know of."""
-    ds_fira.shutdown(engine)
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence}")
