@@ -13,8 +13,6 @@ import argparse
 import functools
 import json
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,69 +25,19 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     set_seed,
 )
-from hf_common import REPOSITORY, Task, check_fira, collate, load, stop
+from huggingface.common import Task, collate, load
+from huggingface.options import filled_config, parse
+from pretraining.arguments import stop
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 import ds_fira  # registers FiraAdam
 from ds_fira.optim.registry import TYPES
 
-LAUNCHED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # set by `accelerate launch`
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Train with accelerate and FiraAdam.", allow_abbrev=False)
-    parser.add_argument("--model", default="llama_60m", help="name in ds_fira.tools.models, config file or checkpoint")
-    parser.add_argument(
-        "--text", help="file, folder or glob of txt, csv, json, jsonl, parquet (default: the packaged reviews)"
-    )
-    parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--deepspeed-config", type=Path, help="JSON, without a config file of `accelerate launch`")
-    parser.add_argument("--batch-size", type=int, help='per process, where the JSON says "auto"')
-    parser.add_argument("--lr", type=float, help='where the JSON says "auto"')
-    parser.add_argument("--weight-decay", type=float, help='where the JSON says "auto"')
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--warmup-steps", type=int, default=100)
-    parser.add_argument("--save-every", type=int, help="steps between states in OUTPUT_DIR/step_N")
-    parser.add_argument("--resume", type=Path, help="a folder step_N to go on from")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=REPOSITORY / "runs" / "accelerate")
-    parser.add_argument("--cache-dir", type=Path, default=REPOSITORY / "runs" / "cache")
-    parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher")
-    return parser.parse_args(arguments)
-
 
 def start(options: argparse.Namespace) -> Accelerator:
-    """The accelerator with its DeepSpeed config, "auto" values filled in from the options.
-
-    Raises:
-        ValueError: the config is missing, named twice, contradicted by an option, or wrong.
-    """
-    launched = os.environ.get(LAUNCHED_CONFIG)
-    if launched is not None and options.deepspeed_config is not None:
-        raise ValueError(
-            f"--deepspeed-config {options.deepspeed_config} contradicts {launched} of `accelerate launch`; give one."
-        )
-    source = Path(launched or options.deepspeed_config or REPOSITORY / "ds_configs" / "zero2_bf16.json")
-    for path in (source, options.resume):
-        if path is not None and not path.exists():
-            raise ValueError(f"{path} does not exist.")
-    config = json.loads(source.read_text())
-    params = config.get("optimizer", {}).get("params", {})
-    for block, key, option in (
-        (params, "lr", "lr"),
-        (params, "weight_decay", "weight_decay"),
-        (config, "train_micro_batch_size_per_gpu", "batch_size"),
-    ):
-        value, flag = getattr(options, option), "--" + option.replace("_", "-")
-        if block.get(key) == "auto":
-            if value is None:
-                raise ValueError(f'{source} has "auto" for {key}; give {flag}.')
-            block[key] = value
-        elif value is not None:
-            raise ValueError(f'{flag} {value} contradicts {key} = {block.get(key)} in {source}; write "auto" there.')
-    check_fira(config, source)
+    """The accelerator with its DeepSpeed config; raises `ValueError` as `filled_config`."""
+    config = filled_config(options)
     return Accelerator(
         # A script that fills nothing in needs no plugin: accelerate makes one of the file in the YAML.
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
@@ -107,8 +55,7 @@ def prepare(accelerator: Accelerator, options: argparse.Namespace, task: Task) -
     loader = DataLoader(task.train, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     validation = DataLoader(task.validation, batch_size, collate_fn=collate)
     # Stand-ins: DeepSpeed builds the optimizer that the JSON names, and the scheduler over the param groups it makes.
-    params = accelerator.deepspeed_plugin.deepspeed_config["optimizer"]["params"]
-    optimizer = DummyOptim(task.model.parameters(), lr=params["lr"])
+    optimizer = DummyOptim(task.model.parameters(), lr=accelerator.deepspeed_plugin.get_value("optimizer.params.lr"))
     schedule = functools.partial(
         get_cosine_schedule_with_warmup, num_warmup_steps=options.warmup_steps, num_training_steps=options.steps
     )
@@ -166,7 +113,6 @@ def run(accelerator: Accelerator, options: argparse.Namespace, task: Task) -> No
     if options.resume is not None:
         accelerator.load_state(str(options.resume))
     losses = train(accelerator, options, model, loader)
-
     val_loss = evaluate(accelerator, model, validation)
     figures = {"losses": losses, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)}
     if accelerator.deepspeed_plugin.get_value("optimizer.type") in TYPES:
@@ -194,7 +140,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         stop(str(error))
     run(accelerator, options, task)
-    # Ends the engine and drops accelerate's references to it, after which the processes can end in good order.
+    # Drops accelerate's references to the engine, after which the processes can end in good order.
     accelerator.free_memory()
     ds_fira.shutdown()
 

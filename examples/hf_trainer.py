@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from hf_common import REPOSITORY, check_fira, collate, load, stop
+from huggingface.common import REPOSITORY, check_fira, collate, load
+from pretraining.arguments import stop
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -92,7 +93,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, TrainingArgument
 
 
 def build(options: Options, training: TrainingArguments) -> Trainer:
-    """The Trainer with its model and its text; raises as `hf_common.load`."""
+    """The Trainer with its model and its text; raises as `huggingface.common.load`."""
     set_seed(training.seed)
     task = load(options.model, options.text, options.seq_length, options.cache_dir)
     return Trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -107,6 +108,7 @@ def _run_script(
         with open(f"{output}.{kind}", "w") as file:
             os.dup2(file.fileno(), number)
     os.environ.update(place)
+    multiprocessing.current_process().daemon = False  # it may have children, as a script that a user runs
     torch.set_num_threads(1)
     os.chdir(folder)
     sys.argv = [script, *arguments]

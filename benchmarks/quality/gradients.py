@@ -25,7 +25,7 @@ import ds_fira
 from benchmarks.communication.partition import LLAMAS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from pretraining.prepared_rows import training_batches
+from pretraining.rows import PreparedRows
 from pretraining.text_data import TextData, TextRecipe, prepare
 
 SEED = 0
@@ -84,6 +84,13 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int, vocab_size: i
     return LlamaForCausalLM(config)
 
 
+def training_batches(data: TextData, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of token ids, int64 of shape (batch_size, seq_length)."""
+    rows = PreparedRows(data.train, {"seed": seed}, rank=0, world_size=1)
+    rows.batch_size = batch_size
+    return rows.batches()
+
+
 def train(run: Run, folder: Path, device: str = "cpu") -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Train, and give (step, gradients by weight) at every kept step."""
     hidden, intermediate, heads, _, rank = LLAMAS[run.model]
@@ -93,7 +100,7 @@ def train(run: Run, folder: Path, device: str = "cpu") -> Iterator[tuple[int, di
     groups = ds_fira.param_groups(model, rank=rank, alpha=0.25, update_proj_gap=200)
     optimizer = ds_fira.FiraAdam(groups, lr=run.lr)
     projected = {id(param) for group in groups if "rank" in group for param in group["params"]}
-    batches = training_batches(data.train, batch_size=run.batch_size, seed=SEED, dp_rank=0, world_size=1)
+    batches = training_batches(data, run.batch_size, SEED)
     for step in range(1, run.steps[-1] + 1):
         ids = next(batches).to(device)
         loss = model(input_ids=ids, labels=ids).loss

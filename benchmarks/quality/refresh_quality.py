@@ -52,7 +52,7 @@ def final_loss(data: TextData, way: str, rank: int, gap: int, seed: int, args: a
     )
     optimizer = ds_fira.FiraAdam(groups, lr=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, args.steps))
-    batches = training_batches(data.train, batch_size=args.batch_size, seed=seed, dp_rank=0, world_size=1)
+    batches = training_batches(data, args.batch_size, seed)
     for _ in range(args.steps):
         ids = next(batches).to(device)
         optimizer.zero_grad()

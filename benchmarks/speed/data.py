@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from pretraining.prefetch import Prefetcher
+from pretraining.loader import Loader
 from pretraining.sources import open_source
 from pretraining.streaming import LaneRecipe, StreamRows
 from pretraining.tokenization import Encoder, train_tokenizer
@@ -73,7 +73,9 @@ def stream_alone(folder: Path, texts: list[str], seconds: float) -> tuple[float,
         return count(stop)
 
     alone = count_for(seconds)
-    batches = Prefetcher(StreamRows(recipe, {}, 0, 1).micro_batches(8), depth=16)
+    rows = StreamRows(recipe, {}, 0, 1)
+    rows.batch_size = 8
+    batches = Loader(rows, depth=16)
     batches.get()
     began, taken = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:

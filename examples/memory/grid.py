@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pretraining.configs import read_json
 
 from ds_fira.tools.models import NAMES, config_file
 
@@ -106,12 +107,7 @@ def model_config(name: str, seq_length: int) -> dict[str, Any]:
         if not path.is_file():
             known = ", ".join((*OWN_MODELS, *NAMES))
             raise ValueError(f"--model {name} is neither a file nor one of {known}")
-        try:
-            config = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--model {name} is not valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"--model {name} holds no JSON object")
+        config = read_json(path, "--model")
     positions = config.get("max_position_embeddings", seq_length)
     if seq_length > positions:
         raise ValueError(f"--seq-length {seq_length} exceeds the {positions} positions of --model {name}")

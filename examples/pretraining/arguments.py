@@ -1,7 +1,13 @@
-"""What the command lines of the examples share."""
+"""What the command lines of the examples share: a parser and an end in one sentence."""
 
 import argparse
+import sys
+from pathlib import Path
 from typing import NoReturn
+
+import deepspeed
+
+import ds_fira
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -18,3 +24,9 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def stop(sentence: str, engine: deepspeed.DeepSpeedEngine | None = None) -> NoReturn:
+    """End every process in good order with one sentence; for errors that all of them know of."""
+    ds_fira.shutdown(engine)
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(sentence.split())}")

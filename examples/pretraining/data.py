@@ -7,23 +7,27 @@ before each optimizer step the processes tell each other whether they are well.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import datasets
 import torch
 import torch.distributed as dist
+from datasets.distributed import split_dataset_by_node
 
-from .prefetch import Prefetcher
-from .prepared_rows import PreparedRows, shard_indices
-from .sources import DataError
+from .documents import DataError
+from .loader import Loader
+from .rows import PreparedRows, Rows, State, describe
 from .streaming import LaneRecipe, StreamRows
 from .text_data import TextData, TextRecipe, prepare, stream_splits
 from .tokenization import Encoder, check_vocabulary
 
 PREFETCH = 16  # micro-batches kept ready, or those of two steps where these are more
 BLOCK_ROWS = 1024  # rows of a stream that are shuffled together
+Result = TypeVar("Result")
 
 
 class TrainingData:
@@ -33,24 +37,23 @@ class TrainingData:
         tokenizer: of the text, to be saved beside the model.
         facts: for the summary.
         validation_rows: number of validation sequences, over all processes.
+        waiting_seconds: time that this process has spent waiting for its training batches since `start`.
     """
 
-    def __init__(self, text: TextData, rows: PreparedRows | StreamRows, rank: int, world_size: int) -> None:
+    def __init__(self, text: TextData, rows: Rows, rank: int, world_size: int) -> None:
         """Use `open_data`, which agrees with the other processes."""
         self.tokenizer, self.facts = text.tokenizer, text.facts
+        # The same number of rows on every process, so that none waits for another in a collective.
+        equal = text.validation.take(len(text.validation) // world_size * world_size)
+        self._validation = split_dataset_by_node(equal, rank, world_size)
         self.validation_rows = len(text.validation)
-        self._validation, self._rows = text.validation, rows
-        self._rank, self._world_size = rank, world_size
-        self._prefetcher: Prefetcher | None = None
+        self.waiting_seconds = 0.0
+        self._rows, self._world_size = rows, world_size
+        self._loader: Loader | None = None
         self._group: dist.ProcessGroup | None = None
-        self._batch_size = self._micro_steps = 0
-        self._ready: list[tuple[torch.Tensor, dict[str, Any]]] = []
-        self._state = rows.initial_state()
-
-    @property
-    def waiting_seconds(self) -> float:
-        """Time that this process has spent waiting for its training batches since `start`."""
-        return self._prefetcher.waiting_seconds if self._prefetcher else 0.0
+        self._micro_steps = 0
+        self._ready: list[tuple[torch.Tensor, State]] = []
+        self._state = rows.state_dict()
 
     def start(self, batch_size: int, micro_steps: int) -> None:
         """Begin to make batches in the background, after `load_state_dict` if at all; a collective call.
@@ -64,13 +67,13 @@ class TrainingData:
         Raises:
             DataError: on every process, where one of them cannot make its batches.
         """
-        self._batch_size, self._micro_steps = batch_size, micro_steps
+        self._rows.batch_size, self._micro_steps = batch_size, micro_steps
         if self._world_size > 1 and self._group is None:
             # Of the CPU: asking it costs the device nothing. NCCL has none.
             self._group = dist.new_group(backend="gloo")
-        self._prefetcher = Prefetcher(self._rows.micro_batches(batch_size), max(PREFETCH, 2 * micro_steps))
+        self._loader = Loader(self._rows, depth=max(PREFETCH, 2 * micro_steps))
         self._fetch()
-        self._prefetcher.waiting_seconds = 0.0
+        self.waiting_seconds = 0.0
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Endless micro-batches of this process: int64 CPU tensors of shape (batch_size, seq_length).
@@ -80,7 +83,7 @@ class TrainingData:
         Raises:
             DataError: on every process, where one of them cannot make its batches of the next step.
         """
-        if self._prefetcher is None:
+        if self._loader is None:
             raise RuntimeError("call start first")
         while True:
             if not self._ready:
@@ -94,45 +97,45 @@ class TrainingData:
         Args:
             limit: of their number; None for all.
         """
-        rows = shard_indices(self.validation_rows, dp_rank=self._rank, world_size=self._world_size)
-        if limit is not None:
-            rows = rows[: limit * self._batch_size]
-        for first in range(0, len(rows), self._batch_size):
-            yield self._validation[list(rows[first : first + self._batch_size])]["input_ids"].long()
+        batches = self._validation.iter(batch_size=self._rows.batch_size)
+        for batch in batches if limit is None else islice(batches, limit):
+            yield batch["input_ids"].long()
 
     def validation_length(self, limit: int | None = None) -> int:
         """Number of batches that `validation_batches` gives."""
-        batches = -(-(self.validation_rows // self._world_size) // self._batch_size)
+        batches = -(-len(self._validation) // self._rows.batch_size)
         return batches if limit is None else min(batches, limit)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The state of all processes after the batch that each took last, in plain Python; a collective call."""
         states = [self._state] * self._world_size
         if self._world_size > 1:
             dist.all_gather_object(states, self._state)
         return self._rows.merge(states)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Go on where `state_dict` was called; before `start`.
 
         Raises:
             DataError: the state belongs to other data, seed or options.
         """
-        self._rows.load(state, self._rank, self._world_size)
-        self._state = self._rows.initial_state()
+        self._rows.load(state, dist.get_rank(), self._world_size)
+        self._state = self._rows.state_dict()
 
     def close(self) -> None:
         """End the work in the background."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
+        if self._loader is not None:
+            self._loader.close()
 
     def _fetch(self) -> None:
         """Take the batches of one optimizer step, and agree with the other processes that all have theirs."""
         problem = None
+        began = time.perf_counter()
         try:
-            self._ready = [self._prefetcher.get() for _ in range(self._micro_steps)]
+            self._ready = [self._loader.get() for _ in range(self._micro_steps)]
         except Exception as error:
             problem = error
+        self.waiting_seconds += time.perf_counter() - began
         if self._world_size > 1:
             failed = torch.tensor([int(problem is not None)])
             dist.all_reduce(failed, group=self._group)
@@ -199,7 +202,7 @@ def open_data(
     return agreed(load)
 
 
-def agreed(work: Any, *, only_first: bool = False) -> Any:
+def agreed(work: Callable[[], Result], *, only_first: bool = False) -> Result:
     """The result of `work()` on this process, or of the first one alone; if any process fails, all do.
 
     Raises:
@@ -223,11 +226,3 @@ def agreed(work: Any, *, only_first: bool = False) -> Any:
     if sentence is not None:
         raise DataError(sentence)
     return result
-
-
-def describe(error: BaseException) -> str:
-    """One sentence for an error."""
-    if isinstance(error, DataError):
-        return str(error)
-    line = " ".join(str(error).split())
-    return f"the data cannot be prepared: {type(error).__name__}: {line}"

@@ -14,7 +14,7 @@ from ds_fira.tools.estimate.from_config import setup_of
 from ds_fira.tools.estimate.table import estimate_lines
 
 from .data import agreed
-from .sources import DataError
+from .documents import DataError
 
 
 def estimate_run(

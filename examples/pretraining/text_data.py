@@ -20,8 +20,9 @@ import numpy as np
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .documents import HELD_OUT_EVERY, DataError, Documents
 from .progress import preparation_bar
-from .sources import HELD_OUT_EVERY, DataError, Documents, Source, open_source
+from .sources import Source, open_source
 from .tokenization import Encoder, check_vocabulary, fingerprint, load_tokenizer, needed_vocabulary, train_tokenizer
 
 # Part of the cache key: raise it when the preparation below changes what it writes.

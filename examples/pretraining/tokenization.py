@@ -15,7 +15,8 @@ from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .sources import HUB_TIMEOUT, DataError, check_hub, first_line
+from .documents import DataError, first_line
+from .sources import HUB_TIMEOUT, check_hub
 
 BOS, EOS = "<s>", "</s>"
 # Marks of the end and the start of a text in a tokenizer.json, which does not say what they are for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import random
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from pretraining.data import open_data
-from pretraining.sources import DataError, Documents, open_files
+from pretraining.documents import DataError, Documents
+from pretraining.sources import open_files
 from pretraining.text_data import TOKENIZER_DOCUMENTS, TextRecipe
 
 CUT_SHORT = "Compressed file ended before the end-of-stream marker was reached"
@@ -111,6 +113,7 @@ def batches(
 
     `error` is the sentence that ended them early, None where none did.
     """
+    multiprocessing.current_process().daemon = False  # a rank of the tests' pool may have a worker, as a user's may
     data = open_data(text_recipe(**recipe), cache, lanes=lanes, block_rows=block_rows)
     result: dict[str, Any] = {"batches": [], "state": None, "error": None, "facts": data.facts}
     try:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import torch
 
 from tests.integration.data_jobs import c4_files, write_c4
 
-from pretraining.sources import Documents, is_held_out  # isort: skip
+from pretraining.loader import Loader  # isort: skip
+from pretraining.rows import State  # isort: skip
+from pretraining.documents import Documents, is_held_out  # isort: skip
 from pretraining.streaming import START, Lane, LaneRecipe, StreamRows  # isort: skip
 from pretraining.tokenization import Encoder, train_tokenizer  # isort: skip
 
@@ -36,6 +47,13 @@ def recipe(documents: Documents, encoder: Encoder, **changes: int) -> LaneRecipe
     """A recipe of short rows and small blocks."""
     settings = {"seq_length": SEQ_LENGTH, "seed": 0, "lanes": 1, "block_rows": 8, **changes}
     return LaneRecipe(documents=documents, encoder=encoder, **settings)
+
+
+def micro_batches(rows: StreamRows, batch_size: int) -> Iterator[tuple[torch.Tensor, State]]:
+    """A rank's batches, each with the state after it."""
+    rows.batch_size = batch_size
+    for batch in rows:
+        yield batch, rows.state_dict()
 
 
 def ordered_rows(lane: Lane, count: int) -> np.ndarray:
@@ -137,7 +155,7 @@ def test_resume_anywhere(corpus, encoder, world_size: int, lanes: int) -> None:
         def fresh(rank: int = rank) -> StreamRows:
             return StreamRows(recipe(documents, encoder, lanes=lanes), {"seed": 0}, rank, world_size)
 
-        whole = list(islice(fresh().micro_batches(3), 550))
+        whole = list(islice(micro_batches(fresh(), 3), 550))
         epochs = {lane["position"][0] for _, state in whole for lane in state["lanes"].values()}
         assert max(epochs) >= 1
         # A step that shares no factor with block or epoch meets every kind of place.
@@ -147,7 +165,7 @@ def test_resume_anywhere(corpus, encoder, world_size: int, lanes: int) -> None:
             resumed = fresh()
             resumed.load(saved, rank, world_size)
             for (batch, state), (expected, expected_state) in zip(
-                resumed.micro_batches(3), whole[index + 1 : index + 9], strict=False
+                micro_batches(resumed, 3), whole[index + 1 : index + 9], strict=False
             ):
                 assert batch.tolist() == expected.tolist()
                 assert state == expected_state
@@ -156,13 +174,13 @@ def test_resume_anywhere(corpus, encoder, world_size: int, lanes: int) -> None:
 def test_resume_on_another_number_of_processes(corpus, encoder) -> None:
     """Two lanes go on from two ranks to one: together the same rows; where lanes are not equally far, it is refused."""
     documents = c4_files(corpus[0])
-    ranks = [StreamRows(recipe(documents, encoder, lanes=2), {}, rank, 2).micro_batches(4) for rank in range(2)]
+    ranks = [micro_batches(StreamRows(recipe(documents, encoder, lanes=2), {}, rank, 2), 4) for rank in range(2)]
     for _ in range(10):
         states = [next(rank)[1] for rank in ranks]
     saved = StreamRows(recipe(documents, encoder, lanes=2), {}, 0, 2).merge(states)
     one = StreamRows(recipe(documents, encoder, lanes=2), {}, 0, 1)
     one.load(saved, 0, 1)
-    for batch, _ in islice(one.micro_batches(8), 10):
+    for batch, _ in islice(micro_batches(one, 8), 10):
         expected = [row for rank in ranks for row in next(rank)[0].tolist()]
         assert sorted(batch.tolist()) == sorted(expected)
 
@@ -179,3 +197,44 @@ def test_a_lane_without_documents_is_refused(tmp_path: Path, encoder) -> None:
     lane = Lane(recipe(c4_files(tmp_path), encoder, lanes=5), 4)
     with pytest.raises(ValueError, match="part 5 of 5 of the training text holds no documents"):
         next(lane)
+
+
+def running(pid: int) -> bool:
+    """Whether a process runs; one that ended and that nobody waits for does not."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_the_worker_obeys_its_rank_alone(corpus, encoder) -> None:
+    """A SIGTERM from outside leaves the worker at work; `close` ends it."""
+    before = multiprocessing.active_children()
+    loader = Loader(StreamRows(recipe(c4_files(corpus[0]), encoder), {}, 0, 1), depth=2)
+    loader.get()
+    (worker,) = (child for child in multiprocessing.active_children() if child not in before)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    for _ in range(10):
+        loader.get()
+    loader.close()
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+def be_killed(documents: Documents, encoder: Encoder, connection: Connection) -> None:
+    """Start a worker, tell its process, and be killed as a rank is for want of memory."""
+    loader = Loader(StreamRows(recipe(documents, encoder), {}, 0, 1), depth=2)
+    loader.get()
+    connection.send([child.pid for child in multiprocessing.active_children()])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_worker_ends_with_a_rank_that_is_killed(corpus, encoder) -> None:
+    """Within two seconds: what it holds open of the rank's would let the other ranks wait."""
+    ours, theirs = multiprocessing.Pipe()
+    arguments = (c4_files(corpus[0]), encoder, theirs)
+    rank = multiprocessing.get_context("fork").Process(target=be_killed, args=arguments)
+    rank.start()
+    (pid,) = ours.recv()
+    rank.join(10)
+    end = time.monotonic() + 2
+    while running(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not running(pid)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from examples.paper import finetune, finetune_report
-from examples.paper.choices import question_of, read_questions
-from examples.paper.finetune_memory import memory_rows
+from examples.finetuning.choices import question_of, read_questions
+from examples.reproduction import table_3
+from examples.reproduction.lib import table_3_report
+from examples.reproduction.table_3_memory import memory_rows
 from tests.integration.finetune_jobs import record
 
 
@@ -46,11 +47,11 @@ def fake_run(correct: str, seed: int = 0) -> dict[str, Any]:
 def test_a_difference_has_the_spread_of_questions_and_seeds() -> None:
     """By hand: 2 of 100 questions lost, 12 won, and the same again with other seeds."""
     ours, theirs = fake_run("1" * 12 + "0" * 2 + "1" * 86), fake_run("0" * 12 + "1" * 2 + "1" * 86)
-    difference, margin = finetune_report.paired_difference([ours], [theirs])
+    difference, margin = table_3_report.paired_difference([ours], [theirs])
     assert difference == pytest.approx(10)
     assert margin == pytest.approx(1.96 * ((14 - 100 * 0.1**2) / 99 / 100) ** 0.5 * 100)
     other = fake_run("0" * 22 + "1" * 78, seed=1)
-    wider = finetune_report.paired_difference([ours, other], [theirs])[1]
+    wider = table_3_report.paired_difference([ours, other], [theirs])[1]
     assert wider > margin
 
 
@@ -59,7 +60,7 @@ def test_rates_are_chosen_by_validation_and_seed_0() -> None:
         {"set": "a", "method": "fira", "lr": lr, "seed": seed, "validation": share}
         for lr, seed, share in ((1e-4, 0, 0.5), (1e-3, 0, 0.7), (1e-2, 0, 0.7), (1e-4, 1, 0.9))
     ]
-    assert finetune.chosen_rates(runs) == {"a": {"fira": 1e-3}}
+    assert table_3.chosen_rates(runs) == {"a": {"fira": 1e-3}}
 
 
 def test_what_gives_table_3s_memory() -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 import transformers
 
-from examples.paper import choice_sets, finetune, finetune_report
-from examples.paper.choices import (
+from examples.finetuning.choices import (
     IGNORE,
     Question,
     collate,
@@ -23,10 +22,12 @@ from examples.paper.choices import (
     read_questions,
     training_rows,
 )
-from examples.paper.finetune_memory import memory_rows
-from examples.paper.tuning import METHODS, Recipe, build_optimizer, optimizer_block, prepare
-from examples.paper.tuning_loop import PlainEngine, batches, fine_tune, schedule, steps_of
+from examples.finetuning.loop import PlainEngine, batches, fine_tune, schedule, steps_of
+from examples.finetuning.tuning import METHODS, Recipe, build_optimizer, optimizer_block, prepare
 from examples.pretraining.tokenization import train_tokenizer
+from examples.reproduction import table_3
+from examples.reproduction.lib import choice_sets, table_3_report
+from examples.reproduction.table_3_memory import memory_rows
 from tests.integration.finetune_jobs import COLOURS, record
 from tests.ranks import Pools
 
@@ -296,10 +297,10 @@ def test_an_experiment_from_set_to_section(monkeypatch: pytest.MonkeyPatch, fold
     with pytest.raises(ValueError, match="has 60 texts, and 70 were asked for"):
         choice_sets.load_set("colours", 50, 10, 10)
     recipe = dataclasses.replace(SMALL, epochs=1, max_length=24)
-    scale = finetune.Scale(train=24, validation=9, test=9, rates=(0.01,), recipe=recipe)
-    specs = [finetune.Spec("colours", finetune.BEFORE, 0.0, 0)]
-    specs += [finetune.Spec("colours", method, 0.01, seed) for method in METHODS for seed in (0, 1)]
-    runs = [finetune.run(spec, scale, folder / "model") for spec in specs]
+    scale = table_3.Scale(train=24, validation=9, test=9, rates=(0.01,), recipe=recipe)
+    specs = [table_3.Spec("colours", table_3.BEFORE, 0.0, 0)]
+    specs += [table_3.Spec("colours", method, 0.01, seed) for method in METHODS for seed in (0, 1)]
+    runs = [table_3.run(spec, scale, folder / "model") for spec in specs]
     by_method = {one["method"]: one for one in runs[1:]}
     # 24 bytes an element of the weights in float32 would be AdamW; Fira's states by hand: 5 matrices in 2 layers.
     squares, wides = 3 * (16 * 4 + 2 * 16 * 4 + 1), 2 * (16 * 4 + 2 * 24 * 4 + 1)
@@ -311,12 +312,12 @@ def test_an_experiment_from_set_to_section(monkeypatch: pytest.MonkeyPatch, fold
         "seeds": 2,
         "model": {},
         "sets": {"colours": {"title": "Colours (3)", "chance": drawn.chance}},
-        "chosen": finetune.chosen_rates(runs),
+        "chosen": table_3.chosen_rates(runs),
         "runs": runs,
         "memory": memory_rows(),
     }
-    text = finetune_report.section(json.loads(json.dumps(results)), tmp_path)
-    assert (tmp_path / finetune_report.PLOT).is_file()
+    text = table_3_report.section(json.loads(json.dumps(results)), tmp_path)
+    assert (tmp_path / table_3_report.PLOT).is_file()
     for method in METHODS.values():
         assert f"| {method.title} |" in text
     assert "Fira against LoRA" in text

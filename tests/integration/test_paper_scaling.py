@@ -17,20 +17,21 @@ pytest.importorskip("matplotlib")
 
 from scipy.stats import kendalltau, spearmanr
 
-from examples.paper import rankings, similarity
+from examples.reproduction import table_7
+from examples.reproduction.lib import similarity
 from tests.unit.observe.test_scaling_recorder import train_alone
 
 
 def test_table_7_follows_from_the_rankings(tmp_path: Path) -> None:
     """All 12 figures, to the printed digits; a wrong ranking is told."""
-    results = json.loads(json.dumps(rankings.compute()))
-    assert rankings.differing(results) == []
-    section = rankings.section(results, tmp_path)
+    results = json.loads(json.dumps(table_7.compute()))
+    assert table_7.differing(results) == []
+    section = table_7.section(results, tmp_path)
     assert section.count("| equal |") == 3
     assert "Of the table's 12 figures 12 come out" in section
     results["pairs"]["R1, R2"]["kendall"] = 0.7
-    assert rankings.differing(results) == ["R1, R2 kendall: 0.7000 for 0.7333"]
-    assert "3 of 4 equal" in rankings.section(results, tmp_path)
+    assert table_7.differing(results) == ["R1, R2 kendall: 0.7000 for 0.7333"]
+    assert "3 of 4 equal" in table_7.section(results, tmp_path)
 
 
 def recording(averages: list[float], columns: int = 150, seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -52,15 +53,14 @@ def recording(averages: list[float], columns: int = 150, seed: int = 0) -> dict[
 
 def test_matrix_level_goes_by_averages() -> None:
     """Averages over steps that are the paper's rankings give the paper's coefficients."""
-    low, full = (recording([float(place) for place in rankings.RANKINGS[key]]) for key in ("R1", "R3"))
+    low, full = (recording([float(place) for place in table_7.RANKINGS[key]]) for key in ("R1", "R3"))
     found = similarity.correlations(low, full, seed=0)
     assert found["matrix"]["items"] == 10
     assert found["steps"] == [3, 3]
-    printed = rankings.PRINTED["R1, R3"]
+    printed = table_7.PRINTED["R1, R3"]
     assert (
         tuple(
-            rankings.as_printed(found["matrix"][key], value)
-            for key, value in zip(rankings.COLUMNS, printed, strict=True)
+            table_7.as_printed(found["matrix"][key], value) for key, value in zip(table_7.COLUMNS, printed, strict=True)
         )
         == printed
     )

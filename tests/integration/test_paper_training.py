@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from examples.paper import methods, report, spikes, train
-from examples.paper.data import Text
-from examples.paper.pool import Results
-from examples.paper.spec import SEEDS, SIZES, Run, settings_of
-from examples.paper.tables import FAILS, HOLDS, WITHIN, Score, grid, lower, score, tuned
+from examples.reproduction import figure_2, report
+from examples.reproduction.lib import methods, train
+from examples.reproduction.lib.data import Text
+from examples.reproduction.lib.pool import Results
+from examples.reproduction.lib.spec import SEEDS, SIZES, Run, settings_of
+from examples.reproduction.lib.tables import FAILS, HOLDS, WITHIN, Score, grid, lower, score, tuned
 
 TINY = SIZES["tiny"]
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def text() -> Text:
 @pytest.fixture
 def made_text(text: Text, monkeypatch: pytest.MonkeyPatch) -> Text:
     """In place of the reviews, whose preparation takes a minute."""
-    monkeypatch.setattr("examples.paper.data.load", lambda name, size: text)
+    monkeypatch.setattr("examples.reproduction.lib.data.load", lambda name, size: text)
     return text
 
 
@@ -92,14 +93,14 @@ def test_recorded_factors_come_with_the_result(made_text: Text) -> None:
 def test_spikes_by_their_rule() -> None:
     generator = np.random.default_rng(0)
     losses = list(5.0 - 0.01 * np.arange(120) + 0.01 * generator.standard_normal(120))
-    assert spikes.find_spikes(losses, 0) == []
+    assert figure_2.find_spikes(losses, 0) == []
     losses[60] += 0.2
     losses[61] += 0.3
     losses[91] += 0.2
-    assert spikes.find_spikes(losses, 0) == [60, 91]
-    assert spikes.find_spikes(losses, 70) == [91]
-    assert spikes.at_refreshes([60, 91], 30) == [60, 91]
-    assert spikes.at_refreshes([60, 91], 40) == []
+    assert figure_2.find_spikes(losses, 0) == [60, 91]
+    assert figure_2.find_spikes(losses, 70) == [91]
+    assert figure_2.at_refreshes([60, 91], 30) == [60, 91]
+    assert figure_2.at_refreshes([60, 91], 40) == []
 
 
 def test_verdicts() -> None:
@@ -173,12 +174,12 @@ def test_every_section_renders(tmp_path: Path) -> None:
     """From results of every run that the experiments ask for; they ask for more once learning rates are tuned."""
     results = Results(TINY, tmp_path)
     for _ in range(4):
-        for name in report.TRAININGS:
+        for name in filter(report.trains, report.ORDER):
             for stage in report.module(name).stages(results):
                 for run in stage:
                     if run not in results:
                         results.add(invented(run))
-    for name in report.TRAININGS:
+    for name in filter(report.trains, report.ORDER):
         assert not report.lacks(name, results)
         text = report.module(name).section(results, tmp_path)
         claims = report.module(name).claims(results)
@@ -193,7 +194,7 @@ def test_the_page_is_what_the_results_give(tmp_path: Path, monkeypatch: pytest.M
     """docs/reproduction.md, made again from the committed results; plots go elsewhere."""
     monkeypatch.setattr(report, "FIGURES", tmp_path)
     page = report.page(list(report.ORDER), Results(SIZES["cpu"]))
-    assert page == report.PAGE.read_text(), "run `python -m examples.paper.report --page-only`"
+    assert page == report.PAGE.read_text(), "run `python -m examples.reproduction.report --page-only`"
     for picture in report.pictures(page):
         assert (report.PAGE.parent / picture).is_file()
         assert (tmp_path / Path(picture).name).is_file()

@@ -1,0 +1,1 @@
+"""What the examples of Hugging Face's Trainer and accelerate share."""

@@ -1,0 +1,1 @@
+"""What the experiments share: runs and their results, tables and verdicts, the longer sections."""
