@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.net_hosts import NetHosts, unavailable
 from tests.integration.test_pretrain_example import SMALL
-from tests.programs import PROGRAMS, ROOT, write_text
+from tests.programs import PROGRAMS, ROOT, run_code, write_text
 from tests.ranks import free_port
+from tests.unit.runtime.test_launch_environment import MPICH
 
 STEPS = 18
 SCRIPT = str(ROOT / "examples" / "pretrain_llama.py")
@@ -179,6 +180,15 @@ def test_a_rank_that_fails_ends_the_run(launcher: str, tmp_path: Path) -> None:
     [(status, output)] = launch(tmp_path, ["half.py"], [{"LAUNCHER": launcher, "NPROC": "2"}])
     assert status != 0
     assert "half.py: error: this sentence must be seen" in output
+
+
+@needs_mpi
+def test_mpirun_of_another_mpi(tmp_path: Path) -> None:
+    """Where mpi4py loaded a library that knows nothing of the launcher, every process would train alone."""
+    code = f"from ds_fira.runtime.launchers import complete_environment; complete_environment({MPICH!r})"
+    done = run_code(code, [], tmp_path)
+    assert done.returncode == 1
+    assert "mpi4py sees 1 processes where mpirun (MPICH) started 4" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

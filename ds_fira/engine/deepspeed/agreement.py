@@ -181,7 +181,7 @@ def _difference(found: Mapping[int, Mapping[str, Any]]) -> str:
 class _Table:
     """Entries of all ranks under one agreement in the store."""
 
-    lost_peer: lost_peer.Peers
+    peers: lost_peer.Peers
     building: Building
     phase: str
 

@@ -1,168 +1,15 @@
-"""What ds_fira.param_groups and the constructor's rank project, and what of the user's own groups survives."""
+"""What ds_fira.param_groups makes of the users' own groups, and what of these survives."""
 
 import pytest
-import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import ds_fira
 from ds_fira import FiraAdam
 from ds_fira.core.selection import projected_weights
 from ds_fira.optim.param_groups import build_groups
 from ds_fira.optim.settings import check_params
-from tests.reference.fira_reference import FiraReference
 from tests.reference.gradients import make_gradients, make_weight
-from tests.reference.harness import drive, run_reference, weight_change_error
-from tests.reference.tolerances import FLOAT32_VS_REFERENCE
-
-RANK = 3
-
-
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up_proj = nn.Parameter(torch.randn(2, 12, 8))
-        self.down_proj = nn.Parameter(torch.randn(2, 8, 12))
-        self.gate_bias = nn.Parameter(torch.zeros(2, 12))
-
-
-class Zoo(nn.Module):
-    """One layer of each kind that matters here."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(30, 8)
-        self.embed_positions = nn.Embedding(8, 8)
-        self.q_proj = nn.Linear(8, 8)
-        self.norm = nn.LayerNorm(8)
-        self.conv = nn.Conv1d(8, 8, 3)
-        self.experts = Experts()
-        self.table = nn.Parameter(torch.randn(4, 8))
-        self.lm_head = nn.Linear(8, 30, bias=False)
-
-
-def llama(tied=False):
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=30,
-            hidden_size=8,
-            intermediate_size=12,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            tie_word_embeddings=tied,
-        )
-    )
-
-
-def gpt2():
-    return GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=2))
-
-
-def mixtral():
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=30,
-            hidden_size=8,
-            intermediate_size=12,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=2,
-        )
-    )
-
-
-def names_of(model):
-    return {id(p): name for name, p in model.named_parameters()}
-
-
-def projected_names(model, groups):
-    names = names_of(model)
-    return {names[id(p)] for group in groups if "rank" in group for p in group["params"]}
-
-
-def decay_of(model, groups):
-    names = names_of(model)
-    return {names[id(p)]: group.get("weight_decay") for group in groups for p in group["params"]}
-
-
-LLAMA_LINEAR = {
-    f"model.layers.{i}.{name}.weight"
-    for i in range(2)
-    for name in (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    )
-}
-GPT2_LINEAR = {f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-MIXTRAL_LINEAR = {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"} | {
-    f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
-}
-EXPECTED = {
-    "zoo": (Zoo, {"q_proj.weight", "experts.up_proj", "experts.down_proj"}),
-    "llama": (llama, LLAMA_LINEAR),
-    "llama_tied_head": (lambda: llama(tied=True), LLAMA_LINEAR),
-    "gpt2_conv1d_tied_head": (gpt2, GPT2_LINEAR),
-    "mixtral_experts": (mixtral, MIXTRAL_LINEAR),
-}
-
-
-@pytest.mark.parametrize("which", EXPECTED)
-def test_what_is_projected_by_default(which):
-    make, expected = EXPECTED[which]
-    model = make()
-    groups = ds_fira.param_groups(model, RANK)
-    assert projected_names(model, groups) == expected
-    assert all(group["rank"] == RANK for group in groups if "rank" in group)
-
-
-@pytest.mark.parametrize("which", EXPECTED)
-def test_a_flat_list_with_a_rank_projects_the_same(which):
-    make, expected = EXPECTED[which]
-    model = make()
-    optimizer = FiraAdam(model.parameters(), rank=RANK)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimizer.step()
-    names = names_of(model)
-    assert {names[id(p)] for p, state in optimizer.state.items() if "basis" in state} == expected
-    assert {names[id(p)] for p in optimizer.state} == set(names.values())
-
-
-def test_two_models_in_one_flat_list_keep_their_embeddings_unprojected():
-    first, second, bare = Zoo(), llama(), nn.Parameter(torch.zeros(3))
-    optimizer = FiraAdam([*first.parameters(), *second.parameters(), bare], rank=RANK)
-    projected = {id(p) for group in optimizer.param_groups if group.get("rank") for p in group["params"]}
-    expected = {id(dict(first.named_parameters())[name]) for name in EXPECTED["zoo"][1]}
-    expected |= {id(dict(second.named_parameters())[name]) for name in LLAMA_LINEAR}
-    assert projected == expected
-
-
-def test_part_of_a_model_in_a_flat_list():
-    model = llama()
-    for parameter in model.model.layers[0].parameters():
-        parameter.requires_grad_(False)
-    optimizer = FiraAdam([p for p in model.parameters() if p.requires_grad], rank=RANK)
-    assert projected_names(model, [g for g in optimizer.param_groups if g.get("rank")]) == {
-        name for name in LLAMA_LINEAR if ".layers.1." in name
-    }
-
-
-def test_a_bare_matrix_is_projected():
-    matrix, vector = nn.Parameter(make_weight((8, 12))), nn.Parameter(make_weight((5,)))
-    optimizer, start = FiraAdam([matrix, vector], rank=RANK, update_proj_gap=4), matrix.detach().clone()
-    gradients = make_gradients((8, 12), 9)
-    vector.grad = torch.ones(5)
-    drive(optimizer, matrix, gradients)
-    expected = run_reference(FiraReference(start, rank=RANK, update_proj_gap=4), gradients)
-    assert weight_change_error(start, matrix.detach(), expected) <= FLOAT32_VS_REFERENCE
-    assert "basis" not in optimizer.state[vector]
+from tests.unit.optim.model_zoo import EXPECTED, LLAMA_LINEAR, RANK, Zoo, decay_of, llama, names_of, projected_names
 
 
 def test_the_constructors_rank_does_not_leak_into_groups_without_one():
@@ -175,38 +22,6 @@ def test_the_constructors_rank_does_not_leak_into_groups_without_one():
     optimizer.step()
     assert set(optimizer.state[plain]) == set(optimizer.state[late]) == {"step", "exp_avg", "exp_avg_sq"}
     assert optimizer.state[projected]["exp_avg"].shape == (2, 12)
-
-
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        (["q_proj"], {n for n in LLAMA_LINEAR if "q_proj" in n}),
-        (
-            ["mlp", "layers.0.self_attn.o"],
-            {n for n in LLAMA_LINEAR if "mlp" in n} | {"model.layers.0.self_attn.o_proj.weight"},
-        ),
-        (["lm_head"], {"lm_head.weight"}),
-        ("v_proj", {n for n in LLAMA_LINEAR if "v_proj" in n}),
-    ],
-    ids=str,
-)
-def test_target_modules(targets, expected):
-    model = llama()
-    assert projected_names(model, ds_fira.param_groups(model, RANK, targets)) == expected
-    optimizer = FiraAdam(model.parameters(), rank=RANK, target_modules=targets)
-    assert projected_names(model, [g for g in optimizer.param_groups if g.get("rank")]) == expected
-
-
-def test_target_modules_pick_conv1d_and_experts_but_nothing_else():
-    model = gpt2()
-    assert projected_names(model, ds_fira.param_groups(model, RANK, ["attn", "wte", "ln_"])) == {
-        n for n in GPT2_LINEAR if "attn" in n
-    }
-    zoo = Zoo()
-    assert projected_names(zoo, ds_fira.param_groups(zoo, RANK, ["experts", "norm", "embed"])) == {
-        "experts.up_proj",
-        "experts.down_proj",
-    }
 
 
 @pytest.mark.parametrize("which", EXPECTED)
@@ -301,18 +116,3 @@ def test_no_partition_of_a_group_is_larger_than_the_cap():
             assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
     (together,) = [g for g in build_groups(model, model.parameters(), settings, 0, 2) if "rank" in g]
     assert {id(p) for p in together["params"]} == projected_weights(model).keys()
-
-
-def test_a_head_of_any_name_is_known_by_its_place_and_shape():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens = nn.Embedding(30, 8)
-            self.positions = nn.Embedding(8, 8)  # of the shape of the square layer, which is no head
-            self.square = nn.Linear(8, 8, bias=False)
-            self.to_vocabulary = nn.Linear(8, 30, bias=False)
-
-    model = Model()
-    projected = ds_fira.param_groups(model, rank=2)[0]["params"]
-    assert len(projected) == 1
-    assert projected[0] is model.square.weight
