@@ -34,9 +34,22 @@ class RankError(AssertionError):
 
 
 def preload() -> None:
-    """Begin, in the background, to import what ranks will need."""
-    if START is FORKS:
-        forkserver.ensure_running()
+    """Begin, in the background, to import what ranks will need.
+
+    What they print, such as the progress of a download, goes nowhere rather than among pytest's dots.
+    """
+    if START is not FORKS:
+        return
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    with open(os.devnull, "w") as nowhere:
+        for number, _ in kept:
+            os.dup2(nowhere.fileno(), number)
+        try:
+            forkserver.ensure_running()
+        finally:
+            for number, copy in kept:
+                os.dup2(copy, number)
+                os.close(copy)
 
 
 def free_port() -> int:

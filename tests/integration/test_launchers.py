@@ -150,12 +150,14 @@ def test_deepspeed(folder: Path, reference: dict[str, Any]) -> None:
     assert torch.isfinite(model(ids).logits).all()
 
 
+@pytest.mark.full
 @needs_mpi
 def test_mpirun(folder: Path, reference: dict[str, Any]) -> None:
     """Its ranks meet through mpi4py. torchrun on one host is in tests/integration/test_restart.py."""
     check_same(pretrain(folder, "mpirun", [{"LAUNCHER": "mpirun", "NPROC": "2"}]), reference)
 
 
+@pytest.mark.full
 @needs_hosts
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_hosts(launcher: str, folder: Path, reference: dict[str, Any]) -> None:
