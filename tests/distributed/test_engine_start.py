@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.distributed.zero_jobs import config
-from tests.ranks import Pools
+from tests.programs import ROOT, run
+from tests.ranks import Pools, free_port
 
 SHAPES = [(8, 6), (6, 9), (8, 6), (5, 7)]
 
@@ -125,24 +129,29 @@ torch.distributed.barrier(); torch.distributed.destroy_process_group()
 """
 
 
-def test_unmodified_script_under_the_launcher(tmp_path: Path) -> None:
-    """`deepspeed --module ds_fira.run train.py --args` trains a script that never imports ds_fira."""
-    import json
-
-    script, out = tmp_path / "train.py", tmp_path / "out.json"
+def check_unmodified(command: list[str], folder: Path, **variables: str) -> None:
+    """A command in front of the script, whose one optimizer is FiraAdam; as a user starts it, without a compiler."""
+    script, out = folder / "train.py", folder / "out.json"
     script.write_text(UNAWARE_SCRIPT)
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [
-        *(str(launcher), "--num_gpus", "2", "--module", "ds_fira.run", str(script), "--out", str(out)),
-        *("--config", json.dumps(config(2, "fp32", {"lr": 0.1, "rank": 2}))),
-    ]
-    # As a user starts it: with the environment's programs on the path, and no compiler needed.
-    import os
-
-    environment = {**os.environ, "PATH": f"{launcher.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, cwd=tmp_path)
+    ds_config = json.dumps(config(2, "fp32", {"lr": 0.1, "rank": 2}))
+    done = run([*command, str(script), "--out", str(out), "--config", ds_config], folder, **variables)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert json.loads(out.read_text()) == ["FiraAdam", 2, True]
+    name, world_size, projects = json.loads(out.read_text())
+    assert (name, projects) == ("FiraAdam", True)
+    assert world_size == int(variables.get("WORLD_SIZE", 2))
+
+
+def test_unmodified_script(tmp_path: Path) -> None:
+    """`python -m ds_fira.run train.py --args`, as a launcher calls it, trains a script that never imports ds_fira."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    check_unmodified(["python", "-m", "ds_fira.run"], tmp_path, PYTHONPATH=str(ROOT), **place, **meeting)
+
+
+@pytest.mark.full
+def test_unmodified_script_under_the_launcher(tmp_path: Path) -> None:
+    """`deepspeed --module ds_fira.run train.py --args` does so on two ranks."""
+    check_unmodified(["deepspeed", "--num_gpus", "2", "--module", "ds_fira.run"], tmp_path)
 
 
 def test_an_engine_without_a_rank_is_refused(ranks: Pools) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.programs import run_command
 
 
 def test_estimate_as_a_program(tmp_path: Path) -> None:
     """The table and the JSON of the clause's example, in a process of its own."""
     file = tmp_path / "deep" / "estimate.json"
-    command = [sys.executable, "-m", "ds_fira", "estimate", "--model", "llama_1b", "--rank", "512", "--gpus", "8"]
+    command = ["estimate", "--model", "llama_1b", "--rank", "512", "--gpus", "8"]
     command += ["--zero-stage", "2", "--gpu-memory", "a100-40", "--batch-size", "16", "--seq-length", "256"]
-    done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, env=os.environ, check=True)
+    done = run_command([*command, "--json", str(file)], tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "61.1% less than AdamW's" in done.stdout
     for word in ("AdamW", "GaLore", "LoRA", "Fira", "optimizer states", "fits 40 GiB", "largest micro-batch"):
         assert word in done.stdout

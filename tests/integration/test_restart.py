@@ -61,6 +61,7 @@ def worker(launched: subprocess.Popen[bytes], rank: int) -> psutil.Process | Non
     return None
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)  # three trainings of two processes, for machines that are busy
 def test_a_killed_rank_is_restarted_and_ends_with_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL for rank 1 behind the first training state: MAX_RESTARTS and --resume auto do the rest."""
@@ -189,6 +190,7 @@ def test_a_rank_that_ends_with_143_by_itself_is_a_failure(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("run*"))) == 2
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_sigterm_saves_and_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     """To launch/run.sh in mid-training, without --save-every: --resume auto goes on from the step at which it came."""
