@@ -78,8 +78,8 @@ def test_bad_input_stops_on_every_rank(ranks: Pools) -> None:
 def test_import_order_does_not_matter() -> None:
     """`deepspeed.initialize` held before `import ds_fira` knows FiraAdam too; importing twice changes nothing."""
     code = """
-import os
-os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
+import os, sys
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu", MASTER_PORT=sys.argv[1])
 from deepspeed import initialize
 import importlib, torch, ds_fira
 configure = __import__("deepspeed").DeepSpeedEngine._configure_optimizer
@@ -100,7 +100,7 @@ assert ds_fira.metrics(engine)["projected_matrices"] == 2
 ds_fira.shutdown(engine)
 print("trained")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, str(free_port())], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "trained" in done.stdout
 
@@ -151,7 +151,9 @@ def test_unmodified_script(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_unmodified_script_under_the_launcher(tmp_path: Path) -> None:
     """`deepspeed --module ds_fira.run train.py --args` does so on two ranks."""
-    check_unmodified(["deepspeed", "--num_gpus", "2", "--module", "ds_fira.run"], tmp_path)
+    check_unmodified(
+        ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "ds_fira.run"], tmp_path
+    )
 
 
 def test_an_engine_without_a_rank_is_refused(ranks: Pools) -> None:
