@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.net_hosts import NetHosts, unavailable
 from tests.integration.test_pretrain_example import SMALL
-from tests.programs import PROGRAMS, ROOT, run_code, write_text
+from tests.programs import PROGRAMS, ROOT, Forked, run_code, write_text
 from tests.ranks import free_port
 from tests.unit.runtime.test_launch_environment import MPICH
 
@@ -107,8 +107,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> dict[str, Any]:
-    """Summary of the run that the others are compared with: two ranks of the deepspeed launcher on one host."""
-    return pretrain(folder, "reference", [{"NPROC": "2"}])
+    """Summary of the run that the others are compared with: two ranks without a launcher."""
+    options = [*SMALL, "--output-dir", "reference", "--steps", str(STEPS)]
+    for done in Forked(SCRIPT, options, folder, "reference", ranks=2).wait():
+        assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "reference" / "summary.json").read_text())
 
 
 def check_same(summary: dict[str, Any], reference: dict[str, Any]) -> None:
@@ -119,7 +122,7 @@ def check_same(summary: dict[str, Any], reference: dict[str, Any]) -> None:
     assert sorted(summary["optimizer_state_bytes"]) == sorted(reference["optimizer_state_bytes"])
 
 
-def test_deepspeed(folder: Path, reference: dict[str, Any]) -> None:
+def test_the_training(folder: Path, reference: dict[str, Any]) -> None:
     """ZeRO-2, bf16 and activation checkpointing on two ranks: summary, plot, checkpoint and sample."""
     summary = reference
     assert summary["world_size"] == 2
@@ -148,6 +151,12 @@ def test_deepspeed(folder: Path, reference: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "reference" / "model")
     ids = tokenizer("the state of a matrix", return_tensors="pt")["input_ids"]
     assert torch.isfinite(model(ids).logits).all()
+
+
+@pytest.mark.full
+def test_deepspeed(folder: Path, reference: dict[str, Any]) -> None:
+    """Two ranks of the deepspeed launcher on one host."""
+    check_same(pretrain(folder, "deepspeed", [{"NPROC": "2"}]), reference)
 
 
 @pytest.mark.full
