@@ -1,40 +1,65 @@
-"""Fixtures shared by all tests."""
+"""Fixtures and options shared by all tests."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-import torch
 
-from tests.ranks import Pools, preload
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
-if not torch.cuda.is_available():
-    # Read when Triton is imported: without a GPU the tests of the kernels run in its interpreter.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# As the ranks have: with more threads a decomposition may round otherwise, and the two are compared to the bit.
+# Read when the libraries are imported. The tests' own process computes as the ranks do: with more threads a
+# decomposition may round otherwise, and the two are compared to the bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)
-
-# As early as it can be: it goes on while pytest collects the tests.
-preload()
+FOLDERS = ("compatibility", "integration", "distributed", "gpu", "reference", "unit")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
-    if torch.cuda.is_available():
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `--full` run the slow tests too."""
+    parser.addoption("--full", action="store_true", help="also run the tests that are marked full")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Get ready to run tests, unless this process only hands them out to others (pytest -n)."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    if not on_gpu:
+        # Read when Triton is imported: without a GPU the tests of the kernels run in its interpreter.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    torch.set_num_threads(1)
+    needs_ranks = not all("unit" in Path(argument.partition("::")[0]).parts for argument in config.args)
+    if needs_ranks and not config.option.collectonly:
+        from tests.ranks import preload
+
+        # As early as it can be: it goes on while pytest collects the tests.
+        preload()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put long files first, for two processes to end together; leave out what is slow or needs a GPU."""
+    import torch
+
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(tests).parts[0]))
+    if not config.getoption("full"):
+        slow = [item for item in items if "full" in item.keywords]
+        items[:] = [item for item in items if "full" not in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Pools]:
+def ranks() -> Iterator[object]:
     """Real processes over gloo: `ranks.run(world_size, "function of tests.distributed.zero_jobs", **arguments)`."""
+    from tests.ranks import Pools
+
     pools = Pools()
     yield pools
     pools.close()
@@ -43,6 +68,8 @@ def ranks() -> Iterator[Pools]:
 @pytest.fixture
 def kernels_allowed() -> Iterator[None]:
     """The kernels, on CPU tensors where there is no GPU."""
+    import torch
+
     # After the environment above, which the import reads.
     from ds_fira.core import kernels
 

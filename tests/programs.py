@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class Forked:
         name: of those files.
         ranks: processes that meet, or 0 for one that nothing was told.
         dies_at: a file; SIGKILL comes as a process is about to put it in its place by a rename for the second time.
+        variables: of the processes' environment, over the usual ones; None removes one.
     """
 
     def __init__(
@@ -72,12 +74,15 @@ class Forked:
         name: str = "forked",
         ranks: int = 0,
         dies_at: Path | None = None,
+        variables: Mapping[str, str | None] | None = None,
     ) -> None:
         self.outputs = [folder / f"{name}-{rank}" for rank in range(ranks or 1)]
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         self.processes: list[BaseProcess] = []
+        place: dict[str, str | None]
         for rank, output in enumerate(self.outputs):
             place = {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
+            place |= variables or {}
             given = (script, arguments, str(folder), str(output), place, dies_at)
             process = START.Process(target=_run_script, args=given, daemon=True)
             process.start()
@@ -101,13 +106,33 @@ class Forked:
             process.join()
 
 
+def run_code(
+    code: str, arguments: list[str], folder: Path, variables: Mapping[str, str | None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -c CODE ARGUMENTS` in a fork; see `Forked`."""
+    script = folder / "code.py"
+    script.write_text(code)
+    return Forked(str(script), arguments, folder, "code", variables=variables).wait()[0]
+
+
+def run_command(
+    arguments: list[str], folder: Path, variables: Mapping[str, str | None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ds_fira ARGUMENTS` in a fork; see `Forked`."""
+    return run_code("import runpy; runpy.run_module('ds_fira', run_name='__main__')", arguments, folder, variables)
+
+
 def _run_script(
-    script: str, arguments: list[str], folder: str, output: str, place: dict[str, str], dies_at: Path | None
+    script: str, arguments: list[str], folder: str, output: str, place: dict[str, str | None], dies_at: Path | None
 ) -> None:
     for number, kind in enumerate(KINDS, start=1):
         with open(f"{output}.{kind}", "w") as file:
             os.dup2(file.fileno(), number)
-    os.environ.update(place)
+    for name, value in place.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     multiprocessing.current_process().daemon = False  # it may have children, as a script that a user runs
     torch.set_num_threads(1)
     os.chdir(folder)

@@ -3,13 +3,18 @@
 Importing torch, DeepSpeed and transformers takes many seconds: ranks are forked from one process that has done so. A
 pool of one size is started once and reused. A rank that raises ends its pool, since the others may wait for it in a
 collective; the next test gets a new one.
+
+Ranks answer in bytes: multiprocessing itself would open a file and a socket for every tensor, which took most of the
+time of most tests.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 import warnings
@@ -34,9 +39,22 @@ class RankError(AssertionError):
 
 
 def preload() -> None:
-    """Begin, in the background, to import what ranks will need."""
-    if START is FORKS:
-        forkserver.ensure_running()
+    """Begin, in the background, to import what ranks will need.
+
+    What they print, such as the progress of a download, goes nowhere rather than among pytest's dots.
+    """
+    if START is not FORKS:
+        return
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    with open(os.devnull, "w") as nowhere:
+        for number, _ in kept:
+            os.dup2(nowhere.fileno(), number)
+        try:
+            forkserver.ensure_running()
+        finally:
+            for number, copy in kept:
+                os.dup2(copy, number)
+                os.close(copy)
 
 
 def free_port() -> int:
@@ -70,7 +88,9 @@ def _serve(rank: int, world_size: int, port: int, connection: Any) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 result = getattr(importlib.import_module(module), function)(**arguments)
-            connection.send((True, result))
+            packed = io.BytesIO()
+            torch.save(result, packed, pickle_protocol=pickle.HIGHEST_PROTOCOL)
+            connection.send((True, packed.getvalue()))
         except Exception as error:
             connection.send((False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
 
@@ -108,7 +128,7 @@ class Pool:
                 continue
             ok, value = connection.recv()
             if ok:
-                results.append(value)
+                results.append(torch.load(io.BytesIO(value), weights_only=False))
             else:
                 errors[rank] = value
         if errors:

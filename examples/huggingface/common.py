@@ -13,12 +13,7 @@ from pretraining.documents import DataError
 from pretraining.text_data import TextData, TextRecipe, prepare
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-<<<<<<< HEAD:examples/hf_common.py
-import ds_fira
 from ds_fira.optim.registry import TYPES
-=======
-from ds_fira.optim.registry import TYPES
->>>>>>> h13-examples:examples/huggingface/common.py
 from ds_fira.optim.settings import check_params
 from ds_fira.tools.models import NAMES, config_file
 

@@ -7,7 +7,6 @@ the weights it made of them, with those of a FiraAdam that has whole matrices an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +16,9 @@ from deepspeed.runtime import torch_autocast
 from torch import Tensor, distributed, nn
 
 import ds_fira
-from ds_fira.engine.deepspeed.save_load.load import stepped_params
 from ds_fira.optim.registry import fira_of
-from tests.distributed.zero_jobs import Net, batches, build, describe_groups
+from tests.compatibility.engine_tensors import by_name, stepped_tensors
+from tests.distributed.zero_jobs import Net, batches, build
 
 # On two ranks: (8, 6) twice is one whole matrix for each; the other is alone in its shape, so it is cut.
 SHAPES = [(8, 6), (8, 6), (11, 14)]
@@ -50,78 +49,6 @@ class WatchedNet(Net):
         """Keep the weights that a batch meets; at stage 3 to be called before the forward pass, which fetches them."""
         with deepspeed.zero.GatheredParameters(list(self.parameters())):
             self.seen.append((tokens, {name: p.detach().float().clone() for name, p in self.named_parameters()}))
-
-
-def members_of(engine: Any) -> list[list[tuple[str, tuple[int, ...], int]]]:
-    """By param group, (name, shape, offset) of its parameters; the offset counts in the buffer over all ranks.
-
-    At stage 0, where each is a tensor of its own, as if they lay back to back.
-    """
-    groups = [group["members"] for group in describe_groups(engine)]
-    if any(groups):
-        return groups
-    names = {id(param): name for name, param in engine.module.named_parameters()}
-    lp_groups = getattr(engine.optimizer, "fp16_groups", None)
-    if lp_groups is None:
-        lp_groups = [group["params"] for group in fira_of(engine).param_groups]
-    result = []
-    for params in lp_groups:
-        ends = list(itertools.accumulate((p.numel() for p in params), initial=0))
-        result.append([(names[id(p)], tuple(p.shape), end) for p, end in zip(params, ends[:-1], strict=True)])
-    return result
-
-
-def whole_buffers(engine: Any, tensors: list[list[Tensor]]) -> list[Tensor]:
-    """By param group, the parts of all ranks back to back: of a group's parameters, or of their gradients."""
-    mine = [torch.cat([tensor.detach().reshape(-1) for tensor in group]) for group in tensors]
-    if engine.zero_optimization_stage() == 0:
-        return mine
-    ranks = distributed.get_world_size()
-    result = []
-    for part in mine:
-        parts = [torch.empty_like(part) for _ in range(ranks)]
-        distributed.all_gather(parts, part.contiguous())
-        result.append(torch.cat(parts))
-    return result
-
-
-def by_name(engine: Any, tensors: list[list[Tensor]]) -> dict[str, Tensor]:
-    """The parameters, or their gradients, by name.
-
-    Args:
-        engine: the engine.
-        tensors: what lies in this rank's stepped tensors, see `stepped_tensors`.
-    """
-    if engine.zero_optimization_stage() == 3:
-        return from_slices(engine, tensors)
-    buffers = whole_buffers(engine, tensors)
-    return {
-        name: buffers[i][offset : offset + torch.Size(shape).numel()].view(shape).clone()
-        for i, members in enumerate(members_of(engine))
-        for name, shape, offset in members
-    }
-
-
-def stepped_tensors(engine: Any) -> list[list[Tensor]]:
-    """The tensors that are stepped at a time: of a param group, at stage 3 of a sub-group."""
-    with stepped_params(engine):
-        groups = [list(group["params"]) for group in fira_of(engine).param_groups]
-    return [[tensor] for group in groups for tensor in group] if engine.zero_optimization_stage() == 3 else groups
-
-
-def from_slices(engine: Any, tensors: list[list[Tensor]]) -> dict[str, Tensor]:
-    """As `by_name` at stage 3: every rank has an even slice of every parameter of `fp16_groups`, in their order."""
-    names = {id(param): name for name, param in engine.module.named_parameters()}
-    mine, ranks = {}, distributed.get_world_size()
-    for params, (flat,) in zip(engine.optimizer.fp16_groups, tensors, strict=True):
-        slices = flat.detach().reshape(-1).split([-(-param.ds_numel // ranks) for param in params])
-        mine |= {names[id(param)]: (param, part) for param, part in zip(params, slices, strict=True)}
-    result = {}
-    for name, (param, part) in mine.items():
-        parts = [torch.empty_like(part) for _ in range(ranks)]
-        distributed.all_gather(parts, part.contiguous())
-        result[name] = torch.cat(parts)[: param.ds_numel].view(param.ds_shape).clone()
-    return result
 
 
 def follow(engine: Any, tokens: list[Tensor], accumulation: int) -> dict[str, Any]:

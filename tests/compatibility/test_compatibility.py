@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.compatibility.matrix import (
     trained_cases,
 )
 from tests.compatibility.page import page
+from tests.compatibility.versions import count_with, install
 from tests.ranks import Pools
 
 
@@ -40,6 +42,20 @@ def test_pairs_of_settings(ranks: Pools, results: dict[str, Any]) -> None:
         assert row["trained"], row
         assert not row["wrong"], row
         assert not row["refused"], row
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("version", unsupported.TESTED)
+def test_pairs_of_settings_with_every_version(version: str, tmp_path: Path) -> None:
+    """As `test_pairs_of_settings`, in processes that import a DeepSpeed of a folder of its own."""
+    try:
+        target = install(version, tmp_path)
+    except subprocess.CalledProcessError:
+        pytest.skip(f"pip could not install deepspeed {version}")
+    counts = count_with(version, target)
+    assert counts["right"] > 0
+    assert (counts["wrong"], counts["refused"]) == (0, 0), counts["details"]
 
 
 def test_covering_pairs() -> None:

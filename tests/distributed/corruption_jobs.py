@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fira.optim.registry import fira_of
 from tests.distributed.corruptions import corrupt
+from tests.distributed.probes import stepped_and_states
 from tests.distributed.save_jobs import attempt, engine_of, recorded_warnings, step
 
 TAGS = ("first", "second")
@@ -19,13 +19,8 @@ TAGS = ("first", "second")
 
 def held(engine: Any) -> list[Tensor]:
     """What a load has to bring back on this rank: master weights, states, and what the module computes with."""
-    optimizer = fira_of(engine)
-    stepped = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # at stage 3 the groups are empty
-    if stepped is None:
-        stepped = [param for group in optimizer.param_groups for param in group["params"]]
-    states = [value for param in stepped for value in optimizer.state[param].values()]
     parts = [getattr(param, "ds_tensor", param) for param in engine.module.parameters()]
-    return [tensor.detach() for tensor in (*stepped, *states, *parts)]
+    return [*stepped_and_states(engine), *(part.detach() for part in parts)]
 
 
 def load(engine: Any, folder: Path, tag: str | None, expected: dict[str, list[Tensor]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 import ds_fira
 from ds_fira.optim.registry import fira_of
 from tests.distributed import rule_jobs
+from tests.distributed.probes import states_of, stepped_and_states
 from tests.distributed.zero_jobs import Net, batches, build, config
 
 # At rank 8 all but the last are at full rank.
@@ -27,19 +28,12 @@ def advance(engine: Any, first: int, last: int) -> None:
 
 def held(engine: Any) -> list[Tensor]:
     """Copies of what the engine's optimizer steps, and of its states."""
-    optimizer = fira_of(engine)
-    stepped = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # at stage 3 the groups are empty
-    if stepped is None:
-        stepped = [param for group in optimizer.param_groups for param in group["params"]]
-    states = [value for param in stepped for value in optimizer.state[param].values()]
-    return [tensor.detach().clone() for tensor in (*stepped, *states)]
+    return [tensor.clone() for tensor in stepped_and_states(engine)]
 
 
-def states_of(engine: Any) -> list[dict[str, Tensor]]:
-    """Copies of the states, in the order of the stepped tensors; below stage 3."""
-    optimizer = fira_of(engine)
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    return [{key: value.clone() for key, value in optimizer.state[param].items()} for param in params]
+def copied_states(engine: Any) -> list[dict[str, Tensor]]:
+    """Copies of the states, in the order of the stepped tensors."""
+    return [{key: value.clone() for key, value in state.items()} for state in states_of(engine)]
 
 
 def by_name(engine: Any) -> dict[str, Tensor]:
@@ -90,7 +84,7 @@ def resume_elsewhere(saved: dict[str, Any], resumed: dict[str, Any], folder: str
     advance(whole, 0, 3)
     whole.save_checkpoint(folder + "/first")
     expected = by_name(whole)
-    before = states_of(whole)
+    before = copied_states(whole)
     whole.destroy()
     between = build(resumed, SHAPES, seed=7)
     between.load_checkpoint(folder + "/first")
@@ -100,7 +94,7 @@ def resume_elsewhere(saved: dict[str, Any], resumed: dict[str, Any], folder: str
     back = build(saved, SHAPES, seed=8)
     back.load_checkpoint(folder + "/second")
     found = by_name(back)
-    after = states_of(back)
+    after = copied_states(back)
     back.destroy()
     return {
         "projected": there,

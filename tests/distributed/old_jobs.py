@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import ds_fira
 from ds_fira.optim.registry import fira_of
+from tests.distributed.probes import stepped_tensors
 from tests.distributed.resize_jobs import ROWS, advance
 from tests.distributed.rule_jobs import AdaGrad
 from tests.distributed.zero_jobs import Net, build, config
@@ -130,10 +131,7 @@ def contents(engine: Any) -> dict[str, Any]:
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         found: dict[str, Any] = {f"module {name}": value for name, value in module.state_dict().items()}
         found = {name: value.detach().clone() for name, value in found.items()}
-    stepped = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # at stage 3 the groups are empty
-    if stepped is None:
-        stepped = [param for group in optimizer.param_groups for param in group["params"]]
-    for i, param in enumerate(stepped):
+    for i, param in enumerate(stepped_tensors(engine)):
         found[f"stepped {i}"] = param.detach().clone()
         found |= {f"state {i} {key}": value.clone() for key, value in optimizer.state[param].items()}
     found["lr"] = [float(group["lr"]) for group in optimizer.param_groups]

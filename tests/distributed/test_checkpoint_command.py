@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ds_fira.__main__ import main
+from tests.programs import run_command
 from tests.ranks import Pools
 
 MODEL = "mp_rank_00_model_states.pt"
@@ -48,17 +49,21 @@ def test_as_a_shell_runs_it(saved: Path, tmp_path: Path) -> None:
     content = bytearray((folder / "fine" / MODEL).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "fine" / MODEL).write_bytes(content)
-    changed = call(str(folder), "--verify", "--json")
+
+    def forked(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run_command(["checkpoint", *arguments], tmp_path, {"DS_ACCELERATOR": None})
+
+    changed = forked(str(folder), "--verify", "--json")
     assert changed.returncode == 1
     entries = {entry["tag"]: entry["fault"] for entry in json.loads(changed.stdout)}
     assert entries.pop("fine") == f"the content of its file {MODEL} has changed"
     assert not any(entries.values())
-    missing = call(str(folder), "--tag", "nowhere")
+    missing = forked(str(folder), "--tag", "nowhere")
     assert (missing.returncode, missing.stdout) == (1, "nowhere: not complete: it is missing\n")
-    empty = call(str(tmp_path / "nothing"), "--json")
+    empty = forked(str(tmp_path / "nothing"), "--json")
     assert (empty.returncode, empty.stdout) == (2, "")
     assert "nothing is no folder; name one that holds checkpoints." in empty.stderr
-    assert call("--never").returncode == 2
+    assert forked("--never").returncode == 2
     for found in (fine, changed, missing, empty):
         assert "Traceback" not in found.stderr
 

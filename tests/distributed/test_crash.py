@@ -1,6 +1,6 @@
 """Real processes that are really killed, in a save or between two, and what the next run makes of what they leave.
 
-The number of kills is DS_FIRA_KILLS (default 4); DS_FIRA_KILL_SEED repeats a series, whose seed every failure shows.
+DS_FIRA_KILLS is the number of kills of the long series; DS_FIRA_KILL_SEED repeats one, whose seed each failure shows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from ds_fira.checkpoint.manifest import MANIFEST
 from tests.distributed.crash_jobs import SAVE_EVERY, STEPS, TIMEOUT, Kill, Run
 
-KILLS = int(os.environ.get("DS_FIRA_KILLS", "4"))
+KILLS = int(os.environ.get("DS_FIRA_KILLS", "12"))
 SEED = int(os.environ.get("DS_FIRA_KILL_SEED", time.time_ns() % 10**6))
 SENTENCE = "because another process ended or did not answer in time"
 
@@ -87,12 +87,13 @@ def kill_from_outside(run: Run, victims: list[int], share: float, duration: floa
 
 
 @pytest.mark.timeout(200 + 60 * KILLS)
-def test_killed_runs_continue_to_the_same_weights(whole: Run, duration: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(KILLS, marks=pytest.mark.full)], ids=["short", "long"])
+def test_killed_runs_continue_to_the_same_weights(whole: Run, duration: float, tmp_path: Path, count: int) -> None:
     """Whatever was killed, and when: the rest ends in time with a sentence, and the next run ends as the whole one."""
     chance = random.Random(SEED)
     expected = final(whole)
     in_save, waits = 0, []
-    for number in range(KILLS):
+    for number in range(count):
         kills, victims, share = choose(chance, whole)
         case = f"seed {SEED}, kill {number}: {kills or victims} {share}"
         folder = tmp_path / str(number)
@@ -126,7 +127,7 @@ def test_killed_runs_continue_to_the_same_weights(whole: Run, duration: float, t
         assert not [name for name in left if name.startswith(".")] or starts[0] >= STEPS - STEPS % SAVE_EVERY, case
         shutil.rmtree(folder)
     print(
-        f"seed {SEED}: {KILLS} kills, {in_save} during a save; the other processes ended within {max(waits):.2f} s; "
+        f"seed {SEED}: {count} kills, {in_save} during a save; the other processes ended within {max(waits):.2f} s; "
         "all resumed runs ended with the weights and states of the whole run"
     )
 

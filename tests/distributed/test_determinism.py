@@ -73,8 +73,18 @@ def test_two_runs_of_the_example_leave_the_same_files(tmp_path: Path) -> None:
     assert compared == 4, "one file of weights, two of states, one of the exported model"
 
 
+def test_a_hundred_steps_leave_objects_and_ranks_as_they_were(ranks: Pools) -> None:
+    """The short form of `python -m benchmarks.quality.soak`: an object kept in each step would be 100 in 100 steps."""
+    settings = {"steps": 100, "warm_up": 60, "read_every": 20, "save_every": 60, "check_every": 25}
+    for found in ranks.run(2, "soak", "benchmarks.quality.soak", **settings):
+        assert found["equal"]
+        assert found["refreshes"] == 3 * -(-100 // 20)
+        assert abs(found["objects_per_step"]) < 0.5, found["readings"]
+
+
+@pytest.mark.full
 def test_a_few_hundred_steps_leave_memory_and_ranks_as_they_were(ranks: Pools) -> None:
-    """The short form of `python -m benchmarks.quality.soak`: an object kept in each step would be 100 in 100 steps.
+    """Longer, for the bytes too.
 
     Resident memory settles within some 200 steps and may still rise once; a leak would be in every interval between
     two readings.

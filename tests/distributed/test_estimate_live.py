@@ -22,7 +22,9 @@ def label(value: int | Case) -> str:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "case"), [(1, case) for case in STAGES] + [(2, case) for case in STAGES + MORE], ids=label
+    ("world_size", "case"),
+    [pytest.param(1, case, marks=pytest.mark.full) for case in STAGES] + [(2, case) for case in STAGES + MORE],
+    ids=label,
 )
 def test_estimate_agrees_with_a_live_engine(ranks: Pools, tmp_path: Path, world_size: int, case: Case) -> None:
     """Each category and their sum within 5% on every rank, and no tensors beside them that the estimate leaves out."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from tests.distributed.released_jobs import released_groups, released_run
 from tests.distributed.safe_jobs import evil
 from tests.distributed.test_released_state import FIRA, GALORE, OURS, SHAPES
 from tests.distributed.zero_jobs import Net, config
+from tests.programs import run_code
 from tests.ranks import Pools
 
 READ = """
@@ -43,7 +42,7 @@ def test_files_are_read_without_the_packages(runs: dict[str, Any], kind: str, le
     state, weights = runs[kind]
     path = tmp_path / "optimizer.pt"
     torch.save({"optimizer": state, "step": 3}, path, _use_new_zipfile_serialization=not legacy)
-    done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=False)
+    done = run_code(READ, [str(path)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == str(len(SHAPES))
     found = []

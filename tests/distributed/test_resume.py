@@ -64,7 +64,17 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("world_size", "name"), [(size, name) for size in CASES for name in CASES[size]])
+FAST = ("stage 2, bf16", "BF16_Optimizer", "stage 1, fp16", "base cuts")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [
+        pytest.param(size, name, marks=() if name in FAST else pytest.mark.full)
+        for size in CASES
+        for name in CASES[size]
+    ],
+)
 def test_resume_at_every_step_is_exact(ranks: Pools, tmp_path: Path, world_size: int, name: str) -> None:
     """Weights, master weights, states, groups, scheduler, loss scale, counters, metrics, generators, losses."""
     arguments = {**CASES[world_size][name], "shapes": SHAPES, "steps": STEPS, "folder": str(tmp_path)}

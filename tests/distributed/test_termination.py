@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 import ds_fira
-from tests.programs import ROOT
+from tests.programs import run_code
 from tests.ranks import Pools
 
 
@@ -40,11 +38,9 @@ print("not reached")
 
 
 @pytest.mark.parametrize(("how", "status"), [("asked", 143), ("not asked", -signal.SIGTERM)])
-def test_a_process_alone(how: str, status: int) -> None:
+def test_a_process_alone(how: str, status: int, tmp_path: Path) -> None:
     """It knows at once; a signal that nobody asked about ends the process behind the block, as it would have."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-c", ALONE, how]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = run_code(ALONE, [how], tmp_path)
     assert done.returncode == status, done.stderr
     assert done.stdout == ("saved\n" if how == "asked" else "")
 

@@ -37,7 +37,10 @@ RUNS: dict[str, tuple[int, int, str, dict[str, Any], dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+FAST = ("stage 0", "whole, stage 2", "lean cuts, stage 2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.full) for n in RUNS])
 def test_training_recovers_from_two_faulty_steps(ranks: Pools, name: str) -> None:
     """Finite, orthonormal, alike on all ranks, and never more than four steps behind the run without the fault."""
     world_size, stage, dtype, params, extra, tolerance = RUNS[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 import ds_fira
 from ds_fira.optim.registry import fira_of
+from tests.distributed.probes import count_decompositions, describe_groups, stepped_and_states
 
 
 class Net(nn.Module):
@@ -157,22 +157,6 @@ def faulty(grad: Tensor, value: float | str | tuple[int, float]) -> Tensor:
     return grad[:, :1] @ grad[:1] if value == "rank 1" else torch.full_like(grad, value)
 
 
-def count_decompositions() -> Callable[[], int]:
-    """Count this rank's calls of torch.linalg.svd from here on; the function returned ends it and gives the count."""
-    calls, original = [], torch.linalg.svd
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    def end() -> int:
-        torch.linalg.svd = original
-        return len(calls)
-
-    torch.linalg.svd = counted
-    return end
-
-
 def train_with_object(
     settings: dict[str, Any], shapes: list[tuple[int, int]], as_callable: bool = False, **kwargs: Any
 ) -> dict[str, Any]:
@@ -236,26 +220,6 @@ def train_experts(**kwargs: Any) -> dict[str, Any]:
     return train(shapes=[], model=ExpertNet(), **kwargs)
 
 
-def describe_groups(engine: Any) -> list[dict[str, Any]]:
-    """By param group: its settings, and (name, shape, offset) of its parameters in ZeRO's buffer, by their addresses.
-
-    Read from where the module's parameters really are, not from ZeRO's books, which ds_fira reads.
-    """
-    names = {id(param): name for name, param in engine.module.named_parameters()}
-    wrapper = engine.optimizer
-    flats = getattr(wrapper, "bit16_groups_flat", None) or getattr(wrapper, "bf16_groups_flat", None)
-    lp_groups = getattr(wrapper, "bit16_groups", None) or getattr(wrapper, "bf16_groups", None)
-    result = []
-    for i, group in enumerate(fira_of(engine).param_groups):
-        settings = {key: value for key, value in group.items() if key != "params"}
-        members = []
-        if flats is not None:
-            base, size = flats[i].data_ptr(), flats[i].element_size()
-            members = [(names[id(p)], tuple(p.shape), (p.data_ptr() - base) // size) for p in lp_groups[i]]
-        result.append({"settings": settings, "members": members})
-    return result
-
-
 def try_to_build(
     cases: list[tuple[dict[str, Any], str | None]], shapes: list[tuple[int, int]]
 ) -> list[tuple[str, str]]:
@@ -292,13 +256,7 @@ def resume(ds_config: dict[str, Any], shapes: list[tuple[int, int]], steps: int,
             engine.step()
 
     def snapshot(engine: Any) -> list[Tensor]:
-        optimizer = fira_of(engine)
-        stepped = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # at stage 3 the groups are empty
-        if stepped is None:
-            stepped = [param for group in optimizer.param_groups for param in group["params"]]
-        states = [optimizer.state[param] for param in stepped]
-        weights = [param.detach().clone() for param in stepped]
-        return weights + [value.clone() for state in states for value in state.values()]
+        return [tensor.clone() for tensor in stepped_and_states(engine)]
 
     whole = build(ds_config, shapes)
     advance(whole, 0, save_at)

@@ -59,6 +59,7 @@ def test_importing_the_package_does_not_import_triton() -> None:
     assert _python("-c", code).split()[-1] == "False"
 
 
+@pytest.mark.full
 def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     """Within its 227 KB of shared memory, without spilled registers, products on the tensor cores."""
     backend = pytest.importorskip("triton.backends.nvidia.compiler", reason="this Triton has no compiler for CUDA")

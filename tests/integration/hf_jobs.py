@@ -16,6 +16,7 @@ import torch
 
 import ds_fira
 from ds_fira.optim.registry import fira_of
+from ds_fira.tools import models
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -30,7 +31,7 @@ def write_inputs(folder: Path, letters: int = 500) -> None:
     documents = [text[start : start + letters] for start in range(0, len(text), letters)]
     (folder / "text.txt").write_text("\n\n".join(documents))
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
-    config = json.loads((ROOT / "ds_fira" / "tools" / "models" / "llama_60m.json").read_text())
+    config = json.loads(Path(models.config_file("llama_60m")).read_text())
     (folder / "model.json").write_text(json.dumps(config | MODEL | heads))
 
 

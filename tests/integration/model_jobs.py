@@ -11,7 +11,7 @@ from torch import Tensor
 import ds_fira
 from ds_fira.optim.registry import fira_of
 from tests import small_models
-from tests.distributed.zero_jobs import describe_groups
+from tests.distributed.probes import describe_groups
 from tests.small_models import SEQUENCE, VOCABULARY, loss_of
 
 

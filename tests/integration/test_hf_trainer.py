@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_fira.checkpoint.atomic_save import reseal
 from tests.integration.hf_jobs import EXAMPLES, MATRICES, optimizer_states, states_files, write_config, write_inputs
-from tests.programs import run
+from tests.programs import Forked, run
 from tests.ranks import Pools, free_port
 
 LR, WARMUP, STEPS, HALF = 0.005, 2, 6, 3
@@ -66,15 +66,21 @@ def whole(ranks: Pools, folder: Path) -> dict[str, Any]:
     return ranks.run(2, "train", JOBS, arguments=arguments(folder, "whole"))[0]
 
 
-@pytest.fixture(scope="module")
-def resumed(whole: dict[str, Any], folder: Path) -> Path:
-    """New processes of the deepspeed launcher go on from the checkpoint after three steps."""
-    output = folder / "resumed"
+@pytest.fixture(scope="module", params=["forks", pytest.param("deepspeed", marks=pytest.mark.full)])
+def resumed(request: pytest.FixtureRequest, whole: dict[str, Any], folder: Path) -> Path:
+    """New processes go on from the checkpoint after three steps: forks, or those of the deepspeed launcher."""
+    name = f"resumed-{request.param}"
+    output, script = folder / name, str(EXAMPLES / "hf_trainer.py")
     shutil.copytree(folder / "whole" / f"checkpoint-{HALF}", output / f"checkpoint-{HALF}")
-    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), str(EXAMPLES / "hf_trainer.py")]
-    done = run([*launcher, *arguments(folder, "resumed", resume_from_checkpoint="last")], folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "perplexity" in done.stdout
+    options = arguments(folder, name, resume_from_checkpoint="last")
+    if request.param == "forks":
+        processes = Forked(script, options, folder, name, ranks=2).wait()
+    else:
+        launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+        processes = [run([*launcher, script, *options], folder)]
+    for done in processes:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "perplexity" in processes[0].stdout
     return output
 
 

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.net_hosts import NetHosts, unavailable
 from tests.integration.test_pretrain_example import SMALL
-from tests.programs import PROGRAMS, ROOT, write_text
+from tests.programs import PROGRAMS, ROOT, Forked, run_code, write_text
 from tests.ranks import free_port
+from tests.unit.runtime.test_launch_environment import MPICH
 
 STEPS = 18
 SCRIPT = str(ROOT / "examples" / "pretrain_llama.py")
@@ -106,8 +107,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> dict[str, Any]:
-    """Summary of the run that the others are compared with: two ranks of the deepspeed launcher on one host."""
-    return pretrain(folder, "reference", [{"NPROC": "2"}])
+    """Summary of the run that the others are compared with: two ranks without a launcher."""
+    options = [*SMALL, "--output-dir", "reference", "--steps", str(STEPS)]
+    for done in Forked(SCRIPT, options, folder, "reference", ranks=2).wait():
+        assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "reference" / "summary.json").read_text())
 
 
 def check_same(summary: dict[str, Any], reference: dict[str, Any]) -> None:
@@ -118,7 +122,7 @@ def check_same(summary: dict[str, Any], reference: dict[str, Any]) -> None:
     assert sorted(summary["optimizer_state_bytes"]) == sorted(reference["optimizer_state_bytes"])
 
 
-def test_deepspeed(folder: Path, reference: dict[str, Any]) -> None:
+def test_the_training(folder: Path, reference: dict[str, Any]) -> None:
     """ZeRO-2, bf16 and activation checkpointing on two ranks: summary, plot, checkpoint and sample."""
     summary = reference
     assert summary["world_size"] == 2
@@ -149,12 +153,20 @@ def test_deepspeed(folder: Path, reference: dict[str, Any]) -> None:
     assert torch.isfinite(model(ids).logits).all()
 
 
+@pytest.mark.full
+def test_deepspeed(folder: Path, reference: dict[str, Any]) -> None:
+    """Two ranks of the deepspeed launcher on one host."""
+    check_same(pretrain(folder, "deepspeed", [{"NPROC": "2"}]), reference)
+
+
+@pytest.mark.full
 @needs_mpi
 def test_mpirun(folder: Path, reference: dict[str, Any]) -> None:
     """Its ranks meet through mpi4py. torchrun on one host is in tests/integration/test_restart.py."""
     check_same(pretrain(folder, "mpirun", [{"LAUNCHER": "mpirun", "NPROC": "2"}]), reference)
 
 
+@pytest.mark.full
 @needs_hosts
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_hosts(launcher: str, folder: Path, reference: dict[str, Any]) -> None:
@@ -179,6 +191,15 @@ def test_a_rank_that_fails_ends_the_run(launcher: str, tmp_path: Path) -> None:
     [(status, output)] = launch(tmp_path, ["half.py"], [{"LAUNCHER": launcher, "NPROC": "2"}])
     assert status != 0
     assert "half.py: error: this sentence must be seen" in output
+
+
+@needs_mpi
+def test_mpirun_of_another_mpi(tmp_path: Path) -> None:
+    """Where mpi4py loaded a library that knows nothing of the launcher, every process would train alone."""
+    code = f"from ds_fira.runtime.launchers import complete_environment; complete_environment({MPICH!r})"
+    done = run_code(code, [], tmp_path)
+    assert done.returncode == 1
+    assert "mpi4py sees 1 processes where mpirun (MPICH) started 4" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

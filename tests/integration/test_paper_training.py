@@ -47,10 +47,11 @@ def test_every_method_trains(method: str, made_text: Text) -> None:
     assert len(result["train_loss"]) == len(result["grad_norm"]) == size.steps
     assert result["validation"][-1] == (size.steps, result["val_loss"])
     assert result["val_loss"] < result["train_loss"][0] - 0.1
-    again = train.train(Run(method=method, lr=0.01), size, CPU)
-    assert again["train_loss"] == result["train_loss"], "the same run twice"
-    other = train.train(Run(method=method, lr=0.01, seed=1), size, CPU)
-    assert other["train_loss"] != result["train_loss"]
+    short = dataclasses.replace(size, steps=12, gap=5)
+    runs = [Run(method=method, lr=0.01), Run(method=method, lr=0.01), Run(method=method, lr=0.01, seed=1)]
+    first, again, other = (train.train(run, short, CPU)["train_loss"] for run in runs)
+    assert again == first, "the same run twice"
+    assert other != first
 
 
 def test_low_rank_methods_hold_less_state_than_adam(made_text: Text) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import ROOT, Forked, run, write_text
+from tests.programs import ROOT, Forked, write_text
 
 SMALL = [
     *("--text", "text.txt", "--vocab-size", "300", "--hidden-size", "32", "--layers", "2", "--heads", "2"),
@@ -28,7 +28,7 @@ def test_one_process_without_a_launcher(folder: Path) -> None:
     """`python examples/pretrain_llama.py` needs no launcher; AdamW trains by the same script for comparison."""
     script = str(ROOT / "examples" / "pretrain_llama.py")
     plain = [argument for argument in SMALL if argument not in ("--rank", "8", "--update-proj-gap", "5")]
-    done = run(["python", script, *plain, "--steps", "6", "--optimizer", "AdamW"], folder)
+    (done,) = Forked(script, [*plain, "--steps", "6", "--optimizer", "AdamW"], folder).wait()
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads((folder / "out" / "summary.json").read_text())
     assert (summary["world_size"], summary["optimizer"]) == (1, "AdamW")

@@ -67,6 +67,7 @@ def test_command_names_the_recipe(name: str) -> None:
     assert f"{RECIPES[name][5]:,} steps" in script
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)  # 56 exact decompositions, 186 s on two quiet cores without AVX-512
 def test_recipe_trains(tmp_path: Path) -> None:
     """LLaMA 60M itself takes two steps on two processes, with a smaller batch and another text; what it has is kept."""

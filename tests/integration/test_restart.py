@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -61,6 +61,7 @@ def worker(launched: subprocess.Popen[bytes], rank: int) -> psutil.Process | Non
     return None
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)  # three trainings of two processes, for machines that are busy
 def test_a_killed_rank_is_restarted_and_ends_with_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL for rank 1 behind the first training state: MAX_RESTARTS and --resume auto do the rest."""
@@ -189,25 +190,52 @@ def test_a_rank_that_ends_with_143_by_itself_is_a_failure(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("run*"))) == 2
 
 
-@pytest.mark.timeout(900)
-def test_sigterm_saves_and_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
-    """To launch/run.sh in mid-training, without --save-every: --resume auto goes on from the step at which it came."""
-    write_text(tmp_path)
-    options = [*SMALL, "--steps", "25", "--resume", "auto"]
-    whole = Forked(SCRIPT, [*options, "--output-dir", "whole"], tmp_path, "whole", ranks=2)
-    with started(tmp_path, [SCRIPT, *options, "--output-dir", "cut"], "cut.txt", NPROC="2") as process:
-        log, deadline = tmp_path / "cut.txt", time.monotonic() + 400
-        while not re.search(r"\b[3-9]/25", log.read_text()) and time.monotonic() < deadline:
-            assert process.poll() is None, log.read_text()[-6000:]
-            time.sleep(0.01)
-        process.terminate()
-        assert process.wait(200) == 143, log.read_text()[-6000:]
-    step = int(re.findall(r"SIGTERM: saved the training state of step (\d+)", log.read_text())[0])
+def wait_for_step_3(log: Path, alive: Callable[[], bool]) -> None:
+    """Wait until the bar of the third of 25 steps is in a log."""
+    deadline = time.monotonic() + 400
+    while not re.search(r"\b[3-9]/25", log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        assert alive(), log.read_text()[-6000:]
+        time.sleep(0.01)
+
+
+def check_resumed(folder: Path, options: list[str], told: str, whole: Forked) -> None:
+    """What a run that SIGTERM ended has left, and that the next one ends with the weights of the whole run."""
+    step = int(re.findall(r"SIGTERM: saved the training state of step (\d+)", told)[0])
     assert 3 <= step < 25
-    assert (tmp_path / "cut" / "state" / "latest").read_text() == f"global_step{step}"
-    assert not (tmp_path / "cut" / "model").exists()
-    again = Forked(SCRIPT, [*options, "--output-dir", "cut"], tmp_path, "again", ranks=2)
+    assert (folder / "cut" / "state" / "latest").read_text() == f"global_step{step}"
+    assert not (folder / "cut" / "model").exists()
+    again = Forked(SCRIPT, [*options, "--output-dir", "cut"], folder, "again", ranks=2)
     for done in [*whole.wait(), *again.wait()]:
         assert done.returncode == 0, done.stderr[-4000:]
-    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "cut")]
+    files = [(folder / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+OPTIONS = [*SMALL, "--steps", "25", "--resume", "auto"]
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_to_one_process_saves_for_both(tmp_path: Path) -> None:
+    """In mid-training, without --save-every: both end with status 143, and --resume auto goes on from that step."""
+    write_text(tmp_path)
+    whole = Forked(SCRIPT, [*OPTIONS, "--output-dir", "whole"], tmp_path, "whole", ranks=2)
+    cut = Forked(SCRIPT, [*OPTIONS, "--output-dir", "cut"], tmp_path, "cut", ranks=2)
+    wait_for_step_3(tmp_path / "cut-0.err", lambda: cut.processes[0].is_alive())
+    cut.processes[1].terminate()
+    ended = cut.wait()
+    assert [done.returncode for done in ended] == [143, 143], ended[0].stderr[-4000:]
+    check_resumed(tmp_path, OPTIONS, "".join(done.stdout + done.stderr for done in ended), whole)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_sigterm_saves_and_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """The same to launch/run.sh, which passes it on."""
+    write_text(tmp_path)
+    whole = Forked(SCRIPT, [*OPTIONS, "--output-dir", "whole"], tmp_path, "whole", ranks=2)
+    with started(tmp_path, [SCRIPT, *OPTIONS, "--output-dir", "cut"], "cut.txt", NPROC="2") as process:
+        log = tmp_path / "cut.txt"
+        wait_for_step_3(log, lambda: process.poll() is None)
+        process.terminate()
+        assert process.wait(200) == 143, log.read_text()[-6000:]
+    check_resumed(tmp_path, OPTIONS, log.read_text(), whole)

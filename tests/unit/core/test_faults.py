@@ -4,63 +4,33 @@ Each fault of the released code is shown in fira 1.0.2 beside what FiraAdam does
 """
 
 import math
-import warnings
 
 import pytest
 import torch
-from fira import FiraAdamW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ds_fira import FiraAdam
 from tests.reference import tolerances
-from tests.reference.fira_reference import AdamWReference, FiraReference
+from tests.reference.fira_reference import FiraReference
 from tests.reference.gradients import low_rank_gradient, make_gradients, make_weight
-from tests.reference.harness import drive, run_optimizer, run_reference, weight_change_error, with_a_rank
+from tests.reference.harness import drive, run_optimizer, run_reference, weight_change_error
+from tests.unit.core.fault_cases import (
+    EXPERTS,
+    FORMULATIONS,
+    GROUP,
+    LR,
+    SHAPE,
+    assert_same,
+    make_fira,
+    make_ours,
+    ours_and_reference,
+    snapshot,
+    spoil,
+)
 
-LR = 1e-2
-SHAPE, EXPERTS = (10, 14), (3, 10, 14)
-GROUP = {"rank": 4, "update_proj_gap": 4}
 FIRA_GROUP = {**GROUP, "alpha": 1.0, "proj_type": "std"}  # fira has no defaults for these
-FORMULATIONS = ["released", "paper"]
 KINDS = ["normal", "zero", "nan", "inf", "minus_inf", "low_rank"]
-
-
-def make_ours(groups, **settings):
-    return FiraAdam(groups, lr=LR, **settings)
-
-
-def make_fira(groups, **settings):
-    return FiraAdamW(groups, lr=LR, no_deprecation_warning=True, **settings)
-
-
-def ours_and_reference(**changed):
-    group = {**GROUP, **changed}
-    parameter = nn.Parameter(make_weight(SHAPE))
-    return make_ours([{"params": [parameter], **group}]), parameter, FiraReference(parameter, lr=LR, **group)
-
-
-def spoil(gradient, kind):
-    """A copy of ``gradient`` with one fault in it."""
-    gradient = gradient.clone()
-    if kind == "zero":
-        return torch.zeros_like(gradient)
-    if kind == "low_rank":
-        return low_rank_gradient(gradient.shape, true_rank=4, seed=int(gradient[0, 0].abs() * 1e6))
-    if kind != "normal":
-        gradient[3, 5] = {"nan": math.nan, "inf": math.inf, "minus_inf": -math.inf}[kind]
-    return gradient
-
-
-def snapshot(optimizer, parameter):
-    return {key: value.clone() for key, value in optimizer.state[parameter].items()}
-
-
-def assert_same(state, before, keys=None):
-    assert set(state) == set(before)
-    for key in keys or before:
-        assert torch.equal(state[key], before[key]), key
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
@@ -228,97 +198,3 @@ def test_one_experts_fault_is_not_anothers(kind):
     assert state["refresh_step"].tolist() == [r.refresh_step for r in references]
     for before, ours, reference in zip(start, parameter.detach(), references, strict=True):
         assert weight_change_error(before, ours, reference.weight) <= tolerances.FLOAT32_VS_REFERENCE
-
-
-@pytest.mark.parametrize("size", [1e30, 1e-30])
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-def test_gradients_of_absurd_size_leave_everything_finite(formulation, size):
-    optimizer, parameter, _ = ours_and_reference(formulation=formulation)
-    gradients = make_gradients(SHAPE, 10)
-    for index, gradient in enumerate(gradients):
-        before = parameter.detach().clone()
-        drive(optimizer, parameter, [gradient * size if index in (0, 3, 5) else gradient])
-        assert parameter.isfinite().all(), index
-        for key, value in optimizer.state[parameter].items():
-            assert value.isfinite().all(), (key, index)
-        assert (parameter.detach() - before).abs().max() <= 100 * LR, "Adam's step is bounded whatever the gradient"
-    assert not torch.equal(parameter, before)
-
-
-@pytest.mark.parametrize("size", [1e18, 2e18, 3e18, 1e19])
-@pytest.mark.parametrize("shape", [(128, 200), (200, 128)], ids=str)
-def test_the_state_stays_finite_where_squares_begin_to_overflow(shape, size):
-    """float32 ends at 3.4e38: single squares are finite here, sums of them not always, and which differs by axis."""
-    parameter = nn.Parameter(make_weight(shape))
-    optimizer = make_ours([{"params": [parameter], **GROUP}])
-    ordinary = make_gradients(shape, 2)
-    for gradient in (size * (1 + ordinary[0]), ordinary[1]):
-        drive(optimizer, parameter, [gradient])
-        assert parameter.isfinite().all()
-        for key, value in optimizer.state[parameter].items():
-            assert value.isfinite().all(), key
-
-
-@pytest.mark.parametrize("failing", ["later", "from_the_start"])
-def test_an_svd_that_fails_keeps_the_old_basis_and_warns_once(monkeypatch, failing):
-    optimizer, parameter, reference = ours_and_reference(update_proj_gap=4)
-    gradients, start, svd = make_gradients(SHAPE, 14), parameter.detach().clone(), torch.linalg.svd
-
-    def fails(*args, **kwargs):
-        raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
-
-    if failing == "later":
-        drive(optimizer, parameter, gradients[:4])
-        run_reference(reference, gradients[:4])
-    monkeypatch.setattr(torch.linalg, "svd", fails)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        drive(optimizer, parameter, gradients[4:11])  # two refreshes fall in here
-    assert len([w for w in caught if "svd" in str(w.message).lower()]) == 1, [str(w.message) for w in caught]
-    monkeypatch.setattr(torch.linalg, "svd", svd)
-    assert parameter.isfinite().all()
-    if failing == "from_the_start":
-        assert torch.equal(parameter, start)
-        assert optimizer.state[parameter]["step"].item() == 0
-        drive(optimizer, parameter, gradients)
-        run_reference(reference, gradients)
-    else:
-        assert optimizer.state[parameter]["refresh_step"].item() == 0
-        reference.update_proj_gap = 100  # seven more steps on the first basis
-        run_reference(reference, gradients[4:11])
-    assert weight_change_error(start, parameter.detach(), reference.weight) <= tolerances.FLOAT32_VS_REFERENCE
-
-
-def test_adamw_leaves_elements_without_a_finite_gradient_alone():
-    parameter = nn.Parameter(make_weight((6, 5)))
-    optimizer = FiraAdam(with_a_rank({"params": [parameter]}), lr=LR, weight_decay=0.1)
-    reference = AdamWReference(parameter, lr=LR, weight_decay=0.1)
-    start = parameter.detach().clone()
-    for index, gradient in enumerate(make_gradients((6, 5), 6)):
-        if index in (0, 3):
-            gradient[2, 3], gradient[0, 0] = math.nan, math.inf
-        before = parameter.detach().clone()
-        drive(optimizer, parameter, [gradient])
-        reference.step(gradient)
-        for element in ((2, 3), (0, 0)):
-            assert (parameter[element] == before[element]) == (index in (0, 3))
-    state = optimizer.state[parameter]
-    assert state["exp_avg"].isfinite().all()
-    assert state["exp_avg_sq"].isfinite().all()
-    assert weight_change_error(start, parameter.detach(), reference.weight) <= tolerances.FLOAT32_VS_REFERENCE
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_rounding_of_low_precision_gradients_is_no_history(dtype):
-    generator = torch.Generator().manual_seed(0)
-    low_rank = torch.randn(64, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
-    parameter = nn.Parameter(torch.zeros(64, 96, dtype=dtype))
-    optimizer = FiraAdam([{"params": [parameter], "rank": 3}], lr=0.01)
-    parameter.grad = low_rank.to(dtype)
-    outside = parameter.grad.float() - low_rank
-    assert outside.norm() > 1e-4 * low_rank.norm(), "rounded as a float32 gradient would be: the test says nothing"
-    optimizer.step()
-    assert optimizer.state[parameter]["residual_norm"] == 0.0
-    parameter.grad = torch.randn(64, 96, generator=generator).to(dtype)
-    optimizer.step()
-    assert optimizer.state[parameter]["residual_norm"] > 0.0

@@ -22,9 +22,8 @@ def peak(shape: tuple[int, int], rank: int | None, dtype: torch.dtype, grad_dtyp
     param.grad_dtype = None
     group = {"params": [param]} if rank is None else {"params": [param], "rank": rank}
     optimizer = ds_fira.FiraAdam(with_a_rank(group), lr=1e-3, weight_decay=0.1, subspace="gram", **settings)
-    for _ in range(2):
-        param.grad = torch.randn(shape, generator=generator).to(grad_dtype)
-        optimizer.step()
+    param.grad = torch.randn(shape, generator=generator).to(grad_dtype)
+    optimizer.step()
     param.grad = torch.randn(shape, generator=generator).to(grad_dtype)
     return peak_bytes(optimizer.step, CPU)
 
@@ -57,7 +56,7 @@ def test_bfloat16_weights_are_stepped_in_blocks() -> None:
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 def test_adamw_holds_blocks_alone(state_dtype: str) -> None:
     """An embedding: nothing in float32, decoded blocks of both moments where they are compressed."""
-    shape = (16000, 512)
+    shape = (12000, 512)
     assert peak(shape, None, torch.float32, torch.float32, state_dtype=state_dtype) <= 0.05 * 4 * shape[0] * shape[1]
 
 

@@ -145,16 +145,6 @@ def test_a_group_added_later_says_itself_what_it_is():
     assert names_with_a_rank(model, optimizer.param_groups) == {"first.weight": 3, "lm_head.weight": 2}
 
 
-def test_an_engine_without_a_rank_is_refused(ranks):
-    from tests.distributed.zero_jobs import config
-
-    cases = [(config(stage, "fp32", {"lr": 0.01}), None) for stage in (0, 2)]
-    for result in ranks.run(2, "try_to_build", cases=cases, shapes=[(6, 8)]):
-        for kind, text in result:
-            assert kind == "ValueError"
-            assert text.startswith("FiraAdam: rank = None in the DeepSpeed config, and no param group has one")
-
-
 def test_nothing_to_project_is_refused():
     with pytest.raises(ValueError, match="none of the 1 parameters is a weight to project"):
         FiraAdam([nn.Parameter(torch.zeros(3))], rank=2)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -190,21 +187,6 @@ def test_other_architectures_are_estimated_without_activations(tmp_path: Path, c
     assert "8 projected matrices" in text
     assert "Activations are left out" in text
     assert "'gpt2'" in text
-
-
-def test_the_command_as_a_program(tmp_path: Path) -> None:
-    """The table and the JSON of the clause's example, in a process of its own."""
-    file = tmp_path / "deep" / "estimate.json"
-    command = [sys.executable, "-m", "ds_fira", "estimate", "--model", "llama_1b", "--rank", "512", "--gpus", "8"]
-    command += ["--zero-stage", "2", "--gpu-memory", "a100-40", "--batch-size", "16", "--seq-length", "256"]
-    done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, env=os.environ, check=True)
-    assert "61.1% less than AdamW's" in done.stdout
-    for word in ("AdamW", "GaLore", "LoRA", "Fira", "optimizer states", "fits 40 GiB", "largest micro-batch"):
-        assert word in done.stdout
-    written = json.loads(file.read_text())
-    assert written["methods"]["Fira"]["fits"] is True
-    assert len(written["methods"]["Fira"]["by_rank"]) == 8
-    assert written["state_saving"] == pytest.approx(0.611, abs=5e-4)
 
 
 LEGAL = ["--model", "llama_60m", "--rank", "128"]
