@@ -35,7 +35,6 @@ from ds_fira.tools.estimate import RankMemory, Setup, estimate
 
 STEPS = 2
 PATIENCE = 20.0  # seconds
-
 RANK = 64
 BUCKET = 200_000
 CATEGORIES = ("parameters", "gradients", "master_weights", "optimizer_states")
@@ -220,22 +219,19 @@ def backward_bytes(engine: deepspeed.DeepSpeedEngine, backward: Callable[[], obj
         engine: a DeepSpeed engine.
         backward: makes the backward pass, `engine.backward` included, and no step.
     """
-    looks: list[dict[str, int]] = []
-    wrapper = engine.optimizer
+    wrapper, looks = engine.optimizer, []
     reduce_gradients = getattr(wrapper, "reduce_gradients", None)
-    if reduce_gradients is None:
-        backward()
-    else:
 
-        def look_first(*args: object, **kwargs: object) -> object:
-            looks.append(engine_bytes(engine))
-            return reduce_gradients(*args, **kwargs)
+    def look_first(*args: object, **kwargs: object) -> object:
+        looks.append(engine_bytes(engine))
+        return reduce_gradients(*args, **kwargs)
 
+    if reduce_gradients is not None:
         wrapper.reduce_gradients = look_first
-        try:
-            backward()
-        finally:
-            del wrapper.reduce_gradients
+    try:
+        backward()
+    finally:
+        vars(wrapper).pop("reduce_gradients", None)
     looks.append(engine_bytes(engine))
     return {category: max(look[category] for look in looks) for category in looks[0]}
 

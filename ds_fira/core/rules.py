@@ -45,7 +45,8 @@ class Rule(BaseModel):
 
         Args:
             grad: the gradient that the rule sees: R = P'G, (r, n), or R = GP, (m, r), of a projected matrix; else the
-                parameter's, of any shape; finite, float32 (float64 for float64 weights). Not to be changed.
+                parameter's, of any shape; finite, float32 (float64 for float64 weights). A copy, which the rule
+                may change.
             states: by name, of the same shape and dtype; to be changed in place, or replaced in the dict.
             step: this step's count, from 1; int64, 0-dim, on the gradient's device or on the CPU.
 

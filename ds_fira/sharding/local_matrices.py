@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,7 @@ class LocalMatrices:
     def forget_views(self) -> None:
         """Say that the storage of the state's tensors is another one; the next step looks it up again."""
         self._state: dict[str, Tensor] | None = None
+        self._tensors: tuple[Tensor, ...] = ()
         self._views: list[MatrixState] = []
         self._batches: dict[tuple[int, int], MatrixState] = {}
 
@@ -79,9 +81,11 @@ class LocalMatrices:
             algorithm: says which states there are.
             dtype: in which a step is computed.
         """
-        if self._state is not state:
+        # The user may have moved a state to another device, by another tensor under its key.
+        if self._state is not state or not all(map(operator.is_, self._tensors, state.values())):
             self.forget_views()
-            self._state, self._batch_args = state, (settings, self.batched, algorithm)
+            self._state, self._tensors = state, tuple(state.values())
+            self._batch_args = settings, self.batched, algorithm
             self._views = matrix_states(state, self.shapes, settings, self.batched, algorithm, dtype=dtype)
 
     def tasks(
