@@ -33,8 +33,7 @@ from ds_fira.core.selection import projected_weights
 from ds_fira.tools.engine_memory import engine_bytes
 from ds_fira.tools.estimate import RankMemory, Setup, estimate
 
-STEPS = 2
-PATIENCE = 20.0  # seconds
+STEPS, PATIENCE = 2, 20.0  # the second in seconds
 RANK = 64
 BUCKET = 200_000
 CATEGORIES = ("parameters", "gradients", "master_weights", "optimizer_states")
