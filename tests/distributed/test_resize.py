@@ -184,7 +184,7 @@ def canonical(folder: Path) -> dict[Any, torch.Tensor]:
             found[name, "norm", place.basis] = part.residual_norm
             found[name, "step", place.basis] = part.step
             for moment in ("exp_avg", "exp_avg_sq"):
-                found |= {(name, moment, key, place.kept): value for key, value in getattr(part, moment).items()}
+                found |= {(name, moment, key, place.kept): value for key, value in part.moments[moment].items()}
     for name, pieces in state.weights.items():
         found |= {
             (name, piece.start, piece.stop): flat[piece.offset :][: piece.stop - piece.start] for piece, flat in pieces
