@@ -60,9 +60,7 @@ def hold(folder: Path, user: object = None) -> None:
     key = os.path.realpath(folder)
     with _guard:
         lock = _held.get(key)
-        if lock is not None and lock.process != os.getpid():
-            lock = None  # of the process that this one was forked from
-        if lock is None:
+        if lock is None or lock.process != os.getpid():  # of the process that this one was forked from
             lock = _held[key] = FolderLock(folder)
     try:
         lock.take()
@@ -86,7 +84,6 @@ def release(user: object = None) -> None:
 def _release_all() -> None:
     for lock in list(_held.values()):
         lock.give_up()
-    _held.clear()
 
 
 class FolderLock:
@@ -244,10 +241,8 @@ def _parsed(content: bytes) -> dict[str, object]:
 
 
 def _described(owner: dict[str, object]) -> str:
-    return ", ".join(
-        f"{word} {str(owner.get(key, 'unknown'))[:100]}"
-        for word, key in (("process", "pid"), ("on", "host"), ("since", "since"))
-    )
+    process, host, since = (str(owner.get(key, "unknown"))[:100] for key in ("pid", "host", "since"))
+    return f"process {process}, on {host}, since {since}"
 
 
 def _start_heart() -> None:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from ds_fira.checkpoint import safe_load
-from ds_fira.checkpoint.manifest import listed_files
+from ds_fira.checkpoint.manifest import matching_files
 from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict
 
 T = TypeVar("T")
@@ -123,9 +123,7 @@ class CheckpointFiles:
 
 
 def _by_rank(folder: Path, pattern: re.Pattern[str], prefix: str | None = "") -> dict[int, Path]:
-    listed = listed_files(folder)  # what else has such a name does not belong to it
-    paths = [path for path in folder.iterdir() if listed is None or path.name in listed] if folder.is_dir() else []
-    matches = [(pattern.fullmatch(path.name), path) for path in paths]
+    matches = [(pattern.fullmatch(path.name), path) for path in matching_files(folder, "*.pt")]
     found = {
         int(match.groups()[-1] or 0): path for match, path in matches if match and prefix in ("", match.groups()[0])
     }

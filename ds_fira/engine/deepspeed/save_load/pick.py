@@ -201,9 +201,8 @@ class _Choice:
 
 def _names(tag: str) -> list[str]:
     """The names under which a crash may have left a checkpoint."""
-    parent, _, name = tag.rpartition("/")
-    name = name.removeprefix(STAGING).removeprefix(REPLACED)
-    base = f"{parent}/{name}" if parent else name
+    parent, slash, name = tag.rpartition("/")
+    base = parent + slash + name.removeprefix(STAGING).removeprefix(REPLACED)
     return [base, tag_folder.beside(base, STAGING), tag_folder.beside(base, REPLACED)]
 
 
