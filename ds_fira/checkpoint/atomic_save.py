@@ -66,20 +66,20 @@ def _clear_up(folder: Path, parent: Path) -> None:
     """Complete the saves in `parent` that were cut short when complete, and remove the others."""
     for left in sorted(parent.glob(f"{own_files.SCRATCH}*")):
         shutil.rmtree(left, ignore_errors=True)
-    for left in filter(own_files.is_ours, sorted(parent.glob(f"{STAGING}*"))):
-        with contextlib.suppress(OSError):  # what cannot be cleared up is in the way of its own tag only
-            _clear_up_unfinished(folder, left)
-    for left in filter(own_files.is_ours, sorted(parent.glob(f"{REPLACED}*"))):
-        final = left.with_name(left.name.removeprefix(REPLACED))
-        with contextlib.suppress(OSError):
-            if not os.path.lexists(final) and manifest.own_names(left) and manifest.find_fault(left) is None:
-                left.rename(final)
-            elif not final.is_symlink():
-                own_files.hand_over(left, final)
+    for prefix, clear_up in ((STAGING, _clear_up_unfinished), (REPLACED, _clear_up_replaced)):
+        for left in filter(own_files.is_ours, sorted(parent.glob(f"{prefix}*"))):
+            with contextlib.suppress(OSError):  # what cannot be cleared up is in the way of its own tag only
+                clear_up(folder, left, left.with_name(left.name.removeprefix(prefix)))
 
 
-def _clear_up_unfinished(folder: Path, left: Path) -> None:
-    final = left.with_name(left.name.removeprefix(STAGING))
+def _clear_up_replaced(_: Path, left: Path, final: Path) -> None:
+    if not os.path.lexists(final) and manifest.own_names(left) and manifest.find_fault(left) is None:
+        left.rename(final)
+    elif not final.is_symlink():
+        own_files.hand_over(left, final)
+
+
+def _clear_up_unfinished(folder: Path, left: Path, final: Path) -> None:
     tag = final.relative_to(folder).as_posix()
     moves_latest = find_interrupted(folder) == staging_tag(tag)
     if manifest.find_fault(left) is None and (moves_latest or not os.path.lexists(final)):
