@@ -66,26 +66,29 @@ def _clear_up(folder: Path, parent: Path) -> None:
     """Complete the saves in `parent` that were cut short when complete, and remove the others."""
     for left in sorted(parent.glob(f"{own_files.SCRATCH}*")):
         shutil.rmtree(left, ignore_errors=True)
-    for left in filter(own_files.is_ours, sorted(parent.glob(f"{STAGING}*"))):
-        with contextlib.suppress(OSError):  # what cannot be cleared up is in the way of its own tag only
-            _clear_up_unfinished(folder, left)
-    for left in filter(own_files.is_ours, sorted(parent.glob(f"{REPLACED}*"))):
-        final = left.with_name(left.name.removeprefix(REPLACED))
-        with contextlib.suppress(OSError):
-            if not os.path.lexists(final) and manifest.own_names(left) and manifest.find_fault(left) is None:
-                left.rename(final)
-            elif not final.is_symlink():
-                own_files.hand_over(left, final)
+    for prefix, clear_up in ((STAGING, _clear_up_unfinished), (REPLACED, _clear_up_replaced)):
+        for left in filter(own_files.is_ours, sorted(parent.glob(f"{prefix}*"))):
+            with contextlib.suppress(OSError):  # what cannot be cleared up is in the way of its own tag only
+                clear_up(folder, left, left.with_name(left.name.removeprefix(prefix)))
 
 
-def _clear_up_unfinished(folder: Path, left: Path) -> None:
-    final = left.with_name(left.name.removeprefix(STAGING))
+def _clear_up_replaced(_: Path, left: Path, final: Path) -> None:
+    if not os.path.lexists(final) and manifest.own_names(left) and manifest.find_fault(left) is None:
+        left.rename(final)
+    elif not final.is_symlink():
+        own_files.hand_over(left, final)
+
+
+def _clear_up_unfinished(folder: Path, left: Path, final: Path) -> None:
     tag = final.relative_to(folder).as_posix()
     moves_latest = find_interrupted(folder) == staging_tag(tag)
     if manifest.find_fault(left) is None and (moves_latest or not os.path.lexists(final)):
         publish(folder, tag, moves_latest)
         return
-    if _reads(folder / NEW_LATEST, tag):
+    named = None
+    with contextlib.suppress(OSError, ValueError):
+        named = (folder / NEW_LATEST).read_text()
+    if named == tag:
         (folder / NEW_LATEST).unlink(missing_ok=True)  # before the save it belongs to is gone
     own_files.remove(left)
     if final.is_dir():
@@ -98,13 +101,6 @@ def _clear_up_latest(folder: Path) -> None:
     if interrupted is not None and not manifest.is_leftover(interrupted):
         (folder / NEW_LATEST).replace(folder / LATEST)
     (folder / NEW_LATEST).unlink(missing_ok=True)
-
-
-def _reads(path: Path, text: str) -> bool:
-    try:
-        return path.read_text() == text
-    except (OSError, ValueError):
-        return False
 
 
 def token_of(folder: Path, tag: str) -> str:
@@ -210,11 +206,10 @@ def prune(folder: str | os.PathLike[str], keep: int) -> list[str]:
         The deleted tags. Only checkpoints with a manifest that were saved as latest are counted and deleted.
     """
     path = Path(folder)
-    listed = [
-        (content.get("serial", 0), name) for name, content in manifest.manifests(path) if content.get("save_latest")
-    ]
     latest, old, complete = os.path.realpath(path / (read_latest(path) or LATEST)), [], 0
-    for name in [name for _, name in sorted(listed, reverse=True) if not manifest.is_leftover(name)]:
+    for name, content in manifest.manifests(path):
+        if manifest.is_leftover(name) or not content.get("save_latest"):
+            continue
         if complete >= max(keep, 1) and os.path.realpath(path / name) != latest:
             old.append(name)
         complete += manifest.find_fault(path / name) is None

@@ -36,6 +36,7 @@ PATIENCE = 4 * HEARTBEAT
 _SETTLE = 0.5  # seconds in which a rival that has judged the same lock stale may still write its own
 _TRIES = 100
 _LARGEST = 1 << 16  # bytes of a lock
+_HEART = "ds_fira folder lock"
 _DIGITS = 12  # of the heartbeat's counter, so that the content keeps its length
 
 _held: dict[str, FolderLock] = {}
@@ -60,18 +61,13 @@ def hold(folder: Path, user: object = None) -> None:
     key = os.path.realpath(folder)
     with _guard:
         lock = _held.get(key)
-        if lock is not None and lock.process != os.getpid():
-            lock = None  # of the process that this one was forked from
-        if lock is None:
-            lock = _held[key] = FolderLock(folder)
-    try:
+        if lock is None or lock.process != os.getpid():  # of the process that this one was forked from
+            lock = FolderLock(folder)
         lock.take()
-    except BaseException:
-        if not lock.taken:
-            _held.pop(key, None)
-        raise
-    lock.users.add(id(user))
-    _start_heart()
+        lock.users.add(id(user))
+        _held[key] = lock
+        if all(thread.name != _HEART for thread in threading.enumerate()):
+            threading.Thread(target=_live, name=_HEART, daemon=True).start()
 
 
 def release(user: object = None) -> None:
@@ -86,7 +82,6 @@ def release(user: object = None) -> None:
 def _release_all() -> None:
     for lock in list(_held.values()):
         lock.give_up()
-    _held.clear()
 
 
 class FolderLock:
@@ -117,29 +112,24 @@ class FolderLock:
 
     def take(self) -> None:
         """Have it; see `hold`."""
-        if self.lost is None and self._is_ours(self._read()):
-            return
         for _ in range(_TRIES):
+            found = self._read()
+            if self.lost is None and self._is_ours(found):
+                return
+            if self.taken and self.lost is None and found is not None:
+                self.lost = _parsed(found)
             if self.lost is not None:
                 raise InUse(
                     f"another run ({_described(self.lost)}) has taken over {self.path.parent} while this one did not "
                     "answer"
                 )
-            if self._try():
-                break
-            found = self._read()
-            if found is None:
-                continue  # given up this moment
-            if self.taken:
-                self.lost = _parsed(found)
-                continue
-            if not self._is_stale(found):
+            if found is not None and not self._is_stale(found):
                 raise InUse(f"another run ({_described(_parsed(found))}) saves into {self.path.parent}")
-            if self._replace(found):
-                break
-        else:
-            raise OSError(errno.EBUSY, "the lock cannot be taken", str(self.path))
-        self.taken = True
+            if self._try() if found is None else self._replace(found):
+                self.taken = True
+                self._clear_up()
+                return
+        raise OSError(errno.EBUSY, "the lock cannot be taken", str(self.path))
 
     def _read(self) -> bytes | None:
         try:
@@ -175,7 +165,6 @@ class FolderLock:
                 return False
         finally:
             new.unlink(missing_ok=True)
-        self._clear_up()
         return True
 
     def _clear_up(self) -> None:
@@ -207,9 +196,7 @@ class FolderLock:
             new.replace(self.path)
             if not is_near(_parsed(stale)):
                 time.sleep(_SETTLE)
-            if self._is_ours(self._read()):
-                self._clear_up()
-                return True
+            return self._is_ours(self._read())
         return False
 
     def beat(self) -> None:
@@ -244,18 +231,8 @@ def _parsed(content: bytes) -> dict[str, object]:
 
 
 def _described(owner: dict[str, object]) -> str:
-    return ", ".join(
-        f"{word} {str(owner.get(key, 'unknown'))[:100]}"
-        for word, key in (("process", "pid"), ("on", "host"), ("since", "since"))
-    )
-
-
-def _start_heart() -> None:
-    global _heart
-    with _guard:
-        if _heart is None or not _heart.is_alive():
-            _heart = threading.Thread(target=_live, name="ds_fira folder lock", daemon=True)
-            _heart.start()
+    process, host, since = (str(owner.get(key, "unknown"))[:100] for key in ("pid", "host", "since"))
+    return f"process {process}, on {host}, since {since}"
 
 
 def _live() -> None:
@@ -265,5 +242,4 @@ def _live() -> None:
             lock.beat()
 
 
-_heart: threading.Thread | None = None
 atexit.register(_release_all)

@@ -16,7 +16,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -77,16 +77,9 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
     Raises:
         ValueError: it is not whole, names files outside the checkpoint, or has a format that is not known.
     """
-    path = checkpoint / MANIFEST
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"its {MANIFEST} is no file")
-        with path.open("rb") as file:
-            written = file.read(_LARGEST + 1)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return None
-        raise ValueError(f"its {MANIFEST} cannot be read: {error.strerror or error}") from None
+    written = read_start(checkpoint / MANIFEST, _LARGEST + 1, f"its {MANIFEST}")
+    if written is None:
+        return None
     try:
         content = json.loads(written) if len(written) <= _LARGEST else None
         fault = _find_fault_in(content, written)
@@ -95,6 +88,23 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
     if fault is not None:
         raise ValueError(fault)
     return content
+
+
+def read_start(path: Path, limit: int, what: str) -> bytes | None:
+    """The first `limit` bytes of a file, None where there is none.
+
+    Raises:
+        ValueError: it is no file or cannot be read; a sentence that begins with `what`.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{what} is no file")
+        with path.open("rb") as file:
+            return file.read(limit)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"{what} cannot be read: {error.strerror or error}") from None
 
 
 def _find_fault_in(content: object, written: bytes) -> str | None:
@@ -197,14 +207,17 @@ def listed_files(checkpoint: Path) -> set[str] | None:
     return own_names(checkpoint) or None
 
 
-def manifests(folder: Path) -> Iterator[tuple[str, Manifest]]:
-    """Names and manifests of the checkpoints in a folder that have a whole one; links are not followed."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    for name in names:
-        content = whole_manifest(folder / name)
-        if content is not None:
-            yield name, content
+def matching_files(checkpoint: Path, pattern: str) -> list[Path]:
+    """The files of a checkpoint whose names match, in order; without what its manifest does not name."""
+    listed = listed_files(checkpoint)
+    return [path for path in sorted(checkpoint.glob(pattern)) if listed is None or path.name in listed]
+
+
+def manifests(folder: Path) -> list[tuple[str, Manifest]]:
+    """Names and manifests of the checkpoints in a folder that have a whole one, the newest first; follows no links."""
+    folders = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    found = [(path.name, content) for path in folders if (content := whole_manifest(path)) is not None]
+    return sorted(found, key=lambda item: (item[1].get("serial", 0), item[0]), reverse=True)
 
 
 def is_leftover(tag: str) -> bool:

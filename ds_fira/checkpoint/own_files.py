@@ -21,9 +21,7 @@ SCRATCH = ".ds_fira_new-"
 
 def is_ours(folder: Path) -> bool:
     """Whether a hidden folder is one that a save has made or moved aside."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return os.path.lexists(folder / TOKEN) or bool(own_names(folder))
+    return _is_folder(folder) and (os.path.lexists(folder / TOKEN) or bool(own_names(folder)))
 
 
 def claim(folder: Path) -> None:
@@ -45,7 +43,7 @@ def refuse_collisions(new: Path, old: Path) -> None:
     """
     for path, folders, files in os.walk(new):
         there = old / Path(path).relative_to(new)
-        blocked = [there / name for name in files if (there / name).is_dir() and not (there / name).is_symlink()]
+        blocked = [there / name for name in files if _is_folder(there / name)]
         blocked += [there / name for name in folders if os.path.lexists(there / name) and not _is_folder(there / name)]
         if blocked:
             raise OSError(errno.EEXIST, "something that is no file of a checkpoint is in the way", str(blocked[0]))
@@ -60,13 +58,8 @@ def remove(folder: Path) -> None:
 
 
 def remove_all(folder: Path) -> None:
-    """Remove a folder that is ours with all that is in it."""
-    shutil.rmtree(_renamed(folder), ignore_errors=True)
-
-
-def _renamed(folder: Path) -> Path:
-    """The folder under a name that says that it is ours, whatever of it goes first."""
-    return folder.rename(folder.with_name(SCRATCH + secrets.token_hex(8)))
+    """Remove a folder that is ours with all that is in it, under a name that says so, whatever of it goes first."""
+    shutil.rmtree(folder.rename(folder.with_name(SCRATCH + secrets.token_hex(8))), ignore_errors=True)
 
 
 def hand_over(aside: Path, final: Path) -> None:

@@ -149,7 +149,7 @@ def carry_values(
     """
     notes: dict[str, None] = {}
     for group, listed, own in zip(groups, members, given, strict=True):
-        sources = [saved[index] for index in sorted(set(_sources(saved, listed)))]
+        sources = [saved[index] for index in sorted({index for index, _ in _numbered(saved, listed)})]
         full_rank = saved_projection(saved, group, listed)
         if full_rank is not None:
             group[PROJECT_FULL_RANK] = full_rank
@@ -172,11 +172,6 @@ def carry_values(
             else:
                 group[key] = float(found[0]) if isinstance(found[0], Tensor) else found[0]
     return list(notes)
-
-
-def _sources(saved: Sequence[SavedGroup], listed: Members) -> list[int]:
-    """For each parameter of a group, the number of the saved group that had it."""
-    return [number for number, _ in _numbered(saved, listed)]
 
 
 def _numbered(saved: Sequence[SavedGroup], listed: Members) -> list[tuple[int, tuple[str, tuple[int, ...]]]]:
@@ -211,7 +206,7 @@ def carry_schedule(state: object, own: object, saved: Sequence[SavedGroup], memb
     if isinstance(state, list | tuple) and isinstance(own, list | tuple):
         nested = any(isinstance(value, dict) and "last_epoch" in value for value in state)  # SequentialLR's own
         if len(state) == len(saved) and len(own) == len(members) and not nested:
-            order = [min(_sources(saved, listed), default=0) for listed in members]
+            order = [min((index for index, _ in _numbered(saved, listed)), default=0) for listed in members]
             return type(state)(state[index] for index in order)
         if len(state) == len(own):
             return type(state)(carry_schedule(a, b, saved, members) for a, b in zip(state, own, strict=True))

@@ -145,9 +145,8 @@ def _add(
         f"the state of {name} has no scaling_grad, which fira keeps",
     )
     norm = _norm(name, state.get("scaling_grad", 0.0))
-    saved.matrices[name].append(
-        (held, MatrixState(side, torch.tensor(count), torch.tensor(last), basis, moments, norm))
-    )
+    found = MatrixState(side, torch.tensor(count), torch.tensor(last), basis, moments, norm)
+    saved.matrices[name].append((held, found))
 
 
 def _require_groups(listed: Sequence[object]) -> None:

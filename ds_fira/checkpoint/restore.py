@@ -87,26 +87,22 @@ def _restore_matrix(held: StateSlice, target: MatrixState, parts: list[tuple[Sta
         target.basis[here].copy_(state.basis[there])
     for name, stored in target.moments.items():
         if stored:
-            _restore_moment(held, stored, [(other, state.moments[name]) for other, state in parts], target.dtype)
+            saved = [(other.kept, state.moments[name]) for other, state in parts if len(other.kept)]
+            _restore_moment(held, stored, [(kept, moment) for kept, moment in saved if moment], target.dtype)
 
 
 def _restore_moment(
-    held: StateSlice,
-    stored: quantization.Stored,
-    parts: list[tuple[StateSlice, quantization.Stored]],
-    dtype: torch.dtype,
+    held: StateSlice, stored: quantization.Stored, parts: list[tuple[range, quantization.Stored]], dtype: torch.dtype
 ) -> None:
-    parts = [(other, part) for other, part in parts if part and len(other.kept)]
-    for other, part in parts:
-        if other.kept == held.kept and _same_form(stored, part):
+    for kept, part in parts:
+        if kept == held.kept and _same_form(stored, part):
             _copy(stored, part)
             return
-    shape = stored[quantization.VALUES].shape
-    value = torch.zeros(shape, dtype=dtype, device=stored[quantization.VALUES].device)
-    for here, there, part in _covering(held.kept, [(other.kept, part) for other, part in parts], "moments", held.name):
-        values = quantization.read(part, dtype)
+    values = stored[quantization.VALUES]
+    value = torch.zeros(values.shape, dtype=dtype, device=values.device)
+    for here, there, part in _covering(held.kept, parts, "moments", held.name):
         # Along the other dimension every part is whole.
-        value.transpose(0, held.axis)[here].copy_(values.transpose(0, held.axis)[there])
+        value.transpose(0, held.axis)[here].copy_(quantization.read(part, dtype).transpose(0, held.axis)[there])
     quantization.write_(stored, value, seed=None)
 
 

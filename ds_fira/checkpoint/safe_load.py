@@ -29,8 +29,8 @@ from torch.serialization import safe_globals
 # What a stand-in may have as an attribute.
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 _ZIP = b"PK\x03\x04"
-# How torch's unpickler names what it does not import.
-_GLOBAL = re.compile(r"GLOBAL (\S+)")
+# How torch's unpickler says that it runs nothing else: with the name of what it does not import, or without.
+_UNSAFE = re.compile(r"GLOBAL (\S+)|Unsupported operand|TorchScript")
 
 
 class UnsafeFileError(ValueError):
@@ -134,17 +134,14 @@ def read(
         with safe_globals(list(stand_ins)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what is refused here in one sentence
             return torch.load(os.fspath(path), map_location=map_location, mmap=mmap, weights_only=True)
-    except UnpicklingError as error:
-        text = str(error)
-        found = _GLOBAL.search(text)
-        if found is None and "Unsupported operand" not in text and "TorchScript" not in text:
-            raise _unreadable(path, error) from None
-        wanted = found and (found[1] if "." in found[1] else f"builtins.{found[1]}")
-        raise UnsafeFileError(path, wanted, remedy) from None
     except OSError:
         raise
     except Exception as error:
-        raise _unreadable(path, error) from None
+        unsafe = isinstance(error, UnpicklingError) and _UNSAFE.search(str(error))
+        if not unsafe:
+            raise _unreadable(path, error) from None
+        wanted = unsafe[1] and (unsafe[1] if "." in unsafe[1] else f"builtins.{unsafe[1]}")
+        raise UnsafeFileError(path, wanted, remedy) from None
 
 
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:

@@ -105,15 +105,9 @@ class Missing:
 
     def take(self, found: range) -> list[range]:
         """Mark a range as found; returns the parts of it that were missing until now."""
-        taken: list[range] = []
-        left: list[range] = []
-        for part in self.ranges:
-            common = overlap(part, found)
-            if len(common):
-                taken.append(common)
-                sides = (range(part.start, common.start), range(common.stop, part.stop))
-                left += [side for side in sides if len(side)]
-            else:
-                left.append(part)
-        self.ranges = left
-        return taken
+        taken = [overlap(part, found) for part in self.ranges]
+        left = [
+            overlap(part, side) for part in self.ranges for side in (range(found.start), range(found.stop, part.stop))
+        ]
+        self.ranges = [part for part in left if len(part)]
+        return [part for part in taken if len(part)]

@@ -7,10 +7,9 @@ names they lie.
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
-from ds_fira.checkpoint.manifest import REPLACED, STAGING, find_fault, is_leftover, manifests, read_manifest
+from ds_fira.checkpoint.manifest import REPLACED, STAGING, find_fault, is_leftover, manifests, read_manifest, read_start
 
 LATEST = "latest"
 NEW_LATEST = ".latest-saving"  # becomes `latest` when the checkpoint that it names has its name
@@ -27,8 +26,8 @@ def staging_tag(tag: str) -> str:
 
 def beside(tag: str, prefix: str) -> str:
     """The tag with a prefix to its last part."""
-    parent, _, name = tag.rpartition("/")
-    return f"{parent}/{prefix}{name}" if parent else prefix + name
+    parent, slash, name = tag.rpartition("/")
+    return parent + slash + prefix + name
 
 
 def shown(tag: str) -> str:
@@ -49,19 +48,16 @@ def find_tag_fault(folder: Path, tag: str, saving: bool = False) -> str | None:
         too_long = len(tag.encode()) > _LONGEST_TAG or any(len(part.encode()) > _LONGEST_NAME for part in parts)
     except UnicodeEncodeError:
         return "is no text in UTF-8"
-    if too_long:
-        return "is too long for the name of a folder"
-    if any(ord(char) < 32 or ord(char) == 127 for char in tag):
-        return "holds control characters"
-    if ".." in parts or os.path.isabs(tag):
-        return "leaves the folder"
-    if {"", "."} & set(parts) or tag != tag.strip():
-        return "is no name of a folder"
-    if parts[0] in _RESERVED:
-        return "is a name that checkpoints need for a file beside them"
-    if saving and any(is_leftover(part) for part in parts):
-        return f"begins with {STAGING!r} or {REPLACED!r}, the marks of unfinished saves"
-    return _find_link_fault(folder, tag, saving)
+    unfinished = saving and any(map(is_leftover, parts))
+    faults = (
+        (too_long, "is too long for the name of a folder"),
+        (any(ord(char) < 32 or ord(char) == 127 for char in tag), "holds control characters"),
+        (".." in parts or os.path.isabs(tag), "leaves the folder"),
+        ({"", "."} & set(parts) or tag != tag.strip(), "is no name of a folder"),
+        (parts[0] in _RESERVED, "is a name that checkpoints need for a file beside them"),
+        (unfinished, f"begins with {STAGING!r} or {REPLACED!r}, the marks of unfinished saves"),
+    )
+    return next((fault for holds, fault in faults if holds), None) or _find_link_fault(folder, tag, saving)
 
 
 def _find_link_fault(folder: Path, tag: str, saving: bool) -> str | None:
@@ -83,18 +79,14 @@ def look_up_latest(folder: Path) -> tuple[str | None, str | None]:
     """What `latest` names, and why that cannot be told; (None, None) where there is no such file."""
     path = folder / LATEST
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return None, "it is no file"
-        with path.open("rb") as file:
-            text = file.read(4 * _LONGEST_TAG).decode().strip()
-    except FileNotFoundError:
-        return None, "it is a link that leads nowhere" if path.is_symlink() else None
-    except NotADirectoryError:
-        return None, None
-    except OSError as error:
-        return None, f"it cannot be read: {error.strerror or error}"
-    except ValueError:
+        content = read_start(path, 4 * _LONGEST_TAG, "it")
+        if content is None:
+            return None, "it is a link that leads nowhere" if path.is_symlink() else None
+        text = content.decode().strip()
+    except UnicodeDecodeError:
         return None, "it holds no text"
+    except ValueError as error:
+        return None, str(error)
     if not text:
         return None, "it is empty"
     tag = text.rstrip("/") or text
@@ -150,7 +142,7 @@ def in_order(folder: Path, wanted: str | None, only: bool = False) -> list[str]:
 
 
 def _others(folder: Path, plain_too: bool) -> list[str]:
-    listed = sorted(manifests(folder), key=lambda item: -item[1].get("serial", 0))
+    listed = manifests(folder)
     known = {name for name, _ in listed}
     plain = [path for path in folder.iterdir() if path.name not in known and path.is_dir() and any(path.glob("*.pt"))]
     plain = [path for path in plain if plain_too or is_leftover(path.name)]

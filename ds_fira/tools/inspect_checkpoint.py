@@ -61,22 +61,23 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: there is no checkpoint.
     """
+    where = printable(str(args.folder))
     if not args.folder.is_dir():
-        raise ValueError(f"{printable(str(args.folder))} is no folder; name one that holds checkpoints.")
+        raise ValueError(f"{where} is no folder; name one that holds checkpoints.")
     with _data_only():
         try:
             tags = in_order(args.folder, args.tag or read_latest(args.folder), only=args.tag is not None)
         except Exception as error:
-            where = printable(str(args.folder))
             raise ValueError(f"{where} cannot be looked into ({_told(error)}); name another folder.") from error
         found = [describe_tag(args.folder, tag, args.verify, args.tag is not None) for tag in tags if tag]
     if not found:
-        raise ValueError(f"{printable(str(args.folder))} holds no checkpoint; name another folder.")
+        raise ValueError(f"{where} holds no checkpoint; name another folder.")
     if args.json:
         print(json.dumps(_plain(found), indent=2))
     else:
         print("\n".join(printable(line) for entry in found for line in lines(entry)))
-    return FINE if all(_is_fine(entry) for entry in found) else FAULTY
+    fine = all(entry["fault"] is None and entry.get("states", {"finite": True})["finite"] for entry in found)
+    return FINE if fine else FAULTY
 
 
 @contextlib.contextmanager
@@ -89,10 +90,6 @@ def _data_only() -> Iterator[None]:
             yield
     finally:
         add_safe_globals(trusted)
-
-
-def _is_fine(entry: Mapping[str, object]) -> bool:
-    return entry["fault"] is None and entry.get("states", {"finite": True})["finite"]
 
 
 def describe_tag(folder: Path, tag: str, verify: bool = False, with_states: bool = False) -> dict[str, object]:

@@ -15,7 +15,7 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ds_fira.checkpoint.errors import load_sentence
-from ds_fira.checkpoint.manifest import listed_files
+from ds_fira.checkpoint.manifest import matching_files
 from ds_fira.checkpoint.safe_load import SETTING, UnsafeFileError
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, load
 from ds_fira.optim.base import LowRankOptimizer
@@ -61,9 +61,7 @@ def require_loadable(engine: DeepSpeedEngine, folder: Path, model_only: bool = F
     optimizer: LowRankOptimizer = engine.basic_optimizer
     communicator = optimizer.communicator
     with agreed(optimizer):
-        listed = listed_files(folder)
-        paths = sorted(folder.glob("*model_states.pt" if model_only else "*_states.pt")) if folder.is_dir() else []
-        paths = [path for path in paths if listed is None or path.name in listed]
+        paths = matching_files(folder, "*model_states.pt" if model_only else "*_states.pt")
         first, step = (0, 1) if engine.use_node_local_storage() else (communicator.dp_rank, communicator.dp_size)
         for path in paths[first::step]:
             load(path)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from ds_fira.checkpoint import safe_load
-from ds_fira.checkpoint.manifest import listed_files
+from ds_fira.checkpoint.manifest import matching_files
 from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ T = TypeVar("T")
 OUTER = "optimizer_state_dict"
 BASE_OPTIMIZER = ("base_optimizer_state", "optimizer_state_dict")  # stages 1 and 2; stage 3 and the wrapper of stage 0
 MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
-OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_00_model_states\.pt")
 
 
@@ -53,32 +53,37 @@ class CheckpointFiles:
         Raises:
             ValueError: some are missing.
         """
-        models = _by_rank(folder, MODEL_FILE)
+        models = _by_rank(folder, MODEL_FILE, "*")
         if not models:
             return cls((), ())
         # A folder that was saved into twice, in bf16 and not, has two sets; the newer one counts.
-        found = [_by_rank(folder, OPTIMIZER_FILE, prefix) for prefix in ("bf16_", None)]
+        found = [_by_rank(folder, OPTIMIZER_FILE, names) for names in ("bf16_*", "zero_*")]
         optimizers = max(found, key=lambda files: max((path.stat().st_mtime for path in files.values()), default=0.0))
-        if optimizers and every:
-            ranks = int(load(next(iter(models.values())), unpickle)["dp_world_size"])
-            absent = [rank for rank in range(ranks) if rank not in optimizers]
-            if absent:
-                raise ValueError(
-                    f"{folder} lacks the optimizer states of ranks {absent} of the {ranks} that saved it; "
-                    "to resume on other ranks all of its files must be in one folder that every node can read."
-                )
-            optimizers = {rank: optimizers[rank] for rank in range(ranks)}
-        return cls(tuple(models.values()), tuple(optimizers.values()), unpickle)
+        files = cls(tuple(models.values()), tuple(optimizers.values()), unpickle)
+        if not optimizers or not every:
+            return files
+        if absent := files.find_absent():
+            raise ValueError(
+                f"{folder} lacks {absent}; to resume on other ranks all of its files must be in one folder that every "
+                "node can read."
+            )
+        return replace(files, optimizers=files.optimizers[: int(files.model()["dp_world_size"])])
+
+    def find_absent(self) -> str:
+        """Words for the optimizer states of ranks that saved and have no file here; empty where all have."""
+        size = int(self.model()["dp_world_size"])
+        absent = sorted({*range(size)} - {*self.ranks})
+        return f"the optimizer states of ranks {absent} of the {size} that saved it" if absent else ""
 
     @property
     def partitioned(self) -> bool:
         """Whether stage 3 saved it: its model files hold no weights."""
-        return MODEL_FILE.fullmatch(self.models[0].name).groups()[0] is not None
+        return MODEL_FILE.fullmatch(self.models[0].name)[1] is not None
 
     @property
     def ranks(self) -> list[int]:
         """The ranks that the files of optimizer states are of."""
-        return [int(OPTIMIZER_FILE.fullmatch(path.name).groups()[-1]) for path in self.optimizers]
+        return [int(OPTIMIZER_FILE.fullmatch(path.name)[1]) for path in self.optimizers]
 
     def model(self, number: int = 0) -> dict[str, object]:
         """What the file with the module's weights holds, of one rank under stage 3."""
@@ -122,14 +127,9 @@ class CheckpointFiles:
         return saved
 
 
-def _by_rank(folder: Path, pattern: re.Pattern[str], prefix: str | None = "") -> dict[int, Path]:
-    listed = listed_files(folder)  # what else has such a name does not belong to it
-    paths = [path for path in folder.iterdir() if listed is None or path.name in listed] if folder.is_dir() else []
-    matches = [(pattern.fullmatch(path.name), path) for path in paths]
-    found = {
-        int(match.groups()[-1] or 0): path for match, path in matches if match and prefix in ("", match.groups()[0])
-    }
-    return dict(sorted(found.items()))
+def _by_rank(folder: Path, pattern: re.Pattern[str], names: str) -> dict[int, Path]:
+    matches = [(pattern.fullmatch(path.name), path) for path in matching_files(folder, names)]
+    return dict(sorted((int(match[1] or 0), path) for match, path in matches if match))
 
 
 def load(path: Path, unpickle: bool = False) -> dict[str, object]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
@@ -40,35 +39,26 @@ Loaded = tuple[str | None, dict[str, object] | None]
 SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What the states of the first rank say of the run that saved them.
-
-    Attributes:
-        layout: a digest of what lay where on all of its ranks; None where it does not say.
-        groups: its param groups; empty where it does not say.
-    """
-
-    layout: str | None = None
-    groups: Sequence[SavedGroup] = ()
-
-
-def read_header(optimizer: LowRankOptimizer, folder: Path) -> Header:
+def read_header(optimizer: LowRankOptimizer, folder: Path) -> tuple[str | None, Sequence[SavedGroup]]:
     """Read on rank 0, and give all ranks, what a checkpoint says of the run that saved it; a collective call.
+
+    Returns:
+        A digest of what lay where on all of its ranks, None where the states of the first rank do not say; and its
+        param groups, none where they do not say.
 
     Raises:
         ValueError: it cannot be read; the same on every rank.
     """
-    header = Header()
+    layout, groups = None, ()
     with agreed(optimizer):
         if optimizer.communicator.dp_rank == 0:
             files = CheckpointFiles.find(folder, every=False, unpickle=optimizer.unpickle_checkpoints)
-            _, state_dict = files.optimizer_state(0) if files.models else (None, None)
-            if KEY in (state_dict or {}):
+            state_dict = files.optimizer_state(0)[1] if files.models else {}
+            if KEY in state_dict:
                 saved = SavedState()
                 saved.add(state_dict)
-                header = Header(state_dict[KEY].get("layout"), saved.groups)
-    return optimizer.communicator.gather_objects(header)[0]
+                layout, groups = state_dict[KEY].get("layout"), saved.groups
+    return optimizer.communicator.gather_objects((layout, groups))[0]
 
 
 def load_elsewhere(
@@ -180,11 +170,10 @@ def _untrained(files: CheckpointFiles) -> dict[str, Tensor]:
     """Buffers and frozen weights by name, whole."""
     models = [files.model(number) for number in range(len(files.models) if files.partitioned else 1)]
     found = {name: value for name, value in models[0]["module"].items() if isinstance(value, Tensor)}
-    shapes = models[0].get("frozen_param_shapes") or {}
-    if files.partitioned:
-        for name, shape in shapes.items():
-            whole = torch.cat([model["frozen_param_fragments"][name].reshape(-1) for model in models])
-            found[name] = whole[: shape.numel()].view(shape)
+    shapes = models[0].get("frozen_param_shapes") if files.partitioned else None
+    for name, shape in (shapes or {}).items():
+        whole = torch.cat([model["frozen_param_fragments"][name].reshape(-1) for model in models])
+        found[name] = whole[: shape.numel()].view(shape)
     return normalized(found)
 
 
@@ -217,14 +206,13 @@ def load_states(
             # Stage 3 takes the weights from the optimizer's files.
             require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3)
         if optimizer_too:
-            header = read_header(optimizer, folder)
+            layout, groups = read_header(optimizer, folder)
             with errors_name(optimizer.algorithm.name):
-                project_as_saved(optimizer, header.groups, functools.partial(attach, engine))
-            if header.layout not in (None, optimizer.attachment.digest):
+                project_as_saved(optimizer, groups, functools.partial(attach, engine))
+            if layout not in (None, optimizer.attachment.digest):
                 load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
-                loaded = load_elsewhere(engine, folder, load_engine_state, options)
                 engine.fira_has_loaded = True
-                return loaded
+                return load_elsewhere(engine, folder, load_engine_state, options)
             with stepped_params(engine):
                 require_own_share(engine, folder)
         return load_checkpoint(engine, load_dir, tag, **options)

@@ -27,7 +27,6 @@ from ds_fira.sharding.comm import Communicator
 T = TypeVar("T")
 # The tag that is being loaded and the names of its files, where its manifest lists them.
 _loading: ContextVar[tuple[str | None, Collection[str] | None]] = ContextVar("_loading", default=(None, None))
-_warned: set[Path] = set()
 
 
 def owns_storage(engine: DeepSpeedEngine) -> bool:
@@ -56,20 +55,7 @@ def require_all(name: str, communicator: Communicator, error: str | None, item: 
     return [item for _, item in answers]
 
 
-def choose(engine: DeepSpeedEngine, call: inspect.BoundArguments) -> str | None:
-    """The tag to load, the same on every rank; None leaves it to DeepSpeed, which finds nothing.
-
-    With node-local storage the parts on the nodes have to be of one save. Where a crash has left them under different
-    names, the tag is this node's.
-
-    Raises:
-        CheckpointError: the tag that was asked for is not complete, or none is where there should be one; on every rank
-            with the same sentence.
-    """
-    return _Choice(engine, call).make()
-
-
-class _Choice:
+class Choice:
     """One call of `load_checkpoint` on one rank; what it decides goes by what all ranks have gathered."""
 
     def __init__(self, engine: DeepSpeedEngine, call: inspect.BoundArguments) -> None:
@@ -84,9 +70,17 @@ class _Choice:
         self.owner = owns_storage(engine)
 
     def make(self) -> str | None:
-        """See `choose`."""
+        """The tag to load, the same on every rank; None leaves it to DeepSpeed, which finds nothing.
+
+        With node-local storage the parts on the nodes have to be of one save. Where a crash has left them under
+        different names, the tag is this node's.
+
+        Raises:
+            CheckpointError: the tag that was asked for is not complete, or none is where there should be one; on every
+                rank with the same sentence.
+        """
         # Rank 0's folder, for sentences that are the same on every rank.
-        wanted, fault, candidates, told = self._gathered(self._candidates)[0]
+        wanted, fault, candidates, told = self._of_first(self._candidates)
         if fault is not None and self.asked is not None:
             raise CheckpointError(
                 f"{self.name}: nothing can be loaded under tag {tag_folder.shown(wanted)}, which {fault}: give "
@@ -95,8 +89,8 @@ class _Choice:
         faults = {} if fault is None else {tag_folder.LATEST: fault}
         for tag, save_id in candidates:
             own = tag
-            if self.local:
-                own = next((name for name in _names(tag) if self._save_id(name) == save_id), tag) if save_id else tag
+            if self.local and save_id:
+                own = next((name for name in _names(tag) if self._save_id(name) == save_id), tag)
             found = self._gathered(self._find_fault, own, save_id)
             if not any(found):
                 # Contents are read by all processes of a storage, each file by one.
@@ -114,7 +108,7 @@ class _Choice:
             faults[tag] = next(text for text in found if text)
         if wanted is not None or any(not manifest.is_leftover(tag) for tag in faults):
             # Of rank 0: the others may come here later, when the folder has changed.
-            others = self._gathered(lambda: self._others(faults))[0]
+            others = self._of_first(self._others, faults)
             remedy = f"load another tag, such as {others[0]!r}" if others else "load from another folder"
             why = "; ".join(f"{Path(told, tag)}: {text}" for tag, text in faults.items())
             raise CheckpointError(f"{self.name}: no complete checkpoint to load ({why}): {remedy}.")
@@ -131,13 +125,15 @@ class _Choice:
             error = f"cannot read the checkpoints in {self.folder} ({told}): mend the folder or load from another one."
         return require_all(self.name, self.communicator, error, answer)
 
-    def _candidates(self) -> tuple[str | None, str | None, list[tuple[str, str | None]], str] | None:
+    def _of_first(self, function: Callable[..., T], *args: object) -> T:
+        """What a function returns on rank 0."""
+        return self._gathered(lambda: function(*args) if self.communicator.dp_rank == 0 else None)[0]
+
+    def _candidates(self) -> tuple[str | None, str | None, list[tuple[str, str | None]], str]:
         """The tag that is wanted, its fault, what to try with the ids of its saves, and the folder.
 
         Of rank 0: DeepSpeed alone writes `latest` on the first node only.
         """
-        if self.communicator.dp_rank != 0:
-            return None
         if self.asked is not None:
             wanted, fault = self.asked, tag_folder.find_tag_fault(self.folder, self.asked)
             found = [] if fault else tag_folder.in_order(self.folder, wanted, only=True)
@@ -169,8 +165,6 @@ class _Choice:
 
     def _others(self, faults: dict[str, str]) -> list[str]:
         """What is complete in the folder beside what was tried."""
-        if self.communicator.dp_rank != 0:
-            return []
         listed = [tag for tag in tag_folder.in_order(self.folder, None) if tag not in faults]
         return [tag for tag in listed if manifest.find_fault(self.folder / tag) is None]
 
@@ -186,24 +180,21 @@ class _Choice:
 
     def _tell_unverified(self, tag: str) -> None:
         """Say, once a checkpoint, what could not be checked."""
+        if dist.get_rank() != 0:
+            return
         path = self.folder / tag
-        if dist.get_rank() != 0 or path in _warned:
-            return
         content = manifest.read_manifest(path)
-        if content is not None and content["format"] >= FORMAT:
-            return
-        _warned.add(path)
         lack = f"no {manifest.MANIFEST}, so that nothing of it could be verified"
         if content is not None:
             lack = f"a {manifest.MANIFEST} of format {content['format']}, which has no checksum of itself"
-        logger.warning(f"{self.name}: {path} has {lack}: the next save writes one of format {FORMAT}.")
+        if content is None or content["format"] < FORMAT:
+            logger.warning_once(f"{self.name}: {path} has {lack}: the next save writes one of format {FORMAT}.")
 
 
 def _names(tag: str) -> list[str]:
     """The names under which a crash may have left a checkpoint."""
-    parent, _, name = tag.rpartition("/")
-    name = name.removeprefix(STAGING).removeprefix(REPLACED)
-    base = f"{parent}/{name}" if parent else name
+    parent, slash, name = tag.rpartition("/")
+    base = parent + slash + name.removeprefix(STAGING).removeprefix(REPLACED)
     return [base, tag_folder.beside(base, STAGING), tag_folder.beside(base, REPLACED)]
 
 
@@ -213,14 +204,10 @@ def _find_missing_ranks(path: Path) -> str | None:
     if not files.models:
         return "its file of the model's states is missing"
     try:
-        content = files.model()
-        size, replicated = int(content["dp_world_size"]), content.get("optimizer") is not None
+        absent = "" if files.model().get("optimizer") is not None else files.find_absent()
     except Exception:
         return None  # loading says what is wrong with it
-    absent = [rank for rank in range(size) if rank not in files.ranks]
-    if replicated or not absent:
-        return None
-    return f"it lacks the optimizer states of ranks {absent} of the {size} that saved it"
+    return f"it lacks {absent}" if absent else None
 
 
 @contextlib.contextmanager

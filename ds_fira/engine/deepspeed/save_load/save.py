@@ -32,12 +32,11 @@ from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.save_load.calls import bound, replaced
 from ds_fira.engine.deepspeed.save_load.client_state import KEY
 from ds_fira.engine.deepspeed.save_load.files import OUTER
-from ds_fira.engine.deepspeed.save_load.pick import choose, only_listed_files, owns_storage, require_all
+from ds_fira.engine.deepspeed.save_load.pick import Choice, only_listed_files, owns_storage, require_all
 from ds_fira.runtime.lost_peer import tell_lost_contact
 from ds_fira.sharding.comm import Communicator
 
 T = TypeVar("T")
-_warned: set[str] = set()
 
 
 def save_whole(save: Callable[..., object], *args: object, **kwargs: object) -> object:
@@ -56,7 +55,7 @@ def load_whole(load: Callable[..., object], *args: object, **kwargs: object) -> 
     if trains_ours(engine) and _can_stage(engine) and not engine.load_universal_checkpoint():
         # Asked for both, DeepSpeed looks for the weights of stage 3 where that stage saves none, and says nothing.
         call.arguments["load_optimizer_states"] &= not call.arguments["load_module_only"]
-        tag = call.arguments["tag"] = choose(engine, call)
+        tag = call.arguments["tag"] = Choice(engine, call).make()
         if tag is not None:
             with only_listed_files(Path(call.arguments["load_dir"]), tag):
                 return load(*call.args, **call.kwargs)
@@ -79,16 +78,13 @@ def release_folder(destroy: Callable[..., None], engine: DeepSpeedEngine) -> Non
 def _can_stage(engine: DeepSpeedEngine) -> bool:
     """Whether the engine's files are all written when `save_checkpoint` returns; warns once where they may not be."""
     kind = type(engine.checkpoint_engine)
-    if kind is TorchCheckpointEngine:
-        return True
-    if kind.__name__ not in _warned and dist.get_rank() == 0:
-        logger.warning(
+    if kind is not TorchCheckpointEngine and dist.get_rank() == 0:
+        logger.warning_once(
             f"{engine.basic_optimizer.algorithm.name}: {kind.__name__} writes checkpoints in its own way, so they are "
             "neither protected against crashes nor verified; remove checkpoint.writer, nebula or datastates_ckpt from "
             "the DeepSpeed config."
         )
-    _warned.add(kind.__name__)
-    return False
+    return kind is TorchCheckpointEngine
 
 
 class _Save:
@@ -107,18 +103,14 @@ class _Save:
         self.prepared = False
         self.error: str | None = None
         self.cause: Exception | None = None
-        self.written: list[Path] = []
+        self.records: dict[str, Record] = {}
 
     def run(self, save: Callable[..., object]) -> object:
         """Save; raises `CheckpointError` on every rank where one cannot."""
         try:
             token = self._prepare()
             done = self._let_deepspeed_write(save)
-            records: dict[str, Record] = {}
-            with self._caught():
-                for path in self.written if self.error is None else ():
-                    records[path.relative_to(self.staging).as_posix()] = record_file(path)
-            answers = self._require_all((token, records))
+            answers = self._require_all((token, self.records))
             shared = {name: record for other, part in answers if other == token for name, record in part.items()}
             details = {"world_size": self.communicator.dp_size, "global_steps": self.engine.global_steps}
             details |= {"save_id": self.save_id}
@@ -167,8 +159,7 @@ class _Save:
                 self._make_staging(token)
         self._require_all()
         with self._caught():
-            if not self.owner:
-                token = self._shared_token()
+            token = self._shared_token()
         self._require_all()
         return token
 
@@ -224,7 +215,7 @@ class _Save:
             if self.error is None:
                 with self._caught(Path(path)):
                     save_file(_marked(state_dict), path)
-                    self.written.append(Path(path))
+                    self.records[Path(path).relative_to(self.staging).as_posix()] = record_file(Path(path))
 
         def copy_script(folder: str) -> None:
             with self._caught(self.staging):
