@@ -30,9 +30,7 @@ class _Launcher(NamedTuple):
 # In this order: inside a SLURM job, processes of mpirun inherit the SLURM_PROCID of the daemon that started them.
 _LAUNCHERS = (
     _Launcher(
-        "mpirun (Open MPI)",
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        True,
+        "mpirun (Open MPI)", ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"), True
     ),
     _Launcher("mpirun (MPICH)", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"), True),
     # Only a step of srun has the number of its tasks; the batch script itself and salloc's shell are one process.
@@ -59,16 +57,18 @@ def complete_environment(environment: MutableMapping[str, str]) -> None:
     if not 0 <= local_rank < world_size:
         raise ValueError(f"LOCAL_RANK={local_rank} is not below WORLD_SIZE={world_size}; local ranks count from 0.")
 
-    if world_size == 1:
-        _set_missing(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    elif not all(environment.get(name) for name in MEETING):
-        if launcher is None or not launcher.speaks_mpi:
+    if not all(environment.get(name) for name in MEETING):
+        if world_size == 1:
+            meeting = ("127.0.0.1", _free_port())
+        elif launcher is not None and launcher.speaks_mpi:
+            meeting = _meet_over_mpi(launcher, world_size)
+        else:
             raise ValueError(
                 f"MASTER_ADDR or MASTER_PORT is not set for {world_size} processes; export both, {BY_HAND}, "
                 'in a SLURM job MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1).'
             )
-        address, port = _meet_over_mpi(launcher, world_size)
-        _set_missing(environment, MASTER_ADDR=address, MASTER_PORT=str(port))
+        for name, value in zip(MEETING, meeting, strict=True):
+            environment[name] = environment.get(name) or str(value)
     if not 0 < _integer(environment, "MASTER_PORT") < 2**16:
         raise ValueError(f"MASTER_PORT={environment['MASTER_PORT']} is not a port; take one between 1024 and 65535.")
     if world_size > 1 and not environment.get("GLOO_SOCKET_IFNAME"):
@@ -147,12 +147,8 @@ def _address_towards(addresses: list[list[str]]) -> str | None:
         addresses: those of every rank, of this one first. Bridges of containers often have the same address on all
             machines, so those that rank 0 has too lead nowhere.
     """
-    for other in addresses[1:]:
-        for target in (address for address in other if address not in addresses[0]):
-            source = _source_address(target)
-            if source is not None:
-                return source
-    return None
+    targets = (address for other in addresses[1:] for address in other if address not in addresses[0])
+    return next(filter(None, map(_source_address, targets)), None)
 
 
 def _source_address(target: str) -> str | None:
@@ -188,9 +184,3 @@ def _integer(environment: MutableMapping[str, str], name: str) -> int:
         return int(environment[name])
     except ValueError:
         raise ValueError(f"{name}={environment[name]} is not a number.") from None
-
-
-def _set_missing(environment: MutableMapping[str, str], **values: str) -> None:
-    for name, value in values.items():
-        if not environment.get(name):
-            environment[name] = value

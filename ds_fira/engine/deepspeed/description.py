@@ -19,29 +19,13 @@ from ds_fira.core.selection import shape_of
 
 # Attributes of DeepSpeedConfig by the names they have in the JSON.
 BLOCKS = {"zero_config": "zero_optimization", "float16_config": "fp16", "bfloat16_config": "bf16"}
-BLOCKS |= {"scheduler_name": "scheduler.type", "scheduler_params": "scheduler.params", "monitor_config": "monitor"}
-# What ranks may have otherwise: their own numbers, and what only prints, measures or records.
+BLOCKS |= {"scheduler_name": "scheduler.type", "scheduler_params": "scheduler.params"}
+# What ranks may have otherwise, and what is described apart or stands twice in the config.
 OWN = {
-    "global_rank",
-    "world_size",
-    "steps_per_print",
-    "dump_state",
-    "disable_python_gc",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "log_level",
-    "monitor_config",
-    "flops_profiler_config",
-    "comms_config",
-    "autotuning_config",
-    "aio_config",
-    "timers_config",
-    "datastates_config",
-    "optimizer_name",  # described apart
-    "optimizer_params",
-    "optimizer_legacy_fusion",
-    "zero_optimization_stage",  # twice in the config
-    "zero_enabled",
+    *("global_rank", "world_size", "steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown"),
+    *("log_level", "disable_python_gc", "monitor_config", "flops_profiler_config", "comms_config", "timers_config"),
+    *("autotuning_config", "aio_config", "datastates_config", "zero_optimization_stage", "zero_enabled"),
+    *("optimizer_name", "optimizer_params", "optimizer_legacy_fusion"),
 }
 SHOWN = 3  # differences in one sentence
 
