@@ -64,13 +64,11 @@ class Peers:
         group: the default process group.
         store: a client of its own, or the process group's where a store cannot be cloned.
         rank: of this process.
-        world_size: processes.
     """
 
     group: torch.distributed.ProcessGroup
     store: torch.distributed.Store
     rank: int
-    world_size: int
     _process: int = field(default_factory=os.getpid)
     _own: set[str] = field(default_factory=set)
     _known: list[tuple[float, Failure]] = field(default_factory=list)
@@ -120,7 +118,7 @@ class Peers:
         with contextlib.suppress(Exception):  # the store may be gone, and the error that is being raised counts
             number = self.store.add("failures", 1)
             self.store.set(f"failure/{number}", json.dumps([self.rank, place, sentence]))
-            wait_a_moment(self.store, f"known/{number}", (listening or self.world_size) - 1)
+            wait_a_moment(self.store, f"known/{number}", (listening or self.group.size()) - 1)
 
     def settle(self, error: Exception, place: str | None, doing: str, name: str) -> None:
         """Say what an error on this rank means for the others, or which other rank's failure it comes from.
@@ -221,7 +219,7 @@ def current() -> Peers | None:
         store = open_store()
         if store is None:
             return None
-        _current = Peers(group, store, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        _current = Peers(group, store, torch.distributed.get_rank())
         _current.start()
         tell_lost_contact()
     return _current

@@ -141,25 +141,21 @@ def _differing_lists(whose: str, lists: Mapping[int, list[list[str]]]) -> list[s
     """Where lists of parameters first differ: those that some ranks lack, else the first that is another one."""
     usual = _usual({rank: json.dumps(each) for rank, each in lists.items()})
     names = {rank: [entry[0] for entry in each] for rank, each in lists.items()}
-    for rank, each in lists.items():
-        if each == lists[usual]:
-            continue
-        lacking = [name for name in names[usual] if name not in names[rank]]
-        extra = [name for name in names[rank] if name not in names[usual]]
-        sides = [("lacks", lacking, "has"), ("has", extra, "lacks")]
-        parts = [
-            f"{verb} {found[0]}"
-            + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-            + f", which rank {usual} {other}"
-            for verb, found, other in sides
-            if found
-        ]
-        if parts:
-            return [f"of {whose} parameters rank {rank} {' and '.join(parts)}"]
-        place = next((i for i, pair in enumerate(zip(each, lists[usual], strict=False)) if pair[0] != pair[1]), -1)
-        entries = {other: " ".join(items[place]) if items else "none" for other, items in lists.items()}
-        return [f"{whose} parameter {place} is {_by_rank(entries)}"]
-    return []
+    odd = next((rank for rank, each in lists.items() if each != lists[usual]), None)
+    if odd is None:
+        return []
+    parts = []
+    for verb, has, lacks, opposite in (("lacks", usual, odd, "has"), ("has", odd, usual, "lacks")):
+        found = [name for name in names[has] if name not in names[lacks]]
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            parts.append(f"{verb} {found[0]}{more}, which rank {usual} {opposite}")
+    if parts:
+        return [f"of {whose} parameters rank {odd} {' and '.join(parts)}"]
+    pairs = zip(lists[odd], lists[usual], strict=False)
+    place = next((i for i, (one, other) in enumerate(pairs) if one != other), -1)
+    entries = {rank: " ".join(items[place]) if items else "none" for rank, items in lists.items()}
+    return [f"{whose} parameter {place} is {_by_rank(entries)}"]
 
 
 def _shown(value: object) -> str:
