@@ -154,7 +154,7 @@ def _differing_lists(whose: str, lists: Mapping[int, list[list[str]]]) -> list[s
         return [f"of {whose} parameters rank {odd} {' and '.join(parts)}"]
     pairs = zip(lists[odd], lists[usual], strict=False)
     place = next((i for i, (one, other) in enumerate(pairs) if one != other), -1)
-    entries = {rank: " ".join(items[place]) if items else "none" for rank, items in lists.items()}
+    entries = {rank: " ".join(items[place]) if items[place:] else "none" for rank, items in lists.items()}
     return [f"{whose} parameter {place} is {_by_rank(entries)}"]
 
 
