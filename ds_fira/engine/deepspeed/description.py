@@ -77,8 +77,7 @@ def describe_groups(module: nn.Module, items: Iterable[object]) -> tuple[dict[st
         for name, value in group.items():
             if name not in ("params", "param_names"):
                 settings |= _flat(f"param group {number}: {name}", value)
-        params = group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
+        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         params = [item[1] if isinstance(item, tuple) else item for item in params]
         members.append([[names.get(id(param), f"a tensor {shape_of(param)}")] for param in params])
     return settings, members

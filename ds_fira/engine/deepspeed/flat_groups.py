@@ -129,13 +129,9 @@ def flat_groups(wrapper: ZeROOptimizer, ranks: int) -> list[FlatGroup]:
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return [_sub_group(wrapper, index, ranks) for index in range(len(wrapper.fp32_partitioned_groups_flat))]
     raise RuntimeError(
-        f"{_name(wrapper)}: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose layout is not known; "
-        "use ZeRO stage 0, 1, 2 or 3 of a supported DeepSpeed version."
+        f"{wrapper.optimizer.algorithm.name}: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose "
+        "layout is not known; use ZeRO stage 0, 1, 2 or 3 of a supported DeepSpeed version."
     )
-
-
-def _name(wrapper: ZeROOptimizer) -> str:
-    return wrapper.optimizer.algorithm.name
 
 
 def _in_buffer(
@@ -158,8 +154,8 @@ def _sub_group(wrapper: ZeROOptimizer, index: int, ranks: int) -> FlatGroup:
     held = [param.ds_tensor.ds_numel for param in params]
     if count != ranks or sum(held) != partitioning.partition_size or hp_partition.numel() != sum(held):
         raise RuntimeError(
-            f"{_name(wrapper)}: ZeRO-3 cut a group of {len(params)} parameters over {count} ranks, not in even slices "
-            f"over the {ranks} data-parallel ones; leave out what gives parameters process groups of their own "
-            "(expert, tensor or sequence parallelism, a data_parallel_group of deepspeed.zero.Init)."
+            f"{wrapper.optimizer.algorithm.name}: ZeRO-3 cut a group of {len(params)} parameters over {count} ranks, "
+            f"not in even slices over the {ranks} data-parallel ones; leave out what gives parameters process groups "
+            "of their own (expert, tensor or sequence parallelism, a data_parallel_group of deepspeed.zero.Init)."
         )
     return FlatGroup(wrapper.sub_group_to_group_id[index], hp_partition, list(params), partitioning)
