@@ -118,10 +118,7 @@ def foreign(engines: Engines, label: str) -> Iterator[None]:
 
 
 def agree(
-    building: Building,
-    phase: str,
-    describe: Callable[[], Description] | None = None,
-    error: Exception | None = None,
+    building: Building, phase: str, describe: Callable[[], Description] | None = None, error: Exception | None = None
 ) -> None:
     """Stop on every rank unless all of them build the same engine; a call that all of its ranks make.
 
