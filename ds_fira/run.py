@@ -10,8 +10,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch
-
 import ds_fira  # noqa: F401  (the import registers)
 from ds_fira.runtime.process import skip_shared_memory_op
 
@@ -32,8 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     script = Path(argv.pop(0))
     if not script.is_file():
         sys.exit(f"ds_fira.run: {script} is not a file; give the path of a training script.")
-    if not torch.cuda.is_available():
-        skip_shared_memory_op()
+    skip_shared_memory_op()
     sys.argv = [str(script), *passed_on, *argv]
     # As python does for a script, so that it can import what lies beside it.
     sys.path.insert(0, str(script.resolve().parent))

@@ -145,14 +145,13 @@ def _install(model: nn.Module, layers: Iterable[nn.Module] | None) -> None:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_checkpoint)
         return
     layers = list(layers)
-    inside = {id(module) for module in model.modules()}
-    if not layers or any(id(layer) not in inside for layer in layers):
+    if not layers or not set(layers) <= set(model.modules()):
         raise ValueError(
             "activation checkpointing: layers is empty or holds a module that is not inside the model; give "
             "submodules of the model, such as model.layers."
         )
     for layer in layers:
-        if not _is_wrapped(layer):
+        if getattr(layer.forward, "func", None) is not _layer_forward:
             layer.forward = functools.partial(_layer_forward, layer, layer.forward)
 
 
@@ -162,10 +161,6 @@ def _require_support(model: nn.Module) -> None:
             f"activation checkpointing: {type(model).__name__} has none of transformers' own; name the submodules to "
             "checkpoint with layers=."
         )
-
-
-def _is_wrapped(layer: nn.Module) -> bool:
-    return isinstance(layer.forward, functools.partial) and layer.forward.func is _layer_forward
 
 
 def _layer_forward(layer: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object) -> object:

@@ -10,34 +10,20 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import MutableMapping
-from typing import NamedTuple
 
 import psutil
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 BY_HAND = "on one machine MASTER_ADDR=127.0.0.1 MASTER_PORT=29500"
-
-
-class _Launcher(NamedTuple):
-    """A launcher and its names for RANK, WORLD_SIZE and LOCAL_RANK."""
-
-    name: str
-    variables: tuple[str, str, str]
-    speaks_mpi: bool
-
-
-# In this order: inside a SLURM job, processes of mpirun inherit the SLURM_PROCID of the daemon that started them.
-_LAUNCHERS = (
-    _Launcher(
-        "mpirun (Open MPI)",
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        True,
-    ),
-    _Launcher("mpirun (MPICH)", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"), True),
+# The names of RANK, WORLD_SIZE and LOCAL_RANK under each launcher; those named mpirun speak MPI. In this order: inside
+# a SLURM job, processes of mpirun inherit the SLURM_PROCID of the daemon that started them.
+_LAUNCHERS = {
+    "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     # Only a step of srun has the number of its tasks; the batch script itself and salloc's shell are one process.
-    _Launcher("srun", ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), False),
-)
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
 
 
 def complete_environment(environment: MutableMapping[str, str]) -> None:
@@ -59,16 +45,18 @@ def complete_environment(environment: MutableMapping[str, str]) -> None:
     if not 0 <= local_rank < world_size:
         raise ValueError(f"LOCAL_RANK={local_rank} is not below WORLD_SIZE={world_size}; local ranks count from 0.")
 
-    if world_size == 1:
-        _set_missing(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    elif not all(environment.get(name) for name in MEETING):
-        if launcher is None or not launcher.speaks_mpi:
+    if not all(environment.get(name) for name in MEETING):
+        if world_size == 1:
+            meeting = ("127.0.0.1", _free_port())
+        elif launcher is not None and launcher.startswith("mpirun"):
+            meeting = _meet_over_mpi(launcher, world_size)
+        else:
             raise ValueError(
                 f"MASTER_ADDR or MASTER_PORT is not set for {world_size} processes; export both, {BY_HAND}, "
                 'in a SLURM job MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1).'
             )
-        address, port = _meet_over_mpi(launcher, world_size)
-        _set_missing(environment, MASTER_ADDR=address, MASTER_PORT=str(port))
+        for name, value in zip(MEETING, meeting, strict=True):
+            environment[name] = environment.get(name) or str(value)
     if not 0 < _integer(environment, "MASTER_PORT") < 2**16:
         raise ValueError(f"MASTER_PORT={environment['MASTER_PORT']} is not a port; take one between 1024 and 65535.")
     if world_size > 1 and not environment.get("GLOO_SOCKET_IFNAME"):
@@ -77,15 +65,15 @@ def complete_environment(environment: MutableMapping[str, str]) -> None:
             environment["GLOO_SOCKET_IFNAME"] = interface
 
 
-def _set_place(environment: MutableMapping[str, str]) -> _Launcher | None:
-    """Set RANK, WORLD_SIZE and LOCAL_RANK, and return the launcher with names of its own, if there is one.
+def _set_place(environment: MutableMapping[str, str]) -> str | None:
+    """Set RANK, WORLD_SIZE and LOCAL_RANK, and name the launcher with variables of its own, if there is one.
 
     The common names win: `srun torchrun` starts one torchrun a machine, and the variables of srun count those.
     """
     given = [name for name in PLACE if environment.get(name)]
-    launcher = next((one for one in _LAUNCHERS if all(environment.get(name) for name in one.variables)), None)
+    launcher = next((name for name, own in _LAUNCHERS.items() if all(map(environment.get, own))), None)
     if not given:
-        values = ("0", "1", "0") if launcher is None else (environment[name] for name in launcher.variables)
+        values = ("0", "1", "0") if launcher is None else (environment[name] for name in _LAUNCHERS[launcher])
         environment.update(zip(PLACE, values, strict=True))
     elif len(given) < len(PLACE):
         missing = ", ".join(name for name in PLACE if name not in given)
@@ -93,7 +81,7 @@ def _set_place(environment: MutableMapping[str, str]) -> _Launcher | None:
     return launcher
 
 
-def _meet_over_mpi(launcher: _Launcher, world_size: int) -> tuple[str, int]:
+def _meet_over_mpi(launcher: str, world_size: int) -> tuple[str, int]:
     """Rank 0's address and a free port of it, by mpi4py; every rank calls it and returns the same.
 
     `deepspeed.comm.mpi_discovery` does the same with the first word of `hostname -I`, which may be the address of a
@@ -104,14 +92,14 @@ def _meet_over_mpi(launcher: _Launcher, world_size: int) -> tuple[str, int]:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # the second: mpi4py without an MPI library that it can load
         raise ValueError(
-            f"MASTER_ADDR or MASTER_PORT is not set for the {world_size} processes of {launcher.name}, and mpi4py, "
+            f"MASTER_ADDR or MASTER_PORT is not set for the {world_size} processes of {launcher}, and mpi4py, "
             f"which would find them, does not load ({error}); pip install 'ds_fira[mpi]', or export both, {BY_HAND}."
         ) from error
     world = MPI.COMM_WORLD
     seen = world.Get_size()
     if seen != world_size:
         raise ValueError(
-            f"mpi4py sees {seen} processes where {launcher.name} started {world_size}: it loaded another MPI, "
+            f"mpi4py sees {seen} processes where {launcher} started {world_size}: it loaded another MPI, "
             f"{MPI.Get_library_version().split(',')[0].strip()}; start with the mpirun of that one, or export "
             f"MASTER_ADDR and MASTER_PORT, {BY_HAND}."
         )
@@ -147,12 +135,8 @@ def _address_towards(addresses: list[list[str]]) -> str | None:
         addresses: those of every rank, of this one first. Bridges of containers often have the same address on all
             machines, so those that rank 0 has too lead nowhere.
     """
-    for other in addresses[1:]:
-        for target in (address for address in other if address not in addresses[0]):
-            source = _source_address(target)
-            if source is not None:
-                return source
-    return None
+    targets = (address for other in addresses[1:] for address in other if address not in addresses[0])
+    return next(filter(None, map(_source_address, targets)), None)
 
 
 def _source_address(target: str) -> str | None:
@@ -188,9 +172,3 @@ def _integer(environment: MutableMapping[str, str], name: str) -> int:
         return int(environment[name])
     except ValueError:
         raise ValueError(f"{name}={environment[name]} is not a number.") from None
-
-
-def _set_missing(environment: MutableMapping[str, str], **values: str) -> None:
-    for name, value in values.items():
-        if not environment.get(name):
-            environment[name] = value

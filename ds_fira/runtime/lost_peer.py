@@ -61,17 +61,17 @@ class Peers:
     """The other processes of a training.
 
     Attributes:
+        group: the default process group.
         store: a client of its own, or the process group's where a store cannot be cloned.
         rank: of this process.
-        world_size: processes.
     """
 
+    group: torch.distributed.ProcessGroup
     store: torch.distributed.Store
     rank: int
-    world_size: int
     _process: int = field(default_factory=os.getpid)
     _own: set[str] = field(default_factory=set)
-    _known: list[Failure] = field(default_factory=list)
+    _known: list[tuple[float, Failure]] = field(default_factory=list)
     _raised: threading.Event = field(default_factory=threading.Event)
     _ending: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -91,17 +91,18 @@ class Peers:
 
     def failure(self, place: str | None = None) -> Failure | None:
         """The first failure known of another rank at a place where this rank did not fail; not at `place`."""
-        return next((each for each in self._known if each.place not in (place, *self._own)), None)
+        return next((each for _, each in self._known if each.place not in (place, *self._own)), None)
 
-    def check(self, place: str | None = None) -> None:
+    def check(self, place: str | None = None, cause: Exception | None = None) -> None:
         """Raise where another rank failed, unless at `place`, where this one may do so by itself.
 
         Raises:
-            PeerFailed: with the sentence of the rank that failed.
+            PeerFailed: with the sentence of the rank that failed; from `cause`.
         """
         failure = self.failure(place)
         if failure is not None:
-            self._raise(failure)
+            self._raised.set()
+            raise PeerFailed(failure.sentence) from cause
 
     def publish(self, place: str, sentence: str, listening: int | None = None) -> None:
         """Tell the others that this rank failed, and wait a moment until they know.
@@ -114,15 +115,10 @@ class Peers:
         if place in self._own or self._process != os.getpid():
             return
         self._own.add(place)
-        deadline = time.monotonic() + ACKNOWLEDGED
         with contextlib.suppress(Exception):  # the store may be gone, and the error that is being raised counts
             number = self.store.add("failures", 1)
             self.store.set(f"failure/{number}", json.dumps([self.rank, place, sentence]))
-            while (
-                self.store.add(f"known/{number}", 0) < (listening or self.world_size) - 1
-                and time.monotonic() < deadline
-            ):
-                time.sleep(0.02)
+            wait_a_moment(self.store, f"known/{number}", (listening or self.group.size()) - 1)
 
     def settle(self, error: Exception, place: str | None, doing: str, name: str) -> None:
         """Say what an error on this rank means for the others, or which other rank's failure it comes from.
@@ -139,18 +135,11 @@ class Peers:
         if isinstance(error, PeerFailed):
             return
         if is_lost_contact(error) or self._aborted:
-            failure = self.failure()
-            if failure is not None:
-                self._raise(failure, error)
+            self.check(cause=error)
         elif place is not None:
             self.publish(place, sentence_of(self.rank, doing, error, name))
 
-    def _raise(self, failure: Failure, cause: BaseException | None = None) -> None:
-        self._raised.set()
-        raise PeerFailed(failure.sentence) from cause
-
     def _watch(self, seen: int) -> None:
-        overdue: list[tuple[float, Failure]] = []
         while not self._ending.wait(POLL):
             try:
                 count = self.store.add("failures", 0)
@@ -158,13 +147,12 @@ class Peers:
                     seen += 1
                     failure = Failure(*json.loads(self.store.get(f"failure/{seen}")))
                     if failure.rank != self.rank:
-                        self._known.append(failure)
+                        self._known.append((time.monotonic() + GRACE, failure))
                         self.store.add(f"known/{seen}", 1)
-                        overdue.append((time.monotonic() + GRACE, failure))
             except Exception:  # the process that held the store is gone
                 if not self._known:
                     return
-            for deadline, failure in overdue:
+            for deadline, failure in self._known:
                 if time.monotonic() > deadline and failure.place not in self._own:
                     self._end(failure)
                     return
@@ -183,6 +171,13 @@ class Peers:
         os._exit(1)
 
 
+def wait_a_moment(store: torch.distributed.Store, key: str, count: int) -> None:
+    """Wait until a counter of the store has come to `count`, and no longer than others may take to answer."""
+    deadline = time.monotonic() + ACKNOWLEDGED
+    while store.add(key, 0) < count and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def sentence_of(rank: int, doing: str, error: BaseException, name: str) -> str:
     """What the other ranks raise.
 
@@ -192,11 +187,15 @@ def sentence_of(rank: int, doing: str, error: BaseException, name: str) -> str:
         error: that it raised.
         name: of the optimizer.
     """
-    text = " ".join(str(error).split())[:LONGEST]
     return (
         f"{name}: rank {rank} failed {doing}, so every rank ends (mend what it says, then go on from the newest "
-        f"complete checkpoint): {type(error).__name__}: {text}"
+        f"complete checkpoint): {type(error).__name__}: {one_line(error)[:LONGEST]}"
     )
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())
 
 
 def _abort_collectives() -> None:
@@ -206,7 +205,7 @@ def _abort_collectives() -> None:
             group.abort()
 
 
-_current: tuple[torch.distributed.ProcessGroup, Peers] | None = None
+_current: Peers | None = None
 
 
 def current() -> Peers | None:
@@ -215,15 +214,15 @@ def current() -> Peers | None:
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return None
     group = distributed_c10d._get_default_group()
-    if _current is None or _current[0] is not group:
+    if _current is None or _current.group is not group:
         stop()
         store = open_store()
         if store is None:
             return None
-        _current = (group, Peers(store, torch.distributed.get_rank(), torch.distributed.get_world_size()))
-        _current[1].start()
+        _current = Peers(group, store, torch.distributed.get_rank())
+        _current.start()
         tell_lost_contact()
-    return _current[1]
+    return _current
 
 
 def open_store() -> torch.distributed.Store | None:
@@ -241,7 +240,7 @@ def stop() -> None:
     """No longer look for failures of other processes; `current` begins anew."""
     global _current
     if _current is not None:
-        _current[1].stop()
+        _current.stop()
         _current = None
 
 
@@ -269,9 +268,8 @@ def tell_lost_contact() -> None:
         before(kind, error, traceback)
         if getattr(error, "says_why", False):
             return
-        peers = None if _current is None else _current[1]
         if is_lost_contact(error):
-            failure = None if peers is None else peers.failure()
+            failure = None if _current is None else _current.failure()
             told = (
                 "see what the first one to end printed, and start the training again from its newest complete "
                 "checkpoint."
@@ -281,8 +279,8 @@ def tell_lost_contact() -> None:
             rank = os.environ.get("RANK", "0")
             text = f"ds_fira: rank {rank} ends because another process ended or did not answer in time: {told}"
             print(text, file=sys.stderr, flush=True)
-        elif peers is not None and not peers._own:
-            peers.publish("the end", sentence_of(peers.rank, "and ended", error, "ds_fira"))
+        elif _current is not None and not _current._own:
+            _current.publish("the end", sentence_of(_current.rank, "and ended", error, "ds_fira"))
 
     hook._tells_lost_contact = True
     sys.excepthook = hook

@@ -41,8 +41,7 @@ def init_distributed(timeout: float | None = None) -> None:
         _set_timeout(timeout)
     if not torch.distributed.is_initialized():
         launchers.complete_environment(os.environ)
-    if not torch.cuda.is_available():
-        skip_shared_memory_op()
+    skip_shared_memory_op()
     if not dist.is_initialized():
         limit = default_pg_timeout if timeout is None else timedelta(seconds=timeout)
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -51,8 +50,9 @@ def init_distributed(timeout: float | None = None) -> None:
 
 
 def skip_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives on CPU: tens of seconds and a C++ compiler."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    """Without a GPU keep DeepSpeed from compiling its shared-memory collectives: tens of seconds and a C++ compiler."""
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _meet_again(limit: timedelta) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from contextlib import AbstractContextManager
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class Termination:
+class Termination(AbstractContextManager["Termination"]):
     """Notices SIGTERM, and tells all ranks of it at the same step, whichever of them got it, and when.
 
     From its construction on the signal no longer ends the process at once. After every optimizer step the loop asks
@@ -64,12 +65,10 @@ class Termination:
         Returns:
             The same on every rank.
         """
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            self._answered = self._received
-            return self._received
-        if self._flag is None:
-            self._flag = SharedFlag()
-        answer = self._flag.ask(self._received)
+        answer = self._received
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._flag = self._flag or SharedFlag()
+            answer = self._flag.ask(answer)
         self._answered = self._answered or answer
         return answer
 
@@ -82,12 +81,7 @@ class Termination:
         if self._received and not self._answered and not callable(self._before):
             os.kill(os.getpid(), self._number)
 
-    def __enter__(self) -> Termination:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

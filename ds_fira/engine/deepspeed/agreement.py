@@ -19,7 +19,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 from torch.distributed import distributed_c10d
@@ -119,10 +118,7 @@ def foreign(engines: Engines, label: str) -> Iterator[None]:
 
 
 def agree(
-    building: Building,
-    phase: str,
-    describe: Callable[[], Description] | None = None,
-    error: Exception | None = None,
+    building: Building, phase: str, describe: Callable[[], Description] | None = None, error: Exception | None = None
 ) -> None:
     """Stop on every rank unless all of them build the same engine; a call that all of its ranks make.
 
@@ -150,8 +146,8 @@ def agree(
     building.refused = True  # until the ranks have agreed
     others = lost_peer.current() if len(building.engines.ranks) > 1 else None
     if others is not None:
-        told = {"name": building.name, "error": None if error is None else _text(error)}
-        text = json.dumps({**description, **told})
+        says = None if error is None else lost_peer.one_line(error) or type(error).__name__
+        text = json.dumps({**description, "name": building.name, "error": says})
         table = _Table(others, building, phase)
         if not table.all_same(hashlib.sha256(text.encode()).hexdigest()):
             found = {rank: json.loads(each) for rank, each in table.gather(text).items()}
@@ -162,11 +158,6 @@ def agree(
     if error is not None:
         raise error
     building.refused = False
-
-
-def _text(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _difference(found: Mapping[int, _Told]) -> str:
@@ -195,29 +186,27 @@ class _Table:
     building: Building
     phase: str
 
+    def __post_init__(self) -> None:
+        self.store = torch.distributed.PrefixStore(f"{self.building.place}/{self.phase}", self.peers.store)
+
     def all_same(self, digest: str) -> bool:
         """Whether every rank came with this digest; waits for them."""
-        store, base = self.peers.store, f"{self.building.place}/{self.phase}"
-        if store.compare_set(f"{base}/digest", "", digest).decode() != digest:
-            store.add(f"{base}/others", 1)
-        self._arrive(f"{base}/arrived")
-        return store.add(f"{base}/others", 0) == 0
+        if self.store.compare_set("digest", "", digest).decode() != digest:
+            self.store.add("others", 1)
+        self._arrive("arrived")
+        return self.store.add("others", 0) == 0
 
     def gather(self, text: str) -> dict[int, str]:
         """The texts of all ranks; waits for them."""
-        store, base = self.peers.store, f"{self.building.place}/{self.phase}"
-        store.set(f"{base}/text/{self.peers.rank}", zlib.compress(text.encode()))
-        self._arrive(f"{base}/told")
-        ranks = self.building.engines.ranks
-        return {rank: zlib.decompress(store.get(f"{base}/text/{rank}")).decode() for rank in ranks}
+        self.store.set(f"text/{self.peers.rank}", zlib.compress(text.encode()))
+        self._arrive("told")
+        return {rank: zlib.decompress(self.store.get(f"text/{rank}")).decode() for rank in self.building.engines.ranks}
 
     def leave(self) -> None:
         """Before this rank raises, and may end: wait a moment until the others have read what they need."""
-        key, deadline = f"{self.building.place}/{self.phase}/left", time.monotonic() + lost_peer.ACKNOWLEDGED
         with contextlib.suppress(Exception):  # the rank that holds the store has ended, when all had read
-            self.peers.store.add(key, 1)
-            while self.peers.store.add(key, 0) < len(self.building.engines.ranks) and time.monotonic() < deadline:
-                time.sleep(0.01)
+            self.store.add("left", 1)
+            lost_peer.wait_a_moment(self.store, "left", len(self.building.engines.ranks))
 
     def _arrive(self, key: str) -> None:
         """Wait until every rank has called this.
@@ -226,31 +215,29 @@ class _Table:
             PeerFailed: a rank failed elsewhere.
             DeviatingRank: a rank builds an engine of another kind, or does not come in time.
         """
-        store, engines = self.peers.store, self.building.engines
-        store.set(f"{key}/{self.peers.rank}", "")
-        store.add(key, 1)
-        limit: timedelta = distributed_c10d.default_pg_timeout
-        began, pause, strange = time.monotonic(), 0.002, None
-        while store.add(key, 0) < len(engines.ranks):
+        engines, foreign_place = self.building.engines, f"{self.building.place}/foreign"
+        note = f"{engines.key}/foreign/{engines.foreign + 1}"
+        self.store.set(f"{key}/{self.peers.rank}", "")
+        self.store.add(key, 1)
+        limit, pause = distributed_c10d.default_pg_timeout.total_seconds(), 0.002
+        began = among_ours = time.monotonic()
+        while self.store.add(key, 0) < len(engines.ranks):
             time.sleep(pause)
             pause = min(1.5 * pause, 0.25)
-            now = time.monotonic()
             strangers = self.peers.failure()
-            if strangers is not None and strangers.place == f"{self.building.place}/foreign":
+            if strangers is not None and strangers.place == foreign_place:
                 raise DeviatingRank(strangers.sentence)
             self.peers.check()
-            note = f"{engines.key}/foreign/{engines.foreign + 1}"
-            if pause < 0.25 or store.add(note, 0) <= 0:
-                strange = None
-            elif strange is None:
-                strange = now
-            elif now > strange + FOREIGN:
+            now = time.monotonic()
+            if pause < 0.25 or self.peers.store.add(note, 0) <= 0:
+                among_ours = now
+            elif now > among_ours + FOREIGN:
                 self._refuse_foreign(note)
-            if now > began + limit.total_seconds():
-                missing = [rank for rank in engines.ranks if not store.check([f"{key}/{rank}"])]
+            if now > began + limit:
+                missing = [rank for rank in engines.ranks if not self.store.check([f"{key}/{rank}"])]
                 raise DeviatingRank(
                     f"{self.building.name}: ranks {missing} did not begin to build the engine within "
-                    f"{limit.total_seconds():.0f} s of the others; see what they printed, call deepspeed.initialize on "
+                    f"{limit:.0f} s of the others; see what they printed, call deepspeed.initialize on "
                     "every rank, and where one needs longer raise the timeout of ds_fira.init_distributed."
                 )
 

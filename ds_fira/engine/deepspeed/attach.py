@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import deepspeed
 import torch
@@ -17,18 +17,12 @@ from ds_fira.checkpoint.reconcile import Members
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.selection import shape_of
 from ds_fira.core.settings import GroupSettings
+from ds_fira.engine.deepspeed import unsupported
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.save_load.files import normalized
-from ds_fira.engine.deepspeed.unsupported import (
-    refuse_object,
-    refuse_sharding,
-    refuse_unsupported,
-    refuse_unsupported_module,
-    warn_if_untested,
-)
 from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from ds_fira.optim.attachment import EngineAttachment
 from ds_fira.optim.base import LowRankOptimizer
@@ -52,9 +46,9 @@ def check_config(check: Callable[..., None], engine: DeepSpeedEngine) -> None:
     if name is None or not (from_json or isinstance(engine.client_optimizer, LowRankOptimizer)):
         return  # what a function makes is checked once it is there
     if dist.get_rank() == 0:
-        warn_if_untested(deepspeed.__version__, name)
+        unsupported.warn_if_untested(deepspeed.__version__, name)
     refuse_auto(engine._config._param_dict)
-    refuse_unsupported(engine, name)
+    unsupported.refuse_unsupported(engine, name)
     if from_json:
         checked_params(engine)
 
@@ -66,7 +60,7 @@ def build_optimizer(
     kind = TYPES.get(engine.optimizer_name())
     if kind is None:
         return configure(engine, model_parameters)
-    refuse_unsupported_module(engine, kind.algorithm.name)
+    unsupported.refuse_unsupported_module(engine, kind.algorithm.name)
     settings = checked_params(engine)
     dp_size = dist.get_world_size(group=engine.seq_data_parallel_group)
     groups = build_groups(
@@ -85,10 +79,10 @@ def attach_built(
 
     def await_engine(optimizer: object) -> object:
         if optimizer is not None:
-            refuse_object(engine, optimizer)
+            unsupported.refuse_object(engine, optimizer)
         if isinstance(optimizer, LowRankOptimizer):
-            refuse_unsupported(engine, optimizer.algorithm.name)
-            refuse_unsupported_module(engine, optimizer.algorithm.name)
+            unsupported.refuse_unsupported(engine, optimizer.algorithm.name)
+            unsupported.refuse_unsupported_module(engine, optimizer.algorithm.name)
             optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0)
         return optimizer
 
@@ -116,20 +110,15 @@ def attach(engine: DeepSpeedEngine) -> None:
         project_as_flat(optimizer, flats, communicator)
         layouts, matrices = _plan_flats(optimizer, flats, names, communicator, stage)
     groups = optimizer.param_groups
-    members = [
-        [(names.get(id(p), ""), shape_of(p)) for flat in flats if flat.group == number for p in flat.lp_params]
-        for number in range(len(groups))
-    ]
+    trained = [(flat.group, names.get(id(param), ""), shape_of(param)) for flat in flats for param in flat.lp_params]
+    members = [[(name, shape) for group, name, shape in trained if group == number] for number in range(len(groups))]
+    parts = [[flat] for flat in flats] if stage > 0 else by_group(flats)
     optimizer.attach(
         EngineAttachment(
             communicator=communicator,
             replicated=stage == 0,
             members=members,
-            inventory=[
-                ParamRecord.of(names.get(id(param), ""), shape_of(param), groups[flat.group])
-                for flat in flats
-                for param in flat.lp_params
-            ],
+            inventory=[ParamRecord.of(name, shape, groups[group]) for group, name, shape in trained],
             layouts=layouts,
             slices={flat.hp_partition: flat.slices(communicator.dp_rank, names) for flat in flats},
             matrices=matrices,
@@ -140,14 +129,7 @@ def attach(engine: DeepSpeedEngine) -> None:
                 [flat.partitioning for flat in flats if stage > 0],
                 layouts,
                 [_structure(group, listed) for group, listed in zip(groups, members, strict=True)],
-                [
-                    (
-                        part[0].group,
-                        groups[part[0].group]["state_dtype"],
-                        sorted({d for flat in part for d in flat.dtypes}),
-                    )
-                    for part in ([[flat] for flat in flats] if stage > 0 else by_group(flats))
-                ],
+                [_precision(part, groups) for part in parts],
             ),
         )
     )
@@ -164,12 +146,18 @@ def _structure(group: Mapping[str, object], members: Members) -> tuple[object, .
     )
 
 
+def _precision(flats: Sequence[FlatGroup], groups: Sequence[Mapping[str, object]]) -> tuple[int, object, list[str]]:
+    """The dtypes of what is stepped together: of the states, and of the module's parameters."""
+    number = flats[0].group
+    return number, groups[number]["state_dtype"], sorted(set().union(*(flat.dtypes for flat in flats)))
+
+
 def _plan_flats(
     optimizer: LowRankOptimizer, flats: list[FlatGroup], names: dict[int, str], communicator: Communicator, stage: int
 ) -> tuple[list[GroupLayout], dict[Tensor, LocalMatrices]]:
     """Plan the flat tensors that are projected, the same on every rank; and what this rank has in them."""
     projected = [flat for flat in flats if all(kinds_of(flat, optimizer.param_groups))]
-    refuse_sharding(optimizer.algorithm, len(projected) < len(flats), stage)
+    unsupported.refuse_sharding(optimizer.algorithm, len(projected) < len(flats), stage)
     buffers = [(flat.matrices(names), flat.partitioning.partition_size) for flat in projected]
     settings = [GroupSettings.of(optimizer.param_groups[flat.group]) for flat in projected]
     layouts = plan_groups(buffers, communicator.dp_size, settings, stage == 3)

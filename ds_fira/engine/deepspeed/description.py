@@ -19,29 +19,13 @@ from ds_fira.core.selection import shape_of
 
 # Attributes of DeepSpeedConfig by the names they have in the JSON.
 BLOCKS = {"zero_config": "zero_optimization", "float16_config": "fp16", "bfloat16_config": "bf16"}
-BLOCKS |= {"scheduler_name": "scheduler.type", "scheduler_params": "scheduler.params", "monitor_config": "monitor"}
-# What ranks may have otherwise: their own numbers, and what only prints, measures or records.
+BLOCKS |= {"scheduler_name": "scheduler.type", "scheduler_params": "scheduler.params"}
+# What ranks may have otherwise, and what is described apart or stands twice in the config.
 OWN = {
-    "global_rank",
-    "world_size",
-    "steps_per_print",
-    "dump_state",
-    "disable_python_gc",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "log_level",
-    "monitor_config",
-    "flops_profiler_config",
-    "comms_config",
-    "autotuning_config",
-    "aio_config",
-    "timers_config",
-    "datastates_config",
-    "optimizer_name",  # described apart
-    "optimizer_params",
-    "optimizer_legacy_fusion",
-    "zero_optimization_stage",  # twice in the config
-    "zero_enabled",
+    *("global_rank", "world_size", "steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown"),
+    *("log_level", "disable_python_gc", "monitor_config", "flops_profiler_config", "comms_config", "timers_config"),
+    *("autotuning_config", "aio_config", "datastates_config", "zero_optimization_stage", "zero_enabled"),
+    *("optimizer_name", "optimizer_params", "optimizer_legacy_fusion"),
 }
 SHOWN = 3  # differences in one sentence
 
@@ -93,8 +77,7 @@ def describe_groups(module: nn.Module, items: Iterable[object]) -> tuple[dict[st
         for name, value in group.items():
             if name not in ("params", "param_names"):
                 settings |= _flat(f"param group {number}: {name}", value)
-        params = group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
+        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         params = [item[1] if isinstance(item, tuple) else item for item in params]
         members.append([[names.get(id(param), f"a tensor {shape_of(param)}")] for param in params])
     return settings, members
@@ -157,25 +140,21 @@ def _differing_lists(whose: str, lists: Mapping[int, list[list[str]]]) -> list[s
     """Where lists of parameters first differ: those that some ranks lack, else the first that is another one."""
     usual = _usual({rank: json.dumps(each) for rank, each in lists.items()})
     names = {rank: [entry[0] for entry in each] for rank, each in lists.items()}
-    for rank, each in lists.items():
-        if each == lists[usual]:
-            continue
-        lacking = [name for name in names[usual] if name not in names[rank]]
-        extra = [name for name in names[rank] if name not in names[usual]]
-        sides = [("lacks", lacking, "has"), ("has", extra, "lacks")]
-        parts = [
-            f"{verb} {found[0]}"
-            + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-            + f", which rank {usual} {other}"
-            for verb, found, other in sides
-            if found
-        ]
-        if parts:
-            return [f"of {whose} parameters rank {rank} {' and '.join(parts)}"]
-        place = next((i for i, pair in enumerate(zip(each, lists[usual], strict=False)) if pair[0] != pair[1]), -1)
-        entries = {other: " ".join(items[place]) if items else "none" for other, items in lists.items()}
-        return [f"{whose} parameter {place} is {_by_rank(entries)}"]
-    return []
+    odd = next((rank for rank, each in lists.items() if each != lists[usual]), None)
+    if odd is None:
+        return []
+    parts = []
+    for verb, has, lacks, opposite in (("lacks", usual, odd, "has"), ("has", odd, usual, "lacks")):
+        found = [name for name in names[has] if name not in names[lacks]]
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            parts.append(f"{verb} {found[0]}{more}, which rank {usual} {opposite}")
+    if parts:
+        return [f"of {whose} parameters rank {odd} {' and '.join(parts)}"]
+    pairs = zip(lists[odd], lists[usual], strict=False)
+    place = next((i for i, (one, other) in enumerate(pairs) if one != other), -1)
+    entries = {rank: " ".join(items[place]) if items[place:] else "none" for rank, items in lists.items()}
+    return [f"{whose} parameter {place} is {_by_rank(entries)}"]
 
 
 def _shown(value: object) -> str:

@@ -18,7 +18,7 @@ against DeepSpeed 0.17 to 0.19. What it relies on:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -62,11 +62,12 @@ class FlatGroup:
             return (ParamSlice(listed[0], 0, 0, 0),)
         return self.partitioning.slices(dp_rank % self.partitioning.ranks, listed)
 
-    def matrices(self, names: dict[int, str]) -> list[dict[int, MatrixShard]]:
+    def matrices(self, names: Mapping[int, str], chosen: Container[int] | None = None) -> list[dict[int, MatrixShard]]:
         """The fragments of every matrix by dp_rank.
 
         Args:
             names: of the parameters, by their `id`.
+            chosen: `id` of the parameters that are asked for; None for all.
 
         Raises:
             ValueError: a parameter has neither 2 nor 3 dimensions.
@@ -74,6 +75,7 @@ class FlatGroup:
         return [
             self.partitioning.fragments(index, matrix)
             for index, param in enumerate(self.lp_params)
+            if chosen is None or id(param) in chosen
             for matrix in matrices_of(names.get(id(param), f"parameter {self.group}.{index}"), shape_of(param))
         ]
 
@@ -96,11 +98,10 @@ def stepped_groups(engine: DeepSpeedEngine, ranks: int) -> list[FlatGroup]:
     if engine.zero_optimization_stage() > 0:
         return flat_groups(engine.optimizer, ranks)
     hp_groups = [list(group["params"]) for group in engine.basic_optimizer.param_groups]
+    lp_groups = getattr(engine.optimizer, "fp16_groups", hp_groups)
     return [
-        FlatGroup(number, hp_param, [lp_param], _in_buffer([lp_param], [0], lp_param.numel(), 1))
-        for number, params in enumerate(
-            zip(hp_groups, getattr(engine.optimizer, "fp16_groups", hp_groups), strict=True)
-        )
+        _in_buffer(number, hp_param, [lp_param], 1)
+        for number, params in enumerate(zip(hp_groups, lp_groups, strict=True))
         for hp_param, lp_param in zip(*params, strict=True)
     ]
 
@@ -115,44 +116,33 @@ def flat_groups(wrapper: ZeROOptimizer, ranks: int) -> list[FlatGroup]:
     Raises:
         RuntimeError: the wrapper is one that this package does not know, or it partitions over other ranks.
     """
+    hp_partitions, lp_groups = None, ()
     if hasattr(wrapper, "single_partition_of_fp32_groups"):
-        # Before 0.19, without parameter_alignment, parameters lie back to back.
-        back_to_back = [_offsets(params) for params in wrapper.round_robin_bit16_groups]
-        books = zip(
-            wrapper.single_partition_of_fp32_groups,
-            wrapper.round_robin_bit16_groups,
-            getattr(wrapper, "round_robin_bit16_offsets", back_to_back),
-            wrapper.partition_size,
-            strict=True,
-        )
-        return [
-            FlatGroup(group, hp, list(params), _in_buffer(params, offsets, int(size), ranks))
-            for group, (hp, params, offsets, size) in enumerate(books)
-        ]
-    if hasattr(wrapper, "fp32_groups_flat_partition"):
-        found = []
-        for group, (hp, params) in enumerate(zip(wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, strict=True)):
-            found.append(FlatGroup(group, hp, list(params), _in_buffer(params, _offsets(params), hp.numel(), ranks)))
-        return found
+        hp_partitions, lp_groups = wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups
+    elif hasattr(wrapper, "fp32_groups_flat_partition"):
+        hp_partitions, lp_groups = wrapper.fp32_groups_flat_partition, wrapper.bf16_groups
+    if hp_partitions is not None:
+        # Parameters lie back to back in bf16, and before 0.19, without parameter_alignment.
+        offsets = getattr(wrapper, "round_robin_bit16_offsets", [None] * len(lp_groups))
+        books = zip(hp_partitions, lp_groups, [ranks] * len(lp_groups), offsets, strict=True)
+        return [_in_buffer(group, *book) for group, book in enumerate(books)]
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return [_sub_group(wrapper, index, ranks) for index in range(len(wrapper.fp32_partitioned_groups_flat))]
     raise RuntimeError(
-        f"{_name(wrapper)}: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose layout is not known; "
-        "use ZeRO stage 0, 1, 2 or 3 of a supported DeepSpeed version."
+        f"{wrapper.optimizer.algorithm.name}: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose "
+        "layout is not known; use ZeRO stage 0, 1, 2 or 3 of a supported DeepSpeed version."
     )
 
 
-def _name(wrapper: ZeROOptimizer) -> str:
-    return wrapper.optimizer.algorithm.name
-
-
-def _offsets(params: Sequence[Tensor]) -> list[int]:
-    """Where parameters begin that lie back to back."""
-    return list(itertools.accumulate((param.numel() for param in params), initial=0))[:-1]
-
-
-def _in_buffer(params: list[Tensor], offsets: list[int], partition_size: int, ranks: int) -> Partitioning:
-    return Partitioning(tuple(numel_of(p) for p in params), tuple(offsets), partition_size, ranks, sliced=False)
+def _in_buffer(
+    group: int, hp_partition: Tensor, lp_params: Sequence[Tensor], ranks: int, offsets: Sequence[int] | None = None
+) -> FlatGroup:
+    """A flat tensor that holds parameters one after the other: back to back, unless offsets say where they begin."""
+    numels = tuple(numel_of(param) for param in lp_params)
+    if offsets is None:
+        offsets = list(itertools.accumulate(numels, initial=0))[:-1]
+    partitioning = Partitioning(numels, tuple(offsets), hp_partition.numel(), ranks, sliced=False)
+    return FlatGroup(group, hp_partition, list(lp_params), partitioning)
 
 
 def _sub_group(wrapper: ZeROOptimizer, index: int, ranks: int) -> FlatGroup:
@@ -164,8 +154,8 @@ def _sub_group(wrapper: ZeROOptimizer, index: int, ranks: int) -> FlatGroup:
     held = [param.ds_tensor.ds_numel for param in params]
     if count != ranks or sum(held) != partitioning.partition_size or hp_partition.numel() != sum(held):
         raise RuntimeError(
-            f"{_name(wrapper)}: ZeRO-3 cut a group of {len(params)} parameters over {count} ranks, not in even slices "
-            f"over the {ranks} data-parallel ones; leave out what gives parameters process groups of their own "
-            "(expert, tensor or sequence parallelism, a data_parallel_group of deepspeed.zero.Init)."
+            f"{wrapper.optimizer.algorithm.name}: ZeRO-3 cut a group of {len(params)} parameters over {count} ranks, "
+            f"not in even slices over the {ranks} data-parallel ones; leave out what gives parameters process groups "
+            "of their own (expert, tensor or sequence parallelism, a data_parallel_group of deepspeed.zero.Init)."
         )
     return FlatGroup(wrapper.sub_group_to_group_id[index], hp_partition, list(params), partitioning)

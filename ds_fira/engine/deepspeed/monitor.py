@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import astuple, fields
+from dataclasses import astuple
 from typing import TypeVar
 
 import torch
@@ -99,9 +99,8 @@ class MonitorHook:
         rows = [[*astuple(own), float(self._loss_sum), float(self._losses)]]
         if self._optimizer.communicator is not None:
             rows = self._optimizer.communicator.gather_numbers(rows[0])
-        width = len(fields(Totals))
-        done = Totals.over_ranks([Totals(*row[:width]) for row in rows], self._optimizer.replicated)
-        loss, losses = (sum(row[place] for row in rows) for place in (width, width + 1))
+        done = Totals.over_ranks([Totals(*row[:-2]) for row in rows], self._optimizer.replicated)
+        loss, losses = (sum(row[place] for row in rows) for place in (-2, -1))
         norms = float(self._norms)
         events: list[Event] = []
         if losses:
@@ -109,9 +108,8 @@ class MonitorHook:
         if norms:
             events.append((PREFIX + "grad_norm", math.sqrt(float(self._norm_square_sum) / norms), samples))
         if done.matrix_steps:
-            found = done.figures()
-            del found["matrix_steps"]
-            events += [(PREFIX + name, float(value), samples) for name, value in found.items()]
+            figures = done.figures().items()
+            events += [(PREFIX + name, float(value), samples) for name, value in figures if name != "matrix_steps"]
         return events
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -76,7 +77,7 @@ def build_among_peers(init: Callable[..., None], engine: DeepSpeedEngine, *args:
 def agree_on_config(check: Callable[..., None], engine: DeepSpeedEngine) -> None:
     """`_do_sanity_check`: all ranks have the same config, model and parameters."""
     check(engine)
-    building = _building_of(engine)
+    building: Building = vars(engine)[_BUILDING]
     if our_name(engine.client_optimizer, engine.optimizer_name()) is not None:
         agree(building, CONFIG, lambda: _describe(engine, building.given))
 
@@ -85,7 +86,7 @@ def agree_on_refusal(
     configure: Callable[..., None], engine: DeepSpeedEngine, client_optimizer: object, *args: object, **kwargs: object
 ) -> None:
     """`_configure_optimizer`: an error before the optimizer is agreed on ends every rank."""
-    building = _building_of(engine)
+    building: Building = vars(engine)[_BUILDING]
     try:
         configure(engine, client_optimizer, *args, **kwargs)
     except Exception as error:
@@ -97,7 +98,7 @@ def agree_on_refusal(
 def agree_on_optimizer(check: Callable[..., T], engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> T:
     """`_do_optimizer_sanity_check`: all ranks have made the same optimizer, for the same parameters."""
     wrapper = check(engine, optimizer)
-    building = _building_of(engine)
+    building: Building = vars(engine)[_BUILDING]
     if building.number or isinstance(optimizer, LowRankOptimizer):
         agree(building, OPTIMIZER, lambda: _describe(engine, building.given, optimizer))
     return wrapper
@@ -105,37 +106,32 @@ def agree_on_optimizer(check: Callable[..., T], engine: DeepSpeedEngine, optimiz
 
 def call_among_peers(method: Callable[..., T], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> T:
     """`forward` and `backward`: raise what another rank has published."""
-    return _call(method, engine, args, kwargs)
+    with _among_peers(engine, publishes=False):
+        return method(engine, *args, **kwargs)
 
 
 def step_among_peers(step: Callable[..., T], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> T:
     """`step`: raises what another rank has published, and publishes what it raises itself."""
-    return _call(step, engine, args, kwargs, publishes=True)
+    with _among_peers(engine, publishes=True):
+        return step(engine, *args, **kwargs)
 
 
-def _call(
-    method: Callable[..., T],
-    engine: DeepSpeedEngine,
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-    publishes: bool = False,
-) -> T:
-    building = vars(engine).get(_BUILDING)
+@contextmanager
+def _among_peers(engine: DeepSpeedEngine, publishes: bool) -> Iterator[None]:
+    """Raise what another rank has published, and settle an error of what is called meanwhile."""
+    building: Building | None = vars(engine).get(_BUILDING)
     others = lost_peer.current() if building is not None and building.number else None
     if others is None:
-        return method(engine, *args, **kwargs)
+        yield
+        return
     number = engine.global_steps + 1
     place = f"{building.place}, step {number}" if publishes else None
     others.check(place)
     try:
-        return method(engine, *args, **kwargs)
+        yield
     except Exception as error:
         others.settle(error, place, f"in step {number}", building.name)
         raise
-
-
-def _building_of(engine: DeepSpeedEngine) -> Building:
-    return vars(engine)[_BUILDING]
 
 
 def _describe(
@@ -155,8 +151,7 @@ def _describe(
     if chosen is None:
         settings |= {f"optimizer.params.{key}": value for key, value in checked_params(engine).items()}
     settings |= describe_config(engine._config)
-    scheduler = engine.client_lr_scheduler
-    settings["lr_scheduler"] = None if scheduler is None else type(scheduler).__name__
+    settings["lr_scheduler"] = engine.client_lr_scheduler
     items, groups = given.get("model_parameters"), []
     if made:
         items = chosen.param_groups

@@ -10,7 +10,6 @@ from ds_fira.core.selection import find_projected_weights, shape_of
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.observe.scaling_recorder import under_adamw
 from ds_fira.optim.base import LowRankOptimizer
-from ds_fira.sharding.geometry import matrices_of
 
 
 def record_weights(
@@ -31,12 +30,7 @@ def record_weights(
         group = optimizer.param_groups[flat.group]
         if not all(under_adamw(shape_of(param), group) for param in flat.lp_params):
             continue
-        matrices = [
-            flat.partitioning.fragments(index, matrix)
-            for index, param in enumerate(flat.lp_params)
-            if id(param) in linear
-            for matrix in matrices_of(names[id(param)], shape_of(param))
-        ]
+        matrices = flat.matrices(names, linear)
         if optimizer.replicated:  # every rank has all of it
             matrices = [{communicator.dp_rank: fragments[0]} for fragments in matrices]
         recorder.watch(flat.hp_partition, matrices, group, communicator)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_fira.checkpoint.errors import errors_name
-from ds_fira.checkpoint.named_state import SavedState
 from ds_fira.checkpoint.reconcile import refuse_changed_structure
 from ds_fira.checkpoint.released_files import optimizer_part, released_state
 from ds_fira.core.algorithms import FIRA_ADAM, GALORE_ADAM, KEY
@@ -74,17 +73,14 @@ def load_released_state(
         project_as_saved(optimizer, saved.groups, functools.partial(attach, engine_or_optimizer) if is_engine else None)
     with agreed(optimizer), stepped_params(engine_or_optimizer):
         optimizer.restore(saved, weights=False)
-    fresh = [name for group in saved.groups for name in group.members if not _has_state(saved, name)]
+    stepped = saved.matrices.keys() | saved.moments.keys()
+    fresh = [name for group in saved.groups for name in group.members if name not in stepped]
     if fresh and (optimizer.communicator is None or optimizer.communicator.dp_rank == 0):
         warnings.warn(
             f"{optimizer.algorithm.name}: the released run has no state for {fresh[0]}"
             f"{f' and {len(fresh) - 1} more' if len(fresh) > 1 else ''}, which so begin anew.",
             stacklevel=2,
         )
-
-
-def _has_state(saved: SavedState, name: str) -> bool:
-    return name in saved.matrices or name in saved.moments
 
 
 def _names(groups: Iterable[ReleasedGroup], model: nn.Module | None, optimizer: LowRankOptimizer) -> list[list[str]]:

@@ -68,9 +68,8 @@ def describe_difference(names: Sequence[str], rows: Iterable[Sequence[int]]) -> 
         return None
     shown = ", ".join(differing[:3])
     shown += f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-    counts = {row: rows.count(row) for row in rows}
-    common, count = max(counts.items(), key=lambda item: item[1])
-    if 2 * count <= len(rows):
+    common = max(rows, key=rows.count)
+    if 2 * rows.count(common) <= len(rows):
         return f"{shown} on ranks {list(range(len(rows)))}, of which no majority agrees"
     odd = [rank for rank, row in enumerate(rows) if row != common]
     return f"{shown} on rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}"

@@ -13,7 +13,6 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from packaging.version import Version
 from torch import nn
@@ -33,6 +32,13 @@ STAGE_3_ONLY = {
     "zero_quantized_gradients": False,
     "zero_hpz_partition_size": 1,
 }
+REMOVE = "remove it"
+# The same of offload: the block, its device, what to do instead.
+DEVICES_OF_STAGE_3 = (
+    ("offload_optimizer", "nvme", "use device = 'cpu'"),
+    ("offload_param", "cpu", REMOVE),
+    ("offload_param", "nvme", REMOVE),
+)
 
 
 def is_tested(version: str) -> bool:
@@ -73,32 +79,29 @@ def refuse_unsupported(engine: DeepSpeedEngine, name: str) -> None:
             raise ValueError(f"{name}: {sentence}")
 
 
-def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, bool]:
+def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
     """By sentence, whether a setting is on that is not supported."""
     config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
+    pipeline = isinstance(engine, PipelineEngine)
     tensor_parallel = max(engine.autotp_size(), _model_parallel_size(engine.mpu))
     ratio = getattr(zero.offload_optimizer, "ratio", 1.0)
+    autocast = config.torch_autocast_dtype if getattr(config, "torch_autocast_enabled", False) else None
     return {
         f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
-        "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2.": isinstance(
-            engine, PipelineEngine
-        ),
+        "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2.": pipeline,
         f"tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not supported yet, "
         "because a rank would see a part of every matrix; set it to 1.": tensor_parallel > 1,
         # AutoEP came with 0.19.
         "expert_parallel.enabled = True is not supported yet, because its experts have process groups of their own; "
-        "set it to false and train the experts as ordinary parameters.": getattr(
-            getattr(config, "expert_parallel_config", None), "enabled", False
-        ),
+        "set it to false and train the experts as ordinary parameters.": _at(config, "expert_parallel_config.enabled"),
         "zero_optimization.elastic_checkpoint = True is not supported, because it gives every rank rank 0's low-rank "
-        "state on loading; set it to false.": engine.zero_elastic_checkpoint(),
-        "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.": zero.zenflow
-        is not None,
+        "state on loading; set it to false.": zero.elastic_checkpoint,
+        "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.": zero.zenflow,
         "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam on "
-        "the CPU; set it to false.": getattr(zero.offload_optimizer, "super_offload", False),
+        "the CPU; set it to false.": _at(zero, "offload_optimizer.super_offload"),
         **{
             f"zero_optimization.{block}.device = 'nvme' is not supported yet, because low-rank states are not swapped; "
-            "use 'cpu'.": stage == 3 and _device(getattr(zero, block)) == "nvme"
+            "use 'cpu'.": stage == 3 and _at(zero, f"{block}.device") == "nvme"
             for block in ("offload_optimizer", "offload_param")
         },
         f"zero_optimization.offload_optimizer.ratio = {ratio} is not supported, because the part that stays on the GPU "
@@ -112,36 +115,28 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, bool]:
         # stage_1_and_2.py, `_optimizer_step`: torch.amp.GradScaler.update after every param group.
         f"torch_autocast.dtype = 'float16' is not supported at stage {stage}, because DeepSpeed changes the loss scale "
         "from one param group to the next in the same step; use 'bfloat16', or the fp16 block.": stage > 0
-        and getattr(config, "torch_autocast_enabled", False)
-        and config.torch_autocast_dtype == torch.float16,
+        and autocast == torch.float16,
         # Apex was removed in 0.19.
-        "amp.enabled = True is not supported; use the bf16 or the fp16 block.": getattr(config, "amp_enabled", False),
+        "amp.enabled = True is not supported; use the bf16 or the fp16 block.": _at(config, "amp_enabled"),
     }
 
 
-def _without_effect(engine: DeepSpeedEngine) -> dict[str, bool]:
+def _without_effect(engine: DeepSpeedEngine) -> dict[str, object]:
     """By sentence, whether a setting is on that DeepSpeed ignores below stage 3, and says nothing."""
     zero, stage = engine._config.zero_config, engine.zero_optimization_stage()
-    if stage == 3:
-        return {}
-    options = {
-        f"zero_optimization.{name} = {getattr(zero, name)} has no effect at stage {stage}, since DeepSpeed reads it at "
-        "stage 3 only; remove it.": getattr(zero, name) != off
-        for name, off in STAGE_3_ONLY.items()
+    settings = [(name, getattr(zero, name), getattr(zero, name) != off, REMOVE) for name, off in STAGE_3_ONLY.items()]
+    settings += [
+        (f"{block}.device", repr(device), _at(zero, f"{block}.device") == device, remedy)
+        for block, device, remedy in DEVICES_OF_STAGE_3
+    ]
+    return {
+        f"zero_optimization.{name} = {value} has no effect at stage {stage}, since DeepSpeed reads it at stage 3 only; "
+        f"{remedy}.": stage < 3 and is_set
+        for name, value, is_set, remedy in settings
     }
-    devices = {
-        f"zero_optimization.{name}.device = {device!r} has no effect at stage {stage}, since DeepSpeed reads it at "
-        f"stage 3 only; {instead}.": _device(getattr(zero, name)) == device
-        for name, device, instead in (
-            ("offload_optimizer", "nvme", "use device = 'cpu'"),
-            ("offload_param", "cpu", "remove it"),
-            ("offload_param", "nvme", "remove it"),
-        )
-    }
-    return {**options, **devices}
 
 
-def _refused_before_0_19(engine: DeepSpeedEngine) -> dict[str, bool]:
+def _refused_before_0_19(engine: DeepSpeedEngine) -> dict[str, object]:
     """By sentence, whether a setting is on with which older DeepSpeed gave wrong gradients on two ranks, or failed."""
     version, stage = deepspeed.__version__, engine.zero_optimization_stage()
     if Version(version) >= Version("0.19"):
@@ -227,19 +222,19 @@ def refuse_object(engine: DeepSpeedEngine, optimizer: object) -> None:
     if not groups:
         return
     name = algorithm_of(groups[0]).name
-    remedy = (
-        f'give it as "type": "{name}" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = false, which '
-        "keeps the object."
-    )
     if not ours:
-        raise RefusedOptimizer(
-            f"{name}: {type(optimizer).__name__} took the param groups of a {name}, as accelerate does under "
-            f"optimizer offload, and would train without a projection; {remedy}"
+        reason = (
+            f"{type(optimizer).__name__} took the param groups of a {name}, as accelerate does under optimizer "
+            "offload, and would train without a projection"
         )
-    if engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
-        raise RefusedOptimizer(
-            f"{name}: with optimizer offload DeepSpeed takes no other optimizer object than its own Adam; {remedy}"
-        )
+    elif engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
+        reason = "with optimizer offload DeepSpeed takes no other optimizer object than its own Adam"
+    else:
+        return
+    raise RefusedOptimizer(
+        f'{name}: {reason}; give it as "type": "{name}" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = '
+        "false, which keeps the object."
+    )
 
 
 def _model_parallel_size(mpu: object) -> int:
@@ -252,6 +247,6 @@ def _model_parallel_size(mpu: object) -> int:
     return 1
 
 
-def _device(offload: DeepSpeedZeroOffloadOptimizerConfig | DeepSpeedZeroOffloadParamConfig | None) -> str:
-    """The device of an offload block: "none" without one."""
-    return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+def _at(block: object, path: str) -> object:
+    """A setting below a block of the config by its path; None where the block, or this release, has none."""
+    return functools.reduce(lambda found, name: getattr(found, name, None), path.split("."), block)
