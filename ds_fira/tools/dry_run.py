@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -72,8 +72,6 @@ class FlatBuffer:
         That is what ZeRO-2 keeps of the gradients until the step.
         """
         assert not self.sliced
-        if self.ranks == 1:
-            return sum(self.numels)
         first, last = dp_rank * self.partition_size, (dp_rank + 1) * self.partition_size
         return sum(
             numel for numel, end in zip(self.numels, self._ends, strict=True) if end > first and end - numel < last
@@ -99,7 +97,7 @@ class PlannedGroup:
     settings: ParamGroup
     shapes: tuple[tuple[int, ...], ...]
     buffer: FlatBuffer
-    layout: GroupLayout | None
+    layout: GroupLayout | None = None
 
     @property
     def partition_size(self) -> int:
@@ -187,7 +185,7 @@ def plan_run(
     settings = check_params(params, algorithm=method)
     defaults = {**group_defaults(settings), **method.group_values}
     sharded = zero_stage > 0
-    drafts: list[tuple[ParamGroup, tuple[tuple[int, ...], ...], FlatBuffer, list[dict[int, MatrixShard]]]] = []
+    drafts: list[tuple[PlannedGroup, list[dict[int, MatrixShard]]]] = []
     records = []
     groups = build_groups(module, module.parameters(), settings, zero_stage, ranks, method)
     # At stage 0, where nothing is flat, a group may hold both kinds.
@@ -201,21 +199,18 @@ def plan_run(
             if is_projected(shape, own):
                 found = matrices_of(f"matrix {len(records)}", shape)
                 matrices += [partitioning.fragments(index, matrix) for matrix in found]
-        drafts.append((own, shapes, buffer, matrices))
-    projected = [(own, buffer, matrices) for own, _, buffer, matrices in drafts if matrices]
-    layouts = iter(
-        plan_groups(
-            [(matrices, buffer.partition_size) for _, buffer, matrices in projected],
-            ranks if sharded else 1,
-            [GroupSettings.of(own) for own, _, _ in projected],
-            evenly_sharded=zero_stage == 3,
-        )
+        drafts.append((PlannedGroup(own, shapes, buffer), matrices))
+    layouts = plan_groups(
+        [(matrices, group.partition_size) for group, matrices in drafts],
+        ranks if sharded else 1,
+        [GroupSettings.of(group.settings) for group, _ in drafts],
+        evenly_sharded=zero_stage == 3,
     )
-    groups = [
-        PlannedGroup(own, shapes, buffer, next(layouts) if matrices else None)
-        for own, shapes, buffer, matrices in drafts
+    planned = [
+        replace(group, layout=layout if matrices else None)
+        for (group, matrices), layout in zip(drafts, layouts, strict=True)
     ]
-    return PlannedRun(ranks, sharded, groups, records)
+    return PlannedRun(ranks, sharded, planned, records)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
