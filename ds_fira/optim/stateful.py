@@ -139,8 +139,7 @@ class Resumable(Attachable, Optimizer):
             self.recorder.load_state_dict(state_dict.get(KEY, {}).get(RECORD))
         if saved is not None:
             for group, own in zip(self.param_groups, given, strict=True):
-                params = group.pop("params")
-                group.update({**own, "params": params})
+                group.update(own)
             self.carry_groups(saved, [list(group.members.items()) for group in saved.groups])
         if convert:
             self.restore(saved, weights=False, members=members)
@@ -148,12 +147,10 @@ class Resumable(Attachable, Optimizer):
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
         owners = {param: group for group in self.param_groups for param in group["params"]}
         for saved_id, param in zip(saved_ids, owners, strict=True):
-            values = state_dict["state"].get(saved_id, {})
-            for key, value in values.items():
+            for key, value in state_dict["state"].get(saved_id, {}).items():
                 # AdamW counts every step, so its count is the host's.
                 on_host = host_key(key) or (key == STEP and not self._projects(param, owners[param]))
-                device = torch.device("cpu") if on_host else param.device
-                self.state[param][key] = value.detach().to(device=device, copy=True)
+                self.state[param][key] = value.detach().to("cpu" if on_host else param.device, copy=True)
 
     def require_fit(self, state_dict: StateDict) -> tuple[SavedState | None, list[Members], bool]:
         """Check all that `load_state_dict` relies on, and change nothing.
