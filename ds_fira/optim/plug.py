@@ -57,20 +57,12 @@ def plug(rule: type[Rule], name: str | None = None) -> type[LowRankOptimizer]:
             raise ValueError(
                 f"plug: {rule.__name__}.states[{state!r}] = {kind!r} is not legal; choose 'first', 'second' or 'reset'."
             )
-    without = tuple(setting for setting in ADAM_SETTINGS if setting not in rule.model_fields)
     # What is not elementwise has to see the whole R.
-    algorithm = ALGORITHMS[name] = Algorithm(
-        name,
-        states=dict(rule.states),
-        without=without if rule.elementwise else (*without, "exact_cuts"),
-        fixed={} if rule.elementwise else {"exact_cuts": True},
-        rule=rule,
-    )
-    content = {
-        "algorithm": algorithm,
-        "__doc__": DOCUMENTATION.format(rule=rule.__name__),
-        "__module__": rule.__module__,
-    }
+    fixed = {} if rule.elementwise else {"exact_cuts": True}
+    without = (*(setting for setting in ADAM_SETTINGS if setting not in rule.model_fields), *fixed)
+    algorithm = ALGORITHMS[name] = Algorithm(name, states=dict(rule.states), without=without, fixed=fixed, rule=rule)
+    documentation = DOCUMENTATION.format(rule=rule.__name__)
+    content = {"algorithm": algorithm, "__doc__": documentation, "__module__": rule.__module__}
     return type(name, (LowRankOptimizer,), content)
 
 

@@ -114,12 +114,13 @@ def check_params(
     params = without_torch_options(params, where)
     refuse_foreign(params, where, algorithm)
     legal = legal_settings(algorithm)
-    for key in [key for key in params if key not in legal]:
-        nearest = OTHER_NAMES.get(key) or difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
-        raise fault(
-            f"{where}: unknown setting {key!r} = {params[key]!r}; did you mean {nearest!r}? "
-            f"Legal settings are {', '.join(legal)}."
-        )
+    for key, value in params.items():
+        if key not in legal:
+            nearest = OTHER_NAMES.get(key) or difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
+            raise fault(
+                f"{where}: unknown setting {key!r} = {value!r}; did you mean {nearest!r}? "
+                f"Legal settings are {', '.join(legal)}."
+            )
     own = {name: params[name] for name in algorithm.own_settings if name in params}
     try:
         settings = Settings(**{name: value for name, value in params.items() if name not in own})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -28,43 +27,19 @@ from ds_fira.sharding.split_matrix import SplitMatrix, state_numel
 ALIGNMENT = 2
 
 
-@dataclass(frozen=True)
-class FlatBuffer:
-    """The flat buffer of one param group.
-
-    Attributes:
-        numels: elements of every parameter, in the buffer's order.
-        ranks: partitions; 1 where the group is not sharded.
-        partition_size: elements in each partition.
-        sliced: whether every parameter is cut by itself (ZeRO-3).
-    """
-
-    numels: tuple[int, ...]
-    ranks: int
-    partition_size: int
-    sliced: bool = False
+class FlatBuffer(Partitioning):
+    """The flat buffer of one param group, and where its parameters lie; one partition where it is not sharded."""
 
     @classmethod
     def of(cls, numels: Iterable[int], ranks: int, zero_stage: int) -> FlatBuffer:
         """The buffer that ZeRO makes of parameters of these sizes; as they are at stage 0."""
         numels = tuple(numels)
-        if zero_stage == 0:
-            return cls(numels, 1, sum(numels))
         if zero_stage == 3:
-            return cls(numels, ranks, Partitioning.of_slices(numels, ranks).partition_size, sliced=True)
-        return cls(numels, ranks, math.ceil(sum(numels) / (ALIGNMENT * ranks)) * ALIGNMENT)
-
-    @property
-    def partitioning(self) -> Partitioning:
-        """Where the parameters lie."""
-        if self.sliced:
-            return Partitioning.of_slices(self.numels, self.ranks)
-        offsets = tuple(end - numel for numel, end in zip(self.numels, self._ends, strict=True))
-        return Partitioning(self.numels, offsets, self.partition_size, self.ranks, sliced=False)
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(accumulate(self.numels))
+            return cls.of_slices(numels, ranks)
+        *offsets, total = accumulate(numels, initial=0)
+        if zero_stage == 0:
+            return cls(numels, tuple(offsets), total, 1, sliced=False)
+        return cls(numels, tuple(offsets), math.ceil(total / (ALIGNMENT * ranks)) * ALIGNMENT, ranks, sliced=False)
 
     def held(self, dp_rank: int) -> int:
         """Elements of the parameters, each counted whole, that a rank's partition holds any element of.
@@ -73,9 +48,8 @@ class FlatBuffer:
         """
         assert not self.sliced
         first, last = dp_rank * self.partition_size, (dp_rank + 1) * self.partition_size
-        return sum(
-            numel for numel, end in zip(self.numels, self._ends, strict=True) if end > first and end - numel < last
-        )
+        places = zip(self.offsets, self.numels, strict=True)
+        return sum(numel for offset, numel in places if offset + numel > first and offset < last)
 
     @property
     def padded(self) -> int:
@@ -193,12 +167,12 @@ def plan_run(
         own = {**defaults, **{key: value for key, value in group.items() if key != "params"}}
         shapes = tuple(tuple(param.shape) for param in group["params"])
         buffer = FlatBuffer.of(map(math.prod, shapes), ranks, zero_stage)
-        matrices, partitioning = [], buffer.partitioning
+        matrices = []
         for index, shape in enumerate(shapes):
             records.append(ParamRecord.of("", shape, own))
             if is_projected(shape, own):
-                found = matrices_of(f"matrix {len(records)}", shape)
-                matrices += [partitioning.fragments(index, matrix) for matrix in found]
+                whole = matrices_of(f"matrix {len(records)}", shape)
+                matrices += [buffer.fragments(index, matrix) for matrix in whole]
         drafts.append((PlannedGroup(own, shapes, buffer), matrices))
     layouts = plan_groups(
         [(matrices, group.partition_size) for group, matrices in drafts],
@@ -214,4 +188,4 @@ def plan_run(
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

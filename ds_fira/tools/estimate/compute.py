@@ -173,15 +173,13 @@ def require_fit(found: MethodEstimate, available: Available) -> None:
     Raises:
         ValueError: it does not; one sentence with what it needs, what there is and the remedies.
     """
-    lacking = _lacking(found, available)
-    if lacking is None:
-        return
-    needed, there, where = lacking
-    raise ValueError(
-        f"the model needs about {needed / GIB:.2f} GiB for each {where} with {found.method} and {there / GIB:.2f} GiB "
-        "are there; use a smaller model, a smaller micro-batch, activation checkpointing, ZeRO stage 2, more GPUs or "
-        "optimizer offload."
-    )
+    if lacking := _lacking(found, available):
+        needed, there, where = lacking
+        raise ValueError(
+            f"the model needs about {needed / GIB:.2f} GiB for each {where} with {found.method} and {there / GIB:.2f} "
+            "GiB are there; use a smaller model, a smaller micro-batch, activation checkpointing, ZeRO stage 2, more "
+            "GPUs or optimizer offload."
+        )
 
 
 def _notes(
