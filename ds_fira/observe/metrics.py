@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -49,12 +49,9 @@ class Totals:
             parts: one of each rank.
             replicated: whether every rank steps, and counts, the same matrices.
         """
-        added = {field.name: sum(getattr(part, field.name) for part in parts) for field in fields(cls)}
-        if replicated:
-            added = {field.name: getattr(parts[0], field.name) for field in fields(cls)}
-        added["steps"] = max(part.steps for part in parts)
-        added["refresh_seconds"] = max(part.refresh_seconds for part in parts)
-        return cls(**added)
+        added = parts[0] if replicated else cls(*map(sum, zip(*map(astuple, parts), strict=True)))
+        slowest = max(part.refresh_seconds for part in parts)
+        return replace(added, steps=max(part.steps for part in parts), refresh_seconds=slowest)
 
     def figures(self) -> dict[str, float | int]:
         """What a user sees of them.
@@ -89,7 +86,7 @@ class StepMetrics:
         # By parameter, since ZeRO steps one param group in a call.
         self._steps: dict[Tensor, int] = {}
         self._steps_before = 0
-        # By device: matrix steps, captured energy, limiter activations, squared residual norms.
+        # By device, in the order of `Totals`: matrix steps, captured energy, limiter activations, residual squares.
         self._sums: dict[torch.device, Tensor] = {}
         self._host = [0.0, 0.0, 0.0, 0.0]
         # By type of device, sums loaded that no matrix on such a device has continued yet.
@@ -147,47 +144,26 @@ class StepMetrics:
         while self._pending and self._pending[0][1].query():
             self._read_oldest()
 
-    @property
-    def matrix_steps(self) -> int:
-        """Matrices stepped with a gradient that is finite and not zero, summed over steps."""
-        return int(self._added()[0])
-
-    @property
-    def captured_energy_sum(self) -> float:
-        """Sum of |P'G|^2 / |G|^2 over those."""
-        return self._added()[1]
-
-    @property
-    def limiter_activations(self) -> int:
-        """Matrix steps in which the limiter shrank the residual."""
-        return int(self._added()[2])
-
     def totals(self) -> Totals:
         """The sums as plain numbers; waits for a GPU."""
         while self._pending:
             self._pending[0][1].synchronize()
             self._read_oldest()
-        matrix_steps, energy, activations, residual = self._added()
-        return Totals(
-            steps=float(self._steps_made()),
-            matrix_steps=matrix_steps,
-            captured_energy_sum=energy,
-            limiter_activations=activations,
-            residual_square_sum=residual,
-            refreshes=float(self.refreshes),
-            refresh_seconds=self._refresh_seconds,
-        )
+        steps = self._steps_before + max(self._steps.values(), default=0)
+        on_devices = [*self._loaded.values(), *(sums.tolist() for sums in self._sums.values())]
+        together = [sum(values) for values in zip(self._host, *on_devices, strict=True)]
+        return Totals(float(steps), *together, float(self.refreshes), self._refresh_seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums in plain Python, kept apart where they are added up apart; waits for a GPU."""
         totals = self.totals()
-        devices = {**self._loaded, **{device.type: sums.tolist() for device, sums in self._sums.items()}}
+        on_devices = {device.type: sums.tolist() for device, sums in self._sums.items()}
         return {
             "steps": int(totals.steps),
             "refreshes": self.refreshes,
             "refresh_seconds": totals.refresh_seconds,
             "host": list(self._host),
-            "devices": devices,
+            "devices": {**self._loaded, **on_devices},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -217,9 +193,6 @@ class StepMetrics:
             "devices": {},
         }
 
-    def _steps_made(self) -> int:
-        return self._steps_before + max(self._steps.values(), default=0)
-
     def _read_oldest(self) -> None:
         begin, end = self._pending.pop(0)
         self._refresh_seconds += begin.elapsed_time(end) / 1000.0
@@ -229,8 +202,3 @@ class StepMetrics:
             start = self._loaded.pop(device.type, [0.0] * 4)
             self._sums[device] = torch.tensor(start, dtype=torch.float64, device=device)
         return self._sums[device]
-
-    def _added(self) -> list[float]:
-        """Host and devices together: matrix steps, captured energy, limiter activations, squared residual norms."""
-        on_devices = [*self._loaded.values(), *(sums.tolist() for sums in self._sums.values())]
-        return [sum(values) for values in zip(self._host, *on_devices, strict=True)]

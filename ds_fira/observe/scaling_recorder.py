@@ -18,7 +18,6 @@ from ds_fira.checkpoint.slices import StateSlice
 from ds_fira.core import functional as F
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import algorithm_of
-from ds_fira.core.scalars import Scalar
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import EXP_AVG, EXP_AVG_SQ, STEP, compute_dtype, stored_moment
 from ds_fira.core.subspace import Side, projection_side
@@ -110,7 +109,7 @@ class ScalingRecorder:
         param: Tensor,
         matrices: Sequence[Mapping[int, MatrixShard]],
         group: dict[str, Any],
-        communicator: Communicator,
+        communicator: Communicator | None = None,
     ) -> None:
         """Record weights under AdamW that lie in a stepped tensor.
 
@@ -118,9 +117,10 @@ class ScalingRecorder:
             param: the tensor.
             matrices: the fragments of every weight by dp_rank, alike on all ranks that hold one.
             group: the param group, for the side.
-            communicator: the ranks.
+            communicator: the ranks; None for this process alone, as dp_rank 0.
         """
         self._channel, watched, used = communicator, [], 0
+        dp_rank = 0 if communicator is None else communicator.dp_rank
         for fragments in matrices:
             first = min(fragments)
             shape, name = fragments[first].shape, fragments[first].name
@@ -129,8 +129,8 @@ class ScalingRecorder:
             if len(fragments) > 1:
                 place = slice(used, used + count)
                 used += count
-            series = Series(name, shape, side, None, range(count)) if first == communicator.dp_rank else None
-            watched.append(_Watched(fragments.get(communicator.dp_rank), side, series, place))
+            series = Series(name, shape, side, None, range(count)) if first == dp_rank else None
+            watched.append(_Watched(fragments.get(dp_rank), side, series, place))
         self._watched[param] = watched
 
     def watch_alone(self, param_groups: Sequence[dict[str, Any]]) -> None:
@@ -155,11 +155,7 @@ class ScalingRecorder:
             for param in [param for param in group["params"] if under_adamw(param.shape, group)]:
                 if id(param) in self._linear or (id(param) not in self._given and param.ndim == 2):
                     matrices = matrices_of(self._alone[param], tuple(param.shape))
-                    sides = [projection_side(m.shape, group["proj_type"], group["formulation"]) for m in matrices]
-                    self._watched[param] = [
-                        _Watched(m, side, Series(m.name, m.shape, side, None, range(m.shape[side == "left"])), None)
-                        for m, side in zip(matrices, sides, strict=True)
-                    ]
+                    self.watch(param, [{0: matrix} for matrix in matrices], group)
 
     def full_rank(self, param: Tensor, settings: GroupSettings, state: dict[str, Tensor]) -> None:
         """Record the weights in a tensor that AdamW has just stepped; a collective call where any of them is cut.
@@ -175,23 +171,18 @@ class ScalingRecorder:
         used = max((one.place.stop for one in watched if one.place is not None), default=0)
         shared = torch.zeros(2, used, dtype=torch.float64, device=param.device)
         bias_correction = F.bias_correction(state[STEP], settings.betas)
+
+        def squares(one: _Watched) -> Tensor:
+            return _adamw_squares(one.fragment, one.side, param, settings, state)
+
         for one in watched:
-            if one.fragment is None:
-                continue
-            squares = _adamw_squares(one.fragment, one.side, param, settings, state)
-            if one.place is None:
-                self._add(one.series, squares, bias_correction)
-            else:
-                shared[:, one.place] = squares
+            if one.place is not None and one.fragment is not None:
+                shared[:, one.place] = squares(one)
         if used:
             shared = self._channel.all_reduce(shared)
-            for one in watched:
-                if one.place is not None and one.series is not None:
-                    self._add(one.series, shared[:, one.place], bias_correction)
-
-    def _add(self, series: Series, squares: Tensor, bias_correction: Scalar) -> None:
-        direction_sq, grad_sq = squares
-        series.open(self._step).add(direction_sq, grad_sq, bias_correction, grad_sq.sum().isfinite())
+        for one in [one for one in watched if one.series is not None]:
+            direction_sq, grad_sq = squares(one) if one.place is None else shared[:, one.place]
+            one.series.open(self._step).add(direction_sq, grad_sq, bias_correction, grad_sq.sum().isfinite())
 
     def gather(self, communicator: Communicator | None, replicated: bool) -> Factors:
         """What all processes have recorded, as `ds_fira.scaling_factors` gives it; waits for a GPU.
@@ -225,12 +216,9 @@ class ScalingRecorder:
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from what `state_dict` gave; from nothing where the saved run recorded nothing."""
-        if state is None:
-            self.restart({})
-            return
-        counted = self._step - self._offset
+        state = state or {"step": self._step, "factors": {}}
         self.restart(state["factors"])
-        self._offset = state["step"] - counted
+        self._offset += state["step"] - self._step
         self._step = state["step"]
 
     def restart(self, earlier: Factors) -> None:

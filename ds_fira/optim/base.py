@@ -170,8 +170,7 @@ class LowRankOptimizer(Stepping):
         """Take over what an engine says of the stepped tensors, and step from now on."""
         self._reset_places()
         self.attachment, communicator = attachment, attachment.communicator
-        for param, matrices in attachment.matrices.items():
-            self.bind(param, matrices)
+        self._bound.update(attachment.matrices)
         self._refresher.replicas = communicator if attachment.replicated and communicator.dp_size > 1 else None
         self.suspended = False
 
@@ -199,18 +198,17 @@ class LowRankOptimizer(Stepping):
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 _require_dense(param, self.algorithm.name)
-            if params:
-                number = self.metrics.count_step(params[0])
-                self._recording = self.recorder is not None and self.recorder.due(number)
-                if self._recording and self.communicator is None:
-                    self.recorder.watch_alone(self.param_groups)
-            if "rank" in group:
-                self._step_projected([param for param in params if self._projects(param, group)], group, settings)
-            for param in params:
-                if not self._projects(param, group):
-                    self._step_unprojected(param, group, settings)
-                    if self._recording:
-                        self.recorder.full_rank(param, settings, self.state[param])
+            if not params:
+                continue
+            number = self.metrics.count_step(params[0])
+            self._recording = self.recorder is not None and self.recorder.due(number)
+            if self._recording and self.communicator is None:
+                self.recorder.watch_alone(self.param_groups)
+            self._step_projected([param for param in params if self._projects(param, group)], group, settings)
+            for param in [param for param in params if not self._projects(param, group)]:
+                self._step_unprojected(param, group, settings)
+                if self._recording:
+                    self.recorder.full_rank(param, settings, self.state[param])
         return loss
 
     @property

@@ -10,7 +10,7 @@ from torch import nn
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, Algorithm, algorithm_of
 from ds_fira.core.selection import numel_of, projected_weights, shape_of, undecayed_weights
 from ds_fira.core.settings import ParamGroup
-from ds_fira.optim.rank_rule import Item, apart, grouped, parameters_of, require_one_rank
+from ds_fira.optim.rank_rule import Item, apart, grouped, parameters_of, require_one_rank, split_by_rank
 from ds_fira.optim.settings import NOT_OF_GROUPS, check_params
 from ds_fira.sharding.plan import split_by_size, split_evenly
 from ds_fira.sharding.projection import is_projected
@@ -129,26 +129,22 @@ def build_groups(
     # ZeRO makes a float32 copy of the gradients of one group's partition at a time.
     most = settings["max_group_bytes"] // 4
     groups = []
-    for user_group in user_groups:
-        own = {key: value for key, value in user_group.items() if key not in ("params", "rank")}
-        ranked = {**own, "rank": user_group.get("rank", rank)}
-        params = [p for p in parameters_of(user_group["params"]) if p.requires_grad and numel_of(p) > 0]
-        all_or_found = map(id, params) if "rank" in user_group else projected
-        chosen, rest = apart(params, set() if ranked["rank"] is None else set(all_or_found))
-        parts, rests = [chosen], [rest]
-        if zero_stage in (1, 2):
-            parts = split_evenly([(shape_of(p), p) for p in chosen], dp_size, lambda shape: most // math.prod(shape))
-        elif zero_stage == 3:  # which cuts every parameter by itself, whatever the groups
-            kinds = by_kind({**ranked, "params": chosen}, {**settings, **algorithm.group_values})
-            parts = [
-                part
-                for kind in kinds
-                for part in split_by_size([(numel_of(p), p) for p in kind["params"]], most * dp_size)
-            ]
-        if zero_stage > 0:
-            rests = split_by_size([(numel_of(p), p) for p in rest], most * dp_size)
-        groups += [{**ranked, "params": part} for part in parts if part]
-        groups += [{**own, "params": part} for part in rests if part]
+    for group in split_by_rank(user_groups, rank, projected):
+        params = [p for p in parameters_of(group["params"]) if p.requires_grad and numel_of(p) > 0]
+        own = {key: value for key, value in group.items() if key not in ("params", "rank")}
+        own |= {"rank": group["rank"]} if group.get("rank") is not None else {}
+        kinds = [params]
+        if zero_stage == 3:  # which cuts every parameter by itself, whatever the groups
+            mixed = by_kind({**own, "params": params}, {**settings, **algorithm.group_values})
+            kinds = [kind["params"] for kind in mixed]
+        for kind in kinds:
+            if zero_stage == 0:
+                parts = [kind]
+            elif zero_stage < 3 and "rank" in own:
+                parts = split_evenly([(shape_of(p), p) for p in kind], dp_size, lambda shape: most // math.prod(shape))
+            else:
+                parts = split_by_size([(numel_of(p), p) for p in kind], most * dp_size)
+            groups += [{**own, "params": part} for part in parts if part]
     if rank is not None and not any("rank" in group for group in groups):
         raise ValueError(
             f"{algorithm.name}: rank = {rank!r}, but none of the trainable parameters given to DeepSpeed is a weight "

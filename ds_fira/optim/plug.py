@@ -45,7 +45,6 @@ def plug(rule: type[Rule], name: str | None = None) -> type[LowRankOptimizer]:
         raise ValueError(f"plug: name = {name!r} belongs to another optimizer; give another name.")
     if inspect.isabstract(rule):
         raise ValueError(f"plug: {rule.__name__} has no direction; define direction(self, grad, states, step).")
-    own = tuple(rule.model_fields)
     for field, info in rule.model_fields.items():
         if field in LEGAL and field not in ADAM_SETTINGS:
             raise ValueError(f"plug: {rule.__name__}.{field} has the name of a setting of Fira; rename it.")
@@ -58,21 +57,12 @@ def plug(rule: type[Rule], name: str | None = None) -> type[LowRankOptimizer]:
             raise ValueError(
                 f"plug: {rule.__name__}.states[{state!r}] = {kind!r} is not legal; choose 'first', 'second' or 'reset'."
             )
-    without = tuple(setting for setting in ADAM_SETTINGS if setting not in own)
     # What is not elementwise has to see the whole R.
-    algorithm = Algorithm(
-        name,
-        states=dict(rule.states),
-        without=without if rule.elementwise else (*without, "exact_cuts"),
-        fixed={} if rule.elementwise else {"exact_cuts": True},
-        rule=rule,
-    )
-    ALGORITHMS[name] = algorithm
-    content = {
-        "algorithm": algorithm,
-        "__doc__": DOCUMENTATION.format(rule=rule.__name__),
-        "__module__": rule.__module__,
-    }
+    fixed = {} if rule.elementwise else {"exact_cuts": True}
+    without = (*(setting for setting in ADAM_SETTINGS if setting not in rule.model_fields), *fixed)
+    algorithm = ALGORITHMS[name] = Algorithm(name, states=dict(rule.states), without=without, fixed=fixed, rule=rule)
+    documentation = DOCUMENTATION.format(rule=rule.__name__)
+    content = {"algorithm": algorithm, "__doc__": documentation, "__module__": rule.__module__}
     return type(name, (LowRankOptimizer,), content)
 
 

@@ -65,6 +65,16 @@ def linear_weights(
     return {id(param): name for name, param in named if name}, found.keys()
 
 
+def split_by_rank(groups: Iterable[ParamGroup], rank: int | None, projected: Collection[int]) -> list[ParamGroup]:
+    """Groups of one kind: a group without a rank of its own is split into what is projected at `rank`, and the rest."""
+    result = []
+    for group in groups:
+        chosen, rest = apart(group["params"], () if "rank" in group else projected)
+        result += [{**group, "params": chosen, "rank": rank}] if chosen else []
+        result += [{**group, "params": rest}] if rest else []
+    return result
+
+
 def ranked_groups(
     groups: list[ParamGroup],
     rank: int | None,
@@ -97,11 +107,7 @@ def ranked_groups(
         projected = projected_weights(model, target_modules, name)
     else:
         projected = _projected_names(groups, rank, target_modules, name)
-    result = []
-    for group in groups:
-        chosen, rest = apart(group["params"], () if "rank" in group else projected)
-        result += [{**group, "params": chosen, "rank": rank}] if chosen else []
-        result += [{**group, "params": rest}] if rest else []
+    result = split_by_rank(groups, rank, projected)
     if not any(group.get("rank") is not None for group in result):
         count = sum(len(group["params"]) for group in groups)
         raise ValueError(

@@ -7,20 +7,16 @@ collective call: every rank makes it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ds_fira.observe.metrics import Totals
 from ds_fira.observe.scaling_series import Factors
 from ds_fira.optim.registry import fira_of
 from ds_fira.optim.state_size import adamw_bytes, formula_bytes, state_bytes
-
-_TENSORS = ("matrix", "column", "count")
 
 
 def metrics(engine_or_optimizer: object) -> dict[str, float | int]:
@@ -119,7 +115,8 @@ def write_scaling_factors(engine_or_optimizer: object, path: str | Path) -> None
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **{f"{name}/{key}": _array(value) for name, one in factors.items() for key, value in one.items()})
+    entries = {f"{name}/{key}": value for name, one in factors.items() for key, value in one.items()}
+    np.savez(path, **{key: 0 if value is None else value for key, value in entries.items()})
 
 
 def read_scaling_factors(path: str | Path) -> Factors:
@@ -133,14 +130,10 @@ def read_scaling_factors(path: str | Path) -> Factors:
         for entry in file.files:
             name, _, key = entry.rpartition("/")
             value = file[entry]
-            if key in _TENSORS:
+            if key in ("matrix", "column", "count"):
                 found[name][key] = torch.from_numpy(value)
             elif key in ("steps", "shape"):
                 found[name][key] = value.tolist() if key == "steps" else tuple(value.tolist())
             else:
                 found[name][key] = value.item() or None
     return dict(found)
-
-
-def _array(value: Tensor | Iterable[int] | str | int | None) -> np.ndarray:
-    return value.numpy() if isinstance(value, Tensor) else np.asarray(0 if value is None else value)

@@ -114,14 +114,13 @@ def check_params(
     params = without_torch_options(params, where)
     refuse_foreign(params, where, algorithm)
     legal = legal_settings(algorithm)
-    unknown = [key for key in params if key not in legal]
-    if unknown:
-        key = unknown[0]
-        nearest = OTHER_NAMES.get(key) or difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
-        raise fault(
-            f"{where}: unknown setting {key!r} = {params[key]!r}; did you mean {nearest!r}? "
-            f"Legal settings are {', '.join(legal)}."
-        )
+    for key, value in params.items():
+        if key not in legal:
+            nearest = OTHER_NAMES.get(key) or difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
+            raise fault(
+                f"{where}: unknown setting {key!r} = {value!r}; did you mean {nearest!r}? "
+                f"Legal settings are {', '.join(legal)}."
+            )
     own = {name: params[name] for name in algorithm.own_settings if name in params}
     try:
         settings = Settings(**{name: value for name, value in params.items() if name not in own})
@@ -141,9 +140,7 @@ def check_params(
             "add a rank, such as 128, or remove target_modules."
         )
     require_library(settings.state_dtype, where)
-    checked = {
-        name: value for name, value in {**settings.model_dump(exclude={"rule"}), **rule}.items() if name in legal
-    }
+    checked = {name: value for name, value in {**settings.model_dump(), **rule}.items() if name in legal}
     # As in torch: a learning rate in a tensor may be changed in place.
     return {**checked, "lr": params["lr"]} if isinstance(params.get("lr"), Tensor) else checked
 

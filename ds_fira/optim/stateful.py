@@ -81,11 +81,6 @@ class Resumable(Attachable, Optimizer):
             found = self._alone[param] = LocalMatrices(shards, indices, batched=param.ndim == 3, flat=False)
         return found
 
-    def forget_views(self) -> None:
-        """Say that the storage of states has changed; the next step looks it up again."""
-        for matrices in (*self._bound.values(), *self._alone.values()):
-            matrices.forget_views()
-
     def _projects(self, param: Tensor, group: ParamGroup) -> bool:
         """Whether a stepped tensor has low-rank states. A flat partition has them where its matrices were bound."""
         return param in self._bound or is_projected(param.shape, group)
@@ -139,8 +134,7 @@ class Resumable(Attachable, Optimizer):
             self.recorder.load_state_dict(state_dict.get(KEY, {}).get(RECORD))
         if saved is not None:
             for group, own in zip(self.param_groups, given, strict=True):
-                params = group.pop("params")
-                group.update({**own, "params": params})
+                group.update(own)
             self.carry_groups(saved, [list(group.members.items()) for group in saved.groups])
         if convert:
             self.restore(saved, weights=False, members=members)
@@ -148,12 +142,10 @@ class Resumable(Attachable, Optimizer):
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
         owners = {param: group for group in self.param_groups for param in group["params"]}
         for saved_id, param in zip(saved_ids, owners, strict=True):
-            values = state_dict["state"].get(saved_id, {})
-            for key, value in values.items():
+            for key, value in state_dict["state"].get(saved_id, {}).items():
                 # AdamW counts every step, so its count is the host's.
                 on_host = host_key(key) or (key == STEP and not self._projects(param, owners[param]))
-                device = torch.device("cpu") if on_host else param.device
-                self.state[param][key] = value.detach().to(device=device, copy=True)
+                self.state[param][key] = value.detach().to("cpu" if on_host else param.device, copy=True)
 
     def require_fit(self, state_dict: StateDict) -> tuple[SavedState | None, list[Members], bool]:
         """Check all that `load_state_dict` relies on, and change nothing.
@@ -167,54 +159,53 @@ class Resumable(Attachable, Optimizer):
         """
         counts = [len(group["params"]) for group in state_dict["param_groups"]]
         own = [len(group["params"]) for group in self.param_groups]
-        saved, members, convert = None, self._members(), False
-        plain = described(state_dict) if KEY in state_dict else None
+        members, plain = self._members(), described(state_dict) if KEY in state_dict else None
         if counts != own and (plain is None or plain["layout"] == self.attachment.digest):
             raise ValueError(
                 f"the state dict has param groups of {counts} tensors, and the optimizer of {own}; build the same "
                 "groups as the run that saved, and where that gave its parameters in a flat list, pass the model, as "
                 f"in {self.algorithm.name}(model, rank=...)."
             )
-        if plain is not None:
-            saved = SavedState()
-            saved.add(state_dict)
-            listed = [[(name, tuple(shape)) for name, shape in group] for group in plain["members"]]
-            if len(listed) == len(members):
-                # By position, as torch does: alone, names are only positions.
-                members = self._renamed(listed)
-                refuse_changed_structure(saved.groups, self.param_groups, members)
-            refuse_other_states(saved, self.algorithm)
-            if plain["layout"] != self.attachment.digest:
-                raise ValueError(
-                    "this state dict is a rank's share of a run on other ranks, or with other settings; load it "
-                    "through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."
-                )
-            convert = any(
-                group["state_dtype"] != before["state_dtype"]
-                for group, before in zip(self.given, plain["settings"], strict=False)
+        if plain is None:
+            self._require_states(state_dict, self.param_groups)
+            return None, members, False
+        saved = SavedState()
+        saved.add(state_dict)
+        listed = [[(name, tuple(shape)) for name, shape in group] for group in plain["members"]]
+        if len(listed) == len(members):
+            # By position, as torch does: alone, names are only positions.
+            members = self._renamed(listed)
+            refuse_changed_structure(saved.groups, self.param_groups, members)
+        refuse_other_states(saved, self.algorithm)
+        if plain["layout"] != self.attachment.digest:
+            raise ValueError(
+                "this state dict is a rank's share of a run on other ranks, or with other settings; load it "
+                "through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."
             )
-        params = [(param, group) for group in self._grouped_as(saved, members) for param in group["params"]]
-        if saved is not None:
-            slices = [self._slices(param, group, members).to_plain() for param, group in params]
-            if slices != plain["places"]:
-                raise ValueError("this state dict is another rank's share of the run; load each rank's own.")
+        groups = self._grouped_as(saved, members)
+        slices = [self._slices(param, group, members).to_plain() for group in groups for param in group["params"]]
+        if slices != plain["places"]:
+            raise ValueError("this state dict is another rank's share of the run; load each rank's own.")
+        convert = any(
+            group["state_dtype"] != before["state_dtype"]
+            for group, before in zip(self.given, plain["settings"], strict=False)
+        )
         if not convert:
-            self._require_states(state_dict, params)
+            self._require_states(state_dict, groups)
         return saved, members, convert
 
-    def _grouped_as(self, saved: SavedState | None, members: list[Members]) -> list[ParamGroup]:
+    def _grouped_as(self, saved: SavedState, members: list[Members]) -> list[ParamGroup]:
         """The param groups as they will be: what had low-rank states at full rank when it was saved, keeps them."""
-        if saved is None:
-            return self.param_groups
         found = []
         for group, listed in zip(self.param_groups, members, strict=True):
             wanted = saved_projection(saved.groups, group, listed)
             found.append(group if wanted is None else {**group, PROJECT_FULL_RANK: wanted})
         return found
 
-    def _require_states(self, state_dict: StateDict, params: list[tuple[Tensor, ParamGroup]]) -> None:
-        """Stop unless every state that there is has the tensors, of the shapes, that this optimizer gives it."""
+    def _require_states(self, state_dict: StateDict, groups: list[ParamGroup]) -> None:
+        """Stop unless every state that there is has the tensors, of the shapes, that these groups would give it."""
         ids = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [(param, group) for group in groups for param in group["params"]]
         for position, (number, (param, group)) in enumerate(zip(ids, params, strict=True)):
             state = state_dict["state"].get(number)
             if not state:
@@ -223,7 +214,7 @@ class Resumable(Attachable, Optimizer):
             found = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in state.items()}
             wanted = {key: tuple(value.shape) for key, value in expected.items()}
             if found != wanted:
-                key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+                key = min(key for key, _ in found.items() ^ wanted.items())
                 raise ValueError(
                     f"the state of parameter {position} of shape {tuple(param.shape)} has {key} of shape "
                     f"{found.get(key)} where {wanted.get(key)} belongs; load the state that this model and these "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -28,43 +27,19 @@ from ds_fira.sharding.split_matrix import SplitMatrix, state_numel
 ALIGNMENT = 2
 
 
-@dataclass(frozen=True)
-class FlatBuffer:
-    """The flat buffer of one param group.
-
-    Attributes:
-        numels: elements of every parameter, in the buffer's order.
-        ranks: partitions; 1 where the group is not sharded.
-        partition_size: elements in each partition.
-        sliced: whether every parameter is cut by itself (ZeRO-3).
-    """
-
-    numels: tuple[int, ...]
-    ranks: int
-    partition_size: int
-    sliced: bool = False
+class FlatBuffer(Partitioning):
+    """The flat buffer of one param group, and where its parameters lie; one partition where it is not sharded."""
 
     @classmethod
     def of(cls, numels: Iterable[int], ranks: int, zero_stage: int) -> FlatBuffer:
         """The buffer that ZeRO makes of parameters of these sizes; as they are at stage 0."""
         numels = tuple(numels)
-        if zero_stage == 0:
-            return cls(numels, 1, sum(numels))
         if zero_stage == 3:
-            return cls(numels, ranks, Partitioning.of_slices(numels, ranks).partition_size, sliced=True)
-        return cls(numels, ranks, math.ceil(sum(numels) / (ALIGNMENT * ranks)) * ALIGNMENT)
-
-    @property
-    def partitioning(self) -> Partitioning:
-        """Where the parameters lie."""
-        if self.sliced:
-            return Partitioning.of_slices(self.numels, self.ranks)
-        offsets = tuple(end - numel for numel, end in zip(self.numels, self._ends, strict=True))
-        return Partitioning(self.numels, offsets, self.partition_size, self.ranks, sliced=False)
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(accumulate(self.numels))
+            return cls.of_slices(numels, ranks)
+        *offsets, total = accumulate(numels, initial=0)
+        if zero_stage == 0:
+            return cls(numels, tuple(offsets), total, 1, sliced=False)
+        return cls(numels, tuple(offsets), math.ceil(total / (ALIGNMENT * ranks)) * ALIGNMENT, ranks, sliced=False)
 
     def held(self, dp_rank: int) -> int:
         """Elements of the parameters, each counted whole, that a rank's partition holds any element of.
@@ -72,12 +47,9 @@ class FlatBuffer:
         That is what ZeRO-2 keeps of the gradients until the step.
         """
         assert not self.sliced
-        if self.ranks == 1:
-            return sum(self.numels)
         first, last = dp_rank * self.partition_size, (dp_rank + 1) * self.partition_size
-        return sum(
-            numel for numel, end in zip(self.numels, self._ends, strict=True) if end > first and end - numel < last
-        )
+        places = zip(self.offsets, self.numels, strict=True)
+        return sum(numel for offset, numel in places if offset + numel > first and offset < last)
 
     @property
     def padded(self) -> int:
@@ -99,7 +71,7 @@ class PlannedGroup:
     settings: ParamGroup
     shapes: tuple[tuple[int, ...], ...]
     buffer: FlatBuffer
-    layout: GroupLayout | None
+    layout: GroupLayout | None = None
 
     @property
     def partition_size(self) -> int:
@@ -187,7 +159,7 @@ def plan_run(
     settings = check_params(params, algorithm=method)
     defaults = {**group_defaults(settings), **method.group_values}
     sharded = zero_stage > 0
-    drafts: list[tuple[ParamGroup, tuple[tuple[int, ...], ...], FlatBuffer, list[dict[int, MatrixShard]]]] = []
+    drafts: list[tuple[PlannedGroup, list[dict[int, MatrixShard]]]] = []
     records = []
     groups = build_groups(module, module.parameters(), settings, zero_stage, ranks, method)
     # At stage 0, where nothing is flat, a group may hold both kinds.
@@ -195,28 +167,25 @@ def plan_run(
         own = {**defaults, **{key: value for key, value in group.items() if key != "params"}}
         shapes = tuple(tuple(param.shape) for param in group["params"])
         buffer = FlatBuffer.of(map(math.prod, shapes), ranks, zero_stage)
-        matrices, partitioning = [], buffer.partitioning
+        matrices = []
         for index, shape in enumerate(shapes):
             records.append(ParamRecord.of("", shape, own))
             if is_projected(shape, own):
-                found = matrices_of(f"matrix {len(records)}", shape)
-                matrices += [partitioning.fragments(index, matrix) for matrix in found]
-        drafts.append((own, shapes, buffer, matrices))
-    projected = [(own, buffer, matrices) for own, _, buffer, matrices in drafts if matrices]
-    layouts = iter(
-        plan_groups(
-            [(matrices, buffer.partition_size) for _, buffer, matrices in projected],
-            ranks if sharded else 1,
-            [GroupSettings.of(own) for own, _, _ in projected],
-            evenly_sharded=zero_stage == 3,
-        )
+                whole = matrices_of(f"matrix {len(records)}", shape)
+                matrices += [buffer.fragments(index, matrix) for matrix in whole]
+        drafts.append((PlannedGroup(own, shapes, buffer), matrices))
+    layouts = plan_groups(
+        [(matrices, group.partition_size) for group, matrices in drafts],
+        ranks if sharded else 1,
+        [GroupSettings.of(group.settings) for group, _ in drafts],
+        evenly_sharded=zero_stage == 3,
     )
-    groups = [
-        PlannedGroup(own, shapes, buffer, next(layouts) if matrices else None)
-        for own, shapes, buffer, matrices in drafts
+    planned = [
+        replace(group, layout=layout if matrices else None)
+        for (group, matrices), layout in zip(drafts, layouts, strict=True)
     ]
-    return PlannedRun(ranks, sharded, groups, records)
+    return PlannedRun(ranks, sharded, planned, records)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

@@ -90,9 +90,8 @@ def engine_bytes(engine: Engine) -> dict[str, int]:
     found["gradients"] += found["host_gradients"]
     found["buffers"] += found["host_gradient_buffers"] + found["host_parameter_buffers"]
     seen: set[int] = set()
-    result = {}
+    result = dict.fromkeys(CATEGORIES, 0)
     for category in CATEGORIES:
-        result[category] = 0
         for tensor in found[category]:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in seen and storage.nbytes():

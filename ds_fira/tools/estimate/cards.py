@@ -89,15 +89,10 @@ def available_memory(local_processes: int | None = None) -> Available:
         given = next((os.environ[name] for name in _LOCAL_PROCESSES if os.environ.get(name, "").isdigit()), None)
         local_processes = int(given) if given else (torch.cuda.device_count() if cuda else 1)
     host = min(psutil.virtual_memory().available, *_container_limits()) // max(local_processes, 1)
-    if not cuda:
-        return Available(host, host, shared=True)
-    return Available(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, host)
+    device = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if cuda else host
+    return Available(device, host, shared=not cuda)
 
 
 def _container_limits() -> list[float]:
-    limits: list[float] = [math.inf]
-    for path in map(Path, _CGROUP_LIMITS):
-        text = path.read_text().strip() if path.exists() else ""
-        if text.isdigit():
-            limits.append(int(text))
-    return limits
+    texts = [path.read_text().strip() for path in map(Path, _CGROUP_LIMITS) if path.exists()]
+    return [math.inf, *(int(text) for text in texts if text.isdigit())]

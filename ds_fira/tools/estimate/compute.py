@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, algorithm_of
-from ds_fira.core.settings import ParamGroup
 from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import adamw_bytes, formula_bytes
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
-from ds_fira.tools.dry_run import PlannedRun, plan_run
+from ds_fira.tools.dry_run import plan_run
 from ds_fira.tools.estimate.activations import KNOWN, activation_bytes
 from ds_fira.tools.estimate.cards import GIB, Available
 from ds_fira.tools.estimate.memory import RankMemory, rank_memory
@@ -56,10 +56,8 @@ class MethodEstimate:
     def with_batch(self, batch_size: int) -> MethodEstimate:
         """The same with another micro-batch; activations must be known."""
         activations = batch_size * self.activations_per_sequence
-        by_rank = tuple(
-            RankMemory(replace(memory.device, activations=activations), memory.host) for memory in self.by_rank
-        )
-        return replace(self, by_rank=by_rank)
+        by_rank = (replace(memory, device=replace(memory.device, activations=activations)) for memory in self.by_rank)
+        return replace(self, by_rank=tuple(by_rank))
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,14 @@ def estimate(
     if kind is not FIRA_ADAM and "GaLore" in methods:
         raise ValueError(f"optimizer = {optimizer!r} does not go with GaLore among the methods; leave one of them out.")
     run = plan_run(module, setup.gpus, setup.zero_stage, kind, **params)
-    _require_rank(run, params["rank"])
+    ranked = [(shape, group.settings) for group in run.groups if "rank" in group.settings for shape in group.shapes]
+    largest = max((min(shape[-2:]) for shape, _ in ranked), default=math.inf)
+    if params["rank"] > largest:
+        raise ValueError(
+            f"--rank = {params['rank']} is larger than the smaller side of every projected weight, {largest} at most; "
+            "give a smaller rank."
+        )
+    unprojected = sum(not is_projected(shape, settings) for shape, settings in ranked)
     config = getattr(module, "config", None)
     sequence = activation_bytes(config, setup.seq_length, setup.weight_bytes, setup.activation_checkpointing)
     found = {}
@@ -143,16 +148,23 @@ def estimate(
         setup=setup,
         params=params,
         methods=found,
-        notes=(*_rank_notes(run), *_notes(setup, config, sequence, methods)),
+        notes=tuple(_notes(unprojected, setup, config, sequence, methods)),
     )
 
 
 def fits(found: MethodEstimate, available: Available) -> bool:
     """Whether a method's largest rank fits, `MARGIN` of the device left free; unknown activations count as nothing."""
-    largest = found.largest
+    return _lacking(found, available) is None
+
+
+def _lacking(found: MethodEstimate, available: Available) -> tuple[int, float, str] | None:
+    """Where a method does not fit: the bytes that it needs there, those that are there, and whose they are."""
+    largest, usable = found.largest, (1 - MARGIN) * available.device
     if available.shared:
-        return largest.total <= (1 - MARGIN) * available.device
-    return largest.device.total <= (1 - MARGIN) * available.device and largest.host.total <= available.host
+        return (largest.total, available.device, "process") if largest.total > usable else None
+    if largest.device.total > usable:
+        return largest.device.total, available.device, "GPU"
+    return (largest.host.total, available.host, "process on the host") if largest.host.total > available.host else None
 
 
 def require_fit(found: MethodEstimate, available: Available) -> None:
@@ -161,57 +173,34 @@ def require_fit(found: MethodEstimate, available: Available) -> None:
     Raises:
         ValueError: it does not; one sentence with what it needs, what there is and the remedies.
     """
-    if fits(found, available):
-        return
-    largest = found.largest
-    needed = largest.total if available.shared else largest.device.total
-    there, where = available.device, "process" if available.shared else "GPU"
-    if not available.shared and needed <= (1 - MARGIN) * there:
-        needed, there, where = largest.host.total, available.host, "process on the host"
-    raise ValueError(
-        f"the model needs about {needed / GIB:.2f} GiB for each {where} with {found.method} and {there / GIB:.2f} GiB "
-        "are there; use a smaller model, a smaller micro-batch, activation checkpointing, ZeRO stage 2, more GPUs or "
-        "optimizer offload."
-    )
-
-
-def _ranked(run: PlannedRun) -> list[tuple[tuple[int, ...], ParamGroup]]:
-    """Shapes that have a rank, each with its group's settings."""
-    return [(shape, group.settings) for group in run.groups if "rank" in group.settings for shape in group.shapes]
-
-
-def _require_rank(run: PlannedRun, rank: int) -> None:
-    sizes = [min(shape[-2:]) for shape, _ in _ranked(run)]
-    if sizes and rank > max(sizes):
+    if lacking := _lacking(found, available):
+        needed, there, where = lacking
         raise ValueError(
-            f"--rank = {rank} is larger than the smaller side of every projected weight, {max(sizes)} at most; give a "
-            "smaller rank."
+            f"the model needs about {needed / GIB:.2f} GiB for each {where} with {found.method} and {there / GIB:.2f} "
+            "GiB are there; use a smaller model, a smaller micro-batch, activation checkpointing, ZeRO stage 2, more "
+            "GPUs or optimizer offload."
         )
 
 
-def _rank_notes(run: PlannedRun) -> list[str]:
-    unprojected = sum(not is_projected(shape, settings) for shape, settings in _ranked(run))
-    if not unprojected:
-        return []
-    return [
-        f"{unprojected} weights are stepped unprojected, since at their rank low-rank states save nothing: "
-        f"{PROJECT_FULL_RANK} projects them."
-    ]
-
-
-def _notes(setup: Setup, config: object, sequence: int | None, methods: Sequence[str]) -> list[str]:
-    notes = ["Activations are an estimate by formula (ds_fira/tools/estimate/activations.py); the rest is counted."]
+def _notes(
+    unprojected: int, setup: Setup, config: object, sequence: int | None, methods: Sequence[str]
+) -> Iterator[str]:
+    if unprojected:
+        yield (
+            f"{unprojected} weights are stepped unprojected, since at their rank low-rank states save nothing: "
+            f"{PROJECT_FULL_RANK} projects them."
+        )
     if sequence is None:
         kind = getattr(config, "model_type", None)
-        notes = [
-            f"Activations are left out: no formula for the architecture {kind!r}; there is one for {', '.join(KNOWN)}."
-        ]
+        known = ", ".join(KNOWN)
+        yield f"Activations are left out: no formula for the architecture {kind!r}; there is one for {known}."
+    else:
+        yield "Activations are an estimate by formula (ds_fira/tools/estimate/activations.py); the rest is counted."
     if "LoRA" in methods:
-        notes.append("LoRA trains its adapters alone; embeddings, head and norms are frozen with the other weights.")
+        yield "LoRA trains its adapters alone; embeddings, head and norms are frozen with the other weights."
     if "GaLore" in methods and setup.sharded:
-        notes.append("GaLore is GaLoreAdam, in the partitions of Fira: galore-torch itself has no form under ZeRO.")
-    notes.append(
+        yield "GaLore is GaLoreAdam, in the partitions of Fira: galore-torch itself has no form under ZeRO."
+    yield (
         f"To fit, {1 - MARGIN:.0%} of the memory must do: the rest is for the CUDA context, the allocator's gaps and "
         "the temporaries of an optimizer step."
     )
-    return notes

@@ -70,7 +70,7 @@ class RankMemory:
     """
 
     device: Memory
-    host: Memory
+    host: Memory = Memory()
 
     @property
     def total(self) -> int:
@@ -90,26 +90,36 @@ def rank_memory(
         optimizer_states: bytes of them on this rank.
         frozen: elements of weights without gradients.
     """
-    e = setup.weight_bytes
+    e, m = setup.weight_bytes, setup.master_dtype.itemsize
     trained = sum(sum(buffer.numels) for buffer in buffers)
+    partition = sum(buffer.partition_size for buffer in buffers)
+    bucket = setup.reduce_bucket_size * (2 if setup.overlap_comm else 1)
     common = Memory(
-        parameters=e * (frozen + sum(buffer.padded for buffer in buffers)), optimizer_states=optimizer_states
+        parameters=e * (frozen + sum(buffer.padded for buffer in buffers)),
+        master_weights=m * partition if setup.has_masters else 0,
+        optimizer_states=optimizer_states,
     )
-    if setup.has_masters:
-        masters = setup.master_dtype.itemsize * sum(buffer.partition_size for buffer in buffers)
-        common = replace(common, master_weights=masters)
     if not setup.sharded:
         copies = 4 * trained if setup.has_masters else e * min(trained, ENGINE_BUCKET)
-        return RankMemory(replace(common, gradients=e * trained, step_copies=copies), Memory())
-    if setup.offload:
-        return _offloaded(common, buffers, setup, trained)
-    return RankMemory(_sharded(common, buffers, setup, dp_rank, trained), Memory())
+        return RankMemory(replace(common, gradients=e * trained, step_copies=copies))
+    if not setup.offload:
+        return RankMemory(_sharded(common, buffers, setup, dp_rank, trained, bucket))
+    largest = max((numel for buffer in buffers for numel in buffer.numels), default=0)
+    device = Memory(
+        parameters=common.parameters,
+        gradients=e * trained if setup.zero_stage == 1 else 0,
+        backward_buffers=e * (bucket + largest),
+    )
+    # One buffer stays whole, through which weights go back to the GPU; one is as large as the largest parameter.
+    through = e * (partition + largest)
+    return RankMemory(device, replace(common, parameters=0, gradients=m * partition, backward_buffers=through))
 
 
-def _sharded(common: Memory, buffers: Sequence[FlatBuffer], setup: Setup, dp_rank: int, trained: int) -> Memory:
+def _sharded(
+    common: Memory, buffers: Sequence[FlatBuffer], setup: Setup, dp_rank: int, trained: int, bucket: int
+) -> Memory:
     """ZeRO stages 1 and 2 with everything on the GPU."""
     e, m = setup.weight_bytes, setup.master_dtype.itemsize
-    bucket = setup.reduce_bucket_size * (2 if setup.overlap_comm else 1)
     held = sum(buffer.held(dp_rank) for buffer in buffers)
     partition = sum(buffer.partition_size for buffer in buffers)
     largest = max((buffer.partition_size for buffer in buffers), default=0)
@@ -118,9 +128,8 @@ def _sharded(common: Memory, buffers: Sequence[FlatBuffer], setup: Setup, dp_ran
             # BF16_Optimizer: its gradients are views of what it reduces, which the engine flattens by buckets.
             padded = sum(buffer.padded for buffer in buffers)
             flattened = min(padded, ENGINE_BUCKET + max(buffer.padded for buffer in buffers))
-            return replace(
-                common, gradients=e * trained + 4 * padded, step_copies=4 * flattened if len(buffers) > 1 else 0
-            )
+            copies = 4 * flattened if len(buffers) > 1 else 0
+            return replace(common, gradients=e * trained + 4 * padded, step_copies=copies)
         if setup.zero_stage == 1:
             return replace(common, gradients=4 * trained, backward_buffers=4 * (bucket + partition))
         return replace(common, gradients=4 * partition, backward_buffers=e * bucket)
@@ -130,24 +139,3 @@ def _sharded(common: Memory, buffers: Sequence[FlatBuffer], setup: Setup, dp_ran
         own = max(0, held - min(setup.reduce_bucket_size, trained))
         return replace(common, gradients=e * trained, backward_buffers=e * (bucket + own), step_copies=copies)
     return replace(common, gradients=e * held, backward_buffers=e * bucket, step_copies=copies)
-
-
-def _offloaded(common: Memory, buffers: Sequence[FlatBuffer], setup: Setup, trained: int) -> RankMemory:
-    """ZeRO stages 1 and 2 with masters, states and the gradients of the partition on the host."""
-    e, m = setup.weight_bytes, setup.master_dtype.itemsize
-    bucket = setup.reduce_bucket_size * (2 if setup.overlap_comm else 1)
-    partition = sum(buffer.partition_size for buffer in buffers)
-    largest = max((numel for buffer in buffers for numel in buffer.numels), default=0)
-    device = Memory(
-        parameters=common.parameters,
-        gradients=e * trained if setup.zero_stage == 1 else 0,
-        backward_buffers=e * (bucket + largest),
-    )
-    host = Memory(
-        gradients=m * partition,
-        master_weights=common.master_weights,
-        optimizer_states=common.optimizer_states,
-        # One stays whole, through which weights go back to the GPU; one is as large as the largest parameter.
-        backward_buffers=e * (partition + largest),
-    )
-    return RankMemory(device, host)

@@ -37,7 +37,7 @@ class MethodPlan:
 
 def lora_numel(shape: Sequence[int], rank: int) -> int:
     """Elements of a LoRA adapter of a weight: m r + n r for a matrix, the sum of them for experts."""
-    return sum(min(rank, *matrix.shape) * sum(matrix.shape) for matrix in matrices_of("", tuple(shape)))
+    return sum(_adapter(shape, rank))
 
 
 def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: Mapping[str, object]) -> list[MethodPlan]:
@@ -51,9 +51,7 @@ def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: Ma
     frozen = sum(param.numel() for param in module.parameters()) - sum(param.numel() for param in trained)
     projected = find_projected_weights(module, params["target_modules"])
     # In the module's order: what a boundary cuts depends on it.
-    adapters = [
-        numel for param in trained if id(param) in projected for numel in _adapter(tuple(param.shape), params["rank"])
-    ]
+    adapters = [n for param in trained if id(param) in projected for n in _adapter(param.shape, params["rank"])]
     dtype = setup.master_dtype
     norm = compute_dtype(dtype).itemsize
     fira = tuple(group.buffer for group in run.groups)
@@ -71,12 +69,8 @@ def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: Ma
 
 def _adapter(shape: Sequence[int], rank: int) -> list[int]:
     """Elements of the two factors of every matrix of a weight, as peft orders them: (r, n), then (m, r)."""
-    factors = []
-    for matrix in matrices_of("", tuple(shape)):
-        m, n = matrix.shape
-        r = min(rank, m, n)
-        factors += [r * n, m * r]
-    return factors
+    shapes = [matrix.shape for matrix in matrices_of("", tuple(shape))]
+    return [min(rank, m, n) * side for m, n in shapes for side in (n, m)]
 
 
 def _adamw(name: str, numels: Sequence[int], frozen: int, setup: Setup) -> MethodPlan:

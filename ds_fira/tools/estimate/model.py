@@ -39,25 +39,19 @@ def load_model(model: str | Path) -> PreTrainedModel:
     source = config_file(str(model)) if str(model) in NAMES else Path(model)
     local = source.exists()
     if not local and source.suffix == ".json":
-        raise ValueError(f"--model = {str(model)!r} is a config file that does not exist; {_choices()}.")
+        raise _refusal(model, "is a config file that does not exist")
     try:
         config = AutoConfig.from_pretrained(
             str(source if local else model), local_files_only=local or not _hub_answers(str(model))
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"--model = {str(model)!r} "
-            + ("has no config that transformers can read" if local else "is neither a file nor found on the hub")
-            + f" ({_first_line(error)}); {_choices()}."
-        ) from None
+        what = "has no config that transformers can read" if local else "is neither a file nor found on the hub"
+        raise _refusal(model, what, error) from None
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (ValueError, ImportError) as error:
-        raise ValueError(
-            f"--model = {str(model)!r} is no causal language model that transformers can build "
-            f"({_first_line(error)}); {_choices()}."
-        ) from None
+        raise _refusal(model, "is no causal language model that transformers can build", error) from None
 
 
 def _hub_answers(name: str) -> bool:
@@ -74,9 +68,11 @@ def _hub_answers(name: str) -> bool:
     return True
 
 
-def _choices() -> str:
-    return f"choose one of {', '.join(NAMES)}, or give a config file, a folder with a config.json or a hub id"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")[:160]
+def _refusal(model: str | Path, what: str, error: Exception | None = None) -> ValueError:
+    """One sentence with the model, what is wrong with it, the first line of the error, and the remedy."""
+    first_line = str(error or "").strip().partition("\n")[0].rstrip(".")[:160]
+    reason = f" ({first_line})" if error else ""
+    return ValueError(
+        f"--model = {str(model)!r} {what}{reason}; choose one of {', '.join(NAMES)}, or give a config file, a folder "
+        "with a config.json or a hub id."
+    )

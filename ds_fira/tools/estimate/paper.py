@@ -99,11 +99,10 @@ def conventions(method: str, model: str) -> Iterator[tuple[tuple[str, ...], floa
     projected = sum(m * n for m, n in matrices)
     width = min(matrices[0])
     for unit, vocabulary, tied in product(UNITS, (32000, 32100, 32128), (False, True)):
-        embedding = vocabulary * width
-        embeddings = embedding * (1 if tied else 2)
+        embedding, both_sides = vocabulary * width, 1 if tied else 2
+        embeddings = embedding * both_sides
         weights = {"all": projected + embeddings + norms, "by name": NOMINAL[model], "projected": projected}
         rests = {"all": embeddings + norms, "one embedding": embedding + norms, "norms": norms, "none": 0}
-        both_sides = 1 if tied else 2
         low_rank = {
             "mr+2nr": sum(min(s) * rank + 2 * max(s) * rank for s in matrices),
             "nr+2mr": sum(max(s) * rank + 2 * min(s) * rank for s in matrices),
@@ -123,12 +122,11 @@ def conventions(method: str, model: str) -> Iterator[tuple[tuple[str, ...], floa
             if method == "Full-Rank":
                 yield named, 3 * BYTES * weight / UNITS[unit]
                 continue
-            for rest in rests:
-                terms = low_rank if method == "Fira" else adapters
-                for term, count in terms.items():
-                    # A LoRA adapter counts as weight and with two moments.
-                    total = weight + (count if method == "Fira" else 3 * count) + 2 * rests[rest]
-                    yield (*named, f"AdamW for {rest}", term), BYTES * total / UNITS[unit]
+            # A LoRA adapter counts as weight and with two moments.
+            terms, times = (low_rank, 1) if method == "Fira" else (adapters, 3)
+            for (rest, unprojected), (term, count) in product(rests.items(), terms.items()):
+                total = weight + times * count + 2 * unprojected
+                yield (*named, f"AdamW for {rest}", term), BYTES * total / UNITS[unit]
 
 
 def reproduced(method: str) -> dict[tuple[str, ...], list[str]]:

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from ds_fira.tools.estimate.paper import (
-    MODELS,
-    PUBLISHED,
-    conventions,
-    implied_saving,
-    reproduced,
-    state_saving,
-    table_2,
-)
+from ds_fira.tools.estimate import paper
 from ds_fira.tools.models import PAPER_RANKS
 
 SOURCES = {
@@ -25,7 +17,7 @@ def paper_lines() -> list[str]:
         "Table 2 of arXiv 2410.01623: weights and optimizer states in bfloat16, the paper's figure and its formula's",
         f"{'method':10}{'model':>12}{'rank':>6}{'paper':>9}{'formula':>12}{'difference':>12}{'':>14}{'difference':>12}",
     ]
-    for cell in table_2():
+    for cell in paper.table_2():
         mark = "  follows" if cell.follows("GB") or cell.follows("GiB") else ""
         lines.append(
             f"{cell.method:10}{cell.model:>12}{PAPER_RANKS[cell.model]:>6}{cell.published:>8.2f}G"
@@ -37,10 +29,10 @@ def paper_lines() -> list[str]:
 
 def differences() -> list[str]:
     """What differs and the likely cause, from the conventions that were tried."""
-    full = reproduced("Full-Rank")
+    full = paper.reproduced("Full-Rank")
     by_name = [model for convention, models in full.items() if "weights by name" in convention for model in models]
     real = [model for convention, models in full.items() if "weights all" in convention for model in models]
-    never = [model for model in MODELS if model not in by_name + real]
+    never = [model for model in paper.MODELS if model not in by_name + real]
     lines = [
         f"Full-Rank {_names(real)}: follows from the formula with the real number of weights, in GiB.",
         f"Full-Rank {_names(by_name)}: follows only with the number in the model's name (60M, 1.3B) times 6 bytes, in "
@@ -48,14 +40,13 @@ def differences() -> list[str]:
         f"Full-Rank {_names(never)}: follows from no convention tried; the nearest is the formula in GiB, 0.749.",
     ]
     for method, twin in (("Fira", "GaLore"), ("LoRA", "ReLoRA")):
-        found = reproduced(method)
-        cells = max((len(models) for models in found.values()), default=0)
-        tried = sum(1 for _ in conventions(method, MODELS[-1]))
-        own = {cell.model: cell for cell in table_2() if cell.method == method}
-        spread = [own[model].difference("GiB") for model in MODELS]
+        cells = max(map(len, paper.reproduced(method).values()), default=0)
+        result = f"none gives more than {cells} of the 4 cells" if cells else "none gives any cell"
+        tried = sum(1 for _ in paper.conventions(method, paper.MODELS[-1]))
+        spread = [cell.difference("GiB") for cell in paper.table_2() if cell.method == method]
         lines.append(
             f"{method} and {twin}: no cell follows from the formula, which lies {min(spread):+.1%} to "
-            f"{max(spread):+.1%} from the paper's figures in GiB. Of {tried} conventions tried, {_found(cells)}. "
+            f"{max(spread):+.1%} from the paper's figures in GiB. Of {tried} conventions tried, {result}. "
             + SOURCES[method]
         )
     lines += [
@@ -73,9 +64,9 @@ def differences() -> list[str]:
 
 def saving_lines() -> list[str]:
     """The 61.1%, and what the table itself would imply."""
-    nominal, real = implied_saving()
+    nominal, real = paper.implied_saving()
     return [
-        f"Saving of optimizer states for LLaMA 1B at rank 512: {state_saving():.1%} (the paper: 61.1%).",
+        f"Saving of optimizer states for LLaMA 1B at rank 512: {paper.state_saving():.1%} (the paper: 61.1%).",
         "Defined as 1 - S / (2 W): S sums m r + 2 n r + 1 over the 168 projected matrices and 2 for every element of "
         "embeddings, head and norms; W is all 1339M weights; vocabulary 32000, head not tied. The bytes cancel.",
         f"The 61.1% of the paper's text so follows from its formula and not from its Table 2, whose 1B column implies "
@@ -97,21 +88,16 @@ def paper_json() -> dict[str, object]:
                 "difference_gib": cell.difference("GiB"),
                 "follows": [unit for unit in ("GB", "GiB") if cell.follows(unit)],
             }
-            for cell in table_2()
+            for cell in paper.table_2()
         ],
         "conventions": {
-            method: [{"convention": list(key), "models": models} for key, models in reproduced(method).items()]
-            for method in PUBLISHED
-            if method in ("Full-Rank", "Fira", "LoRA")
+            method: [{"convention": list(key), "models": models} for key, models in paper.reproduced(method).items()]
+            for method in ("Full-Rank", "Fira", "LoRA")
         },
         "differences": differences(),
-        "state_saving_1b": state_saving(),
+        "state_saving_1b": paper.state_saving(),
     }
 
 
 def _names(models: list[str]) -> str:
-    return " and ".join(model.removeprefix("llama_").upper() for model in MODELS if model in models)
-
-
-def _found(cells: int) -> str:
-    return "none gives any cell" if cells == 0 else f"none gives more than {cells} of the 4 cells"
+    return " and ".join(model.removeprefix("llama_").upper() for model in paper.MODELS if model in models)

@@ -50,17 +50,13 @@ class Setup:
         for name in ("gpus", "batch_size", "seq_length", "reduce_bucket_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} = {value!r} is not legal; give a whole number of at least 1."
-                )
+                raise ValueError(f"{_option(name)} = {value!r} is not legal; give a whole number of at least 1.")
         if self.zero_stage == 3:
             raise ValueError("--zero-stage = 3 is not estimated yet, though FiraAdam trains at it; choose 0, 1 or 2.")
-        if self.zero_stage not in (0, 1, 2):
-            raise ValueError(f"--zero-stage = {self.zero_stage!r} is not legal; choose 0, 1 or 2.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype = {self.dtype!r} is not legal; choose {_listed(DTYPES)}.")
-        if self.master_weights not in MASTERS:
-            raise ValueError(f"--master-weights = {self.master_weights!r} is not legal; choose {_listed(MASTERS)}.")
+        for name, legal in {"zero_stage": (0, 1, 2), "dtype": DTYPES, "master_weights": MASTERS}.items():
+            if (value := getattr(self, name)) not in legal:
+                *first, last = map(str, legal)
+                raise ValueError(f"{_option(name)} = {value!r} is not legal; choose {', '.join(first)} or {last}.")
         if self.accumulation_dtype not in (None, self.dtype, "fp32"):
             raise ValueError(
                 f"--accumulation-dtype = {self.accumulation_dtype!r} does not go with --dtype = {self.dtype!r}; "
@@ -97,7 +93,7 @@ class Setup:
     @property
     def separate_accumulation(self) -> bool:
         """Whether gradients are summed in a higher precision than they are computed in."""
-        return self.accumulation_dtype is not None and self.accumulation_dtype != self.dtype
+        return self.accumulation_dtype not in (None, self.dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -115,6 +111,5 @@ class Setup:
         return DTYPES[self.dtype if self.master_weights == "none" else self.master_weights]
 
 
-def _listed(values: object) -> str:
-    *first, last = values
-    return f"{', '.join(first)} or {last}"
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -33,14 +33,9 @@ def estimate_lines(found: Estimate, available: Available | None) -> list[str]:
         lines += ["", _row("GiB on the host for each GPU", found.methods)]
         lines += _block([method.largest.host for method in methods])
     if available is not None:
-        lines += [
-            "",
-            _row(
-                f"fits {available.device / GIB:g} GiB",
-                ["yes" if fits(method, available) else "no" for method in methods],
-            ),
-            _row("largest micro-batch", [_batch(method, available) for method in methods]),
-        ]
+        fitting = ["yes" if fits(method, available) else "no" for method in methods]
+        lines += ["", _row(f"fits {available.device / GIB:g} GiB", fitting)]
+        lines.append(_row("largest micro-batch", [_batch(method, available) for method in methods]))
     return [*lines, "", *(f"- {note}" for note in found.notes)]
 
 
@@ -50,10 +45,7 @@ def estimate_json(found: Estimate, available: Available | None) -> dict[str, obj
     for name, method in found.methods.items():
         methods[name] = {
             "by_rank": [
-                {
-                    "device": {**asdict(memory.device), "total": memory.device.total},
-                    "host": {**asdict(memory.host), "total": memory.host.total},
-                }
+                {place: {**asdict(held), "total": held.total} for place, held in vars(memory).items()}
                 for memory in method.by_rank
             ],
             "largest_device_total": method.largest.device.total,
