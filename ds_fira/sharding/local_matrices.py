@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ class LocalMatrices:
     def forget_views(self) -> None:
         """Say that the storage of the state's tensors is another one; the next step looks it up again."""
         self._state: dict[str, Tensor] | None = None
+        self._views_of: Callable[..., list[MatrixState]] | None = None
         self._views: list[MatrixState] = []
         self._batches: dict[tuple[int, int], MatrixState] = {}
 
@@ -81,8 +83,9 @@ class LocalMatrices:
         """
         if self._state is not state:
             self.forget_views()
-            self._state, self._batch_args = state, (settings, self.batched, algorithm)
-            self._views = matrix_states(state, self.shapes, settings, self.batched, algorithm, dtype=dtype)
+            self._state = state
+            self._views_of = partial(matrix_states, state, self.shapes, settings, self.batched, algorithm, dtype=dtype)
+            self._views = self._views_of()
 
     def tasks(
         self,
@@ -122,16 +125,7 @@ class LocalMatrices:
                 result.append(tasks[first])
                 continue
             if (first, last) not in self._batches:
-                settings, batched, algorithm = self._batch_args
-                (self._batches[first, last],) = matrix_states(
-                    self._state,
-                    self.shapes,
-                    settings,
-                    batched,
-                    algorithm,
-                    [(first, last)],
-                    dtype=tasks[first].state.dtype,
-                )
+                (self._batches[first, last],) = self._views_of(runs=[(first, last)])
             if self.flat:
                 weight, grad = (_stacked(flat, self.whole[first], last - first) for flat in (param, param.grad))
             else:
