@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim.adamw import adamw
 
 from ds_fira.core import kernels, quantization
@@ -42,13 +43,13 @@ def step_unprojected_(
     rule, alpha = settings.rule, 1.0 if settings.rank is None else settings.alpha
     compressed = any(stored[quantization.VALUES].dtype != dtype for stored in moments.values())
     # A rule whose elements see each other is given the parameter as it is; all else goes by blocks of elements.
-    whole = rule is not None and not rule.elementwise
-    flat = param if whole else param.reshape(-1)
+    at_once = rule is not None and not rule.elementwise
+    flat = param if at_once else param.reshape(-1)
     size, adam = DECODED_BLOCK if compressed else ADAMW_BLOCK, adamw_
     if rule is None and kernels.supports(flat):
         # A kernel reads every element once: blocks are only for what is decoded first.
         size, adam = DEVICE_BLOCK if compressed else max(1, flat.numel()), kernels.adamw_
-    for start, weight, slope, stored in [(0, param, grad, moments)] if whole else _blocks(flat, grad, moments, size):
+    for start, weight, slope, stored in [(0, param, grad, moments)] if at_once else _blocks(flat, grad, moments, size):
         values = {name: quantization.read(moment, dtype) for name, moment in stored.items()}
         if rule is None:
             adam(
@@ -66,7 +67,7 @@ def step_unprojected_(
         else:
             _advance_by_rule_(weight, slope.to(dtype), values, step, settings, alpha)
         store(stored, values, int(step), start)
-    if not whole and not param.is_contiguous():
+    if not at_once and not param.is_contiguous():
         param.copy_(flat.view(param.shape))
 
 
@@ -161,15 +162,14 @@ def _fused_adamw_(
     # With eps = 0 it would divide zero by zero where no gradient has been.
     before = tensors[0].clone() if eps < torch.finfo(tensors[0].dtype).tiny else None
     size = tensors[0].numel()
-    even = size - size % (FUSED_BYTES // tensors[0].element_size())
+    lanes = FUSED_BYTES // tensors[0].element_size()
+    even = size - size % lanes
     _fused_adam_(tuple(tensor[:even] for tensor in tensors), step=step, lr=lr, betas=betas, eps=eps)
     if even < size:
-        padded = tuple(tensor.new_zeros(FUSED_BYTES // tensor.element_size()) for tensor in tensors)
-        for whole, tensor in zip(padded, tensors, strict=True):
-            whole[: size - even] = tensor[even:]
+        padded = tuple(pad(tensor[even:], (0, even + lanes - size)) for tensor in tensors)
         _fused_adam_(padded, step=step, lr=lr, betas=betas, eps=eps)
-        for whole, tensor in zip(padded, tensors, strict=True):
-            tensor[even:] = whole[: size - even]
+        for padded_part, tensor in zip(padded, tensors, strict=True):
+            tensor[even:] = padded_part[: size - even]
     if before is not None:
         tensors[0].copy_(torch.where(tensors[3] == 0.0, before, tensors[0]))
     if decay_factor != 1.0:

@@ -60,7 +60,8 @@ def adam_direction_(
     # A line is a column on the left, where it is turned, and a row on the right.
     turned = [t.mT if side == "left" else t for t in (low_rank, exp_avg, exp_avg_sq, direction)]
     count, lines, rank = (1, *turned[0].shape)[-3:]
-    direction_sq, low_rank_sq = torch.empty((2, count, lines), dtype=torch.float64, device=low_rank.device)
+    squares = (2, *low_rank.shape[:-2], lines)
+    direction_sq, low_rank_sq = torch.empty(squares, dtype=torch.float64, device=low_rank.device)
     most = LEFT_TILE if side == "left" else RIGHT_TILE
     shape = (tile(lines, most[0]), tile(rank, most[1]))
     launch(
@@ -79,9 +80,7 @@ def adam_direction_(
         ENTRIES=shape[1],
         num_warps=4,
     )
-    if low_rank.dim() > 2:
-        return direction, direction_sq, low_rank_sq
-    return direction, direction_sq[0], low_rank_sq[0]
+    return direction, direction_sq, low_rank_sq
 
 
 def _row_major(tensor: Tensor) -> bool:

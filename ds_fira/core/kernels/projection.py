@@ -32,10 +32,10 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str) -> tuple[Te
     turned = grad.mT if side == "left" else grad
     count, lines, depth = (1, *turned.shape)[-3:]
     grads, bases = batched(turned, count, lines, depth), batched(basis, count, depth, rank)
-    shape = (count, rank, lines) if side == "left" else (count, lines, rank)
-    low_rank = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    batch, shape = grad.shape[:-2], (rank, lines) if side == "left" else (lines, rank)
+    low_rank = torch.empty((*batch, *shape), dtype=torch.float32, device=grad.device)
     by_line = batched(low_rank.mT if side == "left" else low_rank, count, lines, rank)
-    grad_sq = torch.empty((count, lines), dtype=torch.float64, device=grad.device)
+    grad_sq = torch.empty((*batch, lines), dtype=torch.float64, device=grad.device)
     shaped = tiles(precision).within(lines, rank, depth, grads, bases, by_line)
     programs = triton.cdiv(lines, shaped.rows) * (triton.cdiv(rank, shaped.columns) + 1)
     launch(
@@ -52,7 +52,7 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str) -> tuple[Te
         PRECISION=precision,
         **shaped.options,
     )
-    return (low_rank, grad_sq) if grad.dim() > 2 else (low_rank[0], grad_sq[0])
+    return low_rank, grad_sq
 
 
 @triton.jit
