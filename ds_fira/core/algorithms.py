@@ -84,8 +84,3 @@ def algorithm_of(group: Mapping[str, object]) -> Algorithm:
     if name not in ALGORITHMS:
         raise ValueError(f"{name} is no optimizer that this process knows; import the module that plugs its rule.")
     return ALGORITHMS[name]
-
-
-def without_residual(group: Mapping[str, object]) -> bool:
-    """Whether a step of a group has no residual in it, nor keeps its norm, so that nothing of it need be computed."""
-    return group["residual_scale"] == 0.0 and group["limiter"] == "none"

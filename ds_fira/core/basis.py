@@ -22,35 +22,56 @@ def new_basis(task: MatrixTask) -> Tensor | None:
     square = task.grad_square()
     if square == 0.0 or not is_finite(square, task.state.dtype):
         return None
-    state, settings = task.state, task.settings
-    previous = state.basis.to(state.dtype) if state.has_basis else None
+    state = task.state
+    return basis_of(task.grad, state, task.settings, state.basis.to(state.dtype) if state.has_basis else None)
+
+
+def basis_of(grad: Tensor, state: MatrixState, settings: GroupSettings, previous: Tensor | None) -> Tensor:
+    """The basis of a gradient, its columns turned to the sides of the old one's.
+
+    The exact decomposition keeps the signs that LAPACK gives, as the released code does.
+
+    Args:
+        grad: G, (m, n), finite and not zero.
+        state: says side and dtype.
+        settings: of the param group.
+        previous: the basis before, (d, r); None where there is none or nothing needs it.
+
+    Raises:
+        torch.linalg.LinAlgError: the decomposition failed.
+    """
     strict = settings.matmul_precision == "float32"
-    return compute_basis(task.grad.to(state.dtype), settings.rank, state.side, settings.subspace, previous, strict)
+    basis = compute_basis(grad.to(state.dtype), settings.rank, state.side, settings.subspace, previous, strict)
+    return basis if previous is None or settings.subspace == "svd" else align_signs(basis, previous)
 
 
 def adopt_basis(task: MatrixTask, basis: Tensor) -> None:
-    """Take a new basis for one matrix, and bring moments and limiter over; the refresh is done.
+    """Take a new basis for one matrix; see `take_basis`.
 
     Args:
         task: one matrix.
-        basis: P in the state's dtype.
+        basis: P in the state's dtype, as `basis_of` gives it.
     """
     state, settings = task.state, task.settings
+    take_basis(state, settings, basis, basis_change(basis, state.basis.to(state.dtype), settings))
+
+
+def take_basis(state: MatrixState, settings: GroupSettings, basis: Tensor, change: Tensor | None) -> None:
+    """Take a new basis, and bring moments and limiter over from the old one; the refresh is done.
+
+    Args:
+        state: of one matrix, or of a part of it.
+        settings: of the param group.
+        basis: P, or the part of it that the state holds.
+        change: as `basis_change`; read only by "rotate", where there was a basis.
+    """
     if state.has_basis:
-        previous = state.basis.to(state.dtype)
-        basis = aligned_basis(basis, previous, settings)
-        change_moments(state, settings, basis_change(basis, previous, settings))
-        reset_limiter(state, settings)
+        change_moments(state, settings, change)
+        if settings.refresh_limiter == "reset" and state.residual_norm is not None:
+            # No history.
+            state.residual_norm.zero_()
     state.basis.copy_(basis)
     state.refresh_step.copy_(state.step)
-
-
-def aligned_basis(basis: Tensor, previous: Tensor, settings: GroupSettings) -> Tensor:
-    """A new basis with the signs of its columns chosen to agree with the old one's, both (d, r).
-
-    The exact decomposition keeps the signs that LAPACK gives, as the released code does.
-    """
-    return basis if settings.subspace == "svd" else align_signs(basis, previous)
 
 
 def basis_change(basis: Tensor, previous: Tensor, settings: GroupSettings) -> Tensor | None:
@@ -62,11 +83,11 @@ def change_moments(state: MatrixState, settings: GroupSettings, change: Tensor |
     """Bring the moments from the old basis to the new one as `refresh_moments` says.
 
     Args:
-        state: of one matrix, or of some columns (left) or rows (right) of R; its moments change.
+        state: of one matrix, or of some columns (left) or rows (right) of R; its moments, if it has any, change.
         settings: of the param group.
         change: as `basis_change`; read only by "rotate".
     """
-    if settings.refresh_moments == "keep":
+    if settings.refresh_moments == "keep" or not any(state.moments.values()):
         return
     kinds = settings.state_kinds
     moments = {name: quantization.read(stored, state.dtype) for name, stored in state.moments.items()}
@@ -76,9 +97,3 @@ def change_moments(state: MatrixState, settings: GroupSettings, change: Tensor |
         else:
             change_moment_(moment, change.square() if kinds[name] == "second" else change, state.side)
     store(state.moments, moments, state.step)
-
-
-def reset_limiter(state: MatrixState, settings: GroupSettings) -> None:
-    """Forget the limiter's residual norm where `refresh_limiter` is "reset"; 0 is no history."""
-    if settings.refresh_limiter == "reset" and state.residual_norm is not None:
-        state.residual_norm.zero_()

@@ -51,6 +51,12 @@ def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:
     return max(MIN_BLOCK_ROWS, int(rows * BLOCK_SHARE / max(1.0, bytes_ratio)))
 
 
+def row_slices(rows: int, bytes_ratio: float) -> list[slice]:
+    """The blocks of `block_rows` rows that make up a matrix with `rows` rows."""
+    height = block_rows(rows, bytes_ratio)
+    return [slice(first, first + height) for first in range(0, rows, height)]
+
+
 def total_square(grad: Tensor, dtype: torch.dtype, side: Side) -> Tensor:
     """|G|^2 of a gradient, or of a block of one, float64, 0-dim; formed in `dtype` in blocks of rows."""
     blocks = grad.split(summed_rows(grad.shape, 4.0))
@@ -76,9 +82,7 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32")
         left = side == "left"
         low_rank = basis.new_zeros((basis.shape[1], n) if left else (m, basis.shape[1]))
         grad_sq = torch.zeros(n if left else m, dtype=torch.float64, device=grad.device)
-        height = block_rows(m, basis.element_size() / grad.element_size())
-        for first in range(0, m, height):
-            rows = slice(first, first + height)
+        for rows in row_slices(m, basis.element_size() / grad.element_size()):
             block = grad[rows].to(basis.dtype)
             if left:
                 low_rank.addmm_(basis[rows].t(), block)
@@ -196,10 +200,8 @@ def residual_square(
         return total
     rows_of, columns = (basis, low_rank) if side == "left" else (low_rank, basis.t())
     by_row = side == "right" and phi.shape[-1] > 1
-    height = block_rows(grad.shape[0], 2 * basis.element_size() / grad.element_size())
     with matmul_precision(precision):
-        for first in range(0, grad.shape[0], height):
-            rows = slice(first, first + height)
+        for rows in row_slices(grad.shape[0], 2 * basis.element_size() / grad.element_size()):
             residual = torch.addmm(grad[rows].to(basis.dtype), rows_of[rows], columns, alpha=-alpha)
             sums = squared_norms(residual, side)
             total += (sums * (phi[rows] if by_row else phi).square()).sum()
@@ -289,9 +291,7 @@ def apply_update_(
                 weight.addcmul_(grad, scale, value=-1.0)
             return
         # Three blocks live at once: the gradient's, the weight's and the product's.
-        height = block_rows(weight.shape[0], 3 * left.element_size() / weight.element_size())
-        for first in range(0, weight.shape[0], height):
-            rows = slice(first, first + height)
+        for rows in row_slices(weight.shape[0], 3 * left.element_size() / weight.element_size()):
             value = weight[rows].to(left.dtype).addmm_(left[rows], right, beta=decay_factor, alpha=-1.0)
             if scale is not None:
                 value.addcmul_(grad[rows].to(left.dtype), scale[rows] if by_row else scale, value=-1.0)

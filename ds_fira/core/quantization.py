@@ -153,10 +153,9 @@ def read(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     values = stored[VALUES]
     if SCALE not in stored:
         return values.to(dtype)
-    require_library("int8")
+    points = _tables(values.dtype == torch.int8, values.device).stored_order
     from bitsandbytes.functional import dequantize_blockwise
 
-    points = _tables(values.dtype == torch.int8, values.device).stored_order
     # The library's kernels know uint8 only; a code is an index, whatever its sign.
     codes = values.view(torch.uint8)
     return dequantize_blockwise(codes, absmax=stored[SCALE], code=points, blocksize=BLOCK).to(dtype)

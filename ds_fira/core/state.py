@@ -7,9 +7,10 @@ shapes differ (param groups that the user made), each shape has its own set, its
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import EllipsisType
 
 import torch
@@ -89,14 +90,11 @@ def allocate(
         algorithm: says which moments there are, and whether the limiter's norm is.
     """
     state: dict[str, Tensor] = {}
-    for shape, rows in _rows_by_shape(shapes).items():
-        side = settings.side_of(shape)
-        low_rank = low_rank_shape(shape, settings.rank, side)
-        basis = basis_shape(shape, settings.rank, side)
-        batch = (len(rows),) if batched else ()
+    for shape, number in Counter(shapes).items():
+        side, batch = settings.side_of(shape), (number,) if batched else ()
+        basis, low_rank = (of(shape, settings.rank, side) for of in (basis_shape, low_rank_shape))
         allocated = allocate_matrices(param, basis, low_rank, settings.state_dtype, batch, algorithm)
-        for key, value in allocated.items():
-            state[key + _mark(shape, shapes)] = value
+        state |= {key + _mark(shape, shapes): value for key, value in allocated.items()}
     return state
 
 
@@ -173,12 +171,8 @@ def positions(shapes: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
     Args:
         shapes: as in `allocate`.
     """
-    rows: dict[tuple[int, int], int] = defaultdict(int)
-    result = []
-    for shape in shapes:
-        result.append((_mark(shape, shapes), rows[shape]))
-        rows[shape] += 1
-    return result
+    rows = {shape: count() for shape in shapes}
+    return [(_mark(shape, shapes), next(rows[shape])) for shape in shapes]
 
 
 def state_views(
@@ -223,13 +217,6 @@ def stored_moment(state: dict[str, Tensor], key: str, mark: str = "", index: Ind
         for suffix in (quantization.VALUES, quantization.SCALE)
         if key + suffix + mark in state
     }
-
-
-def _rows_by_shape(shapes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    rows: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for position, shape in enumerate(shapes):
-        rows[shape].append(position)
-    return rows
 
 
 def _mark(shape: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> str:

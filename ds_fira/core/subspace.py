@@ -139,23 +139,15 @@ def align_signs(basis: Tensor, previous: Tensor) -> Tensor:
     return basis * torch.where(overlap < 0, -1.0, 1.0).to(basis.dtype)
 
 
-def change_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, change: Tensor, side: Side) -> None:
-    """Carry both moments over to a new basis, in place, with C = P_new' P_old.
+def change_moment_(moment: Tensor, change: Tensor, side: Side) -> None:
+    """Carry one moment of R over to a new basis, in place: C M on the left, M C' on the right.
 
-    The first moment is linear in the gradient: M <- C M on the left, M C' on the right, exact for the part of it that
-    lies in the new subspace. The second is carried as if the rows of R were uncorrelated: V <- (C * C) V, or
-    V (C * C)', which is never negative.
+    The first moment is linear in the gradient and goes with C = P_new' P_old, exact for the part of it that lies in the
+    new subspace. The second goes with C * C, as if the rows of R were uncorrelated, and is never negative.
 
     Args:
-        exp_avg: M, or some columns of it on the left, some rows on the right.
-        exp_avg_sq: V, the same shape.
-        change: C, (r, r).
+        moment: M or V, or some columns of it on the left, some rows on the right.
+        change: C or C * C, (r, r).
         side: the projected side.
     """
-    change_moment_(exp_avg, change, side)
-    change_moment_(exp_avg_sq, change.square(), side)
-
-
-def change_moment_(moment: Tensor, change: Tensor, side: Side) -> None:
-    """One state of R times C, (r, r): C M on the left, M C' on the right; in place."""
     moment.copy_(change @ moment if side == "left" else moment @ change.t())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim.adamw import adamw
 
 from ds_fira.core import kernels, quantization
 from ds_fira.core.base_optimizer import advance, store
 from ds_fira.core.quantization import Stored
-from ds_fira.core.rules import Rule
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import EXP_AVG, EXP_AVG_SQ
 
@@ -38,111 +40,69 @@ def step_unprojected_(
         settings: of the param group.
         dtype: in which the step is computed.
     """
-    alpha = 1.0 if settings.rank is None else settings.alpha
-    if settings.rule is None:
-        step_adamw_(param, grad, moments, int(step), settings, dtype, alpha)
-    elif settings.rule.elementwise:
-        _step_elements_(settings.rule, param, grad, moments, step, settings, dtype, alpha)
-    else:
-        _step_parameter_(settings.rule, param, grad, moments, step, settings, dtype, alpha)
-
-
-def step_adamw_(
-    param: Tensor,
-    grad: Tensor,
-    moments: dict[str, Stored],
-    step: int,
-    settings: GroupSettings,
-    dtype: torch.dtype,
-    alpha: float,
-) -> None:
-    """`adamw_` block by block; arguments as in `step_unprojected_`."""
-    flat = param.view(-1) if param.is_contiguous() else param.reshape(-1)
-    slope = grad.reshape(-1)
-    compressed = moments[EXP_AVG][quantization.VALUES].dtype != dtype
-    block, advance_ = DECODED_BLOCK if compressed else ADAMW_BLOCK, adamw_
-    if kernels.supports(flat):
-        # A kernel reads every element once: blocks are only for what is decoded first.
-        block, advance_ = DEVICE_BLOCK if compressed else max(1, flat.numel()), kernels.adamw_
-    for start in range(0, flat.numel(), block):
-        stop = min(start + block, flat.numel())
-        stored = {key: quantization.part(moments[key], start, stop) for key in (EXP_AVG, EXP_AVG_SQ)}
-        values = {key: quantization.read(moment, dtype) for key, moment in stored.items()}
-        advance_(
-            flat[start:stop],
-            slope[start:stop],
-            *values.values(),
-            step=step,
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            alpha=alpha,
-        )
-        store(stored, values, step, start)
-    if not param.is_contiguous():
-        param.copy_(flat.view(param.shape))
-
-
-def _step_parameter_(
-    rule: Rule,
-    param: Tensor,
-    grad: Tensor,
-    moments: dict[str, Stored],
-    step: Tensor,
-    settings: GroupSettings,
-    dtype: torch.dtype,
-    alpha: float,
-) -> None:
-    """W <- (1 - lr * weight_decay) (W - lr * alpha * step_size * N), the rule given the whole gradient.
-
-    A gradient that is not finite, or has a square that overflows, changes nothing.
-    """
-    slope = grad.to(dtype)
-    if not bool(slope.square().isfinite().all()):
-        return
-    states = {name: quantization.read(stored, dtype) for name, stored in moments.items()}
-    size = settings.lr * alpha * float(rule.step_size(step))
-    param.copy_(param.to(dtype).sub_(advance(rule, slope, states, step).mul_(size)) * settings.decay_factor)
-    store(moments, states, int(step))
-
-
-def _step_elements_(
-    rule: Rule,
-    param: Tensor,
-    grad: Tensor,
-    moments: dict[str, Stored],
-    step: Tensor,
-    settings: GroupSettings,
-    dtype: torch.dtype,
-    alpha: float,
-) -> None:
-    """The same for a rule whose elements do not see each other, in blocks: any fragment makes the step of the whole.
-
-    An element of the gradient that is not finite, or whose square overflows, changes nothing of its own.
-    """
-    size = settings.lr * alpha * float(rule.step_size(step))
-    flat, slopes = param.view(-1) if param.is_contiguous() else param.reshape(-1), grad.reshape(-1)
+    rule, alpha = settings.rule, 1.0 if settings.rank is None else settings.alpha
     compressed = any(stored[quantization.VALUES].dtype != dtype for stored in moments.values())
-    block = DECODED_BLOCK if compressed else ADAMW_BLOCK
-    for start in range(0, flat.numel(), block):
-        stop = min(start + block, flat.numel())
-        stored = {name: quantization.part(moment, start, stop) for name, moment in moments.items()}
-        states = {name: quantization.read(part, dtype) for name, part in stored.items()}
-        slope = slopes[start:stop].to(dtype)
-        finite = slope.square().isfinite()
-        all_finite = bool(finite.all())
-        before = {} if all_finite else {name: value.clone() for name, value in states.items()}
-        moved = advance(rule, slope if all_finite else torch.where(finite, slope, 0.0), states, step).mul_(size)
-        value = flat[start:stop].to(dtype).sub(moved).mul_(settings.decay_factor)
-        if not all_finite:
-            value = torch.where(finite, value, flat[start:stop].to(dtype))
-            for name, old in before.items():
-                states[name].copy_(torch.where(finite, states[name], old))
-        flat[start:stop] = value
-        store(stored, states, int(step), start)
-    if not param.is_contiguous():
+    # A rule whose elements see each other is given the parameter as it is; all else goes by blocks of elements.
+    at_once = rule is not None and not rule.elementwise
+    flat = param if at_once else param.reshape(-1)
+    size, adam = DECODED_BLOCK if compressed else ADAMW_BLOCK, adamw_
+    if rule is None and kernels.supports(flat):
+        # A kernel reads every element once: blocks are only for what is decoded first.
+        size, adam = DEVICE_BLOCK if compressed else max(1, flat.numel()), kernels.adamw_
+    for start, weight, slope, stored in [(0, param, grad, moments)] if at_once else _blocks(flat, grad, moments, size):
+        values = {name: quantization.read(moment, dtype) for name, moment in stored.items()}
+        if rule is None:
+            adam(
+                weight,
+                slope,
+                values[EXP_AVG],
+                values[EXP_AVG_SQ],
+                step=int(step),
+                lr=settings.lr,
+                betas=settings.betas,
+                eps=settings.eps,
+                weight_decay=settings.weight_decay,
+                alpha=alpha,
+            )
+        else:
+            _advance_by_rule_(weight, slope.to(dtype), values, step, settings, alpha)
+        store(stored, values, int(step), start)
+    if not at_once and not param.is_contiguous():
         param.copy_(flat.view(param.shape))
+
+
+def _blocks(
+    flat: Tensor, grad: Tensor, moments: dict[str, Stored], size: int
+) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Stored]]]:
+    """First element, weights, gradient and moments of blocks of `size` elements."""
+    slopes = grad.reshape(-1)
+    for start in range(0, flat.numel(), size):
+        stop = min(start + size, flat.numel())
+        stored = {name: quantization.part(moment, start, stop) for name, moment in moments.items()}
+        yield start, flat[start:stop], slopes[start:stop], stored
+
+
+def _advance_by_rule_(
+    param: Tensor, grad: Tensor, states: dict[str, Tensor], step: Tensor, settings: GroupSettings, alpha: float
+) -> None:
+    """W <- (1 - lr * weight_decay) (W - lr * alpha * step_size * N), computed in the gradient's dtype.
+
+    An element of the gradient that is not finite, or whose square overflows, changes nothing of its own, and nothing at
+    all where the rule's elements see each other.
+    """
+    finite = grad.square().isfinite()
+    all_finite = bool(finite.all())
+    if not all_finite and not settings.rule.elementwise:
+        return
+    before = {} if all_finite else {name: value.clone() for name, value in states.items()}
+    moved = advance(settings.rule, grad if all_finite else torch.where(finite, grad, 0.0), states, step)
+    size = settings.lr * alpha * float(settings.rule.step_size(step))
+    value = param.to(grad.dtype).sub(moved.mul_(size)).mul_(settings.decay_factor)
+    if not all_finite:
+        value = torch.where(finite, value, param.to(grad.dtype))
+        for name, old in before.items():
+            states[name].copy_(torch.where(finite, states[name], old))
+    param.copy_(value)
 
 
 def adamw_(
@@ -202,15 +162,14 @@ def _fused_adamw_(
     # With eps = 0 it would divide zero by zero where no gradient has been.
     before = tensors[0].clone() if eps < torch.finfo(tensors[0].dtype).tiny else None
     size = tensors[0].numel()
-    even = size - size % (FUSED_BYTES // tensors[0].element_size())
+    lanes = FUSED_BYTES // tensors[0].element_size()
+    even = size - size % lanes
     _fused_adam_(tuple(tensor[:even] for tensor in tensors), step=step, lr=lr, betas=betas, eps=eps)
     if even < size:
-        padded = tuple(tensor.new_zeros(FUSED_BYTES // tensor.element_size()) for tensor in tensors)
-        for whole, tensor in zip(padded, tensors, strict=True):
-            whole[: size - even] = tensor[even:]
+        padded = tuple(pad(tensor[even:], (0, even + lanes - size)) for tensor in tensors)
         _fused_adam_(padded, step=step, lr=lr, betas=betas, eps=eps)
-        for whole, tensor in zip(padded, tensors, strict=True):
-            tensor[even:] = whole[: size - even]
+        for padded_part, tensor in zip(padded, tensors, strict=True):
+            tensor[even:] = padded_part[: size - even]
     if before is not None:
         tensors[0].copy_(torch.where(tensors[3] == 0.0, before, tensors[0]))
     if decay_factor != 1.0:
@@ -220,15 +179,11 @@ def _fused_adamw_(
 def _fused_adam_(tensors: tuple[Tensor, ...], *, step: int, lr: float, betas: tuple[float, float], eps: float) -> None:
     if tensors[0].numel() == 0:
         return
-    value, grad, exp_avg, exp_avg_sq = tensors
     adamw(
-        [value],
-        [grad],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
+        *([tensor] for tensor in tensors),
+        max_exp_avg_sqs=[],
         # The function counts this step itself.
-        [torch.full((), step - 1.0, device=value.device)],
+        state_steps=[torch.full((), step - 1.0, device=tensors[0].device)],
         fused=True,
         amsgrad=False,
         beta1=betas[0],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,12 +55,8 @@ class LocalMatrices:
         counts = [len(exchange.owned) for exchange in exchanges] or [0]
         ends = [len(whole) + sum(counts[: turn + 1]) for turn in range(len(counts))]
         self._bounds = list(zip([0, *ends[:-1]], ends, strict=True))
-        self.forget_views()
-
-    def forget_views(self) -> None:
-        """Say that the storage of the state's tensors is another one; the next step looks it up again."""
-        self._state: dict[str, Tensor] | None = None
         self._tensors: tuple[Tensor, ...] = ()
+        self._views_of: Callable[..., list[MatrixState]] | None = None
         self._views: list[MatrixState] = []
         self._batches: dict[tuple[int, int], MatrixState] = {}
 
@@ -73,7 +70,7 @@ class LocalMatrices:
         return self._bounds[turn][0]
 
     def bind(self, state: dict[str, Tensor], settings: GroupSettings, algorithm: Algorithm, dtype: torch.dtype) -> None:
-        """Look up the views of the state's tensors, once for all steps with the same state.
+        """Look up the views of the state's tensors, once for all steps with the same tensors.
 
         Args:
             state: of the tensor, allocated.
@@ -81,12 +78,11 @@ class LocalMatrices:
             algorithm: says which states there are.
             dtype: in which a step is computed.
         """
-        # The user may have moved a state to another device, by another tensor under its key.
-        if self._state is not state or not all(map(operator.is_, self._tensors, state.values())):
-            self.forget_views()
-            self._state, self._tensors = state, tuple(state.values())
-            self._batch_args = settings, self.batched, algorithm
-            self._views = matrix_states(state, self.shapes, settings, self.batched, algorithm, dtype=dtype)
+        # Another one where a state was loaded, or moved to another device by another tensor under its key.
+        if len(self._tensors) != len(state) or not all(map(operator.is_, self._tensors, state.values())):
+            self._tensors, self._batches = tuple(state.values()), {}
+            self._views_of = partial(matrix_states, state, self.shapes, settings, self.batched, algorithm, dtype=dtype)
+            self._views = self._views_of()
 
     def tasks(
         self,
@@ -126,16 +122,7 @@ class LocalMatrices:
                 result.append(tasks[first])
                 continue
             if (first, last) not in self._batches:
-                settings, batched, algorithm = self._batch_args
-                (self._batches[first, last],) = matrix_states(
-                    self._state,
-                    self.shapes,
-                    settings,
-                    batched,
-                    algorithm,
-                    [(first, last)],
-                    dtype=tasks[first].state.dtype,
-                )
+                (self._batches[first, last],) = self._views_of(runs=[(first, last)])
             if self.flat:
                 weight, grad = (_stacked(flat, self.whole[first], last - first) for flat in (param, param.grad))
             else:

@@ -78,55 +78,46 @@ def warn_of_costly_ranks(groups: Iterable[Group]) -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
-    switched_off, costly = _CountedMatrices(), _CountedMatrices()
+    switched_off: list[tuple[Sequence[int], Group]] = []
+    costly: list[tuple[Sequence[int], Group]] = []
     for group in groups:
         for shape in map(shape_of, group["params"]):
             if hangs_on_full_rank(shape, group):
                 if not group.get(PROJECT_FULL_RANK, False):
-                    switched_off.add(shape, group)
+                    switched_off.append((shape, group))
             elif is_projected(shape, group):
                 low_rank, plain = state_bytes(shape, group)
                 # A rank at the smaller side that is kept is smaller in elements.
                 if low_rank > plain and effective_rank((shape[-2], shape[-1]), group["rank"]) < min(shape[-2:]):
-                    costly.add(shape, group)
-    if switched_off.counts:
+                    costly.append((shape, group))
+    if switched_off:
+        summary, low_rank, plain = _counted(switched_off)
         warnings.warn(
-            f"{switched_off.summary}, is at or above their smaller side, where low-rank states take "
-            f"{switched_off.low_rank:,} bytes and unprojected ones {switched_off.plain:,}: they are stepped "
-            "unprojected, with lr x alpha; give a smaller rank to project them, or project_full_rank = true to do so "
-            "at this one.",
+            f"{summary}, is at or above their smaller side, where low-rank states take {low_rank:,} bytes and "
+            f"unprojected ones {plain:,}: they are stepped unprojected, with lr x alpha; give a smaller rank to "
+            "project them, or project_full_rank = true to do so at this one.",
             stacklevel=3,
         )
-    if costly.counts:
+    if costly:
+        summary, low_rank, plain = _counted(costly)
         warnings.warn(
-            f"{costly.summary}, takes {costly.low_rank:,} bytes of states where unprojected they take "
-            f"{costly.plain:,}; give a smaller rank, or put them into a group with rank = None.",
+            f"{summary}, takes {low_rank:,} bytes of states where unprojected they take {plain:,}; give a smaller "
+            "rank, or put them into a group with rank = None.",
             stacklevel=3,
         )
 
 
-class _CountedMatrices:
-    """The matrices that a warning counts, with their bytes of state."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self.counts: Counter[tuple[int, ...]] = Counter()
-        self.ranks: dict[int, None] = {}
-        self.low_rank = self.plain = 0
-
-    def add(self, shape: Sequence[int], group: Group) -> None:
-        count = math.prod(shape[:-2])
-        low_rank, plain = state_bytes(shape, group)
-        self.name = algorithm_of(group).name
-        self.counts[(shape[-2], shape[-1])] += count
-        self.ranks[group["rank"]] = None
-        self.low_rank += count * low_rank
-        self.plain += count * plain
-
-    @property
-    def summary(self) -> str:
-        shapes = [f"{count} of {shape[0]} x {shape[1]}" for shape, count in self.counts.items()]
-        more = f" and {len(shapes) - MOST_SHAPES} more shapes" if len(shapes) > MOST_SHAPES else ""
-        ranks = " and ".join(map(str, self.ranks))
-        listed = ", ".join(shapes[:MOST_SHAPES]) + more
-        return f"{self.name}: rank = {ranks} of {sum(self.counts.values())} matrices ({listed})"
+def _counted(found: Sequence[tuple[Sequence[int], Group]]) -> tuple[str, int, int]:
+    """What a warning says of parameters with their groups: which they are; their bytes of state, projected and not."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    low_rank = plain = 0
+    for shape, group in found:
+        count, sizes = math.prod(shape[:-2]), state_bytes(shape, group)
+        counts[tuple(shape[-2:])] += count
+        low_rank, plain = low_rank + count * sizes[0], plain + count * sizes[1]
+    shapes = [f"{count} of {m} x {n}" for (m, n), count in counts.items()]
+    more = f" and {len(shapes) - MOST_SHAPES} more shapes" if len(shapes) > MOST_SHAPES else ""
+    ranks = " and ".join(dict.fromkeys(str(group["rank"]) for _, group in found))
+    listed = ", ".join(shapes[:MOST_SHAPES]) + more
+    name = algorithm_of(found[0][1]).name
+    return f"{name}: rank = {ranks} of {sum(counts.values())} matrices ({listed})", low_rank, plain

@@ -36,17 +36,25 @@ DTYPES = (
 )
 
 
+def specialized(value: Any, path: tuple[int, ...], constant: bool, constants: dict, attributes: dict) -> Any:
+    """The type of an argument, or of each part of one that is a tuple; what a launch knows of its value is added."""
+    if isinstance(value, tuple):
+        parts = [specialized(part, (*path, i), constant, constants, attributes) for i, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if constant or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    return mangle_type(value)
+
+
 def compiled(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, *args: Any, **options: Any) -> dict[str, Any]:
     """Compile what `launch` with these arguments would run; the name, and the assembler's numbers."""
     settings = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
     signature, constants, attributes = {}, {}, {}
     for place, (name, value) in enumerate(zip(kernel.arg_names, (*args, *options.values()), strict=True)):
-        if name in options or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", options.get(name, value)
-            continue
-        signature[name] = mangle_type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+        signature[name] = specialized(value, (place,), name in options, constants, attributes)
     log = io.StringIO()
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     with contextlib.redirect_stdout(log):

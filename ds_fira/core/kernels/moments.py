@@ -57,44 +57,54 @@ def adam_direction_(
                 f"shape {tuple(low_rank.shape)}; give matrices of one shape, stored row by row without gaps."
             )
     direction = torch.empty(low_rank.shape, dtype=torch.float32, device=low_rank.device)
-    m, n = low_rank.shape[-2:]
-    count = low_rank.shape[0] if low_rank.dim() > 2 else 1
-    views = [batched(tensor, count, m, n) for tensor in (low_rank, exp_avg, exp_avg_sq, direction)]
-    lines, rank, line_stride, rank_stride = (n, m, 1, n) if side == "left" else (m, n, n, 1)
-    direction_sq, low_rank_sq = torch.empty((2, count, lines), dtype=torch.float64, device=low_rank.device)
+    # A line is a column on the left, where it is turned, and a row on the right.
+    turned = [t.mT if side == "left" else t for t in (low_rank, exp_avg, exp_avg_sq, direction)]
+    count, lines, rank = (1, *turned[0].shape)[-3:]
+    squares = (2, *low_rank.shape[:-2], lines)
+    direction_sq, low_rank_sq = torch.empty(squares, dtype=torch.float64, device=low_rank.device)
     most = LEFT_TILE if side == "left" else RIGHT_TILE
     shape = (tile(lines, most[0]), tile(rank, most[1]))
     launch(
         _adam_direction,
         (triton.cdiv(lines, shape[0]), count),
         low_rank,
-        *views,
+        *(batched(tensor, count, lines, rank) for tensor in turned),
         direction_sq,
         low_rank_sq,
         flags(grad_finite, count),
         lines,
         rank,
-        line_stride,
-        rank_stride,
-        *(view.stride(0) for view in views),
-        float(betas[0]),
-        1.0 - betas[0],
-        float(betas[1]),
-        1.0 - betas[1],
+        _shares(betas),
         float(eps),
         LINES=shape[0],
         ENTRIES=shape[1],
         num_warps=4,
     )
-    if low_rank.dim() > 2:
-        return direction, direction_sq, low_rank_sq
-    return direction, direction_sq[0], low_rank_sq[0]
+    return direction, direction_sq, low_rank_sq
 
 
 def _row_major(tensor: Tensor) -> bool:
     """Whether the last two dimensions are contiguous; the batch may have any stride."""
     rows, columns = tensor.shape[-2:]
     return (columns == 1 or tensor.stride(-1) == 1) and (rows == 1 or tensor.stride(-2) == columns)
+
+
+def _shares(betas: tuple[float, float]) -> tuple[float, float, float, float]:
+    """Of both moments the share that is kept and the share that is new."""
+    return float(betas[0]), 1.0 - betas[0], float(betas[1]), 1.0 - betas[1]
+
+
+@triton.jit
+def _adam(avg_at, sq_at, value, kept, shares, eps):
+    """Update both moments with a gradient where it is kept; M / (sqrt(V) + eps), zero where it is zero by zero."""
+    beta1, fresh1, beta2, fresh2 = shares
+    average = tl.load(avg_at, mask=kept, other=0.0).to(tl.float32) * beta1 + value * fresh1
+    square = tl.load(sq_at, mask=kept, other=0.0).to(tl.float32) * beta2 + value * value * fresh2
+    tl.store(avg_at, rounded(average, avg_at.dtype.element_ty), mask=kept)
+    tl.store(sq_at, rounded(square, sq_at.dtype.element_ty), mask=kept)
+    # An eps of zero would divide zero by zero, outside and where no gradient has been.
+    divisor = tl.sqrt_rn(square) + eps
+    return tl.where(kept & (divisor > 0.0), tl.div_rn(average, divisor), 0.0)
 
 
 @triton.jit
@@ -108,16 +118,7 @@ def _adam_direction(
     grad_finite,
     lines,
     rank,
-    line_stride,
-    rank_stride,
-    low_k,
-    avg_k,
-    sq_k,
-    direction_k,
-    beta1,
-    fresh1,
-    beta2,
-    fresh2,
+    shares,
     eps,
     LINES: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -129,32 +130,24 @@ def _adam_direction(
     line_inside = line + line_offsets < lines
     # None of the lines where the gradient is not finite: its NaN must not be read, as a product with zero keeps it.
     line_kept = line + line_offsets < lines * tl.load(grad_finite + matrix).to(tl.int32)
-    at = line_offsets[:, None] * line_stride + entry_offsets[None, :] * rank_stride
-    corner = line.to(tl.int64) * line_stride
-    low = low_rank + matrix * low_k + corner
-    avg = exp_avg + matrix * avg_k + corner
-    sq = exp_avg_sq + matrix * sq_k + corner
-    out = direction + matrix * direction_k + corner
+    # All four are stored alike.
+    at = line_offsets[:, None] * low_rank.rows + entry_offsets[None, :] * low_rank.columns
+    corner = line.to(tl.int64) * low_rank.rows
+    low = low_rank.data + matrix * low_rank.batch
+    avg = exp_avg.data + matrix * exp_avg.batch
+    sq = exp_avg_sq.data + matrix * exp_avg_sq.batch
+    out = direction.data + matrix * direction.batch
     direction_squares = tl.zeros((LINES,), dtype=tl.float64)
     low_squares = tl.zeros((LINES,), dtype=tl.float64)
     for start in range(0, rank, ENTRIES):
         entry_inside = (entry_offsets < rank - start)[None, :]
         kept = line_kept[:, None] & entry_inside
-        value = tl.load(low + at, mask=kept, other=0.0).to(tl.float32)
-        average = tl.load(avg + at, mask=kept, other=0.0).to(tl.float32) * beta1 + value * fresh1
-        square = tl.load(sq + at, mask=kept, other=0.0).to(tl.float32) * beta2 + value * value * fresh2
-        tl.store(avg + at, rounded(average, exp_avg.dtype.element_ty), mask=kept)
-        tl.store(sq + at, rounded(square, exp_avg_sq.dtype.element_ty), mask=kept)
-        # An eps of zero would divide zero by zero, outside and where no gradient has been.
-        divisor = tl.sqrt_rn(square) + eps
-        quotient = tl.where(kept & (divisor > 0.0), tl.div_rn(average, divisor), 0.0)
-        tl.store(out + at, quotient, mask=line_inside[:, None] & entry_inside)
+        value = tl.load(low + corner + at, mask=kept, other=0.0).to(tl.float32)
+        quotient = _adam(avg + corner + at, sq + corner + at, value, kept, shares, eps)
+        tl.store(out + corner + at, quotient, mask=line_inside[:, None] & entry_inside)
         direction_squares += tl.sum(quotient * quotient, axis=1).to(tl.float64)
         low_squares += tl.sum(value * value, axis=1).to(tl.float64)
-        low += ENTRIES * rank_stride
-        avg += ENTRIES * rank_stride
-        sq += ENTRIES * rank_stride
-        out += ENTRIES * rank_stride
+        corner += ENTRIES * low_rank.columns
     sums_at = matrix * lines + line + line_offsets
     tl.store(direction_sq + sums_at, direction_squares, mask=line_inside)
     tl.store(low_rank_sq + sums_at, low_squares, mask=line_inside)
@@ -211,10 +204,7 @@ def adamw_(
         numel,
         lr * alpha * math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step),
         1.0 - lr * weight_decay,
-        float(betas[0]),
-        1.0 - betas[0],
-        float(betas[1]),
-        1.0 - betas[1],
+        _shares(betas),
         float(eps),
         BLOCK=BLOCK,
         num_warps=4,
@@ -230,24 +220,16 @@ def _adamw(
     numel,
     step_size,
     decay_factor,
-    beta1,
-    fresh1,
-    beta2,
-    fresh2,
+    shares,
     eps,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
     gradient = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    gradient_sq = gradient * gradient
     # False for NaN, for infinity, and for a square that overflows.
-    kept = inside & (gradient_sq < float("inf"))
-    average = tl.load(exp_avg + at, mask=kept, other=0.0).to(tl.float32) * beta1 + gradient * fresh1
-    square = tl.load(exp_avg_sq + at, mask=kept, other=0.0).to(tl.float32) * beta2 + gradient_sq * fresh2
+    kept = inside & (gradient * gradient < float("inf"))
+    quotient = _adam(exp_avg + at, exp_avg_sq + at, gradient, kept, shares, eps)
     value = tl.load(param + at, mask=kept, other=0.0).to(tl.float32)
-    divisor = tl.sqrt_rn(square) + eps
-    value = (value - step_size * tl.where(divisor > 0.0, tl.div_rn(average, divisor), 0.0)) * decay_factor
-    tl.store(exp_avg + at, rounded(average, exp_avg.dtype.element_ty), mask=kept)
-    tl.store(exp_avg_sq + at, rounded(square, exp_avg_sq.dtype.element_ty), mask=kept)
+    value = (value - step_size * quotient) * decay_factor
     tl.store(param + at, rounded(value, param.dtype.element_ty), mask=kept)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fira.core.kernels.tiles import batched, dot, launch, tiles
+from ds_fira.core.kernels.tiles import batched, dot, launch, tile_at, tiles
 from ds_fira.core.subspace import Side
 
 
@@ -27,16 +27,15 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str) -> tuple[Te
         R, float32, (..., r, n) on the left and (..., m, r) on the right; |G_j|^2, float64, (..., n) per column on the
         left and (..., m) per row on the right.
     """
-    count = grad.shape[0] if grad.dim() > 2 else 1
     rank = basis.shape[-1]
     # On the left R' = G'P: then one kernel serves both sides, with "lines" for the columns (left) or rows (right) of G.
     turned = grad.mT if side == "left" else grad
-    lines, depth = turned.shape[-2:]
+    count, lines, depth = (1, *turned.shape)[-3:]
     grads, bases = batched(turned, count, lines, depth), batched(basis, count, depth, rank)
-    shape = (count, rank, lines) if side == "left" else (count, lines, rank)
-    low_rank = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    by_line = low_rank.transpose(1, 2) if side == "left" else low_rank
-    grad_sq = torch.empty((count, lines), dtype=torch.float64, device=grad.device)
+    batch, shape = grad.shape[:-2], (rank, lines) if side == "left" else (lines, rank)
+    low_rank = torch.empty((*batch, *shape), dtype=torch.float32, device=grad.device)
+    by_line = batched(low_rank.mT if side == "left" else low_rank, count, lines, rank)
+    grad_sq = torch.empty((*batch, lines), dtype=torch.float64, device=grad.device)
     shaped = tiles(precision).within(lines, rank, depth, grads, bases, by_line)
     programs = triton.cdiv(lines, shaped.rows) * (triton.cdiv(rank, shaped.columns) + 1)
     launch(
@@ -50,17 +49,10 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str) -> tuple[Te
         lines,
         depth,
         rank,
-        *grads.stride(),
-        *bases.stride(),
-        *by_line.stride(),
         PRECISION=precision,
-        LINES=shaped.rows,
-        COLUMNS=shaped.columns,
-        DEPTH=shaped.depth,
-        num_warps=shaped.warps,
-        num_stages=shaped.stages,
+        **shaped.options,
     )
-    return (low_rank, grad_sq) if grad.dim() > 2 else (low_rank[0], grad_sq[0])
+    return low_rank, grad_sq
 
 
 @triton.jit
@@ -72,17 +64,8 @@ def _project(
     lines,
     depth,
     rank,
-    grad_k,
-    grad_l,
-    grad_d,
-    basis_k,
-    basis_d,
-    basis_r,
-    low_k,
-    low_l,
-    low_r,
     PRECISION: tl.constexpr,
-    LINES: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
@@ -91,36 +74,35 @@ def _project(
     # The last of them sums the squares: that is no burden on the products, and as much work as one of them.
     blocks = tl.cdiv(rank, COLUMNS)
     block = tl.program_id(0) % (blocks + 1)
-    line = tl.program_id(0) // (blocks + 1) * LINES
-    line_offsets = tl.arange(0, LINES)
+    line = tl.program_id(0) // (blocks + 1) * ROWS
+    line_offsets = tl.arange(0, ROWS)
     depth_offsets = tl.arange(0, DEPTH)
     line_inside = line + line_offsets < lines
-    grad_at = grad + matrix * grad_k + line.to(tl.int64) * grad_l
-    grad_at = grad_at + (line_offsets[:, None] * grad_l + depth_offsets[None, :] * grad_d)
+    grad_at = grad.data + matrix * grad.batch + line.to(tl.int64) * grad.rows
+    grad_at = grad_at + (line_offsets[:, None] * grad.rows + depth_offsets[None, :] * grad.columns)
 
     if block == blocks:
-        squares = tl.zeros((LINES,), dtype=tl.float64)
+        squares = tl.zeros((ROWS,), dtype=tl.float64)
         for start in range(0, depth, DEPTH):
             inside = line_inside[:, None] & (depth_offsets < depth - start)[None, :]
             values = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
             squares += tl.sum(values * values, axis=1).to(tl.float64)
-            grad_at += DEPTH * grad_d
+            grad_at += DEPTH * grad.columns
         tl.store(grad_sq + matrix * lines + line + line_offsets, squares, mask=line_inside)
         return
 
     column = block * COLUMNS
     column_offsets = tl.arange(0, COLUMNS)
     column_inside = column + column_offsets < rank
-    basis_at = basis + matrix * basis_k + column.to(tl.int64) * basis_r
-    basis_at = basis_at + (depth_offsets[:, None] * basis_d + column_offsets[None, :] * basis_r)
-    total = tl.zeros((LINES, COLUMNS), dtype=tl.float32)
+    basis_at = basis.data + matrix * basis.batch + column.to(tl.int64) * basis.columns
+    basis_at = basis_at + (depth_offsets[:, None] * basis.rows + column_offsets[None, :] * basis.columns)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, depth, DEPTH):
         inside = depth_offsets < depth - start
         grad_tile = tl.load(grad_at, mask=line_inside[:, None] & inside[None, :], other=0.0)
         basis_tile = tl.load(basis_at, mask=inside[:, None] & column_inside[None, :], other=0.0)
         total = dot(grad_tile, basis_tile, total, PRECISION)
-        grad_at += DEPTH * grad_d
-        basis_at += DEPTH * basis_d
-    low_at = low_rank + matrix * low_k + line.to(tl.int64) * low_l + column.to(tl.int64) * low_r
-    low_at = low_at + (line_offsets[:, None] * low_l + column_offsets[None, :] * low_r)
-    tl.store(low_at, total, mask=line_inside[:, None] & column_inside[None, :])
+        grad_at += DEPTH * grad.columns
+        basis_at += DEPTH * basis.rows
+    low_at, inside = tile_at(low_rank, matrix, line, column, lines, rank, ROWS, COLUMNS)
+    tl.store(low_at, total, mask=inside)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fira.core.kernels.tiles import GROUP, batched, flags, launch, load_scale, load_tile, product, tile_corner, tiles
+from ds_fira.core.kernels.tiles import batched, flags, launch, load_scale, load_tile, product, tile_corner, tiles
 from ds_fira.core.subspace import Side
 
 # Programs of one matrix: enough to fill the device, and soon over where the sum is not needed.
@@ -44,9 +44,8 @@ def residual_square(
     Returns:
         float64, (k,) for a batch and () for one matrix.
     """
-    m, n = grad.shape[-2:]
+    count, m, n = (1, *grad.shape)[-3:]
     rank = basis.shape[-1]
-    count = grad.shape[0] if grad.dim() > 2 else 1
     left, right = (basis, low_rank) if side == "left" else (low_rank, basis.mT)
     grads, phis = batched(grad, count, m, n), batched(phi, count, n if side == "left" else m)
     lefts, rights = batched(left, count, m, rank), batched(right, count, rank, n)
@@ -67,18 +66,9 @@ def residual_square(
         n,
         rank,
         float(alpha),
-        *grads.stride(),
-        *lefts.stride(),
-        *rights.stride(),
-        *phis.stride(),
         BY_ROW=side == "right",
         PRECISION=precision,
-        ROWS=shaped.rows,
-        COLUMNS=shaped.columns,
-        DEPTH=shaped.depth,
-        GROUP=GROUP,
-        num_warps=shaped.warps,
-        num_stages=shaped.stages,
+        **shaped.options,
     )
     square = partial.sum(1)
     return square if grad.dim() > 2 else square[0]
@@ -96,23 +86,11 @@ def _residual_square(
     n,
     rank,
     alpha,
-    grad_k,
-    grad_m,
-    grad_n,
-    left_k,
-    left_m,
-    left_r,
-    right_k,
-    right_r,
-    right_n,
-    phi_k,
-    phi_j,
     BY_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     matrix = tl.program_id(1).to(tl.int64)
     programs = tl.num_programs(0)
@@ -123,25 +101,9 @@ def _residual_square(
         return
     tiles_in_all = tl.cdiv(m, ROWS) * tl.cdiv(n, COLUMNS)
     for index in range(tl.program_id(0), tiles_in_all, programs):
-        row, column = tile_corner(index, m, n, ROWS, COLUMNS, GROUP)
-        inside = product(
-            left + matrix * left_k,
-            right + matrix * right_k,
-            row,
-            column,
-            m,
-            n,
-            rank,
-            left_m,
-            left_r,
-            right_r,
-            right_n,
-            PRECISION,
-            ROWS,
-            COLUMNS,
-            DEPTH,
-        )
-        residual = load_tile(grad + matrix * grad_k, row, column, m, n, grad_m, grad_n, ROWS, COLUMNS) - alpha * inside
-        residual *= load_scale(phi + matrix * phi_k, row, column, m, n, phi_j, BY_ROW, ROWS, COLUMNS)
+        row, column = tile_corner(index, m, n, ROWS, COLUMNS)
+        inside = product(left, right, matrix, row, column, m, n, rank, PRECISION, ROWS, COLUMNS, DEPTH)
+        residual = load_tile(grad, matrix, row, column, m, n, ROWS, COLUMNS) - alpha * inside
+        residual *= load_scale(phi, matrix, row, column, m, n, BY_ROW, ROWS, COLUMNS)
         squares += tl.sum(residual * residual, axis=1).to(tl.float64)
     tl.store(partial_at, tl.sum(squares, axis=0))

@@ -19,10 +19,24 @@ from torch import Tensor
 MIN_TILE = 16
 # The widest tile of matrices with odd strides.
 ODD_COLUMNS = 64
-# Rows of tiles that are worked through together, for the L2 cache.
-GROUP = 8
 # The interpreter handles bfloat16 in its own way.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+class View(NamedTuple):
+    """A batch of matrices, or of one number for each row or column of them, as a kernel takes it.
+
+    Attributes:
+        data: where it begins.
+        batch: elements from one matrix to the next.
+        rows: elements from one row, or number, to the next.
+        columns: elements from one column to the next.
+    """
+
+    data: Tensor
+    batch: int
+    rows: int
+    columns: int = 0
 
 
 class Tiles(NamedTuple):
@@ -34,18 +48,24 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
-    def within(self, rows: int, columns: int, depth: int, *tensors: Tensor) -> Tiles:
-        """These tiles for a product (rows, depth) x (depth, columns) of `tensors`, no larger than it needs.
+    def within(self, rows: int, columns: int, depth: int, *views: View) -> Tiles:
+        """These tiles for a product (rows, depth) x (depth, columns) of `views`, no larger than it needs.
 
         Rows that are not whole 16-byte units are read element by element, whose addresses take up the registers that
         a wide tile would have to have.
         """
-        odd = any(stride != 1 and stride % 16 for tensor in tensors for stride in tensor.stride()[-2:])
+        odd = any(stride != 1 and stride % 16 for view in views for stride in (view.rows, view.columns))
         return self._replace(
             rows=tile(rows, self.rows),
             columns=tile(columns, min(self.columns, ODD_COLUMNS) if odd else self.columns),
             depth=tile(depth, self.depth),
         )
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What `launch` has to say of them."""
+        sizes = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
+        return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
 
 
 # Products in float32 run on the plain units, whose operands pass through registers: a deeper slice spills them.
@@ -73,12 +93,12 @@ def tile(size: int, most: int) -> int:
     return min(most, max(MIN_TILE, triton.next_power_of_2(size)))
 
 
-def batched(tensor: Tensor, *shape: int) -> Tensor:
+def batched(tensor: Tensor, *shape: int) -> View:
     """`tensor` as a view of `shape`, which begins with the batch; torch raises where it does not fit.
 
     What has one entry for all, along the batch or along another dimension, gets a stride of zero there.
     """
-    return tensor.expand(shape)
+    return View(tensor, *tensor.expand(shape).stride())
 
 
 def flags(tensor: Tensor, count: int) -> Tensor:
@@ -132,27 +152,26 @@ def dot(left, right, total, PRECISION: tl.constexpr):
 def product(
     left,
     right,
+    matrix,
     row,
     column,
     m,
     n,
     rank,
-    left_m,
-    left_r,
-    right_r,
-    right_n,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The tile of left @ right that begins at (row, column), for left (m, rank) and right (rank, n)."""
+    """The tile of left @ right that begins at (row, column), for views of left (m, rank) and right (rank, n)."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     depths = tl.arange(0, DEPTH)
     # Only the tile's corner can lie 2^31 elements in.
-    left_at = left + row.to(tl.int64) * left_m + (rows[:, None] * left_m + depths[None, :] * left_r)
-    right_at = right + column.to(tl.int64) * right_n + (depths[:, None] * right_r + columns[None, :] * right_n)
+    left_at = left.data + matrix * left.batch + row.to(tl.int64) * left.rows
+    left_at = left_at + (rows[:, None] * left.rows + depths[None, :] * left.columns)
+    right_at = right.data + matrix * right.batch + column.to(tl.int64) * right.columns
+    right_at = right_at + (depths[:, None] * right.rows + columns[None, :] * right.columns)
     row_inside = (row + rows < m)[:, None]
     column_inside = (column + columns < n)[None, :]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -161,13 +180,13 @@ def product(
         left_tile = tl.load(left_at, mask=row_inside & inside[None, :], other=0.0)
         right_tile = tl.load(right_at, mask=inside[:, None] & column_inside, other=0.0)
         total = dot(left_tile, right_tile, total, PRECISION)
-        left_at += DEPTH * left_r
-        right_at += DEPTH * right_r
+        left_at += DEPTH * left.columns
+        right_at += DEPTH * right.rows
     return total
 
 
 @triton.jit
-def tile_corner(index, m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+def tile_corner(index, m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr = 8):
     """The corner of tile `index` of an (m, n) matrix, in an order that works through GROUP rows of tiles at a time.
 
     Neighbors in this order share slices of both factors, which then stay in the L2 cache.
@@ -181,29 +200,30 @@ def tile_corner(index, m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: t
 
 
 @triton.jit
-def tile_at(matrix, row, column, m, n, stride_m, stride_n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def tile_at(view, matrix, row, column, m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers into the tile of an (m, n) matrix that begins at (row, column), and which of them are inside."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    corner = matrix + row.to(tl.int64) * stride_m + column.to(tl.int64) * stride_n
+    corner = view.data + matrix * view.batch + row.to(tl.int64) * view.rows + column.to(tl.int64) * view.columns
     inside = (row + rows < m)[:, None] & (column + columns < n)[None, :]
-    return corner + (rows[:, None] * stride_m + columns[None, :] * stride_n), inside
+    return corner + (rows[:, None] * view.rows + columns[None, :] * view.columns), inside
 
 
 @triton.jit
-def load_tile(matrix, row, column, m, n, stride_m, stride_n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_tile(view, matrix, row, column, m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """That tile in float32, zero outside the matrix."""
-    at, inside = tile_at(matrix, row, column, m, n, stride_m, stride_n, ROWS, COLUMNS)
+    at, inside = tile_at(view, matrix, row, column, m, n, ROWS, COLUMNS)
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_scale(phi, row, column, m, n, stride, BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_scale(phi, matrix, row, column, m, n, BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Factors of that tile in float32, (ROWS, 1) or (1, COLUMNS); one for all is a stride of zero."""
+    factors_at = phi.data + matrix * phi.batch
     if BY_ROW:
         rows = row + tl.arange(0, ROWS)
-        factors = tl.load(phi + rows * stride, mask=rows < m, other=0.0)[:, None]
+        factors = tl.load(factors_at + rows * phi.rows, mask=rows < m, other=0.0)[:, None]
     else:
         columns = column + tl.arange(0, COLUMNS)
-        factors = tl.load(phi + columns * stride, mask=columns < n, other=0.0)[None, :]
+        factors = tl.load(factors_at + columns * phi.rows, mask=columns < n, other=0.0)[None, :]
     return factors.to(tl.float32)

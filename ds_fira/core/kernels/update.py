@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fira.core.kernels.tiles import (
-    GROUP,
     batched,
     flags,
     launch,
@@ -49,9 +48,8 @@ def apply_update_(
         grad_finite: bool, (k,) or (); where it is False nothing is written.
         precision: of the product: "float32", "tf32" or "bfloat16"; accumulated in float32 in each.
     """
-    m, n = weight.shape[-2:]
+    count, m, n = (1, *weight.shape)[-3:]
     rank = left.shape[-1]
-    count = weight.shape[0] if weight.dim() > 2 else 1
     weights, grads = batched(weight, count, m, n), batched(grad, count, m, n)
     lefts, rights = batched(left, count, m, rank), batched(right, count, rank, n)
     # A kernel takes a pointer for what it does not read, too.
@@ -71,20 +69,10 @@ def apply_update_(
         n,
         rank,
         float(decay_factor),
-        *weights.stride(),
-        *grads.stride(),
-        *lefts.stride(),
-        *rights.stride(),
-        *phis.stride(),
         BY_ROW=by_row,
         FULL_RANK=phi is not None,
         PRECISION=precision,
-        ROWS=shaped.rows,
-        COLUMNS=shaped.columns,
-        DEPTH=shaped.depth,
-        GROUP=GROUP,
-        num_warps=shaped.warps,
-        num_stages=shaped.stages,
+        **shaped.options,
     )
 
 
@@ -100,54 +88,21 @@ def _apply_update(
     n,
     rank,
     decay_factor,
-    weight_k,
-    weight_m,
-    weight_n,
-    grad_k,
-    grad_m,
-    grad_n,
-    left_k,
-    left_m,
-    left_r,
-    right_k,
-    right_r,
-    right_n,
-    phi_k,
-    phi_j,
     BY_ROW: tl.constexpr,
     FULL_RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     matrix = tl.program_id(1).to(tl.int64)
     if tl.load(grad_finite + matrix) == 0:
         return
-    row, column = tile_corner(tl.program_id(0), m, n, ROWS, COLUMNS, GROUP)
-    update = product(
-        left + matrix * left_k,
-        right + matrix * right_k,
-        row,
-        column,
-        m,
-        n,
-        rank,
-        left_m,
-        left_r,
-        right_r,
-        right_n,
-        PRECISION,
-        ROWS,
-        COLUMNS,
-        DEPTH,
-    )
+    row, column = tile_corner(tl.program_id(0), m, n, ROWS, COLUMNS)
+    update = product(left, right, matrix, row, column, m, n, rank, PRECISION, ROWS, COLUMNS, DEPTH)
     if FULL_RANK:
-        grad_tile = load_tile(grad + matrix * grad_k, row, column, m, n, grad_m, grad_n, ROWS, COLUMNS)
-        scale = load_scale(phi + matrix * phi_k, row, column, m, n, phi_j, BY_ROW, ROWS, COLUMNS)
-        update += scale * grad_tile
-    value = load_tile(weight + matrix * weight_k, row, column, m, n, weight_m, weight_n, ROWS, COLUMNS)
-    value = value * decay_factor - update
-    weight_at, inside = tile_at(weight + matrix * weight_k, row, column, m, n, weight_m, weight_n, ROWS, COLUMNS)
-    tl.store(weight_at, rounded(value, weight.dtype.element_ty), mask=inside)
+        scale = load_scale(phi, matrix, row, column, m, n, BY_ROW, ROWS, COLUMNS)
+        update += scale * load_tile(grad, matrix, row, column, m, n, ROWS, COLUMNS)
+    value = load_tile(weight, matrix, row, column, m, n, ROWS, COLUMNS) * decay_factor - update
+    weight_at, inside = tile_at(weight, matrix, row, column, m, n, ROWS, COLUMNS)
+    tl.store(weight_at, rounded(value, weight_at.dtype.element_ty), mask=inside)

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ds_fira.core.basis import aligned_basis, basis_change, change_moments, reset_limiter
+from ds_fira.core.basis import basis_change, basis_of, take_basis
 from ds_fira.core.settings import GroupSettings
-from ds_fira.core.subspace import compute_basis
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.lowrank.shard_step import ShardStep, empty_like_state
@@ -62,8 +61,10 @@ class LowRankRefresh:
         adopted: dict[int, tuple[Tensor, Tensor | None]] = {}
         for position, (grad,) in zip(self._owned(turn), grads, strict=True):
             part, matrix, old = parts[position], self.matrices[position], previous.get(position)
-            basis = refresher.attempt(lambda p=part, g=grad, o=old: _new_basis(p, g, o), settings.subspace)
-            change = None if basis is None or old is None else basis_change(basis, old, part.settings)
+            basis = refresher.attempt(
+                lambda s=part.state, g=grad, o=old: basis_of(g, s, settings, o), settings.subspace
+            )
+            change = None if basis is None or old is None else basis_change(basis, old, settings)
             if basis is not None:
                 adopted[position] = (_rows(basis, matrix.basis_rows(rank)), change)
                 refresher.listener.count_refresh()
@@ -77,7 +78,7 @@ class LowRankRefresh:
             if answer[0]:
                 adopted[position] = _unpacked(parts[position], held[position], answer[1:], settings)
         for position, (basis, change) in adopted.items():
-            _adopt(parts[position], basis, change)
+            take_basis(parts[position].state, settings, basis, change)
 
     def _owned(self, turn: Sequence[int]) -> list[int]:
         return [position for position in turn if self.matrices[position].owner == self.communicator.dp_rank]
@@ -104,23 +105,6 @@ class LowRankRefresh:
                 rows = _rows(whole[position], matrix.basis_rows(sharer))
                 rows.copy_(held[position] if sharer == rank else arrived[position, sharer].view_as(rows))
         return whole
-
-
-def _new_basis(part: ShardStep, grad: Tensor, previous: Tensor | None) -> Tensor:
-    """The basis of a whole gradient, on the owner.
-
-    Args:
-        part: the owner's.
-        grad: G, (m, n), finite and not zero.
-        previous: the basis before, whole; None where there is none or nothing needs it.
-
-    Raises:
-        torch.linalg.LinAlgError: the decomposition failed.
-    """
-    state, settings = part.state, part.settings
-    strict = settings.matmul_precision == "float32"
-    basis = compute_basis(grad.to(state.dtype), settings.rank, state.side, settings.subspace, previous, strict)
-    return basis if previous is None else aligned_basis(basis, previous, settings)
 
 
 def _rows(basis: Tensor, rows: range) -> Tensor:
@@ -151,20 +135,4 @@ def _unpacked(
     if matrix.sends_change(settings):
         return own, answer[held.numel() :].view(matrix.rank, matrix.rank)
     # Otherwise a sharer has both bases whole on the right; on the left one that is not the owner keeps no moments.
-    return own, basis_change(own, held.to(own.dtype), part.settings) if matrix.side == "right" else None
-
-
-def _adopt(part: ShardStep, basis: Tensor, change: Tensor | None) -> None:
-    """Take the new basis, and bring moments and limiter over; the refresh is done.
-
-    Args:
-        part: its state is changed.
-        basis: the part of the new P that this rank holds.
-        change: C of `ds_fira.core.basis.basis_change`; None where moments are not rotated.
-    """
-    if part.state.has_basis:
-        if len(part.plan.kept):
-            change_moments(part.state, part.settings, change)
-        reset_limiter(part.state, part.settings)
-    part.state.basis.copy_(basis)
-    part.state.refresh_step.copy_(part.state.step)
+    return own, basis_change(own, held.to(own.dtype), settings) if matrix.side == "right" else None
