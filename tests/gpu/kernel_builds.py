@@ -36,7 +36,7 @@ DTYPES = (
 )
 
 
-def specialized(value: Any, path: tuple[int, ...], constant: bool, constants: dict, attributes: dict) -> Any:
+def specialized(value: object, path: tuple[int, ...], constant: bool, constants: dict, attributes: dict) -> object:
     """The type of an argument, or of each part of one that is a tuple; what a launch knows of its value is added."""
     if isinstance(value, tuple):
         parts = [specialized(part, (*path, i), constant, constants, attributes) for i, part in enumerate(value)]
