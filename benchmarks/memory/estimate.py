@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ds_fira
 from benchmarks.common import default_device, save
 from ds_fira.core.selection import projected_weights
-from ds_fira.tools.engine_memory import engine_bytes
+from ds_fira.engine.deepspeed.engine_memory import engine_bytes
 from ds_fira.tools.estimate import RankMemory, Setup, estimate
 
 STEPS, PATIENCE = 2, 20.0  # the second in seconds
@@ -176,7 +176,7 @@ def measure(
         most: for each case by rank, the bytes that "all" is to stay within; see `added_bytes`.
 
     Returns:
-        For each, the bytes of `ds_fira.tools.engine_memory.CATEGORIES` in the last backward pass, and of "all" tensors
+        For each, the bytes of `engine_memory.CATEGORIES` in the last backward pass, and of "all" tensors
         that the process has after that pass beyond those it had before.
     """
     results = []

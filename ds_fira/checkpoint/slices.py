@@ -74,7 +74,7 @@ def state_slices(matrices: LocalMatrices, settings: GroupSettings, prefix: str =
     """
     owned = [matrix for exchange in matrices.exchanges for matrix in exchange.owned]
     found = []
-    for matrix, (mark, row) in zip((*matrices.whole, *owned), positions(matrices.shapes), strict=True):
+    for matrix, (mark, row) in zip((*matrices.unsplit, *owned), positions(matrices.shapes), strict=True):
         shape, rank, side = matrix.shape, settings.rank, settings.side_of(matrix.shape)
         basis = range(basis_shape(shape, rank, side)[0])
         kept = range(low_rank_shape(shape, rank, side)[1 if side == "left" else 0])

@@ -19,8 +19,8 @@ def new_basis(task: MatrixTask) -> Tensor | None:
     Raises:
         torch.linalg.LinAlgError: the decomposition failed.
     """
-    square = task.grad_square()
-    if square == 0.0 or not is_finite(square, task.state.dtype):
+    grad_square = task.grad_square()
+    if grad_square == 0.0 or not is_finite(grad_square, task.state.dtype):
         return None
     state = task.state
     return basis_of(task.grad, state, task.settings, state.basis.to(state.dtype) if state.has_basis else None)

@@ -205,10 +205,10 @@ def _round_(values: Tensor, chunk: Tensor, noise: Tensor | None) -> None:
 
 def _encode_(values: Tensor, scale: Tensor, chunk: Tensor, noise: Tensor | None) -> None:
     """Encode whole blocks, the last of which may be short."""
-    whole = chunk.numel() // BLOCK
+    blocks = chunk.numel() // BLOCK
     scaled = torch.empty_like(chunk)
-    parts = [(slice(0, whole * BLOCK), BLOCK, slice(0, whole))]
-    parts.append((slice(whole * BLOCK, None), chunk.numel() - whole * BLOCK, slice(whole, None)))
+    parts = [(slice(0, blocks * BLOCK), BLOCK, slice(0, blocks))]
+    parts.append((slice(blocks * BLOCK, None), chunk.numel() - blocks * BLOCK, slice(blocks, None)))
     for elements, width, rows in parts:
         if chunk[elements].numel():
             block = chunk[elements].view(-1, width)

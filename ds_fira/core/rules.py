@@ -80,8 +80,8 @@ class RMSProp(Rule):
 
     def direction(self, grad: Tensor, states: dict[str, Tensor], step: Tensor) -> Tensor:
         """N; see the class."""
-        square = states["square_avg"].mul_(self.rho).addcmul_(grad, grad, value=1.0 - self.rho)
-        divisor = square.sqrt().add_(self.eps)
+        average_sq = states["square_avg"].mul_(self.rho).addcmul_(grad, grad, value=1.0 - self.rho)
+        divisor = average_sq.sqrt().add_(self.eps)
         if self.eps < torch.finfo(divisor.dtype).tiny:
             divisor.masked_fill_(divisor == 0.0, torch.inf)  # no gradient yet: N = 0, not 0 / 0
         return grad / divisor

@@ -19,9 +19,9 @@ def scalar(value: Tensor, host: bool) -> Scalar:
     return float(value) if host else value.double()
 
 
-def is_finite(square: Scalar, dtype: torch.dtype) -> Tensor | bool:
+def is_finite(sum_of_squares: Scalar, dtype: torch.dtype) -> Tensor | bool:
     """Whether a sum of squares is finite in `dtype`, and with it every element that went into it."""
-    return square < torch.finfo(dtype).max
+    return sum_of_squares < torch.finfo(dtype).max
 
 
 def where(condition: Tensor | bool, first: Scalar, second: Scalar) -> Scalar:

@@ -26,6 +26,7 @@ from ds_fira.optim.settings import check_params, group_settings, refuse_foreign,
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.optim.stateful import settings_of
 from ds_fira.optim.stepping import Stepping
+from ds_fira.sharding.comm import is_first_process
 from ds_fira.sharding.geometry import matrices_of
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, warn_of_costly_ranks
 from ds_fira.sharding.refresher import Refresher
@@ -74,7 +75,8 @@ class LowRankOptimizer(Stepping):
         rank, target_modules = settings["rank"], settings["target_modules"]
         groups = ranked_groups(groups, rank, target_modules, self.algorithm.name, model) if params else []
         super().__init__(groups, {**group_defaults(settings), **self.algorithm.group_values})
-        warn_of_costly_ranks(self.param_groups)
+        if is_first_process():
+            warn_of_costly_ranks(self.param_groups)
 
     def _reset_runtime(self) -> None:
         """What does not travel with a state dict, a pickle or a copy."""

@@ -76,7 +76,7 @@ class Resumable(Attachable, Optimizer):
         found = self._bound.get(param) or self._alone.get(param)
         if found is None:
             shards = tuple(matrices_of("", tuple(param.shape)))
-            first = sum(len(matrices.whole) for matrices in self._alone.values())
+            first = sum(len(matrices.unsplit) for matrices in self._alone.values())
             indices = tuple(range(first, first + len(shards)))
             found = self._alone[param] = LocalMatrices(shards, indices, batched=param.ndim == 3, flat=False)
         return found

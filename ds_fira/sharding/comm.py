@@ -147,3 +147,8 @@ class Communicator:
                 f"{optimizer}: ranks {differing} planned another layout than rank 0; build the same model with the "
                 "same DeepSpeed config on every rank."
             )
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks where one of several is enough."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -26,7 +26,7 @@ class LocalMatrices:
     """The matrices of a parameter or flat partition that this process steps.
 
     Attributes:
-        whole: the matrices that lie whole in the tensor.
+        unsplit: the matrices that lie whole in the tensor.
         indices: for every matrix stepped whole here, its number among all projected matrices of the model, by which
             `stagger` goes.
         exchanges: gather the split matrices of its param group that are stepped whole, one after the other; empty where
@@ -39,7 +39,7 @@ class LocalMatrices:
 
     def __init__(
         self,
-        whole: tuple[MatrixShard, ...],
+        unsplit: tuple[MatrixShard, ...],
         indices: tuple[int, ...],
         exchanges: tuple[GatherExchange, ...] = (),
         low_rank: LowRankMatrices | None = None,
@@ -47,13 +47,13 @@ class LocalMatrices:
         batched: bool = True,
         flat: bool = True,
     ) -> None:
-        self.whole, self.indices, self.exchanges, self.low_rank = whole, indices, exchanges, low_rank
+        self.unsplit, self.indices, self.exchanges, self.low_rank = unsplit, indices, exchanges, low_rank
         self.batched, self.flat = batched, flat
         gathered = [matrix for exchange in exchanges for matrix in exchange.owned]
-        self.shapes = [matrix.shape for matrix in (*whole, *gathered)]
+        self.shapes = [matrix.shape for matrix in (*unsplit, *gathered)]
         # In a turn, those gathered by the exchange of that number are stepped; the first turn has the whole ones too.
         counts = [len(exchange.owned) for exchange in exchanges] or [0]
-        ends = [len(whole) + sum(counts[: turn + 1]) for turn in range(len(counts))]
+        ends = [len(unsplit) + sum(counts[: turn + 1]) for turn in range(len(counts))]
         self._bounds = list(zip([0, *ends[:-1]], ends, strict=True))
         self._tensors: tuple[Tensor, ...] = ()
         self._views_of: Callable[..., list[MatrixState]] | None = None
@@ -110,7 +110,7 @@ class LocalMatrices:
 
     def _whole_pairs(self, param: Tensor) -> list[tuple[Tensor, Tensor]]:
         if self.flat:
-            return [(shard.matrix(param), shard.matrix(param.grad)) for shard in self.whole]
+            return [(shard.matrix(param), shard.matrix(param.grad)) for shard in self.unsplit]
         # By dimension rather than through a flat view: a parameter or gradient may have any strides.
         return [(param, param.grad)] if param.ndim == 2 else list(zip(param, param.grad, strict=True))
 
@@ -124,7 +124,7 @@ class LocalMatrices:
             if (first, last) not in self._batches:
                 (self._batches[first, last],) = self._views_of(runs=[(first, last)])
             if self.flat:
-                weight, grad = (_stacked(flat, self.whole[first], last - first) for flat in (param, param.grad))
+                weight, grad = (_stacked(flat, self.unsplit[first], last - first) for flat in (param, param.grad))
             else:
                 weight, grad = param[first:last], param.grad[first:last]
             batch = self._batches[first, last]
@@ -143,9 +143,9 @@ class LocalMatrices:
         runs: list[tuple[int, int]] = []
         for position in range(len(ready)):
             first, last = runs[-1] if runs else (0, 0)
-            joins = 0 < last - first < MAX_BATCH and position < len(self.whole)
+            joins = 0 < last - first < MAX_BATCH and position < len(self.unsplit)
             if joins and ready[position] and ready[position - 1]:
-                before, matrix = self.whole[position - 1 : position + 1]
+                before, matrix = self.unsplit[position - 1 : position + 1]
                 if before.shape == matrix.shape and before.offset + before.numel == matrix.offset:
                     runs[-1] = (first, position + 1)
                     continue

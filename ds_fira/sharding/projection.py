@@ -12,8 +12,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-
 from ds_fira.core.algorithms import algorithm_of
 from ds_fira.core.selection import shape_of
 from ds_fira.core.subspace import basis_shape, effective_rank, low_rank_shape, projection_side
@@ -71,13 +69,9 @@ def state_bytes(shape: Sequence[int], group: Group) -> tuple[int, int]:
 def warn_of_costly_ranks(groups: Iterable[Group]) -> None:
     """Say once which ranks save nothing: matrices that are stepped unprojected, or whose states are larger projected.
 
-    Of several processes the first one speaks.
-
     Args:
         groups: the param groups of one optimizer.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        return
     switched_off: list[tuple[Sequence[int], Group]] = []
     costly: list[tuple[Sequence[int], Group]] = []
     for group in groups:

@@ -90,6 +90,6 @@ def hull(first: range, second: range) -> range:
     return range(min(first.start, second.start), max(first.stop, second.stop))
 
 
-def inside(part: range, whole: range) -> slice:
-    """The slice that takes `part` out of a tensor whose entries stand for `whole`."""
-    return slice(part.start - whole.start, part.stop - whole.start)
+def inside(part: range, span: range) -> slice:
+    """The slice that takes `part` out of a tensor whose entries stand for `span`."""
+    return slice(part.start - span.start, part.stop - span.start)

@@ -15,7 +15,7 @@ from deepspeed.utils import logger
 
 import ds_fira
 from benchmarks.memory.allocation import CPU, Block, Recording, storages
-from ds_fira.tools.engine_memory import held_tensors, is_offloaded
+from ds_fira.engine.deepspeed.engine_memory import held_tensors, is_offloaded
 
 from .grid import Cell, Run, deepspeed_config
 

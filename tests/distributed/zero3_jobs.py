@@ -12,10 +12,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 import ds_fira
+from ds_fira.engine.deepspeed.engine_memory import engine_bytes
 from ds_fira.engine.deepspeed.flat_groups import flat_groups
 from ds_fira.optim.registry import fira_of
 from ds_fira.optim.state_size import state_bytes
-from ds_fira.tools.engine_memory import engine_bytes
 from tests.distributed.zero_jobs import ExpertNet, Net, batches, build, faulty
 
 MODELS = {"net": Net, "experts": lambda shapes: ExpertNet()}

@@ -99,11 +99,11 @@ def _adam(avg_at, sq_at, value, kept, shares, eps):
     """Update both moments with a gradient where it is kept; M / (sqrt(V) + eps), zero where it is zero by zero."""
     beta1, fresh1, beta2, fresh2 = shares
     average = tl.load(avg_at, mask=kept, other=0.0).to(tl.float32) * beta1 + value * fresh1
-    square = tl.load(sq_at, mask=kept, other=0.0).to(tl.float32) * beta2 + value * value * fresh2
+    average_sq = tl.load(sq_at, mask=kept, other=0.0).to(tl.float32) * beta2 + value * value * fresh2
     tl.store(avg_at, rounded(average, avg_at.dtype.element_ty), mask=kept)
-    tl.store(sq_at, rounded(square, sq_at.dtype.element_ty), mask=kept)
+    tl.store(sq_at, rounded(average_sq, sq_at.dtype.element_ty), mask=kept)
     # An eps of zero would divide zero by zero, outside and where no gradient has been.
-    divisor = tl.sqrt_rn(square) + eps
+    divisor = tl.sqrt_rn(average_sq) + eps
     return tl.where(kept & (divisor > 0.0), tl.div_rn(average, divisor), 0.0)
 
 

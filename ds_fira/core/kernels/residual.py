@@ -70,8 +70,8 @@ def residual_square(
         PRECISION=precision,
         **shaped.options,
     )
-    square = partial.sum(1)
-    return square if grad.dim() > 2 else square[0]
+    total = partial.sum(1)
+    return total if grad.dim() > 2 else total[0]
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -106,11 +106,11 @@ def flags(tensor: Tensor, count: int) -> Tensor:
     return tensor.view(torch.uint8).expand(count).contiguous()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tensor: Tensor, *args: Any, **options: Any) -> None:
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], tensor: Tensor, *args: object, **options: object) -> None:
     """Run `kernel` on the device of `tensor`, which need not be the current one; an empty grid is nothing to do."""
     if 0 in grid:
         return
-    device: AbstractContextManager[Any] = (
+    device: AbstractContextManager[object] = (
         torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
     )
     with device:

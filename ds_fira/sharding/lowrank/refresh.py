@@ -97,14 +97,14 @@ class LowRankRefresh:
             elif position in held:
                 sent.append((matrix.owner, [held[position]]))
         arrived = self.communicator.deliver(sent, expected, like, needed=bool(split))
-        whole = {position: held[position] for position in self._owned(turn) if parts[position].state.has_basis}
-        for position in whole.keys() & set(split):
+        assembled = {position: held[position] for position in self._owned(turn) if parts[position].state.has_basis}
+        for position in assembled.keys() & set(split):
             matrix = self.matrices[position]
-            whole[position] = like.new_empty(matrix.shape[matrix.side == "right"], matrix.rank)
+            assembled[position] = like.new_empty(matrix.shape[matrix.side == "right"], matrix.rank)
             for sharer in matrix.sharers:
-                rows = _rows(whole[position], matrix.basis_rows(sharer))
+                rows = _rows(assembled[position], matrix.basis_rows(sharer))
                 rows.copy_(held[position] if sharer == rank else arrived[position, sharer].view_as(rows))
-        return whole
+        return assembled
 
 
 def _rows(basis: Tensor, rows: range) -> Tensor:

@@ -243,9 +243,9 @@ class ShardStep:
         state, settings, entries = self.state, self.settings, self.entries
         divisor = limit(residual_sq, scaled_grad_sq, state, settings, True, self.negligible_ratio)
         total = low_rank_square.new_tensor(grad_square)
-        whole = low_rank_square.unsqueeze(0)
+        low_rank_sq = low_rank_square.unsqueeze(0)
         stats = StepStats(
-            total, whole, whole, step_factor(state.step, settings), residual_sq, divisor, total < torch.inf
+            total, low_rank_sq, low_rank_sq, step_factor(state.step, settings), residual_sq, divisor, total < torch.inf
         )
         if entries is None:
             return stats, None

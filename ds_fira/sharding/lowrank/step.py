@@ -219,8 +219,8 @@ class LowRankMatrices:
             settings, last = part.settings, int(part.state.refresh_step)
             offset = settings.refresh_offset_of(part.plan.number)
             waits = refresh_due(int(part.state.step), last, settings.update_proj_gap, offset)
-            square = part.grad_square()
-            rows[position] = torch.stack([square, torch.full_like(square, waits and part.plan.owns)])
+            grad_sq = part.grad_square()
+            rows[position] = torch.stack([grad_sq, torch.full_like(grad_sq, waits and part.plan.owns)])
         found = torch.stack(list(self._sum(list(self._matrices), param, GRADIENT_SUMS, rows).values())).tolist()
         totals = {position: total for position, (total, _) in zip(self._matrices, found, strict=True)}
         return totals, [position for position, (_, due) in zip(self._matrices, found, strict=True) if due]
