@@ -28,7 +28,15 @@ from pathlib import Path
 
 from ds_fira.checkpoint import manifest, own_files
 from ds_fira.checkpoint.manifest import REPLACED, STAGING, TOKEN, Record
-from ds_fira.checkpoint.tag_folder import LATEST, NEW_LATEST, beside, find_interrupted, read_latest, staging_tag
+from ds_fira.checkpoint.tag_folder import (
+    LATEST,
+    NEW_LATEST,
+    beside,
+    find_interrupted,
+    manifests,
+    read_latest,
+    staging_tag,
+)
 
 
 class CheckpointError(RuntimeError):
@@ -128,7 +136,7 @@ def seal(
     for script in staging.glob("*.py"):  # of DeepSpeed, for the folder of all checkpoints
         script.replace(folder / script.name)
     own_files.refuse_collisions(staging, folder / tag)
-    others = [content for parent in {folder, staging.parent} for _, content in manifest.manifests(parent)]
+    others = [content for parent in {folder, staging.parent} for _, content in manifests(parent)]
     serial = 1 + max((content.get("serial", 0) for content in others), default=0)
     if save_latest:
         # Here, where a full disk can still be told without having moved anything, and before the checkpoint is
@@ -207,7 +215,7 @@ def prune(folder: str | os.PathLike[str], keep: int) -> list[str]:
     """
     path = Path(folder)
     latest, old, complete = os.path.realpath(path / (read_latest(path) or LATEST)), [], 0
-    for name, content in manifest.manifests(path):
+    for name, content in manifests(path):
         if manifest.is_leftover(name) or not content.get("save_latest"):
             continue
         if complete >= max(keep, 1) and os.path.realpath(path / name) != latest:

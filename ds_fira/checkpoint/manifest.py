@@ -207,19 +207,6 @@ def listed_files(checkpoint: Path) -> set[str] | None:
     return own_names(checkpoint) or None
 
 
-def matching_files(checkpoint: Path, pattern: str) -> list[Path]:
-    """The files of a checkpoint whose names match, in order; without what its manifest does not name."""
-    listed = listed_files(checkpoint)
-    return [path for path in sorted(checkpoint.glob(pattern)) if listed is None or path.name in listed]
-
-
-def manifests(folder: Path) -> list[tuple[str, Manifest]]:
-    """Names and manifests of the checkpoints in a folder that have a whole one, the newest first; follows no links."""
-    folders = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    found = [(path.name, content) for path in folders if (content := whole_manifest(path)) is not None]
-    return sorted(found, key=lambda item: (item[1].get("serial", 0), item[0]), reverse=True)
-
-
 def is_leftover(tag: str) -> bool:
     """Whether a tag is one of the hidden names that a crash leaves."""
     return tag.rpartition("/")[2].startswith((STAGING, REPLACED))

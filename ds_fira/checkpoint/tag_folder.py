@@ -9,7 +9,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ds_fira.checkpoint.manifest import REPLACED, STAGING, find_fault, is_leftover, manifests, read_manifest, read_start
+from ds_fira.checkpoint.manifest import (
+    REPLACED,
+    STAGING,
+    Manifest,
+    find_fault,
+    is_leftover,
+    listed_files,
+    read_manifest,
+    read_start,
+    whole_manifest,
+)
 
 LATEST = "latest"
 NEW_LATEST = ".latest-saving"  # becomes `latest` when the checkpoint that it names has its name
@@ -17,6 +27,19 @@ LOCK = ".ds_fira_lock"
 _RESERVED = (LATEST, NEW_LATEST, LOCK, "zero_to_fp32.py", "zero_to_torch.py")
 _LONGEST_NAME, _LONGEST_TAG = 240, 2000  # bytes; file systems allow 255 and 4095, with our prefixes and the folder
 _SHOWN = 80  # characters of a tag in a sentence
+
+
+def matching_files(checkpoint: Path, pattern: str) -> list[Path]:
+    """The files of a checkpoint whose names match, in order; without what its manifest does not name."""
+    listed = listed_files(checkpoint)
+    return [path for path in sorted(checkpoint.glob(pattern)) if listed is None or path.name in listed]
+
+
+def manifests(folder: Path) -> list[tuple[str, Manifest]]:
+    """Names and manifests of the checkpoints in a folder that have a whole one, the newest first; follows no links."""
+    folders = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    found = [(path.name, content) for path in folders if (content := whole_manifest(path)) is not None]
+    return sorted(found, key=lambda item: (item[1].get("serial", 0), item[0]), reverse=True)
 
 
 def staging_tag(tag: str) -> str:

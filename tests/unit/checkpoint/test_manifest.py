@@ -74,7 +74,7 @@ def test_what_is_no_manifest(text: str, one: Path) -> None:
     (one / manifest.MANIFEST).write_bytes(text.encode("latin-1"))
     assert manifest.find_fault(one) == manifest.find_damage(one) == DAMAGED
     assert tag_folder.find_complete(one.parent) is None
-    assert list(manifest.manifests(one.parent)) == []
+    assert list(tag_folder.manifests(one.parent)) == []
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -15,8 +15,8 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ds_fira.checkpoint.errors import load_sentence
-from ds_fira.checkpoint.manifest import matching_files
 from ds_fira.checkpoint.safe_load import SETTING, UnsafeFileError
+from ds_fira.checkpoint.tag_folder import matching_files
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, load
 from ds_fira.optim.base import LowRankOptimizer
 

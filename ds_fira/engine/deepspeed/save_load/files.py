@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 
 from ds_fira.checkpoint import safe_load
-from ds_fira.checkpoint.manifest import matching_files
 from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict
+from ds_fira.checkpoint.tag_folder import matching_files
 
 T = TypeVar("T")
 # Keys of DeepSpeed's files.
