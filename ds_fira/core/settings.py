@@ -38,17 +38,21 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Whole = Annotated[int, BeforeValidator(one_number)]
 
 
-def setting(default: object, meaning: str, remedy: str | None = None, **bounds: float):
-    """A field of the settings.
+def setting(default: object, remedy: str | None = None, **bounds: float):
+    """A field of the settings; the docstring under it says what it does, for the documentation.
 
     Args:
         default: its value where the user gives none.
-        meaning: what it does, for the documentation.
         remedy: what a message tells the user to give instead of a value that is not legal; None where the type lists
             all that is legal.
         **bounds: `ge`, `gt`, `lt` or `min_length`, as pydantic's `Field` has them.
     """
-    return Field(default, description=meaning, json_schema_extra={"remedy": remedy}, **bounds)
+    return Field(default, json_schema_extra={"remedy": remedy}, **bounds)
+
+
+def meaning_of(field: FieldInfo) -> str:
+    """What a setting does, in one line."""
+    return " ".join((field.description or "of the rule").split())
 
 
 def remedy_of(field: FieldInfo) -> str:
@@ -63,98 +67,66 @@ def remedy_of(field: FieldInfo) -> str:
 
 
 class GroupSettings(BaseModel):
-    """Every setting that a param group may have for itself, checked; `description` says what it does."""
+    """Every setting that a param group may have for itself, checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     lr: Annotated[float, BeforeValidator(one_number)] = setting(
-        1e-3,
-        "learning rate; a tensor of one element is read in every step",
-        "give a learning rate of at least 0, such as 0.01",
-        ge=0.0,
+        1e-3, "give a learning rate of at least 0, such as 0.01", ge=0.0
     )
+    """learning rate; a tensor of one element is read in every step"""
     betas: tuple[Beta, Beta] = setting(
-        (0.9, 0.999),
-        "decay rates of the moments",
-        "give two numbers from 0 up to but not including 1, such as [0.9, 0.999]",
+        (0.9, 0.999), "give two numbers from 0 up to but not including 1, such as [0.9, 0.999]"
     )
-    eps: float = setting(1e-6, "added to sqrt(V)", "give a number of at least 0, such as 1e-6", ge=0.0)
-    weight_decay: float = setting(0.0, "decoupled, applied after the update", "give a number of at least 0", ge=0.0)
-    rank: Whole | None = setting(
-        None,
-        "subspace rank of the weights to project, in all groups that do not say `rank = None`; not used where some "
-        "group has a rank of its own",
-        "give a whole number of at least 1, such as 128",
-        ge=1,
-    )
-    update_proj_gap: Whole = setting(
-        200,
-        "steps from one refresh of the subspace to the next",
-        "give a whole number of steps of at least 1, such as 200",
-        ge=1,
-    )
-    alpha: float = setting(
-        1.0,
-        "scale of the back-projection (released), or of the whole update (paper)",
-        "give a number above 0, such as 0.25 or 1.0",
-        gt=0.0,
-    )
-    proj_type: Literal["std", "reverse_std", "left", "right"] = setting(
-        "std", 'the projected side: "std" the smaller, "reverse_std" the larger, "left", "right"'
-    )
-    gamma: float = setting(
-        1.01,
-        "the limiter's largest growth of the residual norm from one step to the next",
-        "give a number above 1, such as 1.01",
-        gt=1.0,
-    )
-    residual_scale: float = setting(
-        1.0,
-        "multiplies the scaled residual in the update; 1 is the paper",
-        "give a number of at least 0, such as 1.0",
-        ge=0.0,
-    )
-    scaling: Literal["column", "matrix", "none"] = setting(
-        "column", 'the scaling factor of the residual per "column", per "matrix", or "none" (1)'
-    )
-    limiter: Literal["growth", "none"] = setting(
-        "growth", '"growth", the norm-growth limiter of the residual, or "none"'
-    )
-    formulation: Literal["released", "paper"] = setting(
-        "released", '"released", the code behind the published figures (PyPI `fira` 1.0.2), or "paper", Algorithm 1'
-    )
-    subspace: Literal["svd", "gram", "randomized"] = setting(
-        "svd",
-        'how a basis is computed: "svd" exactly, "gram" from the Gram matrix, "randomized" by block power iteration',
-    )
-    refresh_moments: Literal["keep", "rotate", "reset"] = setting(
-        "keep",
-        'what a refresh does to the moments: "keep" them (the paper), "rotate" them into the new basis, "reset" them',
-    )
-    refresh_limiter: Literal["keep", "reset"] = setting(
-        "keep",
-        'what a refresh does to the residual norm that the limiter remembers: "keep" it (the paper), or "reset" it, so '
-        "that the first step in a new subspace is not limited",
-    )
-    stagger: StrictBool = setting(False, "whether the matrices refresh on different steps, spread over the gap")
-    state_dtype: Literal["float32", "bfloat16", "int8"] = setting(
-        "float32",
-        'how basis and moments are stored: "float32" (float64 for float64 weights), "bfloat16", or "int8" '
-        "(`pip install ds_fira[int8]`)",
-    )
-    matmul_precision: Literal["float32", "tf32", "bfloat16"] = setting(
-        "tf32", "the precision of the matrix products of a step; on a CPU tf32 is float32"
-    )
-    exact_cuts: StrictBool = setting(
-        False,
-        "whether a matrix that ZeRO splits is stepped whole on its owner, equal to the bit to a matrix that is "
-        "not split, even where exchanging low-rank data is cheaper",
-    )
-    project_full_rank: StrictBool = setting(
-        False,
-        "whether a matrix whose rank is at or above its smaller side is projected, as the released code does, "
-        "though its states are then larger; else it is stepped unprojected, with lr x alpha",
-    )
+    """decay rates of the moments"""
+    eps: float = setting(1e-6, "give a number of at least 0, such as 1e-6", ge=0.0)
+    """added to sqrt(V)"""
+    weight_decay: float = setting(0.0, "give a number of at least 0", ge=0.0)
+    """decoupled, applied after the update"""
+    rank: Whole | None = setting(None, "give a whole number of at least 1, such as 128", ge=1)
+    """subspace rank of the weights to project, in all groups that do not say `rank = None`; not used where some group
+    has a rank of its own
+    """
+    update_proj_gap: Whole = setting(200, "give a whole number of steps of at least 1, such as 200", ge=1)
+    """steps from one refresh of the subspace to the next"""
+    alpha: float = setting(1.0, "give a number above 0, such as 0.25 or 1.0", gt=0.0)
+    """scale of the back-projection (released), or of the whole update (paper)"""
+    proj_type: Literal["std", "reverse_std", "left", "right"] = setting("std")
+    """the projected side: "std" the smaller, "reverse_std" the larger, "left", "right" """
+    gamma: float = setting(1.01, "give a number above 1, such as 1.01", gt=1.0)
+    """the limiter's largest growth of the residual norm from one step to the next"""
+    residual_scale: float = setting(1.0, "give a number of at least 0, such as 1.0", ge=0.0)
+    """multiplies the scaled residual in the update; 1 is the paper"""
+    scaling: Literal["column", "matrix", "none"] = setting("column")
+    """the scaling factor of the residual per "column", per "matrix", or "none" (1)"""
+    limiter: Literal["growth", "none"] = setting("growth")
+    """"growth", the norm-growth limiter of the residual, or "none" """
+    formulation: Literal["released", "paper"] = setting("released")
+    """"released", the code behind the published figures (PyPI `fira` 1.0.2), or "paper", Algorithm 1"""
+    subspace: Literal["svd", "gram", "randomized"] = setting("svd")
+    """how a basis is computed: "svd" exactly, "gram" from the Gram matrix, "randomized" by block power iteration"""
+    refresh_moments: Literal["keep", "rotate", "reset"] = setting("keep")
+    """what a refresh does to the moments: "keep" them (the paper), "rotate" them into the new basis, "reset" them"""
+    refresh_limiter: Literal["keep", "reset"] = setting("keep")
+    """what a refresh does to the residual norm that the limiter remembers: "keep" it (the paper), or "reset" it, so
+    that the first step in a new subspace is not limited
+    """
+    stagger: StrictBool = setting(False)
+    """whether the matrices refresh on different steps, spread over the gap"""
+    state_dtype: Literal["float32", "bfloat16", "int8"] = setting("float32")
+    """how basis and moments are stored: "float32" (float64 for float64 weights), "bfloat16", or "int8" (`pip install
+    ds_fira[int8]`)
+    """
+    matmul_precision: Literal["float32", "tf32", "bfloat16"] = setting("tf32")
+    """the precision of the matrix products of a step; on a CPU tf32 is float32"""
+    exact_cuts: StrictBool = setting(False)
+    """whether a matrix that ZeRO splits is stepped whole on its owner, equal to the bit to a matrix that is not split,
+    even where exchanging low-rank data is cheaper
+    """
+    project_full_rank: StrictBool = setting(False)
+    """whether a matrix whose rank is at or above its smaller side is projected, as the released code does, though its
+    states are then larger; else it is stepped unprojected, with lr x alpha
+    """
     rule: Rule | None = Field(None, exclude=True, repr=False)
 
     @classmethod

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ds_fira.core.algorithms import GALORE_ADAM, Algorithm
-from ds_fira.core.settings import ParamGroup, remedy_of
+from ds_fira.core.settings import ParamGroup, meaning_of, remedy_of
 from ds_fira.optim.settings import NOT_OF_GROUPS, TORCH_OPTIONS, Settings, legal_settings
 
 # Arguments that may be given by position, as in torch's AdamW, where the base optimizer is Adam.
@@ -53,7 +53,7 @@ def documented(text: str, algorithm: Algorithm) -> str:
     meanings = {
         "params": "the model, parameters, (name, parameter) pairs, or param groups; groups may set every argument "
         f"but {groups_may} for themselves.",
-        **{name: f"{field.description or 'of the rule'}." for name, (field, _) in _fields(algorithm).items()},
+        **{name: f"{meaning_of(field)}." for name, (field, _) in _fields(algorithm).items()},
         ", ".join(TORCH_OPTIONS): "torch's; only False and None.",
     }
     lines = [
@@ -89,7 +89,7 @@ def settings_table() -> str:
         field = Settings.model_fields[name]
         legal = remedy_of(field).partition(" ")[2]
         default = f"`{json.dumps(field.default)}`"
-        rows.append([f"`{name}`", legal, default, field.description])
+        rows.append([f"`{name}`", legal, default, meaning_of(field)])
     lacks, alone = (", ".join(f"`{name}`" for name in names) for names in (GALORE_ADAM.without, NOT_OF_GROUPS))
     notes = (
         f"A param group may set every one of them for itself but {alone}.",

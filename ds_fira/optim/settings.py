@@ -21,38 +21,29 @@ from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, Whole, remedy_of,
 class Settings(GroupSettings):
     """Every setting of `FiraAdam`, of a param group or of the whole training."""
 
-    max_group_bytes: Whole = setting(
-        2**30,
-        "the most bytes that the float32 gradients of one param group take on one rank, which ZeRO copies at a time",
-        "give a whole number of bytes of at least 1, such as 1073741824",
-        ge=1,
-    )
-    check_sync_every: Whole | None = setting(
-        None,
-        "inside an engine, steps from one comparison of the replicated weights over the ranks to the next; 0 for "
-        "none, None for every 100 at stage 0 and none elsewhere",
-        "give a whole number of steps, such as 100, or 0 for no check",
-        ge=0,
-    )
+    max_group_bytes: Whole = setting(2**30, "give a whole number of bytes of at least 1, such as 1073741824", ge=1)
+    """the most bytes that the float32 gradients of one param group take on one rank, which ZeRO copies at a time"""
+    check_sync_every: Whole | None = setting(None, "give a whole number of steps, such as 100, or 0 for no check", ge=0)
+    """inside an engine, steps from one comparison of the replicated weights over the ranks to the next; 0 for none,
+    None for every 100 at stage 0 and none elsewhere
+    """
     record_scaling_factors: Whole = setting(
-        0,
-        "steps from one record of the scaling factors of all linear layers, projected or not, to the next "
-        "(`ds_fira.scaling_factors`); 0 for none",
-        "give a whole number of steps, such as 10, 1 for every step, or 0 for no record",
-        ge=0,
+        0, "give a whole number of steps, such as 10, 1 for every step, or 0 for no record", ge=0
     )
-    unpickle_checkpoints: StrictBool = setting(
-        False,
-        "whether `engine.load_checkpoint` runs what stands in a checkpoint's files, which takes trust in whoever "
-        "wrote it, rather than refuse what needs it",
-        "give true to let checkpoints run the code in them, or false",
-    )
+    """steps from one record of the scaling factors of all linear layers, projected or not, to the next
+    (`ds_fira.scaling_factors`); 0 for none
+    """
+    unpickle_checkpoints: StrictBool = setting(False, "give true to let checkpoints run the code in them, or false")
+    """whether `engine.load_checkpoint` runs what stands in a checkpoint's files, which takes trust in whoever wrote it,
+    rather than refuse what needs it
+    """
+    #  an empty name would match everything
     target_modules: tuple[Annotated[str, Field(min_length=1)], ...] | None = setting(
         None,
-        "with a rank, substrings of the names of the modules to project; None for every linear layer but the head",
         "give parts of module names, such as ['q_proj', 'mlp'], or leave it out for every linear layer",
-        min_length=1,  # an empty name would match everything
+        min_length=1,
     )
+    """with a rank, substrings of the names of the modules to project; None for every linear layer but the head"""
 
     @field_validator("target_modules", mode="before")
     @classmethod

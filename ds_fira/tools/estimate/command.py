@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import get_args
 
+from ds_fira.core.settings import meaning_of
 from ds_fira.optim.settings import Settings
 from ds_fira.tools.estimate.cards import CARDS, Available, card_memory
 from ds_fira.tools.estimate.compute import Estimate, estimate
@@ -48,7 +49,7 @@ def register(commands: argparse._SubParsersAction) -> None:
     for name, kind in SETTINGS.items():
         field = Settings.model_fields[name]
         kind = kind or {"choices": get_args(field.annotation)}
-        add(f"--{name.replace('_', '-')}", default=field.default, help=field.description, **kind)
+        add(f"--{name.replace('_', '-')}", default=field.default, help=meaning_of(field), **kind)
     add("--zero-stage", type=int, default=2, help="0, 1 or 2 (default %(default)s)")
     add("--gpus", type=int, default=1, help="data-parallel ranks (default %(default)s)")
     add("--dtype", choices=list(DTYPES), default="bf16", help="of weights and gradients (default %(default)s)")
