@@ -1,8 +1,7 @@
 """Time of one optimizer step without a refresh beside its peers, in one run on one device.
 
-    python -m benchmarks.speed.step [--models 60m 130m 350m 1b] [--peers fira AdamW ...] [--repeats 9] [--json FILE]
-    python -m benchmarks.speed.step --partition-of 8 --models 7b [--ranks 256 1024]     # one rank's share, refresh
-    included
+    python -m benchmarks.speed.step [--models small 60m 130m 350m 1b] [--peers fira AdamW ...] [--json FILE]
+    python -m benchmarks.speed.step --partition-of 8 --models 7b [--ranks 256 1024]     # one rank's share
 
 The first form steps every distinct matrix shape of a LLaMA of the paper at the paper's rank, all optimizers in turn on
 the same gradient; the figures are ratios of medians. The second builds the flat partitions that rank 0 of N holds under
@@ -60,9 +59,10 @@ def by_shape(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     print(f"{'model':6}{'shape':>14}{'rank':>6}{'/ floor':>9}" + "".join(f"{'/ ' + name:>12}" for name in peers))
     rows: list[dict[str, Any]] = []
     settings = {"state_dtype": args.state_dtype, "matmul_precision": args.matmul_precision, "subspace": "randomized"}
+    named = {"small": [((128, 128), 32), ((512, 512), 128)]}
+    named |= {model: [(shape, LLAMAS[model][4]) for shape in llama_shapes(model)] for model in LLAMAS}
     for model in args.models:
-        rank = LLAMAS[model][4]
-        for shape in llama_shapes(model):
+        for shape, rank in named[model]:
             steps = {"ds_fira": stepper(lambda p, r: make_ds_fira(p, r, **settings), shape, rank, device)}
             steps |= {name: stepper(PEERS[name], shape, rank, device) for name in peers}
             times = medians(steps, args.repeats, device)
@@ -128,7 +128,7 @@ def by_partition(args: argparse.Namespace, device: torch.device) -> dict[str, An
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["60m", "130m", "350m", "1b"], choices=list(LLAMAS))
+    parser.add_argument("--models", nargs="+", default=["60m", "130m", "350m", "1b"], choices=["small", *LLAMAS])
     parser.add_argument("--peers", nargs="*", default=["fira", "AdamW"], choices=list(PEERS))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--partition-of", type=int, metavar="N", help="step one rank's share of N under ZeRO-2 instead")

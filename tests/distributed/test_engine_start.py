@@ -75,6 +75,7 @@ def test_bad_input_stops_on_every_rank(ranks: Pools) -> None:
             assert all(part in text for part in parts), (name, text)
 
 
+@pytest.mark.full
 def test_import_order_does_not_matter() -> None:
     """`deepspeed.initialize` held before `import ds_fira` knows FiraAdam too; importing twice changes nothing."""
     code = """

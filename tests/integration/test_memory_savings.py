@@ -181,6 +181,7 @@ def run_script(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.full
 def test_the_script_goes_on_after_a_refusal(tmp_path: Path) -> None:
     """Stage 0 refuses bf16 masters; ZeRO-2 comes after it."""
     grid = ["--optimizers", "FiraAdam", "--stages", "0", "2", "--masters", "bf16", "--checkpointing", "on"]

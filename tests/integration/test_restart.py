@@ -148,7 +148,7 @@ def ends_with(process: subprocess.Popen[bytes], folder: Path, ranks: int) -> int
     return process.wait(60)
 
 
-@pytest.mark.parametrize("restarts", ["0", "2"])
+@pytest.mark.parametrize("restarts", ["0", pytest.param("2", marks=pytest.mark.full)])
 @pytest.mark.parametrize("launcher", ["python", "torchrun", "mpirun", "deepspeed"])
 def test_sigterm_reaches_every_rank_and_gives_it_time(launcher: str, restarts: str, tmp_path: Path) -> None:
     """To launch/run.sh alone: each rank does what it has to do first, the status is 143, nothing starts again."""
