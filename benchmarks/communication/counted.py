@@ -58,9 +58,9 @@ class Traffic:
         rank: of the projected matrices.
         ranks: data-parallel ranks.
         cut: matrices that partition boundaries split.
-        lean: those for which the low-rank way is chosen.
-        base_step: per step over all ranks, the gathered way for all.
-        lean_step: the low-rank way for all, refreshes divided by the steps between them.
+        low_rank: those for which the low-rank way is chosen.
+        gathered_step: per step over all ranks, the gathered way for all.
+        low_rank_step: the low-rank way for all, refreshes divided by the steps between them.
         chosen_step: the way chosen for each, likewise.
         refresh: of one refresh of the matrices stepped the low-rank way.
         largest_step: most that one rank sends in a step without a refresh, as chosen.
@@ -73,9 +73,9 @@ class Traffic:
     rank: int
     ranks: int
     cut: int
-    lean: int
-    base_step: float
-    lean_step: float
+    low_rank: int
+    gathered_step: float
+    low_rank_step: float
     chosen_step: float
     refresh: int
     largest_step: int
@@ -88,7 +88,7 @@ def plan_traffic(model: str, rank: int, ranks: int, stage: int = 2) -> Traffic:
     """Count what the plan of a LLaMA sends."""
     run = plan_run(meta_llama(model), ranks, zero_stage=stage, rank=rank)
     held = [sum(group.state_elements(index) for group in run.groups) for index in range(ranks)]
-    base_step = lean_step = chosen_step = 0.0
+    gathered_step = low_rank_step = chosen_step = 0.0
     refresh, step = [0] * ranks, [0] * ranks
     split = [
         (matrix, GroupSettings.of(group.settings))
@@ -101,8 +101,8 @@ def plan_traffic(model: str, rank: int, ranks: int, stage: int = 2) -> Traffic:
         low_rank = [matrix.low_rank_elements(index) for index in range(ranks)]
         renewed = [matrix.refresh_elements(index, settings) for index in range(ranks)]
         with_refresh = sum(low_rank) + sum(renewed) / settings.update_proj_gap
-        base_step += sum(gathered)
-        lean_step += with_refresh
+        gathered_step += sum(gathered)
+        low_rank_step += with_refresh
         chosen_step += with_refresh if matrix.way == "low_rank" else sum(gathered)
         chosen = low_rank if matrix.way == "low_rank" else gathered
         step = [a + b for a, b in zip(step, chosen, strict=True)]
@@ -114,9 +114,9 @@ def plan_traffic(model: str, rank: int, ranks: int, stage: int = 2) -> Traffic:
         rank=rank,
         ranks=ranks,
         cut=len(split),
-        lean=sum(matrix.way == "low_rank" for matrix, _ in split),
-        base_step=BYTES * base_step,
-        lean_step=BYTES * lean_step,
+        low_rank=sum(matrix.way == "low_rank" for matrix, _ in split),
+        gathered_step=BYTES * gathered_step,
+        low_rank_step=BYTES * low_rank_step,
         chosen_step=BYTES * chosen_step,
         refresh=BYTES * sum(refresh),
         largest_step=BYTES * max(step),
@@ -129,14 +129,16 @@ def plan_traffic(model: str, rank: int, ranks: int, stage: int = 2) -> Traffic:
 def print_traffic(rows: list[Traffic], stage: int) -> None:
     """Print the table; MB."""
     print(
-        "model  rank  ranks  cut  lean |  base/step  lean/step     chosen |   refresh | rank: step   refresh |"
+        "model  rank  ranks split  low | gathered    low-rank     chosen |   refresh | rank: step   refresh |"
         f"   ZeRO-{stage} | imbalance"
     )
     for row in rows:
-        figures = (row.base_step, row.lean_step, row.chosen_step, row.refresh, row.largest_step, row.largest_refresh)
-        base, lean, chosen, refresh, step, largest = (f"{value / MEGABYTE:.1f}" for value in figures)
+        figures = (row.gathered_step, row.low_rank_step, row.chosen_step)
+        figures += (row.refresh, row.largest_step, row.largest_refresh)
+        gathered, low_rank, chosen, refresh, step, largest = (f"{value / MEGABYTE:.1f}" for value in figures)
         print(
-            f"{row.model:5}{row.rank:>6}{row.ranks:>7}{row.cut:>5}{row.lean:>6} |{base:>11}{lean:>11}{chosen:>11} |"
+            f"{row.model:5}{row.rank:>6}{row.ranks:>7}{row.cut:>5}{row.low_rank:>6} |"
+            f"{gathered:>11}{low_rank:>11}{chosen:>11} |"
             f"{refresh:>10} |{step:>11}{largest:>10} |{row.zero_step / MEGABYTE:>9.0f} |{row.imbalance:>10.3f}"
         )
 

@@ -51,7 +51,7 @@ class Algorithm:
 
     @property
     def group_values(self) -> dict[str, object]:
-        """What its param groups hold beside settings."""
+        """The entries of its param groups beside settings."""
         return {**self.fixed, **({} if self.name == FIRA_ADAM.name else {KEY: self.name})}
 
     def to_plain(self) -> PlainAlgorithm:

@@ -41,7 +41,7 @@ class Rule(BaseModel):
 
     @abstractmethod
     def direction(self, grad: Tensor, states: dict[str, Tensor], step: Tensor) -> Tensor:
-        """N, by which the weight is moved against; and the states updated.
+        """The direction N: the step subtracts it from the weight. Updates the states.
 
         Args:
             grad: the gradient that the rule sees: R = P'G, (r, n), or R = GP, (m, r), of a projected matrix; else the

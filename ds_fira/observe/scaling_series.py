@@ -139,7 +139,7 @@ def carry_on(name: str, earlier: dict[str, Any], later: dict[str, Any] | None) -
     for key in ("shape", "side", "rank"):
         if earlier[key] != later[key]:
             warnings.warn(
-                f"FiraAdam: the scaling factors that the resumed run had recorded of {name} are left out, because its "
+                f"The scaling factors that the resumed run had recorded of {name} are left out, because its "
                 f"{key} was {earlier[key]!r} and is {later[key]!r}.",
                 stacklevel=4,
             )

@@ -66,5 +66,5 @@ class Attachable:
 
     @property
     def layouts(self) -> Sequence[GroupLayout]:
-        """Which rank holds and steps what of the projected matrices; empty where no engine says."""
+        """The rank that holds and steps each projected matrix; empty where no engine says."""
         return self.attachment.layouts

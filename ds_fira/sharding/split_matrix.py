@@ -1,4 +1,4 @@
-"""A matrix that partition boundaries split: which rank holds what of it, what a step sends, and which way is cheaper.
+"""A matrix that partition boundaries split: the rows each rank holds, what a step sends, and which way is cheaper.
 
 The ranks that hold a fragment of the matrix are its *sharers*; one of them is its *owner*. A step goes one of two ways:
 

@@ -51,7 +51,7 @@ class FlatGroup:
         return {str(param.dtype) for param in self.lp_params}
 
     def slices(self, dp_rank: int, names: Mapping[int, str]) -> tuple[ParamSlice, ...]:
-        """What of which parameter of `lp_params` lies where in a rank's tensor; padding is left out.
+        """The slices of `lp_params` in a rank's tensor, without padding.
 
         Args:
             dp_rank: of the rank; at stage 0 every rank has the only tensor there is.
