@@ -175,7 +175,12 @@ class GroupSettings(BaseModel):
     @property
     def without_residual(self) -> bool:
         """Whether no step has a residual in it nor keeps its norm, so that none of it has to be computed."""
-        return self.residual_scale == 0.0 and self.limiter == "none"
+        return self.residual_scale == 0.0 and not self.has_limiter
+
+    @property
+    def has_limiter(self) -> bool:
+        """Whether the growth of the residual is limited, so that its norm is needed in every step."""
+        return self.limiter != "none"
 
 
 # The names of the settings; `rule` is an algorithm's base optimizer, no setting.

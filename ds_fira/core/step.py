@@ -101,7 +101,7 @@ def update(task: MatrixTask) -> StepStats | None:
     direction, direction_sq, low_rank_sq = adapt(low_rank, state, settings, grad_finite, ops)  # lines 9 to 11: M, V, N
     # Lines 12 and 13: phi and |S|.
     phi, residual_sq, scaled_grad_sq = scale(grad_sq, low_rank_sq, direction_sq, bias_correction, settings, host)
-    if settings.limiter == "growth":
+    if settings.has_limiter:
         needed = F.residual_needed(residual_sq, scaled_grad_sq) & grad_finite
         if needed is not False:
             options = {"side": state.side, "alpha": settings.inner_alpha, "needed": needed, "precision": precision}
@@ -156,7 +156,7 @@ def limit(
     negligible_ratio: float,
 ) -> Scalar | None:
     """Line 14: the norm-growth limiter's divisor, None without one; the state remembers |S| after it."""
-    if settings.limiter != "growth":
+    if not settings.has_limiter:
         return None
     previous = scalar(state.residual_norm, not isinstance(residual_sq, Tensor))
     divisor, norm = F.limit_growth(

@@ -232,7 +232,7 @@ class LowRankMatrices:
 
         Which matrices these are all ranks know from the same sums; where there is none nothing is sent.
         """
-        if settings.limiter != "growth":
+        if not settings.has_limiter:
             return {}
         residual_sq, scaled_grad_sq = torch.stack(list(squares.values())).unbind(1)
         flags = F.residual_needed(residual_sq, scaled_grad_sq).tolist()
