@@ -9,17 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ds_fira.checkpoint.manifest import (
-    REPLACED,
-    STAGING,
-    Manifest,
-    find_fault,
-    is_leftover,
-    listed_files,
-    read_manifest,
-    read_start,
-    whole_manifest,
-)
+from ds_fira.checkpoint import manifest
 
 LATEST = "latest"
 NEW_LATEST = ".latest-saving"  # becomes `latest` when the checkpoint that it names has its name
@@ -31,20 +21,20 @@ _SHOWN = 80  # characters of a tag in a sentence
 
 def matching_files(checkpoint: Path, pattern: str) -> list[Path]:
     """The files of a checkpoint whose names match, in order; without what its manifest does not name."""
-    listed = listed_files(checkpoint)
+    listed = manifest.listed_files(checkpoint)
     return [path for path in sorted(checkpoint.glob(pattern)) if listed is None or path.name in listed]
 
 
-def manifests(folder: Path) -> list[tuple[str, Manifest]]:
+def manifests(folder: Path) -> list[tuple[str, manifest.Manifest]]:
     """Names and manifests of the checkpoints in a folder that have a whole one, the newest first; follows no links."""
     folders = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    found = [(path.name, content) for path in folders if (content := whole_manifest(path)) is not None]
+    found = [(path.name, content) for path in folders if (content := manifest.whole_manifest(path)) is not None]
     return sorted(found, key=lambda item: (item[1].get("serial", 0), item[0]), reverse=True)
 
 
 def staging_tag(tag: str) -> str:
     """The tag under which a checkpoint is written: hidden, so that no pattern for checkpoints finds it."""
-    return beside(tag, STAGING)
+    return beside(tag, manifest.STAGING)
 
 
 def beside(tag: str, prefix: str) -> str:
@@ -71,14 +61,14 @@ def find_tag_fault(folder: Path, tag: str, saving: bool = False) -> str | None:
         too_long = len(tag.encode()) > _LONGEST_TAG or any(len(part.encode()) > _LONGEST_NAME for part in parts)
     except UnicodeEncodeError:
         return "is no text in UTF-8"
-    unfinished = saving and any(map(is_leftover, parts))
+    unfinished = saving and any(map(manifest.is_leftover, parts))
     faults = (
         (too_long, "is too long for the name of a folder"),
         (any(ord(char) < 32 or ord(char) == 127 for char in tag), "holds control characters"),
         (".." in parts or os.path.isabs(tag), "leaves the folder"),
         ({"", "."} & set(parts) or tag != tag.strip(), "is no name of a folder"),
         (parts[0] in _RESERVED, "is a name that checkpoints need for a file beside them"),
-        (unfinished, f"begins with {STAGING!r} or {REPLACED!r}, the marks of unfinished saves"),
+        (unfinished, f"begins with {manifest.STAGING!r} or {manifest.REPLACED!r}, the marks of unfinished saves"),
     )
     return next((fault for holds, fault in faults if holds), None) or _find_link_fault(folder, tag, saving)
 
@@ -102,7 +92,7 @@ def look_up_latest(folder: Path) -> tuple[str | None, str | None]:
     """What `latest` names, and why that cannot be told; (None, None) where there is no such file."""
     path = folder / LATEST
     try:
-        content = read_start(path, 4 * _LONGEST_TAG, "it")
+        content = manifest.read_start(path, 4 * _LONGEST_TAG, "it")
         if content is None:
             return None, "it is a link that leads nowhere" if path.is_symlink() else None
         text = content.decode().strip()
@@ -133,7 +123,7 @@ def find_interrupted(folder: Path) -> str | None:
             return None
         if os.path.lexists(folder / staging_tag(tag)):
             tag = staging_tag(tag)
-        content = read_manifest(folder / tag)
+        content = manifest.read_manifest(folder / tag)
     except (OSError, ValueError):
         return None
     if content is None or not content.get("save_latest") or "latest_was" not in content:
@@ -154,7 +144,7 @@ def in_order(folder: Path, wanted: str | None, only: bool = False) -> list[str]:
         latest, the newest first; where there is a `wanted`, those that DeepSpeed wrote without a manifest; and saves
         that did not end, which are not complete.
     """
-    tags = [wanted, beside(wanted, STAGING), beside(wanted, REPLACED)] if wanted else []
+    tags = [wanted, beside(wanted, manifest.STAGING), beside(wanted, manifest.REPLACED)] if wanted else []
     tags = tags[:1] + [tag for tag in tags[1:] if (folder / tag).is_dir()]
     interrupted = find_interrupted(folder)
     if interrupted is not None and (interrupted in tags if only else wanted in (None, read_latest(folder))):
@@ -168,7 +158,7 @@ def _others(folder: Path, plain_too: bool) -> list[str]:
     listed = manifests(folder)
     known = {name for name, _ in listed}
     plain = [path for path in folder.iterdir() if path.name not in known and path.is_dir() and any(path.glob("*.pt"))]
-    plain = [path for path in plain if plain_too or is_leftover(path.name)]
+    plain = [path for path in plain if plain_too or manifest.is_leftover(path.name)]
     plain.sort(key=lambda path: -path.stat().st_mtime)
     tags = [name for name, content in listed if content.get("save_latest", True)] + [path.name for path in plain]
     return [tag for tag in tags if find_tag_fault(folder, tag) is None]
@@ -179,4 +169,4 @@ def find_complete(folder: str | os.PathLike[str]) -> str | None:
     path = Path(folder)
     wanted, fault = look_up_latest(path)
     tags = in_order(path, "" if fault else wanted)
-    return next((tag for tag in tags if find_fault(path / tag) is None), None)
+    return next((tag for tag in tags if manifest.find_fault(path / tag) is None), None)
