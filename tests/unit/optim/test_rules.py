@@ -236,3 +236,18 @@ def test_the_example_of_the_page_runs() -> None:
     optimizer = namespace["optimizer"]
     assert isinstance(optimizer, namespace["FiraSignum"])
     assert all(torch.isfinite(param).all() for group in optimizer.param_groups for param in group["params"])
+
+
+@pytest.mark.parametrize("group", [{"rank": 2}, {}], ids=str)
+def test_a_rule_may_change_its_gradient(group: dict[str, Any]) -> None:
+    """It is given a copy: the step is that of a rule which leaves its gradient alone."""
+    weights = []
+    for direction in (lambda rule, grad, states, step: grad * 2.0, lambda rule, grad, states, step: grad.mul_(2.0)):
+        param, optimizer = one(ds_fira.plug(broken(direction=direction)), make_weight((6, 9)), **group)
+        (gradient,) = make_gradients((6, 9), 1)
+        param.grad = gradient.clone()
+        optimizer.step()
+        assert torch.equal(param.grad, gradient)
+        weights.append(param.detach().clone())
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], make_weight((6, 9)))
