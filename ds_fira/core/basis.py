@@ -53,7 +53,9 @@ def adopt_basis(task: MatrixTask, basis: Tensor) -> None:
         basis: P in the state's dtype, as `basis_of` gives it.
     """
     state, settings = task.state, task.settings
-    take_basis(state, settings, basis, basis_change(basis, state.basis.to(state.dtype), settings))
+    # Before the first basis there are no moments to bring over.
+    change = basis_change(basis, state.basis.to(state.dtype), settings) if state.has_basis else None
+    take_basis(state, settings, basis, change)
 
 
 def take_basis(state: MatrixState, settings: GroupSettings, basis: Tensor, change: Tensor | None) -> None:
