@@ -86,7 +86,7 @@ class LowRankOptimizer(Stepping):
         self.recorder: ScalingRecorder | None = None
         self._recording = False
         self.metrics = StepMetrics()
-        self._reset_places()
+        self._forget_attachment()
         self._refresher = Refresher(self.metrics, self.algorithm.name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class LowRankOptimizer(Stepping):
         """Set `project_full_rank` of groups, by their numbers, and forget what lies where."""
         for number, value in values.items():
             self.param_groups[number][PROJECT_FULL_RANK] = value
-        self._reset_places()
+        self._forget_attachment()
 
     def await_attachment(self, flat: bool) -> None:
         """Make no step before `attach`: engines step as they are built, with zero gradients, and would decay weights.
@@ -170,7 +170,7 @@ class LowRankOptimizer(Stepping):
 
     def attach(self, attachment: EngineAttachment) -> None:
         """Take over what an engine says of the stepped tensors, and step from now on."""
-        self._reset_places()
+        self._forget_attachment()
         self.attachment, communicator = attachment, attachment.communicator
         self._bound.update(attachment.matrices)
         self._refresher.replicas = communicator if attachment.replicated and communicator.dp_size > 1 else None

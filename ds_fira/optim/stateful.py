@@ -63,7 +63,7 @@ class Resumable(Attachable, Optimizer):
     recorder: ScalingRecorder | None
     _refresher: Refresher
 
-    def _reset_places(self) -> None:
+    def _forget_attachment(self) -> None:
         self.attachment = ALONE
         self._bound: dict[Tensor, LocalMatrices] = {}
         self._alone: dict[Tensor, LocalMatrices] = {}
