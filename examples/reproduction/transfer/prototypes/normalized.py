@@ -1,0 +1,80 @@
+"""Candidate A: the residual over its own energy, and a law for the rate of the hidden matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from examples.reproduction.transfer.prototypes.base import BETAS, EPS, PUBLISHED_ALPHA, LowRank
+
+# A column's residual energy is at least this share of its gradient's: below it is rounding.
+FLOOR = 1e-4
+# The model of which the law's constant is stated: width 128, 2 layers.
+BASE = 128 * 2
+
+
+class Normalized(LowRank):
+    """W <- W - rate (P N + c S), S_j = sqrt(s - r) D_j / sqrt(p_j), p_j the average of |D_j|^2, D = G - P R.
+
+    Settings: `gap`; `c`; `beta`, of p; `scaling`, "column" or "matrix"; `factored`, whether V is kept as one number
+    per row and per column; `limited`, whether S has Fira's growth limiter; `moments`, what a refresh does to M and V;
+    `alpha` and `power` of the law rate / lr = alpha (256 / (width x layers)) ** power.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {
+        **LowRank.defaults,
+        "c": 1.0,
+        "beta": 0.9,
+        "scaling": "column",
+        "factored": False,
+        "limited": False,
+        "alpha": PUBLISHED_ALPHA,
+        "power": 0.0,
+    }
+
+    def rate_factor(self, shape: tuple[int, int]) -> float:
+        """The law."""
+        return self.settings["alpha"] * (BASE / (self.trial.width * self.trial.depth)) ** self.settings["power"]
+
+    def direction(self, grad: Tensor, state: dict[str, Any]) -> Tensor:
+        """P N + c S."""
+        basis = self.basis(grad, state)
+        low_rank = basis.mT @ grad
+        factored = self.settings["factored"]
+        adam = self.factored_direction(low_rank, state) if factored else self.adam_direction(low_rank, state)
+        update = basis @ (adam * self.bias_correction())
+        return update + self.settings["c"] * self.residual(grad, basis, low_rank, state)
+
+    def residual(self, grad: Tensor, basis: Tensor, low_rank: Tensor, state: dict[str, Any]) -> Tensor:
+        """S, (s, l)."""
+        small, large = grad.shape
+        grad_sq, beta = grad.double().square().sum(0), self.settings["beta"]
+        energy = torch.maximum(grad_sq - low_rank.double().square().sum(0), FLOOR * grad_sq)
+        if self.settings["scaling"] == "matrix":
+            energy = energy.mean().expand(large)
+        average = state.setdefault("energy", torch.zeros(large)).mul_(beta).add_(energy.float(), alpha=1 - beta)
+        size = (average / (1 - beta**self.step_count)).sqrt()
+        factor = torch.where(size > 0, math.sqrt(small - basis.shape[1]) / size, 0.0)
+        found = (grad - basis @ low_rank) * factor
+        return self.limit(found, state) if self.settings["limited"] else found
+
+    def limit(self, residual: Tensor, state: dict[str, Any]) -> Tensor:
+        """Fira's limiter, equation 12."""
+        norm = float(residual.norm())
+        divisor = max(norm / (state.get("norm", norm) + 1e-8), 1.01) / 1.01
+        state["norm"] = norm / divisor
+        return residual / divisor
+
+    def factored_direction(self, low_rank: Tensor, state: dict[str, Any]) -> Tensor:
+        """M / (sqrt(V) + eps) with V_ij = a_i b_j / mean(a), as Adafactor (arXiv 1804.04235) factors it."""
+        rows, columns = low_rank.shape
+        state.setdefault("exp_avg", torch.zeros_like(low_rank)).lerp_(low_rank, 1 - BETAS[0])
+        square = low_rank.square()
+        by_row = state.setdefault("row_sq", torch.zeros(rows, 1)).lerp_(square.mean(1, keepdim=True), 1 - BETAS[1])
+        by_column = state.setdefault("column_sq", torch.zeros(1, columns))
+        by_column.lerp_(square.mean(0, keepdim=True), 1 - BETAS[1])
+        second = by_row * by_column / by_row.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        return state["exp_avg"] / (second.sqrt() + EPS)
