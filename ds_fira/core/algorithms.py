@@ -67,7 +67,7 @@ class Algorithm:
 FIRA_ADAM = Algorithm("FiraAdam")
 GALORE_ADAM = Algorithm(
     "GaLoreAdam",
-    without=("gamma", "residual_scale", "scaling", "limiter", "refresh_limiter", "formulation"),
+    without=("gamma", "residual_scale", "scaling", "limiter", "refresh_limiter", "formulation", "preset"),
     fixed={"residual_scale": 0.0, "scaling": "none", "limiter": "none", "formulation": "released"},
     limited=False,
 )

@@ -21,6 +21,7 @@ from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import EngineAttachment
 from ds_fira.optim.constructor import Params, bind, documented, signature_of
 from ds_fira.optim.param_groups import by_kind, group_defaults
+from ds_fira.optim.presets import PRESET, preset_in, preset_mark, projected_matrices, take_mark, values_of
 from ds_fira.optim.rank_rule import grouped, linear_weights, ranked_groups
 from ds_fira.optim.settings import check_params, group_settings, refuse_foreign, without_torch_options
 from ds_fira.optim.state_size import ParamRecord
@@ -60,21 +61,27 @@ class LowRankOptimizer(Stepping):
             cls.__signature__ = None  # a user's own constructor has its own
 
     def __init__(self, params: Params, *positional: object, **given: object) -> None:
-        settings = check_params(bind(self.algorithm, positional, given), algorithm=self.algorithm)
+        given = bind(self.algorithm, positional, given)
         self._reset_runtime()
         self.given: list[dict[str, object]] = []
-        self.check_sync_every = settings["check_sync_every"]
-        self.unpickle_checkpoints = settings["unpickle_checkpoints"]
         model = params if isinstance(params, nn.Module) else None
         if model is not None:
             params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         params = [params] if isinstance(params, Tensor) else list(params)
         groups = grouped(params)
+        settings = check_params({**preset_in(groups), **given}, algorithm=self.algorithm)
+        mark = take_mark(groups, given, self.algorithm.name)
+        self.check_sync_every = settings["check_sync_every"]
+        self.unpickle_checkpoints = settings["unpickle_checkpoints"]
         if settings["record_scaling_factors"]:
             self.recorder = ScalingRecorder(settings["record_scaling_factors"], *linear_weights(groups, model))
         rank, target_modules = settings["rank"], settings["target_modules"]
         groups = ranked_groups(groups, rank, target_modules, self.algorithm.name, model) if params else []
-        super().__init__(groups, {**group_defaults(settings), **self.algorithm.group_values})
+        if groups and settings.get(PRESET) is not None:
+            mark = {**preset_mark(settings[PRESET], projected_matrices(groups)), **mark}
+            settings = check_params({**values_of(mark), **settings}, algorithm=self.algorithm)
+        left = {PRESET: {name: mark[name] for name in mark if name not in given}} if mark else {}
+        super().__init__(groups, {**group_defaults(settings), **self.algorithm.group_values, **left})
         if is_first_process():
             warn_of_costly_ranks(self.param_groups)
 
@@ -109,6 +116,11 @@ class LowRankOptimizer(Stepping):
                 nor 3 dimensions.
         """
         self._refuse_algorithm(param_group)
+        if param_group.get(PRESET) is not None:
+            raise ValueError(
+                f"{self.algorithm.name} param group: preset = {param_group[PRESET]!r} concerns the whole training; "
+                "give it when the optimizer is made, whose alpha a group added later has, unless it gives its own."
+            )
         own = {name: param_group[name] for name in group_settings(self.algorithm) if name in param_group}
         where = f"{self.algorithm.name} param group"
         without_torch_options(param_group, where)
@@ -118,6 +130,8 @@ class LowRankOptimizer(Stepping):
             del param_group["rank"]
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if PRESET in group:
+            group[PRESET] = {name: value for name, value in group[PRESET].items() if name not in own}
         # Kept apart from the group, whose values a scheduler or the user may change in the course of a run.
         self.given.append(settings_of(group))
         for param in group["params"]:

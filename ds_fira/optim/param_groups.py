@@ -10,6 +10,7 @@ from torch import nn
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, Algorithm, algorithm_of
 from ds_fira.core.selection import numel_of, projected_weights, shape_of, undecayed_weights
 from ds_fira.core.settings import ParamGroup
+from ds_fira.optim.presets import PRESET, preset_mark, projected_matrices, take_mark
 from ds_fira.optim.rank_rule import Item, apart, grouped, parameters_of, require_one_rank, split_by_rank
 from ds_fira.optim.settings import NOT_OF_GROUPS, check_params
 from ds_fira.sharding.plan import split_by_size, split_evenly
@@ -39,7 +40,8 @@ def param_groups(
             it for its norms and biases too.
         optimizer: the name of the optimizer that they are for, which says which settings there are.
         **settings: settings of the projected groups, such as `alpha` or `update_proj_gap`. lr, weight_decay and
-            those of the base optimizer, such as betas and eps, go to every group.
+            those of the base optimizer, such as betas and eps, go to every group. A `preset` is noted in every group
+            with what it gives for this model, and the optimizer takes that where neither it nor a group says otherwise.
 
     Returns:
         Groups in the order: per user group its projected weights, its other weights, its norms and biases. Empty ones
@@ -52,7 +54,7 @@ def param_groups(
     algorithm = algorithm_of({KEY: optimizer})
     given = {**settings, "rank": rank, "target_modules": target_modules}
     checked = check_params(given, "ds_fira.param_groups", algorithm)
-    given = {key: checked[key] for key in settings}
+    given = {key: checked[key] for key in settings if key != PRESET}
     shared = {key: value for key, value in given.items() if key in SHARED or key in algorithm.own_settings}
     projected = projected_weights(model, checked["target_modules"], optimizer)
     undecayed = undecayed_weights(model)
@@ -70,7 +72,13 @@ def param_groups(
             {"params": rest, **shared, **unranked},
             {"params": norms, **shared, "weight_decay": 0.0, **unranked},
         ]
-    return [group for group in result if group["params"]]
+    result = [group for group in result if group["params"]]
+    return _marked(result, preset_mark(checked.get(PRESET), projected_matrices(result, projected)))
+
+
+def _marked(groups: list[ParamGroup], mark: Mapping[str, object]) -> list[ParamGroup]:
+    """Groups that say what a preset gives, so that an optimizer takes it for its defaults."""
+    return [{**group, PRESET: dict(mark)} for group in groups] if mark else groups
 
 
 def by_kind(group: ParamGroup, settings: Mapping[str, object]) -> list[ParamGroup]:
@@ -120,10 +128,14 @@ def build_groups(
         dp_size: ranks that ZeRO partitions over.
         algorithm: the optimizer.
 
+    Returns:
+        The groups; with a preset, each says what it gives for the model, computed from all that is projected.
+
     Raises:
-        ValueError: there is no rank, or it finds nothing to project.
+        ValueError: there is no rank, it finds nothing to project, or there are two presets.
     """
     user_groups = grouped(model_parameters)
+    mark = take_mark(user_groups, settings, algorithm.name)
     rank = require_one_rank(user_groups, settings["rank"], " in the DeepSpeed config", algorithm.name)
     projected = {} if rank is None else projected_weights(module, settings["target_modules"], algorithm.name)
     # ZeRO makes a float32 copy of the gradients of one group's partition at a time.
@@ -150,4 +162,7 @@ def build_groups(
             f"{algorithm.name}: rank = {rank!r}, but none of the trainable parameters given to DeepSpeed is a weight "
             "to project; train some linear weights, or train with AdamW."
         )
-    return groups
+    if settings.get(PRESET) is not None:
+        names = {id(param): name for name, param in module.named_parameters()}
+        mark = {**preset_mark(settings[PRESET], projected_matrices(groups, names)), **mark}
+    return _marked(groups, mark)

@@ -59,7 +59,8 @@ def plug(rule: type[Rule], name: str | None = None) -> type[LowRankOptimizer]:
             )
     # What is not elementwise has to see the whole R.
     fixed = {} if rule.elementwise else {"exact_cuts": True}
-    without = (*(setting for setting in ADAM_SETTINGS if setting not in rule.model_fields), *fixed)
+    # A preset was tuned with Adam.
+    without = (*(setting for setting in ADAM_SETTINGS if setting not in rule.model_fields), *fixed, "preset")
     algorithm = ALGORITHMS[name] = Algorithm(name, states=dict(rule.states), without=without, fixed=fixed, rule=rule)
     documentation = DOCUMENTATION.format(rule=rule.__name__)
     content = {"algorithm": algorithm, "__doc__": documentation, "__module__": rule.__module__}

@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.quantization import require_library
 from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, Whole, remedy_of, setting
+from ds_fira.optim.presets import PRESETS, PresetName, preset_rows
 
 
 class Settings(GroupSettings):
@@ -44,6 +45,12 @@ class Settings(GroupSettings):
         min_length=1,
     )
     """with a rank, substrings of the names of the modules to project; None for every linear layer but the head"""
+    preset: PresetName | None = setting(
+        None, f"choose {' or '.join(map(repr, PRESETS))}, or leave it out for the published method"
+    )
+    """what gives the settings that are left out: "recommended" a learning rate, and an alpha for the model's width and
+    depth, so that one rate suits models of every size; None for the defaults of this table, the published method
+    """
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -95,7 +102,7 @@ def check_params(
         algorithm: the optimizer.
 
     Returns:
-        All of its settings with values of the right types.
+        All of its settings with values of the right types, but for those that a preset has yet to give.
 
     Raises:
         ValueError: a name is unknown or only another optimizer's, a value is out of range or needs a package that is
@@ -131,7 +138,9 @@ def check_params(
             "add a rank, such as 128, or remove target_modules."
         )
     require_library(settings.state_dtype, where)
-    checked = {name: value for name, value in {**settings.model_dump(), **rule}.items() if name in legal}
+    awaited = [name for name in preset_rows(settings.preset) if name not in params]
+    names = [name for name in legal if name not in awaited]
+    checked = {name: value for name, value in {**settings.model_dump(), **rule}.items() if name in names}
     # As in torch: a learning rate in a tensor may be changed in place.
     return {**checked, "lr": params["lr"]} if isinstance(params.get("lr"), Tensor) else checked
 

@@ -19,6 +19,7 @@ from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, allocate, compute_dtype, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
+from ds_fira.optim.presets import PRESET, given_by_user
 from ds_fira.optim.settings import group_settings
 from ds_fira.sharding.geometry import ParamSlice, matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
@@ -134,6 +135,7 @@ class Resumable(Attachable, Optimizer):
             self.recorder.load_state_dict(state_dict.get(KEY, {}).get(RECORD))
         if saved is not None:
             for group, own in zip(self.param_groups, given, strict=True):
+                group.pop(PRESET, None)
                 group.update(own)
             self.carry_groups(saved, [list(group.members.items()) for group in saved.groups])
         if convert:
@@ -246,7 +248,14 @@ class Resumable(Attachable, Optimizer):
 
     def carry_groups(self, saved: SavedState, members: list[Members] | None = None) -> None:
         """Give the param groups the values they had, and say which settings keep a new value instead."""
-        notes = carry_values(saved.groups, self.param_groups, members or self._members(), self.given)
+        members = members or self._members()
+        before = {name: group.values for group in saved.groups for name in group.members}
+        marks = [{PRESET: group[PRESET]} if PRESET in group else {} for group in self.param_groups]
+        given = given_by_user(self.param_groups, self.given, members, before)
+        notes = carry_values(saved.groups, self.param_groups, members, given)
+        for group, mark in zip(self.param_groups, marks, strict=True):
+            group.pop(PRESET, None)
+            group.update(mark)  # what a preset gives is this run's own
         if notes and (self.communicator is None or self.communicator.dp_rank == 0):
             warnings.warn(
                 f"{self.algorithm.name}: the resumed run has other settings: {'; '.join(notes)}.", stacklevel=3

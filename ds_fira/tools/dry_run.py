@@ -14,6 +14,7 @@ from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import allocate, allocate_matrices
 from ds_fira.optim.param_groups import build_groups, by_kind, group_defaults
+from ds_fira.optim.presets import take_mark, values_of
 from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.optim.stateful import allocate_unprojected
@@ -157,11 +158,12 @@ def plan_run(
         ValueError: a setting is not legal, or nothing is to be projected.
     """
     settings = check_params(params, algorithm=method)
-    defaults = {**group_defaults(settings), **method.group_values}
     sharded = zero_stage > 0
     drafts: list[tuple[PlannedGroup, list[dict[int, MatrixShard]]]] = []
     records = []
     groups = build_groups(module, module.parameters(), settings, zero_stage, ranks, method)
+    preset = values_of(take_mark(groups, settings, method.name))
+    defaults = {**preset, **group_defaults(settings), **method.group_values}
     # At stage 0, where nothing is flat, a group may hold both kinds.
     for group in [part for mixed in groups for part in by_kind(mixed, defaults)]:
         own = {**defaults, **{key: value for key, value in group.items() if key != "params"}}

@@ -27,6 +27,7 @@ from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from ds_fira.optim.attachment import EngineAttachment
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.param_groups import build_groups, group_defaults
+from ds_fira.optim.rank_rule import grouped
 from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import refuse_auto
 from ds_fira.optim.state_size import ParamRecord
@@ -61,11 +62,10 @@ def build_optimizer(
     if kind is None:
         return configure(engine, model_parameters)
     unsupported.refuse_unsupported_module(engine, kind.algorithm.name)
-    settings = checked_params(engine)
+    given = grouped(model_parameters)
+    settings = checked_params(engine, given)
     dp_size = dist.get_world_size(group=engine.seq_data_parallel_group)
-    groups = build_groups(
-        engine.module, model_parameters, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm
-    )
+    groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)
     whole_training = ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints")
     optimizer = kind(groups, **group_defaults(settings), **{key: settings[key] for key in whole_training})
     optimizer.await_attachment(flat=False)  # its groups are of one kind each

@@ -7,14 +7,16 @@ function, None for the JSON type `optimizer_name()`, whose settings are `optimiz
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from ds_fira.core.settings import ParamGroup
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.presets import preset_in
 from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import check_params
 
@@ -48,14 +50,19 @@ def label(optimizer: object, json_type: str | None) -> str:
     return "an optimizer that a function makes" if inspect.isroutine(optimizer) else type(optimizer).__name__
 
 
-def checked_params(engine: DeepSpeedEngine) -> dict[str, Any]:
+def checked_params(engine: DeepSpeedEngine, groups: Sequence[ParamGroup] = ()) -> dict[str, Any]:
     """The settings under `optimizer.params` in the config, checked, with the defaults of those that are not given.
+
+    Args:
+        engine: with the config.
+        groups: param groups, which may name the preset in its place.
 
     Raises:
         ValueError: a setting is unknown or out of range.
     """
     name = engine.optimizer_name()
-    return check_params(engine.optimizer_params() or {}, f"{name} in the DeepSpeed config", TYPES[name].algorithm)
+    params = {**preset_in(groups), **(engine.optimizer_params() or {})}
+    return check_params(params, f"{name} in the DeepSpeed config", TYPES[name].algorithm)
 
 
 def type_in(config: object) -> str | None:

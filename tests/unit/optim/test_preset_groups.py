@@ -1,0 +1,242 @@
+"""A preset gives the same settings to the same groups whichever way it is named, and the user wins over it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import ds_fira
+from ds_fira import FiraAdam, FiraRMSProp, GaLoreAdam
+from ds_fira.optim import presets
+from ds_fira.optim.param_groups import build_groups, group_defaults
+from ds_fira.optim.presets import PRESETS, ModelSize, transferred_alpha
+from ds_fira.optim.settings import check_params
+from ds_fira.tools.dry_run import plan_run
+from tests.small_models import llama
+
+RANK = 4
+ALPHA = transferred_alpha(ModelSize(16, 2))
+
+
+def by_model(model: nn.Module, kind: type = FiraAdam, **settings: object):
+    return kind(model, rank=RANK, preset="recommended", **settings)
+
+
+def by_names(model: nn.Module, kind: type = FiraAdam, **settings: object):
+    return kind(model.named_parameters(), rank=RANK, preset="recommended", **settings)
+
+
+def by_param_groups(model: nn.Module, kind: type = FiraAdam, **settings: object):
+    groups = ds_fira.param_groups(model, RANK, preset="recommended", optimizer=kind.algorithm.name)
+    return kind(groups, **settings)
+
+
+def by_param_groups_with_settings(model: nn.Module, kind: type = FiraAdam, **settings: object):
+    return kind(
+        ds_fira.param_groups(model, RANK, preset="recommended", optimizer=kind.algorithm.name, **settings),
+    )
+
+
+def by_config(model: nn.Module, kind: type = FiraAdam, stage: int = 2, dp_size: int = 2, **settings: object):
+    """As `ds_fira.engine.deepspeed.attach.build_optimizer` does."""
+    checked = check_params({"rank": RANK, "preset": "recommended", **settings}, algorithm=kind.algorithm)
+    groups = build_groups(model, model.parameters(), checked, stage, dp_size, kind.algorithm)
+    return kind(groups, **group_defaults(checked))
+
+
+WAYS = [by_model, by_names, by_param_groups, by_param_groups_with_settings, by_config]
+
+
+def projected(optimizer: torch.optim.Optimizer, *names: str) -> set[tuple[object, ...]]:
+    """Values of settings in the projected groups."""
+    return {tuple(group[name] for name in names) for group in optimizer.param_groups if "rank" in group}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_same(way: Callable) -> None:
+    optimizer = way(llama())
+    assert {group["lr"] for group in optimizer.param_groups} == {PRESETS["recommended"].settings["lr"]}
+    assert projected(optimizer, "alpha") == {(ALPHA,)}
+    plain = {
+        tuple(p.shape)
+        for group in FiraAdam(llama(), rank=RANK).param_groups
+        if "rank" in group
+        for p in group["params"]
+    }
+    assert {tuple(p.shape) for g in optimizer.param_groups if "rank" in g for p in g["params"]} == plain
+    assert all(group["preset"]["name"] == "recommended" for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("given", [{"alpha": 0.5}, {"lr": 0.02}, {"lr": 0.02, "alpha": 0.5}], ids=str)
+def test_the_user_wins(way: Callable, given: dict[str, float]) -> None:
+    expected = {"lr": PRESETS["recommended"].settings["lr"], "alpha": ALPHA, **given}
+    optimizer = way(llama(), **given)
+    assert projected(optimizer, "lr", "alpha") == {(expected["lr"], expected["alpha"])}
+    assert {group["lr"] for group in optimizer.param_groups} == {expected["lr"]}
+    for group in optimizer.param_groups:
+        if "rank" in group:
+            assert not given.keys() & group["preset"].keys()
+
+
+def test_a_groups_own_alpha_wins() -> None:
+    model = llama()
+    first, second = (list(layer.parameters()) for layer in model.model.layers)
+    groups = [{"params": first, "alpha": 0.5}, {"params": second}]
+    expected = {(0.5,), (ALPHA,)}
+    assert projected(FiraAdam(copy.copy(groups), rank=RANK, preset="recommended"), "alpha") == expected
+    made = ds_fira.param_groups(model, RANK, preset="recommended", groups=groups)
+    assert projected(FiraAdam(made), "alpha") == expected
+    checked = check_params({"rank": RANK, "preset": "recommended"})
+    built = build_groups(model, copy.copy(groups), checked, 2, 2)
+    assert projected(FiraAdam(built, **group_defaults(checked)), "alpha") == expected
+
+
+def test_the_size_is_that_of_all_groups_together() -> None:
+    """Not of one layer, and not of what a stage leaves of a group when it splits it by shape."""
+    model = llama(layers=3)
+    groups = [{"params": list(layer.parameters())} for layer in model.model.layers]
+    alpha = transferred_alpha(ModelSize(16, 3))
+    assert projected(FiraAdam(groups, rank=RANK, preset="recommended"), "alpha") == {(alpha,)}
+    assert projected(by_config(model), "alpha") == {(alpha,)}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_plan_of_any_stage_and_ranks_has_one_alpha(stage: int, ranks: int) -> None:
+    plans = [plan_run(llama(), ranks, stage, rank=RANK, **how) for how in ({"preset": "recommended"}, {})]
+    found, plain = ([group for group in plan.groups if "rank" in group.settings] for plan in plans)
+    assert {(group.settings["alpha"], group.settings["lr"]) for group in found} == {(ALPHA, 0.01)}
+    assert {group.settings["alpha"] for group in plain} == {1.0}
+    held = [[plan.state_bytes(rank, torch.float32) for rank in range(ranks if stage else 1)] for plan in plans]
+    assert held[0] == held[1]
+    assert projected(by_config(llama(), stage=stage, dp_size=ranks), "alpha") == {(ALPHA,)}
+
+
+def test_without_a_preset_no_group_says_anything_of_one() -> None:
+    model = llama()
+    for groups in (FiraAdam(model, rank=RANK).param_groups, ds_fira.param_groups(model, RANK)):
+        assert not any("preset" in group for group in groups)
+    assert projected(FiraAdam(model, rank=RANK), "lr", "alpha") == {(1e-3, 1.0)}
+
+
+def test_it_steps_as_its_settings_do() -> None:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+    second = copy.deepcopy(first)
+    inputs = torch.randn(5, 6)
+    mark = presets.preset_mark("recommended", [("0.weight", (8, 6)), ("2.weight", (6, 8))])
+    pairs = [
+        (first, FiraAdam(first, rank=2, preset="recommended")),
+        (second, FiraAdam(second, rank=2, **presets.values_of(mark))),
+    ]
+    for model, optimizer in pairs:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_group_added_later_has_the_presets_alpha_or_its_own(way: Callable) -> None:
+    optimizer = way(llama())
+    later = [nn.Parameter(torch.zeros(32, 64)) for _ in range(3)]
+    if "param_names" in optimizer.param_groups[0]:  # torch wants all groups with names, or none
+        later = [(f"later.{number}", param) for number, param in enumerate(later)]
+    optimizer.add_param_group({"params": later[:1], "rank": 2})
+    optimizer.add_param_group({"params": later[1:2], "rank": 2, "alpha": 0.5})
+    assert [group["alpha"] for group in optimizer.param_groups[-2:]] == [ALPHA, 0.5]
+    assert [group["lr"] for group in optimizer.param_groups[-2:]] == [0.01, 0.01]
+    with pytest.raises(ValueError, match=r"^FiraAdam param group: preset = 'recommended' concerns the whole training;"):
+        optimizer.add_param_group({"params": later[2:], "preset": "recommended"})
+
+
+def test_its_own_groups_make_an_optimizer_again() -> None:
+    """Whose groups say everything; what they leave to the preset may differ from group to group."""
+    model = llama()
+    layers = [{"params": list(layer.parameters())} for layer in model.model.layers]
+    optimizer = FiraAdam([{**layers[0], "alpha": 0.5, "lr": 0.02}, layers[1]], rank=RANK, preset="recommended")
+    again = FiraAdam(optimizer.param_groups)
+    assert projected(again, "lr", "alpha") == projected(optimizer, "lr", "alpha") == {(0.02, 0.5), (0.01, ALPHA)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [GaLoreAdam, FiraRMSProp])
+def test_other_optimizers_refuse_it(way: Callable, kind: type) -> None:
+    with pytest.raises(
+        ValueError, match=r"preset = 'recommended' is a setting of FiraAdam that \w+ has no use for; rem"
+    ):
+        way(llama(), kind)
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdam, FiraRMSProp])
+def test_other_optimizers_refuse_groups_made_with_one(kind: type) -> None:
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: preset = 'recommended' is a setting of FiraAdam"):
+        kind(ds_fira.param_groups(llama(), RANK, preset="recommended"))
+
+
+def test_two_presets_and_one_in_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "PRESETS", {**PRESETS, "other": presets.Preset({"lr": 0.5})})
+    model, deeper = llama(), llama(layers=3)
+    groups = ds_fira.param_groups(model, RANK, preset="recommended")
+    in_group = [{"params": list(model.parameters()), "preset": "recommended"}]
+    checked = check_params({"rank": RANK})
+    for make in (lambda found: FiraAdam(found, rank=RANK), lambda found: build_groups(model, found, checked, 2, 2)):
+        with pytest.raises(
+            ValueError, match=r"^FiraAdam: preset = 'recommended' in a param group is a setting of the wh"
+        ):
+            make(in_group)
+        with pytest.raises(ValueError, match=r"^FiraAdam: preset = .* in one param group and .* in another"):
+            make([*groups, *ds_fira.param_groups(deeper, RANK, preset="recommended")])
+    checked["preset"] = "other"
+    with pytest.raises(ValueError, match=r"^FiraAdam: preset = 'other' beside param groups .* with 'recommended'"):
+        build_groups(model, groups, checked, 2, 2)
+
+
+def resumed(first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        second.load_state_dict(first.state_dict())
+    return [str(each.message) for each in said]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_run_keeps_the_alpha_that_was_stored(way: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the law has changed since; a plain number, as any other setting's."""
+    first = way(llama())
+    assert {group["alpha"] for group in first.state_dict()["param_groups"] if "rank" in group} == {ALPHA}
+    monkeypatch.setattr(presets, "BASE_ALPHA", 1.0)
+    second = way(llama())
+    assert projected(second, "alpha") == {(4 * ALPHA,)}
+    assert resumed(first, second) == []
+    assert projected(second, "alpha") == {(ALPHA,)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_run_takes_what_the_user_changes(way: Callable) -> None:
+    first, second = way(llama()), way(llama(), alpha=0.5)
+    assert any(f"alpha = 0.5 where the checkpoint had {ALPHA}" in each for each in resumed(first, second))
+    assert projected(second, "alpha") == {(0.5,)}
+    third = way(llama())
+    assert any(f"alpha = {ALPHA} where the checkpoint had 0.5" in each for each in resumed(second, third))
+    assert projected(third, "alpha") == {(ALPHA,)}
+
+
+def test_a_preset_may_come_and_go() -> None:
+    """Over a resume: what it gives is a new value, said, and nothing is left of a preset that is gone."""
+    plain, preset = FiraAdam(llama(), rank=RANK), by_model(llama())
+    (said,) = resumed(plain, preset)
+    assert f"alpha = {ALPHA} where the checkpoint had 1.0" in said
+    assert "lr goes on from the checkpoint's 0.001, not from 0.01" in said
+    assert projected(preset, "alpha") == {(ALPHA,)}
+    (said,) = resumed(preset, FiraAdam(llama(), rank=RANK, alpha=1.0))
+    assert f"alpha = 1.0 where the checkpoint had {ALPHA}" in said
+    again = FiraAdam(llama(), rank=RANK)
+    resumed(preset, again)
+    assert not any("preset" in group for group in again.param_groups)
