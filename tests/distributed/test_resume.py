@@ -36,6 +36,7 @@ def case(stage: int, dtype: str, params: dict[str, Any] | None = None, how: dict
 
 
 BF16, INT8 = {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}
+PRESET = {"preset": "recommended"}
 RANDOMIZED = {"subspace": "randomized", "refresh_moments": "rotate"}
 TORCH = {"torch_schedule": True}
 BACK = {"rollback": True}
@@ -50,7 +51,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "stage 0, fp16": case(0, "fp16", {**RANDOMIZED, "stagger": True}, OVERFLOW, **DECAY),
         "stage 1, fp32": case(1, "fp32", {**INT8, **RANDOMIZED}, **DECAY),
         "BF16_Optimizer": case(1, "bf16", BF16, TORCH, gradient_accumulation_steps=2, **FP32_SUMS),
-        "stage 2, bf16": case(2, "bf16", {**INT8, "stagger": True}, gradient_accumulation_steps=2, **DECAY),
+        "stage 2, bf16": case(2, "bf16", {**INT8, **PRESET, "stagger": True}, gradient_accumulation_steps=2, **DECAY),
         "rolled back": case(2, "fp16", BF16, OVERFLOW | BACK, **DECAY),
     },
     3: {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, algorithm_of
+from ds_fira.core.selection import find_projected_weights, shape_of
+from ds_fira.optim.presets import PRESET, PRESETS, preset_mark, size_of, values_of
 from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import adamw_bytes, formula_bytes
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
@@ -72,6 +74,8 @@ class Estimate:
         saving: share of AdamW's state elements that the paper's formula saves.
         setup: of the run.
         params: settings of FiraAdam.
+        presets: by name, what each gives for this model, or only that of `params`, which win over it; the width and the
+            depth that it goes by.
         methods: estimates by name, in the order of `METHODS`.
         notes: what the figures leave out or suppose, one sentence each.
     """
@@ -83,6 +87,7 @@ class Estimate:
     saving: float
     setup: Setup
     params: dict[str, object]
+    presets: dict[str, dict[str, object]]
     methods: dict[str, MethodEstimate]
     notes: tuple[str, ...]
 
@@ -147,9 +152,24 @@ def estimate(
         saving=1 - formula_bytes(run.records) / adamw_bytes(run.records),
         setup=setup,
         params=params,
+        presets=_presets(module, params) if kind is FIRA_ADAM and "Fira" in methods else {},
         methods=found,
         notes=tuple(_notes(unprojected, setup, config, sequence, methods)),
     )
+
+
+def _presets(module: nn.Module, params: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    """What presets give for a model: all of them, or the one that is named, with what the user sets instead."""
+    projected = find_projected_weights(module, params.get("target_modules"))
+    trained = [param for param in module.parameters() if id(param) in projected and param.requires_grad]
+    matrices = [(projected[id(param)], shape_of(param)) for param in trained]
+    named = params.get(PRESET)
+    found = {}
+    for name in PRESETS if named is None else (named,):
+        given = values_of(preset_mark(name, matrices))
+        own = {} if named is None else {key: params[key] for key in given if key in params}
+        found[name] = {**given, **own, **asdict(size_of(matrices))}
+    return found
 
 
 def fits(found: MethodEstimate, available: Available) -> bool:

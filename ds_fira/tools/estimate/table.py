@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from ds_fira.tools.estimate.cards import GIB, Available
@@ -36,7 +36,8 @@ def estimate_lines(found: Estimate, available: Available | None) -> list[str]:
         fitting = ["yes" if fits(method, available) else "no" for method in methods]
         lines += ["", _row(f"fits {available.device / GIB:g} GiB", fitting)]
         lines.append(_row("largest micro-batch", [_batch(method, available) for method in methods]))
-    return [*lines, "", *(f"- {note}" for note in found.notes)]
+    presets = [_preset_line(name, values) for name, values in found.presets.items()]
+    return [*lines, "", *(f"- {note}" for note in (*presets, *found.notes))]
 
 
 def estimate_json(found: Estimate, available: Available | None) -> dict[str, object]:
@@ -62,6 +63,7 @@ def estimate_json(found: Estimate, available: Available | None) -> dict[str, obj
         "params": found.params,
         "device_bytes": None if available is None or math.isinf(available.device) else int(available.device),
         "methods": methods,
+        "presets": found.presets,
         "notes": list(found.notes),
     }
 
@@ -79,6 +81,20 @@ def _header(found: Estimate) -> list[str]:
         f"micro-batch of {setup.batch_size} x {setup.seq_length} tokens{checkpointing}",
         f"Fira's states by the paper's formula: {found.saving:.1%} less than AdamW's",
     ]
+
+
+def _preset_line(name: str, values: Mapping[str, object]) -> str:
+    """What a preset gives, and by how much an element of a projected matrix moves in a step, about lr x alpha."""
+    size = {key: values[key] for key in ("width", "depth")}
+    given = ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+        if key not in size
+    )
+    return (
+        f"preset {name}: {given} (width {size['width']}, depth {size['depth']}): hidden matrices step at "
+        f"{values['lr'] * values['alpha']:.3g} per element"
+    )
 
 
 def _block(memories: list[Memory]) -> list[str]:

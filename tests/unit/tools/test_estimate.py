@@ -226,3 +226,19 @@ def test_wrong_arguments_end_in_one_sentence(
     assert error.count("\n") == 0
     assert error.startswith("python -m ds_fira estimate: ")
     assert re.search(words, error), error
+
+
+def test_what_a_preset_gives_is_said_beside_the_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For a model of the paper, by the command; and where a run names it, with what the run sets instead."""
+    written = tmp_path / "estimate.json"
+    main(["estimate", "--model", "llama_130m", "--rank", "128", "--methods", "Fira", "--json", str(written)])
+    line = "- preset recommended: lr 0.01, alpha 0.00694 (width 768, depth 12): hidden matrices step at 6.94e-05 per "
+    assert f"{line}element" in capsys.readouterr().out.splitlines()
+    (preset,) = json.loads(written.read_text())["presets"].items()
+    assert preset == ("recommended", {"lr": 0.01, "alpha": 0.25 * 256 / (768 * 12), "width": 768, "depth": 12})
+    found = estimate(small_model(), methods=["Fira"], rank=16, preset="recommended", lr=0.5)
+    assert found.presets == {"recommended": {"lr": 0.5, "alpha": 0.25 * 256 / (64 * 2), "width": 64, "depth": 2}}
+    plain = estimate(small_model(), methods=["Fira"], rank=16)
+    assert found.methods["Fira"].by_rank == plain.methods["Fira"].by_rank
+    assert estimate(small_model(), methods=["AdamW"], rank=16).presets == {}
+    assert estimate(small_model(), methods=["Fira"], optimizer="FiraRMSProp", rank=16).presets == {}
