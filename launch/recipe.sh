@@ -5,7 +5,8 @@
 #
 # Common to all of them (appendix A.2): sequences of 256 tokens, 512 a step as the config says, a linear warm-up over a
 # tenth of the steps, a cosine down to a tenth of the learning rate, which are the script's defaults. T5's tokenizer is the
-# one that the released code takes. Options given to the recipe come last, and so win.
+# one that the released code takes. Options given to the recipe come last, and so win; `--preset recommended` takes the
+# place of the learning rate and alpha that the config has.
 
 recipe() {
   local model=$1 config=$2 steps=$3 repository

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
+from ds_fira.optim.presets import preset_rows
 from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import check_params, legal_settings
 from ds_fira.tools import models
@@ -15,7 +16,7 @@ from ds_fira.tools import models
 from .batch import MICRO, TOTAL
 
 # JSON parameter of FiraAdam -> option. A value given on the command line wins over the DeepSpeed JSON.
-FIRA_PARAMS = ("rank", "alpha", "update_proj_gap", "gamma", "target_modules")
+FIRA_PARAMS = ("rank", "alpha", "update_proj_gap", "gamma", "target_modules", "preset")
 SHARED_PARAMS = ("lr", "weight_decay")
 SHAPE_OPTIONS = ("hidden_size", "intermediate_size", "layers", "heads")
 SHAPE_DEFAULTS = {"hidden_size": 128, "layers": 4, "heads": 4}
@@ -124,6 +125,8 @@ def build_deepspeed_config(options: argparse.Namespace) -> dict[str, Any]:
     elif base["type"] != options.optimizer:
         legal = legal_settings(TYPES[options.optimizer].algorithm)
         params = {name: value for name, value in params.items() if name in legal}
+    # A preset on the command line replaces what the JSON says in its place; in the JSON, what stands beside it wins.
+    params = {name: value for name, value in params.items() if name not in preset_rows(options.preset)}
     for name in (*SHARED_PARAMS, *FIRA_PARAMS):
         if getattr(options, name) is not None:
             params[name] = getattr(options, name)

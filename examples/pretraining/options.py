@@ -7,6 +7,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from ds_fira.checkpoint.tag_folder import find_complete
+from ds_fira.optim.presets import PRESETS
 from ds_fira.optim.registry import TYPES
 from ds_fira.runtime.activation_checkpointing import METHODS as CHECKPOINTING
 from ds_fira.tools import models
@@ -123,6 +124,9 @@ def build_parser() -> OneSentenceParser:
     optimizer.add_argument("--alpha", type=float, help="scale of the projected update")
     optimizer.add_argument("--update-proj-gap", type=positive, help="steps between subspace refreshes")
     optimizer.add_argument("--gamma", type=float, help="largest growth of the residual norm from step to step")
+    optimizer.add_argument(
+        "--preset", choices=tuple(PRESETS), help="settings that transfer, such as lr and alpha, in place of the JSON's"
+    )
     optimizer.add_argument("--target-modules", nargs="+", help="modules whose weights are projected")
 
     parser.add_argument("--deepspeed-config", type=Path, default=REPOSITORY / "ds_configs" / "zero2_bf16.json")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from ds_fira.optim.presets import PRESETS, ModelSize, transferred_alpha
 from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import check_params
 from tests.ranks import Pools
@@ -71,7 +72,7 @@ def shrunk(content: dict[str, Any]) -> dict[str, Any]:
     params = content["optimizer"]["params"]
     params["rank"] = min(params["rank"], 4)
     # At a rate for fine-tuning three steps would not move a norm's bf16 weights of 1.
-    params["lr"] = max(params["lr"], 0.005)
+    params |= {"lr": max(params["lr"], 0.005)} if "lr" in params else {}
     content.pop("train_batch_size", None)
     content["train_micro_batch_size_per_gpu"] = 2
     # The recipes set the total instead, and accumulate what the processes leave.
@@ -100,6 +101,15 @@ def test_deepspeed_reads_every_key(name: str) -> None:
     assert unread_keys(shrunk(FILES[name])) == []
     optimizer = FILES[name]["optimizer"]
     check_params(optimizer["params"], algorithm=TYPES[optimizer["type"]].algorithm)
+
+
+def test_the_preset_takes_the_place_of_its_settings() -> None:
+    """Nothing else differs from the usual file."""
+    usual, preset = copy.deepcopy(FILES["zero2"]), copy.deepcopy(FILES["zero2_recommended"])
+    name = preset["optimizer"]["params"].pop("preset")
+    own = usual["optimizer"]["params"]
+    usual["optimizer"]["params"] = {key: value for key, value in own.items() if key not in PRESETS[name].rows}
+    assert usual == preset
 
 
 @pytest.mark.parametrize(
@@ -159,8 +169,12 @@ def check_engine(seen: dict[str, Any], content: dict[str, Any]) -> None:
     }[params.get("state_dtype", "float32")]
     assert seen["moment_dtypes"] == moments
     for key, value in params.items():
-        if key in seen["settings"] and key != "lr":
+        if key in seen["settings"] and key not in ("lr", "preset"):
             assert seen["settings"][key] == (tuple(value) if isinstance(value, list) else value), key
+    assert seen["settings"].get("preset", {}).get("name") == params.get("preset")
+    if "preset" in params:
+        assert seen["lr"] == {0.01}
+        assert seen["settings"]["alpha"] == transferred_alpha(ModelSize(width=16, depth=2))
     assert seen["metrics"]["projected_matrices"] == 14
     assert seen["metrics"]["refreshes"] == 14
     assert sum(seen["memory"]["optimizer_state_bytes"]) > 0
@@ -185,6 +199,16 @@ def test_a_file_trains_and_is_in_effect(ranks: Pools, name: str) -> None:
             assert seen["accumulated_dtypes"] == {{"fp32": torch.float32, "bf16": torch.bfloat16}[accumulation]}
         for parameter, weight in seen["module"].items():
             assert torch.equal(weight, results[0]["module"][parameter]), "the ranks drifted apart"
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero3"])
+def test_a_preset_is_the_same_at_every_stage(ranks: Pools, name: str) -> None:
+    """On every rank: the alpha of the whole model, also where ZeRO holds its weights; stage 2 has a file of its own."""
+    content = shrunk(FILES[name])
+    kept = {key: v for key, v in content["optimizer"]["params"].items() if key not in PRESETS["recommended"].rows}
+    content["optimizer"]["params"] = {**kept, "preset": "recommended"}
+    for seen in ranks.run(2, "step", module=MODULE, ds_config=content, steps=STEPS):
+        check_engine(seen, content)
 
 
 def test_activation_checkpointing_changes_no_number(ranks: Pools) -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ds_fira.optim.presets import ModelSize, transferred_alpha
 from ds_fira.tools import models
 from examples.pretraining.batch import settle_batch
-from tests.programs import ROOT, run, write_text
+from tests.programs import ROOT, Forked, run, write_text
 
 # Table 5 (heads and layers of 1B the right way round): hidden, intermediate, heads, layers, and millions of weights.
 TABLE_5 = {
@@ -74,7 +75,7 @@ def test_recipe_trains(tmp_path: Path) -> None:
     write_text(tmp_path)
     options = ["--data", "text.txt", "--tokenizer", "train", "--cache-dir", "cache", "--output-dir", "out"]
     options += ["--steps", "2", "--batch-size", "1", "--total-batch-size", "4", "--eval-batches", "1", "--report"]
-    options += ["--validation-tokens", "1024", "--gamma", "1.1"]
+    options += ["--validation-tokens", "1024", "--gamma", "1.1", "--preset", "recommended"]
     command = ["bash", str(ROOT / "launch" / "llama_60m.sh"), *options]
     done = run(command, tmp_path, limit=580, VIRTUAL_ENV=sys.prefix, NPROC="2", LAUNCHER="torchrun")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -86,13 +87,49 @@ def test_recipe_trains(tmp_path: Path) -> None:
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (4, 2)
     assert config["gradient_clipping"] == 0.0
     params = config["optimizer"]["params"]
-    assert (params["rank"], params["gamma"]) == (128, 1.1)
+    assert (params["rank"], params["gamma"], params["preset"]) == (128, 1.1, "recommended")
+    assert not {"lr", "alpha"} & params.keys()
     assert summary["refreshes"] == 56
     page = (tmp_path / "out" / "report.html").read_text()
     # Fira's own events come every ten steps (`steps_per_print`), later than this run ends.
     assert "Learning rate" in page
     assert "Perplexity" in page
     assert sorted(path.name for path in (tmp_path / "out" / "model").glob("*.safetensors")) == ["model.safetensors"]
+
+
+def test_recipe_with_the_preset_is_planned(tmp_path: Path) -> None:
+    """The command's own plan for LLaMA 60M: the preset in place of the config's lr and alpha, and what it gives."""
+    options = ["--preset", "recommended", "--dry-run", "--data", "text.txt", "--tokenizer", "train"]
+    write_text(tmp_path)
+    command = ["bash", str(ROOT / "launch" / "llama_60m.sh"), *options, "--output-dir", "out"]
+    done = run(command, tmp_path, VIRTUAL_ENV=sys.prefix, NPROC="1", LAUNCHER="python")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    said = re.search(r"^optimizer +FiraAdam: (.*)$", done.stdout, re.MULTILINE)[1]
+    assert "preset recommended" in said
+    assert not re.search(r"\b(lr|alpha) ", said)
+    alpha = transferred_alpha(ModelSize(width=512, depth=8))
+    assert f"preset recommended: lr 0.01, alpha {alpha:.3g} (width 512, depth 8)" in done.stdout
+
+
+@pytest.mark.parametrize("given", [[], ["--lr", "0.02"], ["--alpha", "0.5"]], ids=str)
+def test_a_recipes_config_trains_a_tiny_model_with_the_preset(tmp_path: Path, given: list[str]) -> None:
+    """What the recipe starts, with a tiny model: an option wins over the preset, and the preset over the config."""
+    write_text(tmp_path)
+    options = ["--deepspeed-config", str(ROOT / "ds_configs" / "llama_60m.json"), "--preset", "recommended", *given]
+    options += ["--hidden-size", "32", "--layers", "3", "--heads", "2", "--rank", "8", "--vocab-size", "300"]
+    options += ["--seq-length", "32", "--steps", "3", "--batch-size", "2", "--total-batch-size", "2"]
+    options += ["--eval-batches", "1", "--validation-tokens", "128", "--data", "text.txt", "--save-every", "3"]
+    options += ["--cache-dir", "cache", "--output-dir", "out", "--warmup-steps", "0", "--min-lr-ratio", "1"]
+    (done,) = Forked(str(ROOT / "examples" / "pretrain_llama.py"), options, tmp_path).wait()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    params = json.loads((tmp_path / "out" / "summary.json").read_text())["deepspeed_config"]["optimizer"]["params"]
+    own = {name.removeprefix("--"): float(value) for name, value in zip(given[::2], given[1::2], strict=True)}
+    assert {name: params[name] for name in ("lr", "alpha") if name in params} == own
+    (folder,) = (tmp_path / "out" / "state").glob("*/")
+    expected = {"lr": 0.01, "alpha": transferred_alpha(ModelSize(width=32, depth=3)), **own}
+    (file,) = folder.glob("*optim_states.pt")
+    groups = torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+    assert {(group["lr"], group["alpha"]) for group in groups if "rank" in group} == {tuple(expected.values())}
 
 
 @pytest.mark.parametrize(
