@@ -23,7 +23,13 @@ from ds_fira.optim.constructor import Params, bind, documented, signature_of
 from ds_fira.optim.param_groups import by_kind, group_defaults
 from ds_fira.optim.presets import PRESET, preset_in, preset_mark, projected_matrices, take_mark, values_of
 from ds_fira.optim.rank_rule import grouped, linear_weights, ranked_groups
-from ds_fira.optim.settings import check_params, group_settings, refuse_foreign, without_torch_options
+from ds_fira.optim.settings import (
+    check_params,
+    group_settings,
+    refuse_foreign,
+    warn_of_deprecated,
+    without_torch_options,
+)
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.optim.stateful import settings_of
 from ds_fira.optim.stepping import Stepping
@@ -75,6 +81,9 @@ class LowRankOptimizer(Stepping):
         self.unpickle_checkpoints = settings["unpickle_checkpoints"]
         if settings["record_scaling_factors"]:
             self.recorder = ScalingRecorder(settings["record_scaling_factors"], *linear_weights(groups, model))
+        if is_first_process():
+            for each in (given, *groups):
+                warn_of_deprecated(each, self.algorithm.name)
         rank, target_modules = settings["rank"], settings["target_modules"]
         groups = ranked_groups(groups, rank, target_modules, self.algorithm.name, model) if params else []
         if groups and settings.get(PRESET) is not None:
@@ -124,6 +133,8 @@ class LowRankOptimizer(Stepping):
         own = {name: param_group[name] for name in group_settings(self.algorithm) if name in param_group}
         where = f"{self.algorithm.name} param group"
         without_torch_options(param_group, where)
+        if is_first_process():
+            warn_of_deprecated(own, self.algorithm.name)
         checked = check_params(own, where, self.algorithm)
         param_group = {**param_group, **{name: checked[name] for name in own}}
         if "rank" in own and own["rank"] is None:

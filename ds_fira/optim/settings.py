@@ -7,6 +7,7 @@ sentence wherever it came from.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -71,9 +72,14 @@ TORCH_OPTIONS = {
     "capturable": "remove it, a step cannot be captured in a CUDA graph",
     "differentiable": "remove it, autograd does not go through a step",
 }
+# Settings that go: the value that does without, and why.
+DEPRECATED = {"refresh_limiter": ("keep", "it has no effect on perplexity (docs/reproduction.md)")}
 # What other libraries call a setting, where the spelling alone would suggest another.
 OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "wd": "weight_decay"}
 OTHER_NAMES |= {"scale": "alpha"}
+
+
+_said: set[tuple[str, str]] = set()
 
 
 class UnknownSetting(ValueError, TypeError):
@@ -168,6 +174,23 @@ def refuse_foreign(params: Mapping[str, object], where: str, algorithm: Algorith
             raise ValueError(
                 f"{where}: {key} = {params[key]!r} is a setting of FiraAdam that {algorithm.name} has no use for; "
                 "remove it, or train with FiraAdam."
+            )
+
+
+def warn_of_deprecated(params: Mapping[str, object], name: str) -> None:
+    """Say once in a process of each setting of `DEPRECATED` that it goes, where it is set to make a difference.
+
+    Args:
+        params: settings as the user gave them; other keys are passed over.
+        name: of the optimizer.
+    """
+    for key, (without, reason) in DEPRECATED.items():
+        if params.get(key, without) != without and (name, key) not in _said:
+            _said.add((name, key))
+            warnings.warn(
+                f"{name}: {key} = {params[key]!r} is deprecated, because {reason}; remove it.",
+                DeprecationWarning,
+                stacklevel=3,
             )
 
 

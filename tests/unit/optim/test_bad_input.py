@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import ds_fira
 from ds_fira import FiraAdam
+from ds_fira.optim import settings
 from ds_fira.optim.settings import check_params
 from tests.reference.gradients import make_weight
 from tests.reference.harness import with_a_rank
@@ -114,6 +116,34 @@ def test_an_unknown_setting_names_the_nearest_legal_one(typo, meant):
     message = str(error.value).split("Legal")[0]
     assert repr(typo) in message, message
     assert repr(meant) in message, message
+
+
+def test_a_deprecated_setting_is_said_once(monkeypatch):
+    """Wherever it stands, and only where it makes a difference; it still works."""
+    sentence = (
+        r"^FiraAdam: refresh_limiter = 'reset' is deprecated, because it has no effect on perplexity "
+        r"\(docs/reproduction\.md\); remove it\.$"
+    )
+    reset = {"refresh_limiter": "reset"}
+
+    def weight():
+        return nn.Parameter(make_weight((6, 8)))
+
+    ways = [
+        lambda: FiraAdam([weight()], rank=2, **reset),
+        lambda: FiraAdam([{"params": [weight()], "rank": 2, **reset}]),
+        lambda: FiraAdam([weight()], rank=2).add_param_group({"params": [weight()], "rank": 2, **reset}),
+    ]
+    for way in ways:
+        monkeypatch.setattr(settings, "_said", set())
+        with pytest.warns(DeprecationWarning, match=sentence) as said:
+            way()
+        assert len(said) == 1
+        assert said[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            way()
+            FiraAdam([weight()], rank=2, refresh_limiter="keep")
 
 
 def test_an_unknown_keyword_of_the_constructor():
