@@ -79,7 +79,7 @@ OTHER_NAMES = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsil
 OTHER_NAMES |= {"scale": "alpha"}
 
 
-_said: set[tuple[str, str]] = set()
+_said: set[tuple[str, str]] = set()  # optimizers and deprecated settings that a warning has named
 
 
 class UnknownSetting(ValueError, TypeError):

@@ -26,7 +26,7 @@ from ds_fira.core import quantization
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
 
 # Settings of the projected groups that a resumed run has to keep, and those it may change.
-SHOWN = ("rank", "proj_type", "formulation", "update_proj_gap", "subspace", "state_dtype")
+SHOWN = ("rank", "proj_type", "formulation", "update_proj_gap", "alpha", "subspace", "state_dtype")
 NAMED = 5  # of the tensors that are not finite
 FINE, FAULTY = 0, 1  # and 2 for arguments that are not legal, as of argparse
 EPILOG = """exit status:

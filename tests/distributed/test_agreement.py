@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "max_group_bytes": 4096,
     "record_scaling_factors": 5,
     "target_modules": ["layers"],
+    "preset": "recommended",
 }
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     name: ({"params": {name: value}}, f"optimizer.params.{name} is {plain(value)!r} on rank")

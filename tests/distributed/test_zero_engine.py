@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ds_fira
+from ds_fira.optim.presets import ModelSize, transferred_alpha
 from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
 
@@ -93,10 +94,24 @@ def test_user_groups_survive(ranks: Pools) -> None:
     assert ranked == {f"layers.{i}.weight" for i in range(4)}
 
 
-def test_param_groups_as_model_parameters(ranks: Pools) -> None:
-    """Groups that say themselves what is projected are split by shape, their rank and weight decay kept."""
-    ds_config = config(2, "fp32", {"lr": 0.01, "update_proj_gap": 3})
-    results = ranks.run(2, "train_with_param_groups", ds_config=ds_config, shapes=[(8, 6), (6, 9), (8, 6)], steps=2)
+@pytest.mark.parametrize(
+    ("params", "preset", "expected"),
+    [
+        ({"lr": 0.02}, None, (0.02, 1.0)),
+        ({"lr": 0.02}, "recommended", (0.02, transferred_alpha(ModelSize(width=6, depth=3)))),
+        ({"alpha": 0.5}, "recommended", (0.01, 0.5)),
+    ],
+    ids=str,
+)
+def test_param_groups_as_model_parameters(
+    ranks: Pools, params: dict[str, float], preset: str | None, expected: tuple[float, float]
+) -> None:
+    """Groups that say themselves what is projected are split by shape; their preset gives what the JSON leaves out."""
+    ds_config = config(2, "fp32", {**params, "update_proj_gap": 3})
+    shapes = [(8, 6), (6, 9), (8, 6)]
+    results = ranks.run(2, "train_with_param_groups", ds_config=ds_config, shapes=shapes, steps=2, preset=preset)
+    given = [[(g["settings"]["lr"], g["settings"]["alpha"]) for g in result["groups"]] for result in results]
+    assert given == [[expected] * 4] * 2
     found = [
         (group["settings"].get("rank"), group["settings"]["weight_decay"], [name for name, _, _ in group["members"]])
         for group in results[0]["groups"]

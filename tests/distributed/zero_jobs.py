@@ -185,11 +185,11 @@ def train_with_groups(shapes: list[tuple[int, int]], **kwargs: Any) -> dict[str,
     return train(shapes=shapes, model=model, model_parameters=groups, **kwargs)
 
 
-def train_with_param_groups(shapes: list[tuple[int, int]], **kwargs: Any) -> dict[str, Any]:
+def train_with_param_groups(shapes: list[tuple[int, int]], preset: str | None, **kwargs: Any) -> dict[str, Any]:
     """`train` with `ds_fira.param_groups` as model parameters."""
     torch.manual_seed(0)
     model = Net(shapes)
-    groups = ds_fira.param_groups(model, rank=2, weight_decay=0.1)
+    groups = ds_fira.param_groups(model, rank=2, weight_decay=0.1, preset=preset)
     return train(shapes=shapes, model=model, model_parameters=groups, **kwargs)
 
 
