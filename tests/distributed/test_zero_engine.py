@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ds_fira
-from ds_fira.optim.presets import ModelSize, transferred_alpha
+from ds_fira.optim.presets import PRESETS, ModelSize, transferred_alpha
 from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
 
@@ -99,7 +99,7 @@ def test_user_groups_survive(ranks: Pools) -> None:
     [
         ({"lr": 0.02}, None, (0.02, 1.0)),
         ({"lr": 0.02}, "recommended", (0.02, transferred_alpha(ModelSize(width=6, depth=3)))),
-        ({"alpha": 0.5}, "recommended", (0.01, 0.5)),
+        ({"alpha": 0.5}, "recommended", (PRESETS["recommended"].settings["lr"], 0.5)),
     ],
     ids=str,
 )

@@ -173,7 +173,7 @@ def check_engine(seen: dict[str, Any], content: dict[str, Any]) -> None:
             assert seen["settings"][key] == (tuple(value) if isinstance(value, list) else value), key
     assert seen["settings"].get("preset", {}).get("name") == params.get("preset")
     if "preset" in params:
-        assert seen["lr"] == {0.01}
+        assert seen["lr"] == {PRESETS[params["preset"]].settings["lr"]}
         assert seen["settings"]["alpha"] == transferred_alpha(ModelSize(width=16, depth=2))
     assert seen["metrics"]["projected_matrices"] == 14
     assert seen["metrics"]["refreshes"] == 14

@@ -135,7 +135,8 @@ def estimate(
     config = getattr(module, "config", None)
     sequence = activation_bytes(config, setup.seq_length, setup.weight_bytes, setup.activation_checkpointing)
     found = {}
-    for method in compare_methods(module, run, setup, check_params(params, algorithm=kind)):
+    checked = check_params(params, algorithm=kind)
+    for method in compare_methods(module, run, setup, checked):
         if method.name not in methods:
             continue
         by_rank = tuple(
@@ -152,15 +153,17 @@ def estimate(
         saving=1 - formula_bytes(run.records) / adamw_bytes(run.records),
         setup=setup,
         params=params,
-        presets=_presets(module, params) if kind is FIRA_ADAM and "Fira" in methods else {},
+        presets=_presets(module, params, checked["target_modules"]) if kind is FIRA_ADAM and "Fira" in methods else {},
         methods=found,
         notes=tuple(_notes(unprojected, setup, config, sequence, methods)),
     )
 
 
-def _presets(module: nn.Module, params: Mapping[str, object]) -> dict[str, dict[str, object]]:
+def _presets(
+    module: nn.Module, params: Mapping[str, object], target_modules: Sequence[str] | None
+) -> dict[str, dict[str, object]]:
     """What presets give for a model: all of them, or the one that is named, with what the user sets instead."""
-    projected = find_projected_weights(module, params.get("target_modules"))
+    projected = find_projected_weights(module, target_modules)
     trained = [param for param in module.parameters() if id(param) in projected and param.requires_grad]
     matrices = [(projected[id(param)], shape_of(param)) for param in trained]
     named = params.get(PRESET)

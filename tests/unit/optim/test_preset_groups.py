@@ -20,7 +20,7 @@ from ds_fira.tools.dry_run import plan_run
 from tests.small_models import llama
 
 RANK = 4
-ALPHA = transferred_alpha(ModelSize(16, 2))
+ALPHA, LR = transferred_alpha(ModelSize(16, 2)), PRESETS["recommended"].settings["lr"]
 
 
 def by_model(model: nn.Module, kind: type = FiraAdam, **settings: object):
@@ -60,7 +60,7 @@ def projected(optimizer: torch.optim.Optimizer, *names: str) -> set[tuple[object
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_the_same(way: Callable) -> None:
     optimizer = way(llama())
-    assert {group["lr"] for group in optimizer.param_groups} == {PRESETS["recommended"].settings["lr"]}
+    assert {group["lr"] for group in optimizer.param_groups} == {LR}
     assert projected(optimizer, "alpha") == {(ALPHA,)}
     plain = {
         tuple(p.shape)
@@ -75,7 +75,7 @@ def test_every_way_gives_the_same(way: Callable) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("given", [{"alpha": 0.5}, {"lr": 0.02}, {"lr": 0.02, "alpha": 0.5}], ids=str)
 def test_the_user_wins(way: Callable, given: dict[str, float]) -> None:
-    expected = {"lr": PRESETS["recommended"].settings["lr"], "alpha": ALPHA, **given}
+    expected = {"lr": LR, "alpha": ALPHA, **given}
     optimizer = way(llama(), **given)
     assert projected(optimizer, "lr", "alpha") == {(expected["lr"], expected["alpha"])}
     assert {group["lr"] for group in optimizer.param_groups} == {expected["lr"]}
@@ -109,9 +109,11 @@ def test_the_size_is_that_of_all_groups_together() -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_plan_of_any_stage_and_ranks_has_one_alpha(stage: int, ranks: int) -> None:
-    plans = [plan_run(llama(), ranks, stage, rank=RANK, **how) for how in ({"preset": "recommended"}, {})]
-    found, plain = ([group for group in plan.groups if "rank" in group.settings] for plan in plans)
-    assert {(group.settings["alpha"], group.settings["lr"]) for group in found} == {(ALPHA, 0.01)}
+    mark = presets.preset_mark("recommended", [(f"{layer}.weight", (16, 16)) for layer in range(2)])
+    settings = ({"preset": "recommended"}, presets.values_of(mark), {})
+    plans = [plan_run(llama(), ranks, stage, rank=RANK, **how) for how in settings]
+    found, _, plain = ([group for group in plan.groups if "rank" in group.settings] for plan in plans)
+    assert {(group.settings["alpha"], group.settings["lr"]) for group in found} == {(ALPHA, LR)}
     assert {group.settings["alpha"] for group in plain} == {1.0}
     held = [[plan.state_bytes(rank, torch.float32) for rank in range(ranks if stage else 1)] for plan in plans]
     assert held[0] == held[1]
@@ -152,7 +154,7 @@ def test_a_group_added_later_has_the_presets_alpha_or_its_own(way: Callable) -> 
     optimizer.add_param_group({"params": later[:1], "rank": 2})
     optimizer.add_param_group({"params": later[1:2], "rank": 2, "alpha": 0.5})
     assert [group["alpha"] for group in optimizer.param_groups[-2:]] == [ALPHA, 0.5]
-    assert [group["lr"] for group in optimizer.param_groups[-2:]] == [0.01, 0.01]
+    assert [group["lr"] for group in optimizer.param_groups[-2:]] == [LR, LR]
     with pytest.raises(ValueError, match=r"^FiraAdam param group: preset = 'recommended' concerns the whole training;"):
         optimizer.add_param_group({"params": later[2:], "preset": "recommended"})
 
@@ -163,7 +165,7 @@ def test_its_own_groups_make_an_optimizer_again() -> None:
     layers = [{"params": list(layer.parameters())} for layer in model.model.layers]
     optimizer = FiraAdam([{**layers[0], "alpha": 0.5, "lr": 0.02}, layers[1]], rank=RANK, preset="recommended")
     again = FiraAdam(optimizer.param_groups)
-    assert projected(again, "lr", "alpha") == projected(optimizer, "lr", "alpha") == {(0.02, 0.5), (0.01, ALPHA)}
+    assert projected(again, "lr", "alpha") == projected(optimizer, "lr", "alpha") == {(0.02, 0.5), (LR, ALPHA)}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -211,9 +213,10 @@ def test_a_resumed_run_keeps_the_alpha_that_was_stored(way: Callable, monkeypatc
     """Also where the law has changed since; a plain number, as any other setting's."""
     first = way(llama())
     assert {group["alpha"] for group in first.state_dict()["param_groups"] if "rank" in group} == {ALPHA}
-    monkeypatch.setattr(presets, "BASE_ALPHA", 1.0)
+    monkeypatch.setattr(presets, "BASE_ALPHA", 4 * presets.BASE_ALPHA)
     second = way(llama())
-    assert projected(second, "alpha") == {(4 * ALPHA,)}
+    ((changed,),) = projected(second, "alpha")
+    assert changed == pytest.approx(4 * ALPHA)
     assert resumed(first, second) == []
     assert projected(second, "alpha") == {(ALPHA,)}
 
@@ -233,7 +236,7 @@ def test_a_preset_may_come_and_go() -> None:
     plain, preset = FiraAdam(llama(), rank=RANK), by_model(llama())
     (said,) = resumed(plain, preset)
     assert f"alpha = {ALPHA} where the checkpoint had 1.0" in said
-    assert "lr goes on from the checkpoint's 0.001, not from 0.01" in said
+    assert f"lr goes on from the checkpoint's 0.001, not from {LR}" in said
     assert projected(preset, "alpha") == {(ALPHA,)}
     (said,) = resumed(preset, FiraAdam(llama(), rank=RANK, alpha=1.0))
     assert f"alpha = 1.0 where the checkpoint had {ALPHA}" in said

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.memory.allocation import peak_bytes
 from ds_fira.__main__ import main
+from ds_fira.optim.presets import ModelSize, preset_mark, transferred_alpha, values_of
 from ds_fira.tools.dry_run import FlatBuffer, plan_run
 from ds_fira.tools.estimate import (
     CARDS,
@@ -232,13 +233,21 @@ def test_what_a_preset_gives_is_said_beside_the_bytes(tmp_path: Path, capsys: py
     """For a model of the paper, by the command; and where a run names it, with what the run sets instead."""
     written = tmp_path / "estimate.json"
     main(["estimate", "--model", "llama_130m", "--rank", "128", "--methods", "Fira", "--json", str(written)])
-    line = "- preset recommended: lr 0.01, alpha 0.00694 (width 768, depth 12): hidden matrices step at 6.94e-05 per "
-    assert f"{line}element" in capsys.readouterr().out.splitlines()
-    (preset,) = json.loads(written.read_text())["presets"].items()
-    assert preset == ("recommended", {"lr": 0.01, "alpha": 0.25 * 256 / (768 * 12), "width": 768, "depth": 12})
+    given = preset_mark("recommended", [(f"{layer}.weight", (768, 768)) for layer in range(12)])
+    size, step = {"width": 768, "depth": 12}, given["lr"] * given["alpha"]
+    assert re.search(
+        rf"^- preset recommended: lr {given['lr']:.3g}, .*alpha {given['alpha']:.3g} \(width 768, depth 12\): "
+        rf"hidden matrices step at {step:.3g} per element$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+    assert json.loads(written.read_text())["presets"] == {"recommended": {**values_of(given), **size}}
     found = estimate(small_model(), methods=["Fira"], rank=16, preset="recommended", lr=0.5)
-    assert found.presets == {"recommended": {"lr": 0.5, "alpha": 0.25 * 256 / (64 * 2), "width": 64, "depth": 2}}
-    plain = estimate(small_model(), methods=["Fira"], rank=16)
+    alpha = transferred_alpha(ModelSize(width=64, depth=2))
+    assert found.presets["recommended"].items() >= {"lr": 0.5, "alpha": alpha, "width": 64, "depth": 2}.items()
+    (values,) = estimate(small_model(), methods=["Fira"], rank=16).presets.values()
+    explicit = {name: value for name, value in values.items() if name not in size}
+    plain = estimate(small_model(), methods=["Fira"], rank=16, **explicit)
     assert found.methods["Fira"].by_rank == plain.methods["Fira"].by_rank
     assert estimate(small_model(), methods=["AdamW"], rank=16).presets == {}
     assert estimate(small_model(), methods=["Fira"], optimizer="FiraRMSProp", rank=16).presets == {}
