@@ -20,8 +20,8 @@ class Normalized(LowRank):
     """W <- W - rate (P N + c S), S_j = sqrt(s - r) D_j / sqrt(p_j), p_j the average of |D_j|^2, D = G - P R.
 
     Settings: `gap`; `c`; `beta`, of p; `scaling`, "column" or "matrix"; `factored`, whether V is kept as one number
-    per row and per column; `limited`, whether S has Fira's growth limiter; `moments`, what a refresh does to M and V;
-    `alpha` and `power` of the law rate / lr = alpha (256 / (width x layers)) ** power.
+    per row and per column; `limited`, whether S has Fira's growth limiter; `side`, "std", the smaller one, "right" or
+    "left"; `alpha` and `power` of the law rate / lr = alpha (256 / (width x layers)) ** power.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -31,6 +31,7 @@ class Normalized(LowRank):
         "scaling": "column",
         "factored": False,
         "limited": False,
+        "side": "std",
         "alpha": PUBLISHED_ALPHA,
         "power": 0.0,
     }
@@ -38,6 +39,11 @@ class Normalized(LowRank):
     def rate_factor(self, shape: tuple[int, int]) -> float:
         """The law."""
         return self.settings["alpha"] * (BASE / (self.trial.width * self.trial.depth)) ** self.settings["power"]
+
+    def on_the_right(self, shape: tuple[int, int]) -> bool:
+        """By `side`."""
+        side = self.settings["side"]
+        return super().on_the_right(shape) if side == "std" else side == "right"
 
     def direction(self, grad: Tensor, state: dict[str, Any]) -> Tensor:
         """P N + c S."""
