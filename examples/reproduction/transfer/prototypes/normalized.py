@@ -19,7 +19,8 @@ BASE = 128 * 2
 class Normalized(LowRank):
     """W <- W - rate (P N + c S), S_j = sqrt(s - r) D_j / sqrt(p_j), p_j the average of |D_j|^2, D = G - P R.
 
-    Settings: `gap`; `c`; `beta`, of p; `scaling`, "column" or "matrix"; `factored`, whether V is kept as one number
+    Settings: `gap`; `c`; `beta`, of p; `scaling`, "column" or "matrix"; `energy`, what p averages: that of
+    the "residual", or of the whole "gradient", sqrt(s) then in place of sqrt(s - r); `factored`, whether V is kept as one number
     per row and per column; `limited`, whether S has Fira's growth limiter; `side`, "std", the smaller one, "right" or
     "left"; `alpha` and `power` of the law rate / lr = alpha (256 / (width x layers)) ** power.
     """
@@ -29,6 +30,7 @@ class Normalized(LowRank):
         "c": 1.0,
         "beta": 0.9,
         "scaling": "column",
+        "energy": "residual",
         "factored": False,
         "limited": False,
         "side": "std",
@@ -58,12 +60,14 @@ class Normalized(LowRank):
         """S, (s, l)."""
         small, large = grad.shape
         grad_sq, beta = grad.double().square().sum(0), self.settings["beta"]
-        energy = torch.maximum(grad_sq - low_rank.double().square().sum(0), FLOOR * grad_sq)
+        whole = self.settings["energy"] == "gradient"
+        left = torch.maximum(grad_sq - low_rank.double().square().sum(0), FLOOR * grad_sq)
+        energy = grad_sq if whole else left
         if self.settings["scaling"] == "matrix":
             energy = energy.mean().expand(large)
         average = state.setdefault("energy", torch.zeros(large)).mul_(beta).add_(energy.float(), alpha=1 - beta)
         size = (average / (1 - beta**self.step_count)).sqrt()
-        factor = torch.where(size > 0, math.sqrt(small - basis.shape[1]) / size, 0.0)
+        factor = torch.where(size > 0, math.sqrt(small if whole else small - basis.shape[1]) / size, 0.0)
         found = (grad - basis @ low_rank) * factor
         return self.limit(found, state) if self.settings["limited"] else found
 
