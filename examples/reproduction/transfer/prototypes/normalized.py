@@ -19,10 +19,10 @@ BASE = 128 * 2
 class Normalized(LowRank):
     """W <- W - rate (P N + c S), S_j = sqrt(s - r) D_j / sqrt(p_j), p_j the average of |D_j|^2, D = G - P R.
 
-    Settings: `gap`; `c`; `beta`, of p; `scaling`, "column" or "matrix"; `energy`, what p averages: that of
-    the "residual", or of the whole "gradient", sqrt(s) then in place of sqrt(s - r); `factored`, whether V is kept as one number
-    per row and per column; `limited`, whether S has Fira's growth limiter; `side`, "std", the smaller one, "right" or
-    "left"; `alpha` and `power` of the law rate / lr = alpha (256 / (width x layers)) ** power.
+    Settings: `gap`; `c`; `beta`, of p; `scaling`, "column" or "matrix"; `energy`, what p averages: that of the
+    "residual", or of the whole "gradient", with sqrt(s) in place of sqrt(s - r); `factored`, whether V is kept as one
+    number per row and per column; `limited`, whether S has Fira's growth limiter; `side`, "std", the smaller one,
+    "right" or "left"; `alpha` and `power` of the law rate / lr = alpha (256 / (width x layers)) ** power.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
