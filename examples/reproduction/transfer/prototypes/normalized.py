@@ -20,9 +20,10 @@ class Normalized(LowRank):
     """W <- W - rate (P N + c S), S_j = sqrt(s - r) D_j / sqrt(p_j), p_j the average of |D_j|^2, D = G - P R.
 
     Settings: `gap`; `c`; `beta`, of p; `scaling`, "column" or "matrix"; `energy`, what p averages: that of the
-    "residual", or of the whole "gradient", with sqrt(s) in place of sqrt(s - r); `factored`, whether V is kept as one
-    number per row and per column; `limited`, whether S has Fira's growth limiter; `side`, "std", the smaller one,
-    "right" or "left"; `alpha` and `power` of the law rate / lr = alpha (256 / (width x layers)) ** power.
+    "residual", or of the whole "gradient", with sqrt(s) in place of sqrt(s - r); `inner`, the a of D = G - a P R, 1 for
+    the residual itself; `factored`, whether V is kept as one number per row and per column; `limited`, whether S has
+    Fira's growth limiter; `side`, "std", the smaller one, "right" or "left"; `alpha` and `power` of the law
+    rate / lr = alpha (256 / (width x layers)) ** power.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -31,6 +32,7 @@ class Normalized(LowRank):
         "beta": 0.9,
         "scaling": "column",
         "energy": "residual",
+        "inner": 1.0,
         "factored": False,
         "limited": False,
         "side": "std",
@@ -68,7 +70,7 @@ class Normalized(LowRank):
         average = state.setdefault("energy", torch.zeros(large)).mul_(beta).add_(energy.float(), alpha=1 - beta)
         size = (average / (1 - beta**self.step_count)).sqrt()
         factor = torch.where(size > 0, math.sqrt(small if whole else small - basis.shape[1]) / size, 0.0)
-        found = (grad - basis @ low_rank) * factor
+        found = (grad - self.settings["inner"] * (basis @ low_rank)) * factor
         return self.limit(found, state) if self.settings["limited"] else found
 
     def limit(self, residual: Tensor, state: dict[str, Any]) -> Tensor:
