@@ -18,8 +18,8 @@ PUBLISHED_ALPHA = 0.25
 class Prototype:
     """Trains a model; one step at a time, the gradients being there.
 
-    Hidden matrices are the weights of linear layers but the head. A matrix is given to `direction` with its smaller
-    side first, (s, l) with s <= l, as GaLore and Fira project it.
+    Hidden matrices are the weights of linear layers but the head. A matrix is given to `direction` with its projected
+    side first, (s, l): the smaller one, as GaLore and Fira project it.
 
     Attributes:
         trial: gives the rate and the settings.
@@ -56,7 +56,7 @@ class Prototype:
             group["lr"] = self.trial.lr * share
         self.adam.step()
         for weight, state in zip(self.hidden, self.states, strict=True):
-            tall = weight.shape[0] >= weight.shape[1]  # as the released code: a square one on the right
+            tall = self.on_the_right(weight.shape)
             state["tall"] = tall
             direction = self.direction(weight.grad.mT if tall else weight.grad, state)
             scale = self.trial.lr * share * self.rate_factor(weight.shape)
@@ -67,13 +67,17 @@ class Prototype:
         """What is subtracted from a hidden matrix, times the rate.
 
         Args:
-            grad: (s, l), s <= l.
+            grad: (s, l).
             state: of the matrix; at first it has `tall` alone, whether the matrix was transposed.
         """
 
     def rate_factor(self, shape: tuple[int, int]) -> float:
         """The rate of a hidden matrix of this shape, in the trial's."""
         return 1.0
+
+    def on_the_right(self, shape: tuple[int, int]) -> bool:
+        """Whether a matrix is transposed first: as the released code projects it, a square one on the right."""
+        return shape[0] >= shape[1]
 
     def rank(self, grad: Tensor) -> int:
         """The subspace rank of a matrix: the trial's share of the width."""

@@ -19,9 +19,11 @@ BASE = 128 * 2
 class Normalized(LowRank):
     """W <- W - rate (P N + c S), S_j = sqrt(s - r) D_j / sqrt(p_j), p_j the average of |D_j|^2, D = G - P R.
 
-    Settings: `gap`; `c`; `beta`, of p; `scaling`, "column" or "matrix"; `factored`, whether V is kept as one number
-    per row and per column; `limited`, whether S has Fira's growth limiter; `moments`, what a refresh does to M and V;
-    `alpha` and `power` of the law rate / lr = alpha (256 / (width x layers)) ** power.
+    Settings: `gap`; `c`; `beta`, of p; `scaling`, "column" or "matrix"; `energy`, what p averages: that of the
+    "residual", or of the whole "gradient", with sqrt(s) in place of sqrt(s - r); `inner`, the a of D = G - a P R, 1 for
+    the residual itself; `factored`, whether V is kept as one number per row and per column; `limited`, whether S has
+    Fira's growth limiter; `side`, "std", the smaller one, "right" or "left"; `alpha` and `power` of the law
+    rate / lr = alpha (256 / (width x layers)) ** power.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -29,8 +31,11 @@ class Normalized(LowRank):
         "c": 1.0,
         "beta": 0.9,
         "scaling": "column",
+        "energy": "residual",
+        "inner": 1.0,
         "factored": False,
         "limited": False,
+        "side": "std",
         "alpha": PUBLISHED_ALPHA,
         "power": 0.0,
     }
@@ -38,6 +43,11 @@ class Normalized(LowRank):
     def rate_factor(self, shape: tuple[int, int]) -> float:
         """The law."""
         return self.settings["alpha"] * (BASE / (self.trial.width * self.trial.depth)) ** self.settings["power"]
+
+    def on_the_right(self, shape: tuple[int, int]) -> bool:
+        """By `side`."""
+        side = self.settings["side"]
+        return super().on_the_right(shape) if side == "std" else side == "right"
 
     def direction(self, grad: Tensor, state: dict[str, Any]) -> Tensor:
         """P N + c S."""
@@ -52,13 +62,15 @@ class Normalized(LowRank):
         """S, (s, l)."""
         small, large = grad.shape
         grad_sq, beta = grad.double().square().sum(0), self.settings["beta"]
-        energy = torch.maximum(grad_sq - low_rank.double().square().sum(0), FLOOR * grad_sq)
+        whole = self.settings["energy"] == "gradient"
+        left = torch.maximum(grad_sq - low_rank.double().square().sum(0), FLOOR * grad_sq)
+        energy = grad_sq if whole else left
         if self.settings["scaling"] == "matrix":
             energy = energy.mean().expand(large)
         average = state.setdefault("energy", torch.zeros(large)).mul_(beta).add_(energy.float(), alpha=1 - beta)
         size = (average / (1 - beta**self.step_count)).sqrt()
-        factor = torch.where(size > 0, math.sqrt(small - basis.shape[1]) / size, 0.0)
-        found = (grad - basis @ low_rank) * factor
+        factor = torch.where(size > 0, math.sqrt(small if whole else small - basis.shape[1]) / size, 0.0)
+        found = (grad - self.settings["inner"] * (basis @ low_rank)) * factor
         return self.limit(found, state) if self.settings["limited"] else found
 
     def limit(self, residual: Tensor, state: dict[str, Any]) -> Tensor:

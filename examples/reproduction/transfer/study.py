@@ -1,0 +1,148 @@
+"""What the study trains, in the order of its importance; a trial that has a result is not trained again.
+
+python -m examples.reproduction.transfer.study                    everything below, on all processors
+python -m examples.reproduction.transfer.study --stage headline   about three hours on two cores: the preset's gain
+python -m examples.reproduction.transfer.study --list             what is trained and what is missing
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+from examples.reproduction.transfer.trials import Trial, Trials, settings_of
+
+WIDTHS = (128, 256)
+RANKS = (0.25, 0.03125, 0.125)
+SEEDS = (0, 1, 2)
+# The law of the preset: the hidden matrices' rate is alpha (256 / (width x depth)) lr.
+LAW = settings_of(power=1.0)
+PRESET_RATE, PUBLISHED_RATE = 0.01, 0.01
+# A model that was not used to find the law, and a text.
+HELD_OUT_WIDTHS, HELD_OUT_TEXT = (192, 384), "python"
+# Rates of the full-rank methods by width, factors of two about the best.
+FULL_RANK = {
+    "adam": {128: (0.001, 0.002, 0.004), 256: (0.0005, 0.001, 0.002)},
+    "muon": {128: (0.005, 0.01, 0.02), 256: (0.0025, 0.005, 0.01)},
+}
+LOW_RANK = {
+    "galore": {128: (0.01, 0.02, 0.04), 256: (0.0025, 0.005, 0.01)},
+    "apollo": {128: (0.005, 0.01, 0.02), 256: (0.0025, 0.005, 0.01)},
+}
+
+
+def preset(width: int, rank: float, lr: float = PRESET_RATE, **fields: object) -> Trial:
+    """The preset: the normalized residual by the law."""
+    return Trial(method="normalized", lr=lr, width=width, rank=rank, settings=LAW, **fields)
+
+
+def released(width: int, rank: float, lr: float = PUBLISHED_RATE, **fields: object) -> Trial:
+    """Fira as released, at the published settings but for the rate."""
+    return Trial(method="fira", lr=lr, width=width, rank=rank, **fields)
+
+
+def around(trial: Trial, steps: Iterable[int] = (-1, 0, 1)) -> list[Trial]:
+    """A trial at its rate and at factors of two about it."""
+    return [trial.change(lr=trial.lr * 2.0**step) for step in steps]
+
+
+def headline() -> list[Trial]:
+    """The preset and released Fira at every width and rank, each at the published rate and about it."""
+    found = []
+    for width in WIDTHS:
+        for rank in RANKS:
+            found += [preset(width, rank), released(width, rank)]
+    for width in WIDTHS:
+        for rank in RANKS:
+            found += around(preset(width, rank), (-1, 1)) + around(released(width, rank), (-1, 1, -2))
+    return found
+
+
+def seeds() -> list[Trial]:
+    """Preset and released Fira at the rates that hold, at the other seeds."""
+    return [
+        make(width, rank, lr, seed=seed)
+        for seed in SEEDS[1:]
+        for width, lr in ((128, PUBLISHED_RATE), (256, PUBLISHED_RATE / 2))
+        for rank in RANKS[:2]
+        for make, lr in ((preset, PRESET_RATE), (released, lr))
+    ]
+
+
+def others() -> list[Trial]:
+    """Methods of any memory, tuned; the low-rank ones at a quarter of the width."""
+    full = [
+        Trial(method=method, lr=lr, width=width)
+        for method, rates in FULL_RANK.items()
+        for width in WIDTHS
+        for lr in rates[width]
+    ]
+    low = [
+        Trial(method=method, lr=lr, width=width, rank=RANKS[0])
+        for method, rates in LOW_RANK.items()
+        for width in WIDTHS
+        for lr in rates[width]
+    ]
+    mini = [
+        Trial(method="apollo", lr=lr, width=128, rank=RANKS[0], settings=settings_of(mini=True))
+        for lr in LOW_RANK["apollo"][128]
+    ]
+    columns = around(Trial(method="column_sgd", lr=0.0025, width=128))
+    return full + low + mini + columns
+
+
+def candidates() -> list[Trial]:
+    """What was tried on the preset, at one width: each alone."""
+    base = preset(128, RANKS[0])
+    variants = (
+        {"c": 0.5},
+        {"c": 2.0},
+        {"scaling": "matrix"},
+        {"limited": True},
+        {"factored": True},
+        {"beta": 0.0},
+        {"beta": 0.99},
+    )
+    return [base.change(settings=settings_of(power=1.0, **variant)) for variant in variants]
+
+
+def held_out() -> list[Trial]:
+    """Models, lengths and a text from which nothing was chosen."""
+    models = [
+        trial
+        for width in HELD_OUT_WIDTHS
+        for trial in (preset(width, 1 / 8), released(width, 1 / 8, PUBLISHED_RATE / 2), released(width, 1 / 8))
+    ]
+    deep = [trial for make in (preset, released) for trial in around(make(128, RANKS[1], layers=4))]
+    text = [make(128, RANKS[0], text=HELD_OUT_TEXT) for make in (preset, released)]
+    longer = [
+        trial for steps in (1800, 5400) for make in (preset, released) for trial in around(make(128, 0.25, steps=steps))
+    ]
+    return deep + text + models + longer
+
+
+STAGES = {"headline": headline, "seeds": seeds, "candidates": candidates, "others": others, "held_out": held_out}
+
+
+def trials(stages: Iterable[str] = tuple(STAGES)) -> list[Trial]:
+    """The trials of some stages, in their order."""
+    return [trial for stage in stages for trial in STAGES[stage]()]
+
+
+def main() -> None:
+    """Train what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=STAGES, action="append", help="repeatable; all of them by default")
+    parser.add_argument("--workers", type=int, help="processes; one per processor by default")
+    parser.add_argument("--list", action="store_true", help="say what is missing, and train nothing")
+    args = parser.parse_args()
+    store = Trials()
+    for stage in args.stage or STAGES:
+        wanted = STAGES[stage]()
+        print(f"{stage}: {len(store.missing(wanted))} of {len({trial.key for trial in wanted})} trials are missing")
+        if not args.list:
+            store.train(wanted, args.workers)
+
+
+if __name__ == "__main__":
+    main()
