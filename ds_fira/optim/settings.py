@@ -130,10 +130,21 @@ def check_params(
             f"{where}: target_modules = {list(settings.target_modules)!r} needs a rank; "
             "add a rank, such as 128, or remove target_modules."
         )
+    refuse_contradiction(settings, where)
     require_library(settings.state_dtype, where)
     checked = {name: value for name, value in {**settings.model_dump(), **rule}.items() if name in legal}
     # As in torch: a learning rate in a tensor may be changed in place.
     return {**checked, "lr": params["lr"]} if isinstance(params.get("lr"), Tensor) else checked
+
+
+def refuse_contradiction(settings: GroupSettings, where: str) -> None:
+    """Stop if settings do not go together.
+
+    Raises:
+        ValueError: one sentence with the settings, their values and the remedy.
+    """
+    if settings.contradiction is not None:
+        raise ValueError(f"{where}: {settings.contradiction}")
 
 
 def without_torch_options(params: Mapping[str, object], where: str) -> dict[str, object]:

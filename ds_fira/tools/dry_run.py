@@ -96,8 +96,9 @@ class PlannedGroup:
         owned = (*self.layout.unsplit[dp_rank], *self.layout.gathered_by(dp_rank))
         held = _bytes(allocate(weight, [matrix.shape for matrix in owned], settings, True, algorithm).values())
         for matrix in self._low_rank_parts(dp_rank):
-            low_rank = LocalShardPlan.of(matrix, 0, 0, dp_rank).low_rank_shape
-            part = allocate_matrices(weight, matrix.basis_shape(dp_rank), low_rank, kept, (), algorithm)
+            plan = LocalShardPlan.of(matrix, 0, 0, dp_rank)
+            shapes = matrix.basis_shape(dp_rank), plan.low_rank_shape
+            part = allocate_matrices(weight, *shapes, kept, (), algorithm, plan.averages(settings))
             held += _bytes(part.values())
         return held
 
