@@ -51,6 +51,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "stage 1, fp32": case(1, "fp32", {**INT8, **RANDOMIZED}, **DECAY),
         "BF16_Optimizer": case(1, "bf16", BF16, TORCH, gradient_accumulation_steps=2, **FP32_SUMS),
         "stage 2, bf16": case(2, "bf16", {**INT8, "stagger": True}, gradient_accumulation_steps=2, **DECAY),
+        "normalized": case(2, "bf16", {**INT8, "residual": "normalized"}, **DECAY),
         "rolled back": case(2, "fp16", BF16, OVERFLOW | BACK, **DECAY),
     },
     3: {
@@ -59,12 +60,13 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "stage 1, fp16": case(1, "fp16", INT8, OVERFLOW | TORCH),
         "stage 2, fp32": case(2, "fp32", {**BF16, **RANDOMIZED}, TORCH),
         "base cuts": case(2, "fp16", {**INT8, "exact_cuts": True}, OVERFLOW, **OFFLOAD, **DECAY),
+        "normalized, matrix": case(1, "fp16", {"residual": "normalized", "scaling": "matrix"}, OVERFLOW | BACK),
         "paper": case(2, "bf16", {"formulation": "paper", "refresh_moments": "reset"}, **DECAY, **ROUND_ROBIN),
     },
 }
 
 
-FAST = ("stage 2, bf16", "BF16_Optimizer", "stage 1, fp16", "base cuts")
+FAST = ("normalized, matrix", "stage 2, bf16", "BF16_Optimizer", "stage 1, fp16", "base cuts")
 
 
 @pytest.mark.parametrize(
