@@ -73,7 +73,7 @@ def normalizing_factors(
     """
     if settings.has_one_factor:
         squares = squares.sum(-1, keepdim=True)
-    beta, before = settings.residual_beta, state.residual_sq
+    beta, before = settings.residual_beta, state.residual_avg_sq
     share = 1.0 - beta ** (int(state.step) if host else over_entries(state.step.double()))
     average = torch.where(before < 0.0, share * squares, beta * before.double() + (1.0 - beta) * squares)
     # As it is stored: what underflows there is 0, so that phi stays in the range of a float32.

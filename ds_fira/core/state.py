@@ -27,7 +27,7 @@ EXP_AVG = "exp_avg"
 EXP_AVG_SQ = "exp_avg_sq"
 BASIS = "basis"
 RESIDUAL_NORM = "residual_norm"
-RESIDUAL_SQ = "residual_sq"
+RESIDUAL_AVG_SQ = "residual_avg_sq"
 REFRESH_STEP = "refresh_step"
 # Read by the host in every step, so kept on the CPU whatever the parameter's device.
 HOST_KEYS = (REFRESH_STEP,)
@@ -47,7 +47,7 @@ class MatrixState:
         moments: the states of R by name, (r, n) left or (m, r) right, as `ds_fira.core.quantization` stores them; a
             state without tensors is another rank's.
         residual_norm: the limiter's |S_prev|, 0-dim or (k,); 0 is no history. None for an algorithm without a limiter.
-        residual_sq: p, the average of a normalized residual's squares, (..., n) left or (..., m) right, or (..., 1)
+        residual_avg_sq: p, the average of a normalized residual's squares, (..., n) left or (..., m) right, or (..., 1)
             with one factor; below 0 is no history. None for another residual, and for entries that another rank keeps.
         dtype: in which a step is computed, whatever the dtype in which basis and moments are stored.
     """
@@ -58,7 +58,7 @@ class MatrixState:
     basis: Tensor
     moments: dict[str, Stored]
     residual_norm: Tensor | None
-    residual_sq: Tensor | None = None
+    residual_avg_sq: Tensor | None = None
     dtype: torch.dtype = torch.float32
 
     @property
@@ -134,7 +134,7 @@ def allocate_matrices(
     if algorithm.limited:
         state[RESIDUAL_NORM] = torch.zeros(batch, dtype=dtype, device=device)
     if averages:
-        state[RESIDUAL_SQ] = torch.full((*batch, averages), -1.0, dtype=dtype, device=device)
+        state[RESIDUAL_AVG_SQ] = torch.full((*batch, averages), -1.0, dtype=dtype, device=device)
     for key, kind in algorithm.states.items() if low_rank is not None else ():
         signed = kind != "second"
         stored = quantization.allocate(low_rank, batch, state_dtype, dtype=dtype, device=device, signed=signed)
@@ -215,7 +215,7 @@ def state_views(
         basis=view(BASIS),
         moments={name: stored_moment(state, name, mark, index) for name in algorithm.states},
         residual_norm=norm,
-        residual_sq=view(RESIDUAL_SQ) if RESIDUAL_SQ + mark in state else None,
+        residual_avg_sq=view(RESIDUAL_AVG_SQ) if RESIDUAL_AVG_SQ + mark in state else None,
         dtype=dtype or (torch.float32 if norm is None else norm.dtype),
     )
 

@@ -103,19 +103,12 @@ class PlannedGroup:
         return held
 
     def state_elements(self, dp_rank: int) -> int:
-        """Elements of FiraAdam's bases, moments and norms that a rank holds of the group."""
+        """Elements of FiraAdam's bases, moments and norms that a rank holds of the group; no averages."""
         if self.layout is None:
             return 2 * self.partition_size
         rank, side = self.settings["rank"], (self.settings["proj_type"], self.settings["formulation"])
         whole = sum(state_numel(matrix.shape, rank, *side) for matrix in self.layout.unsplit[dp_rank])
         return whole + sum(matrix.state_numel(dp_rank) for matrix in self.layout.split)
-
-    def matrices(self, dp_rank: int) -> int:
-        """How many sets of low-rank state a rank holds."""
-        if self.layout is None:
-            return 0
-        whole = len(self.layout.unsplit[dp_rank]) + len(self.layout.gathered_by(dp_rank))
-        return whole + len(self._low_rank_parts(dp_rank))
 
     def _low_rank_parts(self, dp_rank: int) -> list[SplitMatrix]:
         return [matrix for matrix in self.layout.low_rank.values() if dp_rank in matrix.sharers]

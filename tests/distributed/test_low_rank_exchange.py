@@ -82,7 +82,7 @@ def check(
         for rank, state in states.items():
             assert ("step" + mark in state) == (rank in sharers)
             if rank in sharers:
-                beside = (*SHARED_KEYS, "residual_sq")
+                beside = (*SHARED_KEYS, "residual_avg_sq")
                 held = [v for key, v in state.items() if key.endswith(mark) and key.split(".")[0] not in beside]
                 assert sum(value.numel() for value in held) + 1 == matrix.state_numel(rank)
                 for key in SHARED_KEYS:
@@ -93,10 +93,10 @@ def check(
         for key in ("step", "refresh_step"):
             assert torch.equal(first[key + mark], expected[key]), (name, key)
         torch.testing.assert_close(first["residual_norm" + mark], expected["residual_norm"], rtol=1e-4, atol=0.0)
-        for rank in sharers if "residual_sq" in expected else ():
-            own = expected["residual_sq"]  # one number on every sharer, or one for each entry kept
+        for rank in sharers if "residual_avg_sq" in expected else ():
+            own = expected["residual_avg_sq"]  # one number on every sharer, or one for each entry kept
             own = own[inside(matrix.kept(rank), range(10**9))] if own.numel() > 1 else own
-            torch.testing.assert_close(states[rank].get("residual_sq" + mark, own[:0]), own, rtol=1e-4, atol=0.0)
+            torch.testing.assert_close(states[rank].get("residual_avg_sq" + mark, own[:0]), own, rtol=1e-4, atol=0.0)
         for rank in sharers:
             rows = touched_rows(matrix.fragment(rank))
             own = expected["basis"][rows.start : rows.stop] if matrix.side == "left" else expected["basis"]

@@ -11,11 +11,13 @@ import torch
 
 from ds_fira.checkpoint.named_state import SavedState
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
+from ds_fira.optim.state_size import formula_bytes
+from ds_fira.tools.dry_run import plan_run
 from tests.distributed import test_low_rank_exchange as exchange
 from tests.distributed import test_resize as resize
 from tests.distributed import test_zero3 as zero3
 from tests.distributed import test_zero_parity as parity
-from tests.distributed.zero_jobs import config
+from tests.distributed.zero_jobs import Net, config
 from tests.ranks import Pools
 
 NORMALIZED = {"residual": "normalized"}
@@ -39,6 +41,19 @@ def test_exact_cuts_are_equal_to_the_bit(ranks: Pools, stage: int, changed: dict
     results = ranks.run(2, "train", ds_config=config(stage, "bf16", params), shapes=parity.SHAPES, steps=7)
     assert any(matrix.way == "gathered" for layout in results[0]["layouts"] for matrix in layout.split)
     parity.check(results)
+
+
+@pytest.mark.parametrize("changed", [NORMALIZED, MATRIX, {**NORMALIZED, "state_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_memory_is_reported_estimated_and_measured_alike(ranks: Pools, stage: int, changed: dict[str, Any]) -> None:
+    """The averages are in the planned bytes and in the formula: one number a column or row, or a matrix."""
+    params, shapes = {**exchange.PARAMS, **changed}, exchange.SHAPES
+    job = {"ds_config": config(stage, "fp32", params), "shapes": shapes, "steps": 2}
+    memory = ranks.run(2, "train", **job, **({"module": zero3.MODULE} if stage == 3 else {}))[0]["memory"]
+    planned, scaled = plan_run(Net(shapes), 2, stage, **params), plan_run(Net(shapes), 2, stage, **exchange.PARAMS)
+    assert memory["optimizer_state_bytes"] == [planned.state_bytes(rank, torch.float32) for rank in range(2)]
+    more = memory["paper_formula_bytes"] - formula_bytes(scaled.records)
+    assert more == 4 * sum(1 if "scaling" in changed else max(shape) for shape in shapes)
 
 
 def test_experts(ranks: Pools) -> None:
@@ -103,7 +118,7 @@ def test_a_run_goes_on_elsewhere(ranks: Pools, folders: Path, case: str) -> None
 
 def averages(folder: Path) -> list[torch.Tensor]:
     saved: SavedState = CheckpointFiles.find(folder / f"global_step{resize.SAVED}").read()
-    return [state.residual_sq for parts in saved.matrices.values() for place, state in parts if len(place.kept)]
+    return [state.residual_avg_sq for parts in saved.matrices.values() for place, state in parts if len(place.kept)]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -119,8 +119,10 @@ def check_state(
         for key in ("step", "refresh_step"):
             assert torch.equal(state[key + mark], expected[key])
         torch.testing.assert_close(state["residual_norm" + mark], expected["residual_norm"], rtol=1e-4, atol=0.0)
-        if "residual_sq" in expected and expected["residual_sq"].numel() == 1:
-            torch.testing.assert_close(state["residual_sq" + mark], expected["residual_sq"], rtol=1e-4, atol=0.0)
+        if "residual_avg_sq" in expected and expected["residual_avg_sq"].numel() == 1:
+            torch.testing.assert_close(
+                state["residual_avg_sq" + mark], expected["residual_avg_sq"], rtol=1e-4, atol=0.0
+            )
         rows = matrix.basis_rows(rank)
         assert torch.equal(state["basis" + mark], expected["basis"][rows.start : rows.stop])
         assert ("exp_avg" + mark in state) == (len(matrix.kept(rank)) > 0)
@@ -128,9 +130,9 @@ def check_state(
         parts = [state[key + mark] for state in states.values() if key + mark in state]
         whole = torch.cat(parts, 1 if left else 0)
         assert (whole - expected[key]).norm() <= tolerance * expected[key].norm()
-    if "residual_sq" in expected and expected["residual_sq"].numel() > 1:
-        parts = [state["residual_sq" + mark] for state in states.values() if "residual_sq" + mark in state]
-        torch.testing.assert_close(torch.cat(parts), expected["residual_sq"], rtol=1e-4, atol=0.0)
+    if "residual_avg_sq" in expected and expected["residual_avg_sq"].numel() > 1:
+        parts = [state["residual_avg_sq" + mark] for state in states.values() if "residual_avg_sq" + mark in state]
+        torch.testing.assert_close(torch.cat(parts), expected["residual_avg_sq"], rtol=1e-4, atol=0.0)
 
 
 def check_balance(results: list[dict[str, Any]]) -> None:

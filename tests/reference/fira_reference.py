@@ -77,7 +77,7 @@ class FiraReference:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.history_floor = history_floor
         self.residual, self.residual_beta, self.residual_floor = residual, residual_beta, residual_floor
-        self.residual_sq = 0.0
+        self.residual_avg_sq = 0.0
         self.steps, self.refresh_step, self.residual_norm = 0, -1, 0.0
         self.basis = self.exp_avg = self.exp_avg_sq = None
         self.limited, self.residual_share, self.refreshes = [], [], []
@@ -120,8 +120,8 @@ class FiraReference:
         count = residual.shape[along] - self.rank
         if self.scaling == "matrix":
             fresh, count = fresh.sum(), count * fresh.numel()
-        self.residual_sq = self.residual_beta * self.residual_sq + (1 - self.residual_beta) * fresh
-        average = self.residual_sq / (1 - self.residual_beta**self.steps)
+        self.residual_avg_sq = self.residual_beta * self.residual_avg_sq + (1 - self.residual_beta) * fresh
+        average = self.residual_avg_sq / (1 - self.residual_beta**self.steps)
         phi = torch.where(average > 0, (count / average).sqrt(), 0.0)
         return phi * residual, (phi.square() * fresh).sum().sqrt().item(), (phi * gradient).norm().item()
 

@@ -38,15 +38,15 @@ NORMALIZED = {"residual": "normalized"}
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 10, 14)], ids=str)
 def test_every_side_and_rank(shape: tuple[int, ...], proj_type: str, rank: int, residual: str) -> None:
     state, reference = assert_parity(shape, proj_type=proj_type, rank=rank, residual=residual, alpha=0.25)
-    assert ("residual_sq" in state) == (residual == "normalized")
+    assert ("residual_avg_sq" in state) == (residual == "normalized")
     if residual == "normalized" and len(shape) == 2:
         entries = shape[1] if reference.side == "left" else shape[0]
-        assert state["residual_sq"].shape == (entries,)
-        assert state["residual_sq"].dtype == torch.float32
-        assert relative_error(state["residual_sq"], reference.residual_sq.view(-1)) <= tolerances.FLOAT32_STATE
+        assert state["residual_avg_sq"].shape == (entries,)
+        assert state["residual_avg_sq"].dtype == torch.float32
+        assert relative_error(state["residual_avg_sq"], reference.residual_avg_sq.view(-1)) <= tolerances.FLOAT32_STATE
     if residual == "normalized" and len(shape) == 3:
-        averages = torch.stack([expert.residual_sq.view(-1) for expert in reference.experts])
-        assert relative_error(state["residual_sq"], averages) <= tolerances.FLOAT32_STATE
+        averages = torch.stack([expert.residual_avg_sq.view(-1) for expert in reference.experts])
+        assert relative_error(state["residual_avg_sq"], averages) <= tolerances.FLOAT32_STATE
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
@@ -67,7 +67,7 @@ def test_every_side_and_rank(shape: tuple[int, ...], proj_type: str, rank: int, 
 def test_settings(shape: tuple[int, ...], changed: dict[str, Any], formulation: str) -> None:
     state, reference = assert_parity(shape, formulation=formulation, **NORMALIZED, **changed)
     if changed.get("scaling") == "matrix":
-        assert state["residual_sq"].shape == (*shape[:-2], 1)
+        assert state["residual_avg_sq"].shape == (*shape[:-2], 1)
     if changed.get("limiter") == "growth" and len(shape) == 2:
         assert any(reference.limited)
 
@@ -111,7 +111,7 @@ def test_float64_weights_are_computed_in_float64() -> None:
     ours, state = run_optimizer(make_ours, weight, gradients, **group)
     theirs = run_reference(FiraReference(weight, lr=LR, **group), gradients)
     assert weight_change_error(weight, ours, theirs) <= tolerances.FLOAT64_VS_REFERENCE
-    assert state["residual_sq"].dtype == torch.float64
+    assert state["residual_avg_sq"].dtype == torch.float64
 
 
 def lone(shape: tuple[int, ...], rank: int, **changed: Any) -> tuple[FiraAdam, nn.Parameter]:
@@ -222,8 +222,8 @@ def test_the_average_is_kept_in_float32(state_dtype: str) -> None:
     _, coded = run_optimizer(
         make_ours, make_weight((12, 20)), make_gradients((12, 20), 5), **BASE, **NORMALIZED, state_dtype=state_dtype
     )
-    assert coded["residual_sq"].dtype == torch.float32
-    torch.testing.assert_close(coded["residual_sq"], state["residual_sq"], rtol=0.05, atol=0.0)
+    assert coded["residual_avg_sq"].dtype == torch.float32
+    torch.testing.assert_close(coded["residual_avg_sq"], state["residual_avg_sq"], rtol=0.05, atol=0.0)
 
 
 def test_a_refresh_keeps_the_average() -> None:
@@ -233,7 +233,7 @@ def test_a_refresh_keeps_the_average() -> None:
     drive(optimizer, param, make_gradients((12, 20), 3))
     other, theirs = lone((12, 20), 4, update_proj_gap=2, refresh_moments="keep")
     drive(other, theirs, make_gradients((12, 20), 3))
-    assert torch.equal(optimizer.state[param]["residual_sq"], other.state[theirs]["residual_sq"])
+    assert torch.equal(optimizer.state[param]["residual_avg_sq"], other.state[theirs]["residual_avg_sq"])
 
 
 def test_another_rule() -> None:

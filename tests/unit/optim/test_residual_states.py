@@ -76,8 +76,8 @@ def test_a_run_goes_on_with_another_residual(before: dict[str, Any], scaling: st
         optimizer.load_state_dict(state)
     found = optimizer.state[param]
     for key, value in state["state"][0].items():
-        assert key == "residual_sq" or torch.equal(found[key], value), key
-    assert found["residual_sq"].max() < 0.0
+        assert key == "residual_avg_sq" or torch.equal(found[key], value), key
+    assert found["residual_avg_sq"].max() < 0.0
     assert (optimizer.param_groups[0]["residual"], optimizer.param_groups[0]["limiter"]) == ("normalized", "none")
     grad = make_gradients((12, 20), 8, seed=3)[3]
     begun = param.detach().clone()
@@ -91,7 +91,7 @@ def test_a_run_goes_on_with_another_residual(before: dict[str, Any], scaling: st
     scaled = FiraAdam([{"params": [again], **BASE}], lr=LR)
     with pytest.warns(UserWarning, match="residual = 'scaled' where the checkpoint had 'normalized'"):
         scaled.load_state_dict(optimizer.state_dict())
-    assert "residual_sq" not in scaled.state[again]
+    assert "residual_avg_sq" not in scaled.state[again]
 
 
 @pytest.mark.parametrize("changed", [{}, {"scaling": "matrix"}, {"state_dtype": "int8"}], ids=str)
@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(changed: dict[str, Any]) -> None:
     drive(optimizer, param, make_gradients((12, 20), 9)[4:])
     whole, uninterrupted = saved(FiraAdam, 9, **group)
     assert torch.equal(param, uninterrupted)
-    assert torch.equal(optimizer.state[param]["residual_sq"], whole["state"][0]["residual_sq"])
+    assert torch.equal(optimizer.state[param]["residual_avg_sq"], whole["state"][0]["residual_avg_sq"])
 
 
 def as_of_0_1_0(state: dict[str, Any], kind: type[FiraAdam]) -> dict[str, Any]:

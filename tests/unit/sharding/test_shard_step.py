@@ -193,9 +193,13 @@ def test_parts_make_the_step_of_the_whole(
         for state in states:
             torch.testing.assert_close(state.residual_norm, whole.residual_norm)
         for plan, state in zip(plans, states, strict=True):
-            if state.residual_sq is not None:
-                own = whole.residual_sq if group.has_one_factor else whole.residual_sq[inside(plan.kept, range(10**9))]
-                torch.testing.assert_close(state.residual_sq, own)
+            if state.residual_avg_sq is not None:
+                own = (
+                    whole.residual_avg_sq
+                    if group.has_one_factor
+                    else whole.residual_avg_sq[inside(plan.kept, range(10**9))]
+                )
+                torch.testing.assert_close(state.residual_avg_sq, own)
     assert asdict(counted.totals()) == pytest.approx(asdict(metrics.totals()), rel=1e-6, abs=1e-9)
     # Below this the moments hold rounding alone, and their quotient is of any size; so is a residual at full rank.
     if float(whole.moments["exp_avg_sq"][""].min()) > 1e-12:
