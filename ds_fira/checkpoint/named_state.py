@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_fira.checkpoint.reconcile import Members, SavedGroup
 from ds_fira.checkpoint.slices import StateSlice
 from ds_fira.core import quantization
-from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
+from ds_fira.core.algorithms import ALGORITHMS, FIRA_ADAM, Algorithm
 from ds_fira.core.state import BASIS, REFRESH_STEP, RESIDUAL_NORM, STEP, MatrixState, state_views, stored_moment
 from ds_fira.sharding.geometry import ParamSlice
 
@@ -145,10 +145,11 @@ class SavedState:
         plain, groups = described(state_dict), state_dict["param_groups"]
         self.algorithm = Algorithm.from_plain(plain.get("method"))
         if not self.groups:
+            upgraded = ALGORITHMS.get(self.algorithm.name, self.algorithm).upgraded
             for group, members, given in zip(groups, plain["members"], plain["settings"], strict=True):
                 values = {key: value for key, value in group.items() if key not in ("params", "param_names")}
                 shapes = {name: tuple(shape) for name, shape in members}
-                self.groups.append(SavedGroup(shapes, given, values))
+                self.groups.append(SavedGroup(shapes, upgraded(given), upgraded(values)))
         numbers = [number for group in groups for number in group["params"]]
         # Version 0.1.0 did not say what states there were.
         kept = plain.get("states") or [()] * len(numbers)

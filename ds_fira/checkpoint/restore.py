@@ -83,12 +83,26 @@ def _restore_matrix(held: StateSlice, target: MatrixState, parts: list[tuple[Sta
     target.refresh_step.copy_(first.refresh_step)
     if target.residual_norm is not None:
         target.residual_norm.copy_(first.residual_norm)
+    if target.residual_avg_sq is not None:
+        _restore_averages(held, target.residual_avg_sq, parts)
     for here, there, state in _covering(held.basis, [(other.basis, part) for other, part in parts], "basis", held.name):
         target.basis[here].copy_(state.basis[there])
     for name, stored in target.moments.items():
         if stored:
             saved = [(other.kept, state.moments[name]) for other, state in parts if len(other.kept)]
             _restore_moment(held, stored, [(kept, moment) for kept, moment in saved if moment], target.dtype)
+
+
+def _restore_averages(held: StateSlice, averages: Tensor, parts: list[tuple[StateSlice, MatrixState]]) -> None:
+    """Copy p, one number or that of the entries kept; saved in another form or not at all, it starts anew."""
+    saved = [(other.kept, state.residual_avg_sq) for other, state in parts if state.residual_avg_sq is not None]
+    if not saved:
+        return
+    if averages.numel() == len(held.kept) and all(part.numel() == len(kept) for kept, part in saved):
+        for here, there, part in _covering(held.kept, saved, "averages", held.name):
+            averages[here].copy_(part[there])
+    elif averages.numel() == 1 and all(part.numel() == 1 for _, part in saved):
+        averages.copy_(saved[0][1])
 
 
 def _restore_moment(

@@ -54,6 +54,16 @@ class Algorithm:
         """The entries of its param groups beside settings."""
         return {**self.fixed, **({} if self.name == FIRA_ADAM.name else {KEY: self.name})}
 
+    def upgraded(self, group: Mapping[str, object]) -> dict[str, object]:
+        """A param group of any version, with what this one has to know of it.
+
+        Version 0.1.0 had one residual, and took GaLoreAdam's away by settings that it has no use for now.
+        """
+        gone = {name for name in self.without if name not in self.fixed}
+        kept = {name: value for name, value in group.items() if name not in gone}
+        kept.setdefault("residual", "scaled")
+        return {**kept, **self.fixed}
+
     def to_plain(self) -> PlainAlgorithm:
         """What a checkpoint says of it, so that its states can be read where the algorithm is not known."""
         return {"name": self.name, "states": dict(self.states), "limited": self.limited}
@@ -67,8 +77,18 @@ class Algorithm:
 FIRA_ADAM = Algorithm("FiraAdam")
 GALORE_ADAM = Algorithm(
     "GaLoreAdam",
-    without=("gamma", "residual_scale", "scaling", "limiter", "refresh_limiter", "formulation", "preset"),
-    fixed={"residual_scale": 0.0, "scaling": "none", "limiter": "none", "formulation": "released"},
+    without=(
+        "gamma",
+        "residual",
+        "residual_beta",
+        "residual_scale",
+        "scaling",
+        "limiter",
+        "refresh_limiter",
+        "formulation",
+        "preset",
+    ),
+    fixed={"residual": "none", "limiter": "none", "formulation": "released"},
     limited=False,
 )
 ALGORITHMS = {algorithm.name: algorithm for algorithm in (FIRA_ADAM, GALORE_ADAM)}

@@ -95,12 +95,20 @@ class GroupSettings(BaseModel):
     """the projected side: "std" the smaller, "reverse_std" the larger, "left", "right" """
     gamma: float = setting(1.01, "give a number above 1, such as 1.01", gt=1.0)
     """the limiter's largest growth of the residual norm from one step to the next"""
+    residual: Literal["scaled", "normalized", "none"] = setting("scaled")
+    """the part of the gradient outside the subspace in the update: "scaled" by the base optimizer's factor (the paper),
+    "normalized" by a running average of its own square, or "none" (GaLore)
+    """
+    residual_beta: Beta = setting(0.9, "give a number from 0 up to but not including 1, such as 0.9")
+    """decay rate of the average that a "normalized" residual is divided by"""
     residual_scale: float = setting(1.0, "give a number of at least 0, such as 1.0", ge=0.0)
-    """multiplies the scaled residual in the update; 1 is the paper"""
+    """multiplies the residual in the update; 1 is the paper"""
     scaling: Literal["column", "matrix", "none"] = setting("column")
-    """the scaling factor of the residual per "column", per "matrix", or "none" (1)"""
-    limiter: Literal["growth", "none"] = setting("growth")
-    """"growth", the norm-growth limiter of the residual, or "none" """
+    """the factor of the residual per "column", per "matrix", or "none" (1)"""
+    limiter: Literal["growth", "none"] | None = setting(None, "choose 'growth' or 'none', or leave it out")
+    """"growth", the norm-growth limiter of the residual, or "none"; None is "growth" for a "scaled" residual and "none"
+    for the others
+    """
     formulation: Literal["released", "paper"] = setting("released")
     """"released", the code behind the published figures (PyPI `fira` 1.0.2), or "paper", Algorithm 1"""
     subspace: Literal["svd", "gram", "randomized"] = setting("svd")
@@ -137,22 +145,28 @@ class GroupSettings(BaseModel):
             group: as `torch.optim` holds it; a setting that it lacks has its default. A learning rate in a tensor is
                 read now.
         """
-        values = {name: group.get(name, default) for name, default in _DEFAULTS.items()}
+        algorithm = algorithm_of(group)
+        values = {name: group.get(name, default) for name, default in {**_DEFAULTS, **algorithm.fixed}.items()}
         if isinstance(values["lr"], Tensor):
             values["lr"] = float(values["lr"])
         values["betas"] = tuple(values["betas"])
-        kind = algorithm_of(group).rule
+        kind = algorithm.rule
         if kind is not None:
             values["rule"] = kind.model_construct(**{name: group[name] for name in kind.model_fields})
         return cls.model_construct(**values)
 
     @property
-    def inner_alpha(self) -> float:
-        """The alpha that multiplies P R inside the step: alpha in the released formulation.
+    def alpha_is_outside(self) -> bool:
+        """Whether alpha multiplies the whole update, and the bias correction N alone, as in the paper's formulation.
 
-        In the paper's it is 1, and alpha multiplies the whole update instead.
+        The released one has alpha in the residual and before P N, and the bias correction in the step size.
         """
-        return 1.0 if self.formulation == "paper" else self.alpha
+        return self.formulation == "paper" or self.residual == "normalized"
+
+    @property
+    def inner_alpha(self) -> float:
+        """The alpha that multiplies P R inside the step: 1 where alpha multiplies the whole update instead."""
+        return 1.0 if self.alpha_is_outside else self.alpha
 
     @property
     def state_kinds(self) -> Mapping[str, Kind]:
@@ -173,14 +187,41 @@ class GroupSettings(BaseModel):
         return 1.0 - self.lr * self.weight_decay
 
     @property
-    def without_residual(self) -> bool:
-        """Whether no step has a residual in it nor keeps its norm, so that none of it has to be computed."""
-        return self.residual_scale == 0.0 and not self.has_limiter
+    def has_one_factor(self) -> bool:
+        """Whether one factor of the residual is for all columns or rows of a matrix."""
+        return self.residual != "none" and self.scaling != "column"
+
+    @property
+    def chosen_limiter(self) -> str:
+        """The limiter, where none was given the one that goes with the residual."""
+        if self.limiter is None or self.residual == "none":
+            return "growth" if self.residual == "scaled" else "none"
+        return self.limiter
 
     @property
     def has_limiter(self) -> bool:
         """Whether the growth of the residual is limited, so that its norm is needed in every step."""
-        return self.limiter != "none"
+        return self.chosen_limiter == "growth"
+
+    @property
+    def measures_residual(self) -> bool:
+        """Whether |S| is summed from the residual itself where the difference of squares has lost its digits."""
+        return self.has_limiter and self.residual == "scaled"
+
+    def averages_of(self, entries: int) -> int:
+        """Numbers in p, the average of a normalized residual's squares, for so many columns or rows; 0 for no p."""
+        if self.residual != "normalized":
+            return 0
+        return 1 if self.scaling == "matrix" else entries
+
+    @property
+    def contradiction(self) -> str | None:
+        """Which of its settings do not go together and what to do, in the words behind a place; None where all do."""
+        if self.residual == "normalized" and self.scaling == "none":
+            return "scaling = 'none' leaves residual = 'normalized' without a factor; choose 'column' or 'matrix'."
+        if self.residual == "none" and self.limiter == "growth":
+            return "limiter = 'growth' has nothing to limit with residual = 'none'; leave it out."
+        return None
 
 
 # The names of the settings; `rule` is an algorithm's base optimizer, no setting.

@@ -27,6 +27,7 @@ EXP_AVG = "exp_avg"
 EXP_AVG_SQ = "exp_avg_sq"
 BASIS = "basis"
 RESIDUAL_NORM = "residual_norm"
+RESIDUAL_AVG_SQ = "residual_avg_sq"
 REFRESH_STEP = "refresh_step"
 # Read by the host in every step, so kept on the CPU whatever the parameter's device.
 HOST_KEYS = (REFRESH_STEP,)
@@ -46,6 +47,8 @@ class MatrixState:
         moments: the states of R by name, (r, n) left or (m, r) right, as `ds_fira.core.quantization` stores them; a
             state without tensors is another rank's.
         residual_norm: the limiter's |S_prev|, 0-dim or (k,); 0 is no history. None for an algorithm without a limiter.
+        residual_avg_sq: p, the average of a normalized residual's squares, (..., n) left or (..., m) right, or (..., 1)
+            with one factor; below 0 is no history. None for another residual, and for entries that another rank keeps.
         dtype: in which a step is computed, whatever the dtype in which basis and moments are stored.
     """
 
@@ -55,6 +58,7 @@ class MatrixState:
     basis: Tensor
     moments: dict[str, Stored]
     residual_norm: Tensor | None
+    residual_avg_sq: Tensor | None = None
     dtype: torch.dtype = torch.float32
 
     @property
@@ -93,7 +97,8 @@ def allocate(
     for shape, number in Counter(shapes).items():
         side, batch = settings.side_of(shape), (number,) if batched else ()
         basis, low_rank = (of(shape, settings.rank, side) for of in (basis_shape, low_rank_shape))
-        allocated = allocate_matrices(param, basis, low_rank, settings.state_dtype, batch, algorithm)
+        averages = settings.averages_of(low_rank[side == "left"])
+        allocated = allocate_matrices(param, basis, low_rank, settings.state_dtype, batch, algorithm, averages)
         state |= {key + _mark(shape, shapes): value for key, value in allocated.items()}
     return state
 
@@ -105,8 +110,9 @@ def allocate_matrices(
     state_dtype: str,
     batch: tuple[int, ...],
     algorithm: Algorithm = FIRA_ADAM,
+    averages: int = 0,
 ) -> dict[str, Tensor]:
-    """Zero state for matrices of one shape.
+    """Zero state for matrices of one shape, averages without a history.
 
     Args:
         param: gives dtype and device.
@@ -116,6 +122,7 @@ def allocate_matrices(
             whole update, not one element of it.
         batch: (k,), or () for one matrix without a leading dimension.
         algorithm: says which moments there are, and whether the limiter's norm is.
+        averages: numbers in p, kept in float32 or more whatever the `state_dtype`; 0 for no p.
     """
     dtype, device = compute_dtype(param.dtype), param.device
     basis_dtype = dtype if state_dtype == "float32" else torch.bfloat16
@@ -126,6 +133,8 @@ def allocate_matrices(
     }
     if algorithm.limited:
         state[RESIDUAL_NORM] = torch.zeros(batch, dtype=dtype, device=device)
+    if averages:
+        state[RESIDUAL_AVG_SQ] = torch.full((*batch, averages), -1.0, dtype=dtype, device=device)
     for key, kind in algorithm.states.items() if low_rank is not None else ():
         signed = kind != "second"
         stored = quantization.allocate(low_rank, batch, state_dtype, dtype=dtype, device=device, signed=signed)
@@ -206,6 +215,7 @@ def state_views(
         basis=view(BASIS),
         moments={name: stored_moment(state, name, mark, index) for name in algorithm.states},
         residual_norm=norm,
+        residual_avg_sq=view(RESIDUAL_AVG_SQ) if RESIDUAL_AVG_SQ + mark in state else None,
         dtype=dtype or (torch.float32 if norm is None else norm.dtype),
     )
 

@@ -10,6 +10,8 @@ Read `update`: its lines are lines 8 to 16 of Algorithm 1. Lines 4 to 7, a new b
     phi     scaling factors, one for each column of G, (n,), on the left; for each row, (m,), on the right
     S       the scaled residual phi * (G - a P R); never formed: |S| follows from squared norms
 
+Another `residual` than the paper's has another phi (`ds_fira.core.normalized`), or no S.
+
 A batch of k matrices has a leading dimension k. The numbers of a matrix (norms, step size) are plain on a CPU and stay
 tensors on a GPU, where nothing reads them: the device decides whether a gradient is finite, and one that is not leaves
 weight and state alone. A matrix that ZeRO splits takes the same phases (`adapt`, `scale`, `limit`, `combine`) with sums
@@ -25,6 +27,7 @@ from torch import Tensor
 from ds_fira.core import functional as F
 from ds_fira.core import kernels
 from ds_fira.core.base_optimizer import adapt, step_factor
+from ds_fira.core.normalized import normalizing_factors, outside_directions, residual_squares
 from ds_fira.core.scalars import Scalar, is_finite, over_entries, over_matrix, scalar, store_scalar_, where
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
@@ -37,7 +40,7 @@ class MatrixTask:
     Attributes:
         weight: W, (m, n) or (k, m, n); updated in place.
         grad: G, of W's shape, of any floating dtype.
-        state: P, M, V, the step count and |S| of the step before.
+        state: P, M, V, the step count, |S| of the step before, p.
         settings: of the param group.
         negligible_ratio: a residual norm below this share of |phi * G| is rounding.
     """
@@ -60,8 +63,7 @@ class StepStats:
     Attributes:
         grad_sq: |G|^2.
         low_rank_sq: |R_j|^2 of every column (left) or row (right), (n,) or (m,), float64.
-        direction_sq: |N_j|^2 likewise, before bias correction.
-        bias_correction: Adam's, or a rule's factor of the step size.
+        quotient: what phi is the quotient of, see `quotient`.
         residual_sq: |S|^2 before the limiter.
         limiter_divisor: S is divided by it; None without a limiter.
         grad_finite: whether the gradient was finite, so that the step was made.
@@ -69,8 +71,7 @@ class StepStats:
 
     grad_sq: Scalar
     low_rank_sq: Tensor
-    direction_sq: Tensor
-    bias_correction: Scalar
+    quotient: tuple[Tensor, Tensor, Scalar]
     residual_sq: Scalar
     limiter_divisor: Scalar | None
     grad_finite: Tensor | bool
@@ -100,8 +101,13 @@ def update(task: MatrixTask) -> StepStats | None:
     bias_correction = step_factor(state.step, settings, host)
     direction, direction_sq, low_rank_sq = adapt(low_rank, state, settings, grad_finite, ops)  # lines 9 to 11: M, V, N
     # Lines 12 and 13: phi and |S|.
-    phi, residual_sq, scaled_grad_sq = scale(grad_sq, low_rank_sq, direction_sq, bias_correction, settings, host)
-    if settings.has_limiter:
+    squares = entry_squares(grad_sq, direction_sq, low_rank_sq, settings)
+    outside = outside_directions(weight.shape[-2:], basis.shape[-1], state.side, settings)
+    phi, residual_sq, scaled_grad_sq = scale(
+        grad_sq, squares, bias_correction, outside, state, settings, grad_finite, host
+    )
+    recorded = quotient(squares, phi, bias_correction, settings)
+    if settings.measures_residual:
         needed = F.residual_needed(residual_sq, scaled_grad_sq) & grad_finite
         if needed is not False:
             options = {"side": state.side, "alpha": settings.inner_alpha, "needed": needed, "precision": precision}
@@ -119,32 +125,83 @@ def update(task: MatrixTask) -> StepStats | None:
         grad_finite=grad_finite,
         precision=precision,
     )
-    return StepStats(grad_square, low_rank_sq, direction_sq, bias_correction, residual_sq, divisor, grad_finite)
+    return StepStats(grad_square, low_rank_sq, recorded, residual_sq, divisor, grad_finite)
+
+
+def entry_squares(
+    grad_sq: Tensor, direction_sq: Tensor, low_rank_sq: Tensor, settings: GroupSettings
+) -> tuple[Tensor, Tensor]:
+    """What phi is made of, from the squared norms of the columns or rows of G, N and R.
+
+    Returns:
+        |N_j|^2 and |R_j|^2; of a normalized residual q, twice.
+    """
+    if settings.residual != "normalized":
+        return direction_sq, low_rank_sq
+    squares = residual_squares(grad_sq, low_rank_sq, settings)
+    return squares, squares
 
 
 def scale(
     grad_sq: Tensor,
-    low_rank_sq: Tensor,
-    direction_sq: Tensor,
+    squares: tuple[Tensor, Tensor],
     bias_correction: Scalar,
+    outside: int,
+    state: MatrixState,
     settings: GroupSettings,
+    grad_finite: Tensor | bool,
     host: bool,
 ) -> tuple[Tensor | None, Scalar, Scalar]:
-    """Lines 12 and 13: phi, |S|^2 and |phi * G|^2 from the squared norms of the columns or rows of G, R and N."""
-    if settings.without_residual:
+    """Lines 12 and 13: phi, |S|^2 and |phi * G|^2; None and zeros without a residual."""
+    if settings.residual == "none":
         return None, 0.0 * bias_correction, 0.0 * bias_correction
-    phi = scaling_factors(direction_sq, low_rank_sq, bias_correction, settings)
-    return phi, *F.difference_of_squares(grad_sq, low_rank_sq, phi, settings.inner_alpha, host)
+    phi = scaling_factors(squares, bias_correction, outside, state, settings, grad_finite, host)
+    if settings.residual == "normalized":
+        weights = phi.square()
+        return phi, *(scalar((weights * sq).sum(-1), host) for sq in (squares[0], grad_sq))
+    return phi, *F.difference_of_squares(grad_sq, squares[1], phi, settings.inner_alpha, host)
 
 
 def scaling_factors(
-    direction_sq: Tensor, low_rank_sq: Tensor, bias_correction: Scalar, settings: GroupSettings
+    squares: tuple[Tensor, Tensor],
+    bias_correction: Scalar,
+    outside: int,
+    state: MatrixState,
+    settings: GroupSettings,
+    grad_finite: Tensor | bool,
+    host: bool,
 ) -> Tensor:
-    """Line 12: phi before the limiter, float64; the paper corrects the bias of N before, the released code does not."""
-    phi = F.scaling_factors(direction_sq, low_rank_sq, settings.scaling)
+    """Line 12: phi before the limiter, float64; the paper corrects the bias of N before, the released code does not.
+
+    Args:
+        squares: as `entry_squares` gives them, or their sums over all entries.
+        bias_correction: Adam's, or a rule's factor of the step size.
+        outside: as `outside_directions` gives it.
+        state: its p changes where a normalized residual has one.
+        settings: of the param group.
+        grad_finite: whether the gradient was finite.
+        host: whether the step count may be read.
+    """
+    if settings.residual == "normalized":
+        return normalizing_factors(squares[0], outside, state, settings, grad_finite, host)
+    phi = F.scaling_factors(*squares, settings.scaling)
     if settings.formulation == "paper" and settings.scaling != "none":
         phi = phi * over_entries(bias_correction)
     return phi
+
+
+def quotient(
+    squares: tuple[Tensor, Tensor], phi: Tensor | None, bias_correction: Scalar, settings: GroupSettings
+) -> tuple[Tensor, Tensor, Scalar]:
+    """What the factors of entries and of the matrix are quotients of, for records: squared norms, and a number beside.
+
+    Returns:
+        |N_j|^2, |R_j|^2 and Adam's bias correction, whatever `scaling` and `formulation` make of them in the step; of a
+        normalized residual |S_j|^2, |D_j|^2 and 1.
+    """
+    if settings.residual == "normalized":
+        return phi.square() * squares[1], squares[1], 1.0 + 0.0 * bias_correction
+    return *squares, bias_correction
 
 
 def limit(
@@ -177,12 +234,14 @@ def combine(
 ) -> tuple[Tensor | None, Tensor]:
     """Line 15: the factors of lr (P N + S) = phi * G + P C, decay folded in; `direction`, N, is used up.
 
+    Released: lr b (a P N + S) with the bias correction b; with alpha outside: lr a (b P N + S).
+
     Returns:
         phi, None without a residual; C = a N - a phi R, of R's shape, or C = a N. Both in the state's dtype.
     """
-    paper, inner_alpha = settings.formulation == "paper", settings.inner_alpha
-    step_size = settings.lr * settings.decay_factor * (settings.alpha if paper else bias_correction)
-    factor = step_size * (bias_correction if paper else inner_alpha)
+    outside, inner_alpha = settings.alpha_is_outside, settings.inner_alpha
+    step_size = settings.lr * settings.decay_factor * (settings.alpha if outside else bias_correction)
+    factor = step_size * (bias_correction if outside else inner_alpha)
     low_rank_update = direction.mul_(over_matrix(factor, state.dtype))
     if phi is None:
         return None, low_rank_update

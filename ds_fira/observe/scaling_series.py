@@ -4,7 +4,8 @@ The factor of a gradient R is |psi(R)| / |R|, psi(R) = sqrt(1 - beta2^t) / (1 - 
 makes of it (equation 4): of a projected matrix R = P'G, of a weight under AdamW R = G. It is taken for the whole
 matrix, and for every column on the left or row on the right, the side that a projection leaves as long as it is. Bias
 correction is in it whatever the `formulation`; the limiter and `residual_scale` are not. The 1e-8 that the update has
-in the denominator is not either: where a gradient is exactly zero there is no factor.
+in the denominator is not either: where a gradient is exactly zero there is no factor. A normalized residual has another
+factor, |S| / |D| of equation 10's S = phi * D, and that is recorded.
 
 Everything stays on the device of the step. Two norms of every recorded step are kept, and for every column two sums
 over the steps. A matrix whose columns are kept by several processes is put together at the end: its norms are the roots
@@ -64,9 +65,9 @@ class Series:
         """Record the step begun last. Nothing is read from the device.
 
         Args:
-            direction_sq: squared norms of N, without bias correction, (entries,), float64.
-            low_rank_sq: those of R.
-            bias_correction: Adam's, 0-dim or plain.
+            direction_sq: squared norms of N, without bias correction, (entries,), float64; or of S.
+            low_rank_sq: those of R; or of D.
+            bias_correction: Adam's, 0-dim or plain; or 1.
             grad_finite: whether the gradient is finite.
         """
         device, place = direction_sq.device, len(self.steps) - 1
@@ -103,8 +104,8 @@ class Series:
 
 def add_batch(series: Sequence[Series], stats: StepStats) -> None:
     """Record the same step of the k matrices of one shape, or of one matrix, that `stats` is of."""
-    rows = (stats.direction_sq, stats.low_rank_sq, stats.bias_correction, stats.grad_finite)
-    if stats.direction_sq.ndim == 1:
+    rows = (*stats.quotient, stats.grad_finite)
+    if stats.low_rank_sq.ndim == 1:
         series[0].add(*rows)
         return
     for one, *row in zip(series, *rows, strict=True):

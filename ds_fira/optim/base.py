@@ -26,6 +26,7 @@ from ds_fira.optim.rank_rule import grouped, linear_weights, ranked_groups
 from ds_fira.optim.settings import (
     check_params,
     group_settings,
+    refuse_contradiction,
     refuse_foreign,
     warn_of_deprecated,
     without_torch_options,
@@ -114,6 +115,9 @@ class LowRankOptimizer(Stepping):
         for group in self.param_groups:
             # Of version 0.1.0, which projected at any rank.
             group.setdefault(PROJECT_FULL_RANK, True)
+            upgraded = self.algorithm.upgraded(group)
+            group.clear()
+            group.update(upgraded)
         if fresh:
             self.given = [settings_of(group) for group in self.param_groups]
 
@@ -137,6 +141,10 @@ class LowRankOptimizer(Stepping):
             warn_of_deprecated(own, self.algorithm.name)
         checked = check_params(own, where, self.algorithm)
         param_group = {**param_group, **{name: checked[name] for name in own}}
+        # With what it takes from the constructor; an engine's configs and records read the limiter that is meant.
+        settings = GroupSettings.of({**self.defaults, **param_group})
+        refuse_contradiction(settings, where)
+        param_group["limiter"] = settings.chosen_limiter
         if "rank" in own and own["rank"] is None:
             del param_group["rank"]
         super().add_param_group(param_group)

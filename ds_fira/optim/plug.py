@@ -6,14 +6,14 @@ import inspect
 
 from ds_fira.core.algorithms import ALGORITHMS, Algorithm
 from ds_fira.core.rules import RMSProp, Rule
-from ds_fira.core.state import BASIS, REFRESH_STEP, RESIDUAL_NORM, STEP
+from ds_fira.core.state import BASIS, REFRESH_STEP, RESIDUAL_AVG_SQ, RESIDUAL_NORM, STEP
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.settings import LEGAL
 
 # The settings of FiraAdam that belong to Adam.
 ADAM_SETTINGS = ("betas", "eps")
 # Names of states that are not a rule's.
-TAKEN = (STEP, REFRESH_STEP, BASIS, RESIDUAL_NORM)
+TAKEN = (STEP, REFRESH_STEP, BASIS, RESIDUAL_NORM, RESIDUAL_AVG_SQ)
 DOCUMENTATION = """Fira around {rule}, in place of Adam.
 
     Param groups with a `rank` are projected; their parameters are 2-D, or 3-D for experts. The others are stepped by

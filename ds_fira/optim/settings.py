@@ -143,12 +143,23 @@ def check_params(
             f"{where}: target_modules = {list(settings.target_modules)!r} needs a rank; "
             "add a rank, such as 128, or remove target_modules."
         )
+    refuse_contradiction(settings, where)
     require_library(settings.state_dtype, where)
     awaited = [name for name in preset_rows(settings.preset) if name not in params]
     names = [name for name in legal if name not in awaited]
     checked = {name: value for name, value in {**settings.model_dump(), **rule}.items() if name in names}
     # As in torch: a learning rate in a tensor may be changed in place.
     return {**checked, "lr": params["lr"]} if isinstance(params.get("lr"), Tensor) else checked
+
+
+def refuse_contradiction(settings: GroupSettings, where: str) -> None:
+    """Stop if settings do not go together.
+
+    Raises:
+        ValueError: one sentence with the settings, their values and the remedy.
+    """
+    if settings.contradiction is not None:
+        raise ValueError(f"{where}: {settings.contradiction}")
 
 
 def without_torch_options(params: Mapping[str, object], where: str) -> dict[str, object]:

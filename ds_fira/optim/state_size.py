@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ds_fira.core.algorithms import ALGORITHMS, FIRA_ADAM, algorithm_of
 from ds_fira.sharding.geometry import matrices_of
-from ds_fira.sharding.projection import is_projected
+from ds_fira.sharding.projection import averages_numel, is_projected
 from ds_fira.sharding.split_matrix import state_numel
 
 
@@ -26,6 +26,7 @@ class ParamRecord:
         proj_type: as in `FiraAdam`.
         formulation: as in `FiraAdam`.
         algorithm: the name of the optimizer.
+        averages: numbers that its matrices keep of the squares of a normalized residual.
     """
 
     name: str
@@ -34,12 +35,15 @@ class ParamRecord:
     proj_type: str
     formulation: str
     algorithm: str = FIRA_ADAM.name
+    averages: int = 0
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], group: Mapping[str, object]) -> ParamRecord:
         """The record of a parameter in a param group."""
         rank, algorithm = group["rank"] if is_projected(shape, group) else None, algorithm_of(group).name
-        return cls(name, shape, rank, group["proj_type"], group["formulation"], algorithm)
+        matrices = matrices_of(name, shape) if rank is not None else ()
+        averages = sum(averages_numel(matrix.shape, group) for matrix in matrices)
+        return cls(name, shape, rank, group["proj_type"], group["formulation"], algorithm, averages)
 
     @property
     def matrices(self) -> int:
@@ -50,12 +54,13 @@ class ParamRecord:
     def state_elements(self) -> int:
         """Elements of state by the paper's Table 1: mr + 2nr + 1 per projected matrix, two per element else.
 
-        Of another algorithm as many of n r, and the limiter's 1, as it has; GaLore mr + 2nr.
+        Of another algorithm as many of n r, and the limiter's 1, as it has; GaLore mr + 2nr. A normalized residual has
+        n more.
         """
         algorithm = ALGORITHMS[self.algorithm]
         if self.rank is None:
             return len(algorithm.states) * math.prod(self.shape)
-        return sum(
+        return self.averages + sum(
             state_numel(matrix.shape, self.rank, self.proj_type, self.formulation, algorithm)
             for matrix in matrices_of(self.name, self.shape)
         )

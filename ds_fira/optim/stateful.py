@@ -39,6 +39,11 @@ def settings_of(group: ParamGroup) -> ParamGroup:
     return {**found, "lr": float(found["lr"])} if isinstance(found.get("lr"), Tensor) else found
 
 
+def _form(given: ParamGroup) -> tuple[object, int]:
+    """What the tensors of a state depend on beside the matrices, and `restore` can change."""
+    return given["state_dtype"], GroupSettings.of(given).averages_of(2)
+
+
 def allocate_unprojected(param: Tensor, state_dtype: str, algorithm: Algorithm) -> dict[str, Tensor]:
     """Zero state for a parameter that is not projected: its moments and the step count."""
     state, dtype = {STEP: torch.zeros((), dtype=torch.int64)}, compute_dtype(param.dtype)
@@ -120,7 +125,8 @@ class Resumable(Attachable, Optimizer):
 
         `torch.optim.Optimizer` casts floating state to the parameter's dtype and moves counters to its device. Values
         of param groups are those saved, but for settings that this optimizer was given otherwise than the one that
-        saved: these keep their new values, with a warning. Another `state_dtype` converts the states.
+        saved: these keep their new values, with a warning. Another `state_dtype` converts the states, and averages of
+        a normalized residual that were not saved start anew.
 
         Raises:
             ValueError: the state was made with another rank, side or shape of a matrix, or for other ranks, or a part
@@ -154,7 +160,7 @@ class Resumable(Attachable, Optimizer):
 
         Returns:
             The saved states by name, where the state dict describes its tensors; the members of the groups now under
-            the names that they had; whether states have to be converted to another dtype.
+            the names that they had; whether states have to be converted to another form.
 
         Raises:
             ValueError: as of `load_state_dict`, without the optimizer's name.
@@ -189,8 +195,7 @@ class Resumable(Attachable, Optimizer):
         if slices != plain["places"]:
             raise ValueError("this state dict is another rank's share of the run; load each rank's own.")
         convert = any(
-            group["state_dtype"] != before["state_dtype"]
-            for group, before in zip(self.given, plain["settings"], strict=False)
+            _form(group) != _form(before.given) for group, before in zip(self.given, saved.groups, strict=False)
         )
         if not convert:
             self._require_states(state_dict, groups)

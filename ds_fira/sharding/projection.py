@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ds_fira.core.algorithms import algorithm_of
 from ds_fira.core.selection import shape_of
+from ds_fira.core.settings import GroupSettings
 from ds_fira.core.subspace import basis_shape, effective_rank, low_rank_shape, projection_side
 
 Group = Mapping[str, object]
@@ -29,7 +30,8 @@ def is_projected(shape: Sequence[int], group: Group) -> bool:
 
     Args:
         shape: of the whole parameter; (m, n), or (experts, m, n).
-        group: the param group; what it lacks has its default.
+        group: the param group; what it lacks has its default. Its residual does not count: a resumed run may have
+            another, and the same states.
     """
     rank = group.get("rank")
     if rank is None or len(shape) not in (2, 3) or 0 in shape:
@@ -53,6 +55,12 @@ def _elements(shape: Sequence[int], group: Group) -> tuple[int, int, int]:
     return basis, states * math.prod(low_rank_shape(matrix, group["rank"], side)), states * math.prod(matrix)
 
 
+def averages_numel(shape: tuple[int, int], group: Group) -> int:
+    """Numbers that a projected matrix of shape (m, n) keeps of the squares of a normalized residual."""
+    settings = GroupSettings.of(group)
+    return settings.averages_of(shape[settings.side_of(shape) == "left"])
+
+
 def state_bytes(shape: Sequence[int], group: Group) -> tuple[int, int]:
     """Bytes of state of one matrix of a parameter of float32 or less, projected and not.
 
@@ -62,8 +70,8 @@ def state_bytes(shape: Sequence[int], group: Group) -> tuple[int, int]:
     """
     of_basis, of_moment = ELEMENT_BYTES[group.get("state_dtype", "float32")]
     basis, moments, plain = _elements(shape, group)
-    norm = 4 if algorithm_of(group).limited else 0
-    return round(basis * of_basis + moments * of_moment + norm), round(plain * of_moment)
+    numbers = algorithm_of(group).limited + averages_numel((shape[-2], shape[-1]), group)
+    return round(basis * of_basis + moments * of_moment + 4 * numbers), round(plain * of_moment)
 
 
 def warn_of_costly_ranks(groups: Iterable[Group]) -> None:

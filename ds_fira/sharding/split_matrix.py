@@ -64,7 +64,7 @@ def state_numel(
 ) -> int:
     """Elements of optimizer state of one projected matrix, the paper's mr + 2nr + 1 (Table 1).
 
-    Counts the basis, the moments and the limiter's norm.
+    Counts the basis, the moments and the limiter's norm, not the average of a normalized residual: n beside 2nr.
     """
     side = projection_side(shape, proj_type, formulation)
     rows, r = basis_shape(shape, rank, side)

@@ -97,25 +97,19 @@ class PlannedGroup:
         owned = (*self.layout.unsplit[dp_rank], *self.layout.gathered_by(dp_rank))
         held = _bytes(allocate(weight, [matrix.shape for matrix in owned], settings, True, algorithm).values())
         for matrix in self._low_rank_parts(dp_rank):
-            low_rank = LocalShardPlan.of(matrix, 0, 0, dp_rank).low_rank_shape
-            part = allocate_matrices(weight, matrix.basis_shape(dp_rank), low_rank, kept, (), algorithm)
+            plan = LocalShardPlan.of(matrix, 0, 0, dp_rank)
+            shapes = matrix.basis_shape(dp_rank), plan.low_rank_shape
+            part = allocate_matrices(weight, *shapes, kept, (), algorithm, plan.averages(settings))
             held += _bytes(part.values())
         return held
 
     def state_elements(self, dp_rank: int) -> int:
-        """Elements of FiraAdam's bases, moments and norms that a rank holds of the group."""
+        """Elements of FiraAdam's bases, moments and norms that a rank holds of the group; no averages."""
         if self.layout is None:
             return 2 * self.partition_size
         rank, side = self.settings["rank"], (self.settings["proj_type"], self.settings["formulation"])
         whole = sum(state_numel(matrix.shape, rank, *side) for matrix in self.layout.unsplit[dp_rank])
         return whole + sum(matrix.state_numel(dp_rank) for matrix in self.layout.split)
-
-    def matrices(self, dp_rank: int) -> int:
-        """How many sets of low-rank state a rank holds."""
-        if self.layout is None:
-            return 0
-        whole = len(self.layout.unsplit[dp_rank]) + len(self.layout.gathered_by(dp_rank))
-        return whole + len(self._low_rank_parts(dp_rank))
 
     def _low_rank_parts(self, dp_rank: int) -> list[SplitMatrix]:
         return [matrix for matrix in self.layout.low_rank.values() if dp_rank in matrix.sharers]

@@ -182,6 +182,8 @@ def _tensors(files: CheckpointFiles, saved: SavedState) -> Iterator[tuple[str, s
             yield "bases", name, part.basis
             if part.residual_norm is not None:
                 yield "limiters", name, part.residual_norm
+            if part.residual_avg_sq is not None:
+                yield "averages", name, part.residual_avg_sq
             for stored in part.moments.values():
                 for suffix, tensor in stored.items():
                     yield "moments" if suffix == quantization.VALUES else "scales of moments", name, tensor

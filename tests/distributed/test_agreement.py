@@ -23,6 +23,8 @@ SETTINGS: dict[str, Any] = {
     "alpha": 0.7,
     "proj_type": "left",
     "gamma": 1.1,
+    "residual": "normalized",
+    "residual_beta": 0.5,
     "residual_scale": 0.5,
     "scaling": "matrix",
     "limiter": "none",

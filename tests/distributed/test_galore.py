@@ -65,12 +65,12 @@ def test_a_group_without_a_rank_is_galores_adamw() -> None:
     assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
 
 
+@pytest.mark.parametrize("off", [{"residual": "none"}, {"scaling": "none", "residual_scale": 0.0, "limiter": "none"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_it_is_fira_adam_without_the_residual_to_the_bit(dtype: torch.dtype) -> None:
+def test_it_is_fira_adam_without_the_residual_to_the_bit(dtype: torch.dtype, off: dict[str, Any]) -> None:
     """With less work: nothing of the residual, of its norm or of the scaling factors is computed."""
     weight = make_weight((12, 20)).to(dtype)
     gradients = [gradient.to(dtype) for gradient in make_gradients((12, 20), STEPS)]
-    off = {"scaling": "none", "residual_scale": 0.0, "limiter": "none"}
     group = {"rank": 4, "update_proj_gap": GAP, "alpha": 0.5, "weight_decay": 0.1}
     as_galore, _ = run_optimizer(lambda groups: ds_fira.FiraAdam(groups, lr=LR, **off), weight, gradients, **group)
     with pytest.MonkeyPatch.context() as patch:
@@ -130,6 +130,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
 REFUSED = [
     ({"gamma": 1.05}, r"gamma = 1.05 is a setting of FiraAdam that GaLoreAdam has no use for; remove it"),
     ({"limiter": "growth"}, "limiter = 'growth' is a setting of FiraAdam"),
+    ({"residual": "scaled"}, "residual = 'scaled' is a setting of FiraAdam"),
     ({"residual_scale": 1.0}, "residual_scale = 1.0 is a setting of FiraAdam"),
     ({"scale": 0.25}, "unknown setting 'scale' = 0.25; did you mean 'alpha'"),
     ({"alpha": -1.0}, "alpha = -1.0 is not legal; give a number above 0"),

@@ -82,7 +82,8 @@ def check(
         for rank, state in states.items():
             assert ("step" + mark in state) == (rank in sharers)
             if rank in sharers:
-                held = [v for key, v in state.items() if key.endswith(mark) and key.split(".")[0] not in SHARED_KEYS]
+                beside = (*SHARED_KEYS, "residual_avg_sq")
+                held = [v for key, v in state.items() if key.endswith(mark) and key.split(".")[0] not in beside]
                 assert sum(value.numel() for value in held) + 1 == matrix.state_numel(rank)
                 for key in SHARED_KEYS:
                     assert torch.equal(state[key + mark], states[sharers[0]][key + mark]), (name, key)
@@ -92,6 +93,10 @@ def check(
         for key in ("step", "refresh_step"):
             assert torch.equal(first[key + mark], expected[key]), (name, key)
         torch.testing.assert_close(first["residual_norm" + mark], expected["residual_norm"], rtol=1e-4, atol=0.0)
+        for rank in sharers if "residual_avg_sq" in expected else ():
+            own = expected["residual_avg_sq"]  # one number on every sharer, or one for each entry kept
+            own = own[inside(matrix.kept(rank), range(10**9))] if own.numel() > 1 else own
+            torch.testing.assert_close(states[rank].get("residual_avg_sq" + mark, own[:0]), own, rtol=1e-4, atol=0.0)
         for rank in sharers:
             rows = touched_rows(matrix.fragment(rank))
             own = expected["basis"][rows.start : rows.stop] if matrix.side == "left" else expected["basis"]
@@ -128,6 +133,10 @@ def test_one_process_s_weights(ranks: Pools, world_size: int, changed: dict[str,
         ({"scaling": "matrix", "formulation": "paper"}, "left right"),
         ({"scaling": "none"}, "left right"),
         ({"limiter": "none", "residual_scale": 0.5}, "left right"),
+        ({"residual": "none"}, "left right"),
+        ({"residual": "normalized"}, "left right"),
+        ({"residual": "normalized", "limiter": "growth", "formulation": "paper"}, "left right"),
+        ({"residual": "normalized", "scaling": "matrix", "limiter": "growth"}, "left right"),
         ({"stagger": True}, "left right"),
         ({"refresh_moments": "reset"}, "left right"),
         ({"refresh_limiter": "reset", "gamma": 1.001}, "left right"),

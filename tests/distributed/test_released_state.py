@@ -19,7 +19,7 @@ STOP, END = 5, 10
 FIRA = {"rank": 2, "update_proj_gap": 3, "alpha": 1.0, "proj_type": "std"}
 GALORE = {"rank": 2, "update_proj_gap": 3, "scale": 0.25, "proj_type": "std"}
 OURS = {"rank": 2, "update_proj_gap": 3, "lr": 0.01, "weight_decay": 0.1, "target_modules": ["layers"]}
-AS_GALORE = {**OURS, "alpha": 0.25, "scaling": "none", "residual_scale": 0.0}
+AS_GALORE = {**OURS, "alpha": 0.25, "residual": "none"}
 
 
 def assert_continued(result: dict[str, Any]) -> None:

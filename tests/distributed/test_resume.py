@@ -60,12 +60,13 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "stage 1, fp16": case(1, "fp16", INT8, OVERFLOW | TORCH),
         "stage 2, fp32": case(2, "fp32", {**BF16, **RANDOMIZED}, TORCH),
         "base cuts": case(2, "fp16", {**INT8, "exact_cuts": True}, OVERFLOW, **OFFLOAD, **DECAY),
+        "normalized, matrix": case(1, "fp16", {"residual": "normalized", "scaling": "matrix"}, OVERFLOW | BACK),
         "paper": case(2, "bf16", {"formulation": "paper", "refresh_moments": "reset"}, **DECAY, **ROUND_ROBIN),
     },
 }
 
 
-FAST = ("stage 2, bf16", "BF16_Optimizer", "stage 1, fp16", "base cuts")
+FAST = ("normalized, matrix", "stage 2, bf16", "BF16_Optimizer", "stage 1, fp16", "base cuts")
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,10 @@ def check_state(
         for key in ("step", "refresh_step"):
             assert torch.equal(state[key + mark], expected[key])
         torch.testing.assert_close(state["residual_norm" + mark], expected["residual_norm"], rtol=1e-4, atol=0.0)
+        if "residual_avg_sq" in expected and expected["residual_avg_sq"].numel() == 1:
+            torch.testing.assert_close(
+                state["residual_avg_sq" + mark], expected["residual_avg_sq"], rtol=1e-4, atol=0.0
+            )
         rows = matrix.basis_rows(rank)
         assert torch.equal(state["basis" + mark], expected["basis"][rows.start : rows.stop])
         assert ("exp_avg" + mark in state) == (len(matrix.kept(rank)) > 0)
@@ -126,6 +130,9 @@ def check_state(
         parts = [state[key + mark] for state in states.values() if key + mark in state]
         whole = torch.cat(parts, 1 if left else 0)
         assert (whole - expected[key]).norm() <= tolerance * expected[key].norm()
+    if "residual_avg_sq" in expected and expected["residual_avg_sq"].numel() > 1:
+        parts = [state["residual_avg_sq" + mark] for state in states.values() if "residual_avg_sq" + mark in state]
+        torch.testing.assert_close(torch.cat(parts), expected["residual_avg_sq"], rtol=1e-4, atol=0.0)
 
 
 def check_balance(results: list[dict[str, Any]]) -> None:
@@ -180,6 +187,9 @@ def test_engines(ranks: Pools, dtype: str, extra: dict[str, Any]) -> None:
         {"subspace": "gram", "refresh_moments": "reset", "proj_type": "reverse_std"},
         {"refresh_moments": "rotate", "scaling": "matrix", "formulation": "paper"},
         {"limiter": "none", "scaling": "none", "residual_scale": 0.5},
+        {"residual": "none"},
+        {"residual": "normalized"},
+        {"residual": "normalized", "scaling": "matrix", "limiter": "growth", "refresh_moments": "rotate"},
     ],
     ids=str,
 )
@@ -189,7 +199,11 @@ def test_settings(ranks: Pools, changed: dict[str, Any]) -> None:
     check(run(ranks, 3, limits=limits, **changed))
 
 
-@pytest.mark.parametrize("changed", [{}, {"state_dtype": "int8"}, {"state_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"state_dtype": "int8"}, {"state_dtype": "bfloat16"}, {"residual": "normalized", "state_dtype": "int8"}],
+    ids=str,
+)
 def test_exact_cuts(ranks: Pools, changed: dict[str, Any]) -> None:
     """Stepped whole on their owners, in several turns: equal to the bit."""
     limits = {"ds_fira.sharding.plan.MAX_TURN_NUMEL": 500}

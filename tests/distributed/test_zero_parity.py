@@ -22,7 +22,7 @@ from tests.ranks import Pools
 SHAPES = [(8, 6), (6, 9), (8, 6), (5, 7), (6, 9), (9, 4), (6, 9)]
 PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1}
 EXACT = {**PARAMS, "exact_cuts": True}
-MATRIX_KEYS = ("step", "refresh_step", "basis", "exp_avg", "exp_avg_sq", "residual_norm")
+MATRIX_KEYS = ("step", "refresh_step", "basis", "exp_avg", "exp_avg_sq", "residual_norm", "residual_avg_sq")
 MATRIX_KEYS += ("exp_avg_scale", "exp_avg_sq_scale")
 
 
@@ -235,6 +235,9 @@ def test_sides(ranks: Pools, proj_type: str, formulation: str) -> None:
         {"subspace": "randomized", "refresh_moments": "reset"},
         {"state_dtype": "bfloat16", "refresh_moments": "rotate"},
         {"state_dtype": "int8"},
+        {"residual": "normalized", "state_dtype": "int8"},
+        {"residual": "normalized", "scaling": "matrix", "limiter": "growth"},
+        {"residual": "none"},
     ],
     ids=lambda options: "+".join(map(str, options.values())),
 )

@@ -7,6 +7,11 @@ and the moments survive a refresh, so two programs agree only if they take the s
 
     formulation="released"   residual G - alpha P R; alpha P N in the update; bias correction on the step size
     formulation="paper"      residual G - P R; bias correction inside N; alpha multiplies the whole update
+
+    residual="normalized"    with D = G - P R, of a column j (left) or row (right), whatever the formulation:
+                             q_j = max(|G_j|^2 - |R_j|^2, floor |G_j|^2);  p = beta p + (1 - beta) q
+                             S_j = sqrt(m - r) D_j / sqrt(p_j / (1 - beta^t));  update alpha (P N + S), N corrected
+    residual="none"          no S: GaLore
 """
 
 import math
@@ -43,7 +48,7 @@ class FiraReference:
         proj_type="std",
         formulation="released",
         scaling="column",
-        limiter="growth",
+        limiter=None,
         gamma=1.01,
         residual_scale=1.0,
         lr=1e-3,
@@ -52,10 +57,16 @@ class FiraReference:
         weight_decay=0.0,
         dtype=torch.float64,
         history_floor=1e-5,
+        residual="scaled",
+        residual_beta=0.9,
+        residual_floor=2e-3,
     ):
+        limiter = limiter or ("growth" if residual == "scaled" else "none")
         assert formulation in ("released", "paper")
         assert scaling in ("column", "matrix", "none")
         assert limiter in ("growth", "none")
+        assert residual in ("scaled", "normalized", "none")
+        assert (residual, scaling) != ("normalized", "none")
         assert weight.dim() == 2
         self.dtype, self.weight = dtype, weight.detach().to(dtype).clone()
         m, n = weight.shape
@@ -65,6 +76,8 @@ class FiraReference:
         self.scaling, self.limiter, self.gamma, self.residual_scale = scaling, limiter, gamma, residual_scale
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.history_floor = history_floor
+        self.residual, self.residual_beta, self.residual_floor = residual, residual_beta, residual_floor
+        self.residual_avg_sq = 0.0
         self.steps, self.refresh_step, self.residual_norm = 0, -1, 0.0
         self.basis = self.exp_avg = self.exp_avg_sq = None
         self.limited, self.residual_share, self.refreshes = [], [], []
@@ -98,9 +111,22 @@ class FiraReference:
         along = 0 if self.side == "left" else 1
         return normalised.norm(dim=along, keepdim=True) / (low_rank_gradient.norm(dim=along, keepdim=True) + NORM_EPS)
 
-    def limit(self, residual, beside):
+    def normalize(self, residual, gradient, low_rank_gradient):
+        """S and its norm, as the squares tell it, from D; p_hat is averaged over the steps made."""
+        along = 0 if self.side == "left" else 1
+        square = gradient.square().sum(along, keepdim=True)
+        fresh = square - low_rank_gradient.square().sum(along, keepdim=True)
+        fresh = torch.maximum(fresh, self.residual_floor * square)
+        count = residual.shape[along] - self.rank
+        if self.scaling == "matrix":
+            fresh, count = fresh.sum(), count * fresh.numel()
+        self.residual_avg_sq = self.residual_beta * self.residual_avg_sq + (1 - self.residual_beta) * fresh
+        average = self.residual_avg_sq / (1 - self.residual_beta**self.steps)
+        phi = torch.where(average > 0, (count / average).sqrt(), 0.0)
+        return phi * residual, (phi.square() * fresh).sum().sqrt().item(), (phi * gradient).norm().item()
+
+    def limit(self, residual, norm, beside):
         """The norm-growth limiter. ``beside`` is |phi * G|, which tells a real residual from rounding."""
-        norm = residual.norm().item()
         shrink = 1.0
         if self.limiter == "growth" and self.residual_norm > 0.0:
             shrink = max(norm / (self.residual_norm + NORM_EPS), self.gamma) / self.gamma
@@ -135,8 +161,15 @@ class FiraReference:
             residual = gradient - self.project_back(low)
         else:
             residual = gradient - self.alpha * self.project_back(low)
+        if self.residual == "normalized":
+            residual = self.limit(*self.normalize(gradient - self.project_back(low), gradient, low))
+            corrected = normalised if self.formulation == "paper" else correction * normalised
+            self.weight -= self.lr * self.alpha * (self.project_back(corrected) + self.residual_scale * residual)
+            self.decay()
+            return
         phi = self.scale(normalised, low)
-        residual = self.limit(phi * residual, beside=(phi * gradient).norm().item())
+        residual = phi * residual if self.residual == "scaled" else 0.0 * residual
+        residual = self.limit(residual, residual.norm().item(), (phi * gradient).norm().item())
 
         if self.formulation == "paper":
             update = self.alpha * (self.project_back(normalised) + self.residual_scale * residual)

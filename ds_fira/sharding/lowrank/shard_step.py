@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ds_fira.core import functional as F
 from ds_fira.core.base_optimizer import adapt, step_factor
+from ds_fira.core.scalars import Scalar
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState, compute_dtype
-from ds_fira.core.step import StepStats, combine, factors, limit, scaling_factors
+from ds_fira.core.step import StepStats, combine, entry_squares, factors, limit, quotient, scale, scaling_factors
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.row_blocks import RowBlock, common, inside
 from ds_fira.sharding.split_matrix import Transfer
@@ -30,16 +31,14 @@ class EntrySteps:
     Attributes:
         low_rank: R, (r, kept) left or (kept, r) right.
         direction: N, of R's shape.
-        direction_sq: |N_j|^2 of every entry, (kept,), float64.
-        low_rank_sq: |R_j|^2, likewise.
+        squares: of every entry, as `entry_squares` gives them, (kept,), float64.
         bias_correction: 0-dim, float64.
-        phi: scaling factors before the limiter, (kept,), float64; None until they are known.
+        phi: factors before the limiter, (kept,), float64; None until they are known, and without a residual.
     """
 
     low_rank: Tensor
     direction: Tensor
-    direction_sq: Tensor
-    low_rank_sq: Tensor
+    squares: tuple[Tensor, Tensor]
     bias_correction: Tensor
     phi: Tensor | None = None
 
@@ -154,18 +153,18 @@ class ShardStep:
             parts.append((plan.kept, *kept))
         values = torch.zeros_like(self.low_rank)
         scales = torch.zeros(len(plan.region), dtype=state.dtype, device=values.device)
-        for entries, part, scale in parts:
+        for entries, part, numbers in parts:
             along = inside(entries, plan.region)
             self._entries(values, along).copy_(part)
-            scales[along] = scale.to(state.dtype)
+            scales[along] = numbers.to(state.dtype)
         return values, scales
 
     def advance(self) -> list[Tensor]:
         """Lines 9 to 12 where the gradient is finite and R is complete over the entries kept.
 
         Returns:
-            What all ranks have to add up, 0-dim: |R|^2; then |S|^2 as a difference of squares and |phi * G|^2 with a
-            scaling factor for each entry, else |N|^2 and 0.
+            What all ranks have to add up, 0-dim: |R|^2; then |S|^2 as a difference of squares and |phi * G|^2, or with
+            one factor for all entries the squares that it is made of, |N|^2 or the sum of q, and 0.
         """
         state, settings, kept = self.state, self.settings, self.plan.kept
         state.step += 1
@@ -176,11 +175,13 @@ class ShardStep:
         low_rank, grad_sq = self._entries(self.low_rank, along), self.grad_sq[along]
         direction, direction_sq, low_rank_sq = adapt(low_rank, state, settings, True)
         bias_correction = step_factor(state.step, settings)
-        self.entries = EntrySteps(low_rank, direction, direction_sq, low_rank_sq, bias_correction)
-        if settings.scaling != "column":
-            return [low_rank_sq.sum(), direction_sq.sum(), zero]
-        phi = self.entries.phi = scaling_factors(direction_sq, low_rank_sq, bias_correction, settings)
-        return [low_rank_sq.sum(), *F.difference_of_squares(grad_sq, low_rank_sq, phi, settings.inner_alpha)]
+        squares = entry_squares(grad_sq, direction_sq, low_rank_sq, settings)
+        self.entries = EntrySteps(low_rank, direction, squares, bias_correction)
+        if settings.has_one_factor:
+            return [low_rank_sq.sum(), squares[0].sum(), zero]
+        outside = self.plan.outside(settings)
+        self.entries.phi, *sums = scale(grad_sq, squares, bias_correction, outside, state, settings, True, False)
+        return [low_rank_sq.sum(), *sums]
 
     def scale(self, sums: Tensor, squares: Tensor) -> Tensor:
         """Line 12 where one scaling factor is for all entries: take it from the sums over all ranks.
@@ -192,13 +193,20 @@ class ShardStep:
         Returns:
             `squares` of the phi that the step is made with.
         """
-        if self.settings.scaling == "column":
+        if not self.settings.has_one_factor:
             return squares
-        bias_correction = step_factor(self.state.step, self.settings)
-        phi = scaling_factors(sums[1:2], sums[0:1], bias_correction, self.settings)
+        state, settings = self.state, self.settings
+        pair, bias_correction = (sums[1:2], sums[0:1]), step_factor(state.step, settings)
+        phi = scaling_factors(pair, bias_correction, self.plan.outside(settings), state, settings, True, False)
         if self.entries is not None:
             self.entries.phi = phi.expand(len(self.plan.kept))
         return squares * phi.square()
+
+    @property
+    def recorded(self) -> tuple[Tensor, Tensor, Scalar] | None:
+        """The `quotient` of the entries kept; None for no entries."""
+        entries = self.entries
+        return entries and quotient(entries.squares, entries.phi, entries.bias_correction, self.settings)
 
     def kept_residual(self) -> tuple[Tensor, Tensor] | None:
         """R and phi of the entries kept, which `residual_square` needs over the region; None for no entries."""
@@ -244,16 +252,14 @@ class ShardStep:
         divisor = limit(residual_sq, scaled_grad_sq, state, settings, True, self.negligible_ratio)
         total = low_rank_square.new_tensor(grad_square)
         low_rank_sq = low_rank_square.unsqueeze(0)
-        stats = StepStats(
-            total, low_rank_sq, low_rank_sq, step_factor(state.step, settings), residual_sq, divisor, total < torch.inf
-        )
+        recorded = (low_rank_sq, low_rank_sq, 1.0)  # by the ranks that keep the entries
+        stats = StepStats(total, low_rank_sq, recorded, residual_sq, divisor, total < torch.inf)
         if entries is None:
             return stats, None
-        phi = None if settings.without_residual else entries.phi
         phi, low_rank_update = combine(
-            phi, entries.low_rank, entries.direction, entries.bias_correction, divisor, state, settings
+            entries.phi, entries.low_rank, entries.direction, entries.bias_correction, divisor, state, settings
         )
-        return stats, (low_rank_update, phi if phi is not None else entries.phi)
+        return stats, (low_rank_update, torch.zeros_like(entries.squares[0]) if phi is None else phi)
 
     def apply(self, low_rank_update: Tensor, phi: Tensor) -> None:
         """Line 16 on the fragment, C and phi given over the region."""
@@ -264,7 +270,7 @@ class ShardStep:
                 block.view(self.weight),
                 block.view(self.grad),
                 *factors(self._basis_of(block), self._entries(low_rank_update, along), side),
-                None if settings.without_residual else phi[along],
+                None if settings.residual == "none" else phi[along],
                 by_row=side == "right",
                 decay_factor=settings.decay_factor,
                 grad_finite=True,

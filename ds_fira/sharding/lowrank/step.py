@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ds_fira.core import functional as F
 from ds_fira.core.algorithms import Algorithm
+from ds_fira.core.scalars import Scalar
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import STEP, MatrixState, allocate_matrices, compute_dtype, state_views
 from ds_fira.core.step import StepStats
@@ -43,9 +44,9 @@ from ds_fira.sharding.split_matrix import GRADIENT_SUMS, LOW_RANK_SUMS, SplitMat
 # Elements of R and of borrowed bases that one rank works on at a time: 64 MiB in float32. A step holds a few as large.
 MAX_STEP_NUMEL = 2**24
 
-# Of one matrix in one step: this rank's plan, the numbers of the whole step, and |N_j|^2, |R_j|^2 and the bias
-# correction of the entries that the rank keeps, None where it keeps none.
-ShardStats = tuple[LocalShardPlan, StepStats, tuple[Tensor, Tensor, Tensor] | None]
+# Of one matrix in one step: this rank's plan, the numbers of the whole step, and the `quotient` of the entries that the
+# rank keeps, None where it keeps none.
+ShardStats = tuple[LocalShardPlan, StepStats, tuple[Tensor, Tensor, Scalar] | None]
 
 
 class LowRankMatrices:
@@ -90,7 +91,9 @@ class LowRankMatrices:
         state = {}
         for plan in self.plans:
             basis = plan.matrix.basis_shape(plan.dp_rank)
-            parts = allocate_matrices(param, basis, plan.low_rank_shape, settings.state_dtype, (), algorithm)
+            parts = allocate_matrices(
+                param, basis, plan.low_rank_shape, settings.state_dtype, (), algorithm, plan.averages(settings)
+            )
             state |= {key + _mark(plan): value for key, value in parts.items()}
         return state
 
@@ -183,11 +186,9 @@ class LowRankMatrices:
         answers, done = {}, []
         for position, part in stepped.items():
             residual_sq, scaled_grad_sq = scaled[position]
-            residual_sq, entries = exact.get(position, residual_sq), part.entries
-            # `finish` uses N up, not its norms.
-            norms = None if entries is None else (entries.direction_sq, entries.low_rank_sq, entries.bias_correction)
+            residual_sq = exact.get(position, residual_sq)
             stats, answers[position] = part.finish(residual_sq, scaled_grad_sq, sums[position][0], finite[position])
-            done.append((part.plan, stats, norms))
+            done.append((part.plan, stats, part.recorded))
         arrived = self._exchange.send_back(turn, param, parts, answers)
         for position, part in parts.items():
             if position in stepped:
@@ -232,7 +233,7 @@ class LowRankMatrices:
 
         Which matrices these are all ranks know from the same sums; where there is none nothing is sent.
         """
-        if not settings.has_limiter:
+        if not settings.measures_residual:
             return {}
         residual_sq, scaled_grad_sq = torch.stack(list(squares.values())).unbind(1)
         flags = F.residual_needed(residual_sq, scaled_grad_sq).tolist()
@@ -250,18 +251,20 @@ class LowRankMatrices:
 
 
 def squares_of(sums: dict[int, Tensor], totals: Mapping[int, float], settings: GroupSettings) -> dict[int, Tensor]:
-    """|S|^2 as a difference of squares and |phi * G|^2 by position, (2,): as summed, or with phi = 1 from |R|^2.
+    """|S|^2 as a difference of squares and |phi * G|^2 by position, (2,): as summed, or with phi = 1 from the sums.
 
     With one scaling factor for a matrix its squares are found without it, so that ranks which hold no part of the
     matrix know too whether digits are lost.
     """
-    if settings.scaling == "column":
+    if not settings.has_one_factor:
         return {position: part[1:] for position, part in sums.items()}
     alpha, found = settings.inner_alpha, {}
     for position, part in sums.items():
         total = part.new_tensor([totals.get(position, math.nan)])
-        pair = F.difference_of_squares(total, part[:1], torch.ones_like(total), alpha)
-        found[position] = torch.stack(pair)
+        if settings.residual == "normalized":
+            found[position] = torch.cat([part[1:2], total])
+        else:
+            found[position] = torch.stack(F.difference_of_squares(total, part[:1], torch.ones_like(total), alpha))
     return found
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ds_fira.core.algorithms import GALORE_ADAM
 from ds_fira.core.selection import find_projected_weights
-from ds_fira.core.state import compute_dtype
 from ds_fira.sharding.geometry import matrices_of
 from ds_fira.tools.dry_run import FlatBuffer, PlannedRun
 from ds_fira.tools.estimate.setup import Setup
@@ -44,8 +44,7 @@ def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: Ma
     """The four methods for one model, with checked settings of FiraAdam.
 
     AdamW is DeepSpeed's with one param group and states in the masters' dtype. LoRA trains its adapters alone, with
-    AdamW. Fira is planned with its real partitions. GaLore is GaLoreAdam, which has them too: its states are Fira's
-    less one number for each matrix.
+    AdamW. Fira is planned with its real partitions. GaLore is GaLoreAdam, which has them too.
     """
     trained = [param for param in module.parameters() if param.requires_grad and param.numel() > 0]
     frozen = sum(param.numel() for param in module.parameters()) - sum(param.numel() for param in trained)
@@ -53,15 +52,13 @@ def compare_methods(module: nn.Module, run: PlannedRun, setup: Setup, params: Ma
     # In the module's order: what a boundary cuts depends on it.
     adapters = [n for param in trained if id(param) in projected for n in _adapter(param.shape, params["rank"])]
     dtype = setup.master_dtype
-    norm = compute_dtype(dtype).itemsize
     fira = tuple(group.buffer for group in run.groups)
 
-    def galore_bytes(dp_rank: int) -> int:
-        return run.state_bytes(dp_rank, dtype) - norm * sum(group.matrices(dp_rank) for group in run.groups)
-
+    as_galore = GALORE_ADAM.group_values
+    galore = replace(run, groups=[replace(group, settings={**group.settings, **as_galore}) for group in run.groups])
     return [
         _adamw("AdamW", [param.numel() for param in trained], frozen, setup),
-        MethodPlan("GaLore", fira, frozen, galore_bytes),
+        MethodPlan("GaLore", fira, frozen, lambda dp_rank: galore.state_bytes(dp_rank, dtype)),
         _adamw("LoRA", adapters, frozen + sum(param.numel() for param in trained), setup),
         MethodPlan("Fira", fira, frozen, lambda dp_rank: run.state_bytes(dp_rank, dtype)),
     ]

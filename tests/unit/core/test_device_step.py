@@ -72,6 +72,9 @@ def drive(kind: str, kernel: bool, steps: int = 7, spoil: int | None = None, **s
         ("adamw", {}),
         ("experts", {"formulation": "paper", "scaling": "matrix"}),
         ("wide", {"limiter": "none", "scaling": "none"}),
+        ("flat", {"residual": "normalized"}),
+        ("tall", {"residual": "normalized", "scaling": "matrix", "state_dtype": "bfloat16"}),
+        ("experts", {"residual": "normalized", "scaling": "matrix", "limiter": "growth"}),
         ("flat", {"state_dtype": "bfloat16"}),
         ("flat", {"proj_type": "reverse_std", "subspace": "gram", "refresh_moments": "rotate", "stagger": True}),
     ],
@@ -115,11 +118,14 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", ["wide", "tall", "experts", "flat", "adamw"])
-def test_a_step_between_refreshes_reads_nothing_from_the_device(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "residual"),
+    [*((kind, "scaled") for kind in ("wide", "tall", "experts", "flat", "adamw")), ("wide", "normalized")],
+)
+def test_a_step_between_refreshes_reads_nothing_from_the_device(kind: str, residual: str) -> None:
     """No host synchronization; the torch functions, which do ask, show that the count can see it."""
     for kernel in (True, False):
-        _, optimizer, _ = drive(kind, kernel, steps=5, update_proj_gap=100)
+        _, optimizer, _ = drive(kind, kernel, steps=5, update_proj_gap=100, residual=residual)
         state = optimizer.state[optimizer.param_groups[0]["params"][0]]
         host = [value for key, value in state.items() if host_key(key) or (kind == "adamw" and key == "step")]
         with HostReads(host) as reads:

@@ -88,10 +88,11 @@ def test_gradients_held_are_of_the_parameters_that_touch_a_partition() -> None:
     assert FlatBuffer.of((4, 4, 2), ranks=2, zero_stage=0).held(0) == 10
 
 
+@pytest.mark.parametrize("changed", [{}, {"residual": "normalized"}, {"residual": "normalized", "scaling": "matrix"}])
 @pytest.mark.parametrize("gpus", [2, 3, 8])
-def test_ranks_hold_what_one_process_would(gpus: int) -> None:
+def test_ranks_hold_what_one_process_would(gpus: int, changed: dict[str, str]) -> None:
     """Over all ranks, cut matrices stepped whole: the paper's formula, counters and padding."""
-    run = plan_run(small_model(), gpus, 2, rank=16, exact_cuts=True)
+    run = plan_run(small_model(), gpus, 2, rank=16, exact_cuts=True, **changed)
     held = sum(run.state_bytes(rank, torch.float32) for rank in range(gpus))
     formula = 4 * sum(record.state_elements for record in run.records)
     padding = 8 * 2 * gpus * len(run.groups)
