@@ -17,11 +17,11 @@ from ds_fira.core.selection import shape_of
 from ds_fira.core.settings import ParamGroup
 from ds_fira.optim.rank_rule import named_parameters
 
-# The setting; and in a param group what the preset gave it: {"name": "recommended", "lr": ..., "alpha": ...}.
+# The setting; and in a param group what the preset gave it: {"name": "recommended", "lr": ..., "residual_scale": ...}.
 PRESET = "preset"
 NAME = "name"
-# The law of alpha: BASE_ALPHA at BASE_WIDTH_DEPTH = width x depth, where it was tuned, and its power beyond.
-BASE_ALPHA, BASE_WIDTH_DEPTH, POWER = 0.25, 256, 1.0
+# The law of the residual: BASE_SCALE at BASE_WIDTH_DEPTH = width x depth, where it was tuned, and its power beyond.
+BASE_SCALE, BASE_WIDTH_DEPTH, POWER = 0.8, 256, 1.0
 # The number of an expert that is a module of its own: all experts of a layer count as one.
 _EXPERT = re.compile(r"(expert[^.]*)\.\d+(?=\.|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -40,13 +40,14 @@ class ModelSize:
     depth: int
 
 
-def transferred_alpha(size: ModelSize) -> float:
-    """The alpha with which the best lr of the projected matrices is the same at every width and depth.
+def transferred_scale(size: ModelSize) -> float:
+    """The residual_scale with which one lr is the best at every width and depth (docs/transfer.md).
 
-    An element of W moves by about lr x alpha in a step. What keeps the outputs' change is 1 / fan_in, as in the
-    maximal-update parametrisation (arXiv 2203.03466), and 1 / depth for what the layers add to the residual stream.
+    An element of a normalized residual moves W by lr x alpha x residual_scale in a step, and has no momentum that
+    averages its noise. What keeps the outputs' change is 1 / fan_in, as in the maximal-update parametrisation (arXiv
+    2203.03466), and 1 / depth for what the layers add to the residual stream. The low-rank part keeps its alpha.
     """
-    return BASE_ALPHA * (BASE_WIDTH_DEPTH / (size.width * size.depth)) ** POWER
+    return BASE_SCALE * (BASE_WIDTH_DEPTH / (size.width * size.depth)) ** POWER
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ PRESETS: Mapping[str, Preset] = {
     "recommended": Preset(
         settings={
             "lr": 0.01,
-            # residual = "normalized" joins with the setting
+            "alpha": 0.25,
+            "residual": "normalized",
         },
-        laws={"alpha": transferred_alpha},
+        laws={"residual_scale": transferred_scale},
     ),
 }
 PresetName = Literal[tuple(PRESETS)]

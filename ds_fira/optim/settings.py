@@ -49,8 +49,9 @@ class Settings(GroupSettings):
     preset: PresetName | None = setting(
         None, f"choose {' or '.join(map(repr, PRESETS))}, or leave it out for the published method"
     )
-    """what gives the settings that are left out: "recommended" a learning rate, and an alpha for the model's width and
-    depth, so that one rate suits models of every size; None for the defaults of this table, the published method
+    """what gives the settings that are left out: "recommended" a learning rate, and a normalized residual of the size
+    that the model's width and depth ask for, so that one rate suits models of every size; None for the defaults of
+    this table, the published method
     """
 
     @field_validator("target_modules", mode="before")

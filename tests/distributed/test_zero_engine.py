@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ds_fira
-from ds_fira.optim.presets import PRESETS, ModelSize, transferred_alpha
+from ds_fira.optim.presets import PRESETS, ModelSize, transferred_scale
 from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
 
@@ -98,8 +98,8 @@ def test_user_groups_survive(ranks: Pools) -> None:
     ("params", "preset", "expected"),
     [
         ({"lr": 0.02}, None, (0.02, 1.0)),
-        ({"lr": 0.02}, "recommended", (0.02, transferred_alpha(ModelSize(width=6, depth=3)))),
-        ({"alpha": 0.5}, "recommended", (PRESETS["recommended"].settings["lr"], 0.5)),
+        ({"lr": 0.02}, "recommended", (0.02, transferred_scale(ModelSize(width=6, depth=3)))),
+        ({"residual_scale": 0.5}, "recommended", (PRESETS["recommended"].settings["lr"], 0.5)),
     ],
     ids=str,
 )
@@ -110,7 +110,7 @@ def test_param_groups_as_model_parameters(
     ds_config = config(2, "fp32", {**params, "update_proj_gap": 3})
     shapes = [(8, 6), (6, 9), (8, 6)]
     results = ranks.run(2, "train_with_param_groups", ds_config=ds_config, shapes=shapes, steps=2, preset=preset)
-    given = [[(g["settings"]["lr"], g["settings"]["alpha"]) for g in result["groups"]] for result in results]
+    given = [[(g["settings"]["lr"], g["settings"]["residual_scale"]) for g in result["groups"]] for result in results]
     assert given == [[expected] * 4] * 2
     found = [
         (group["settings"].get("rank"), group["settings"]["weight_decay"], [name for name, _, _ in group["members"]])

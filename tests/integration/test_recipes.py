@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_fira.optim.presets import PRESETS, ModelSize, transferred_alpha
+from ds_fira.optim.presets import PRESETS, ModelSize, transferred_scale
 from ds_fira.tools import models
 from examples.pretraining.batch import settle_batch
 from tests.programs import ROOT, Forked, run, write_text
@@ -107,8 +107,8 @@ def test_recipe_with_the_preset_is_planned(tmp_path: Path) -> None:
     said = re.search(r"^optimizer +FiraAdam: (.*)$", done.stdout, re.MULTILINE)[1]
     assert "preset recommended" in said
     assert not re.search(r"\b(lr|alpha) ", said)
-    alpha = transferred_alpha(ModelSize(width=512, depth=8))
-    assert f"alpha {alpha:.3g} (width 512, depth 8)" in done.stdout
+    scale = transferred_scale(ModelSize(width=512, depth=8))
+    assert f"residual_scale {scale:.3g} (width 512, depth 8)" in done.stdout
 
 
 @pytest.mark.parametrize("given", [[], ["--lr", "0.02"], ["--alpha", "0.5"]], ids=str)
@@ -128,12 +128,14 @@ def test_a_recipes_config_trains_a_tiny_model_with_the_preset(tmp_path: Path, gi
     (folder,) = (tmp_path / "out" / "state").glob("*/")
     expected = {
         "lr": PRESETS["recommended"].settings["lr"],
-        "alpha": transferred_alpha(ModelSize(width=32, depth=3)),
+        "alpha": PRESETS["recommended"].settings["alpha"],
+        "residual_scale": transferred_scale(ModelSize(width=32, depth=3)),
         **own,
     }
     (file,) = folder.glob("*optim_states.pt")
     groups = torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
-    assert {(group["lr"], group["alpha"]) for group in groups if "rank" in group} == {tuple(expected.values())}
+    found = {tuple(group[name] for name in expected) for group in groups if "rank" in group}
+    assert found == {tuple(expected.values())}
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _header(found: Estimate) -> list[str]:
 
 
 def _preset_line(name: str, values: Mapping[str, object]) -> str:
-    """What a preset gives, and by how much an element of a projected matrix moves in a step, about lr x alpha."""
+    """What a preset gives, and by how much an element of a normalized residual moves W in a step."""
     size = {key: values[key] for key in ("width", "depth")}
     given = ", ".join(
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
@@ -92,8 +92,8 @@ def _preset_line(name: str, values: Mapping[str, object]) -> str:
         if key not in size
     )
     return (
-        f"preset {name}: {given} (width {size['width']}, depth {size['depth']}): hidden matrices step at "
-        f"{values['lr'] * values['alpha']:.3g} per element"
+        f"preset {name}: {given} (width {size['width']}, depth {size['depth']}): outside the subspace "
+        f"an element steps by {values['lr'] * values['alpha'] * values['residual_scale']:.3g}"
     )
 
 

@@ -202,7 +202,8 @@ def page(store: Trials) -> str:
     sections: Sequence[str] = (
         "# Settings that transfer\n",
         "Written by `python -m examples.reproduction.transfer.report` from `examples/reproduction/results/transfer/`, "
-        f"where {len(results)} trainings stand with settings, seed, commit and curve ({hours:.1f} hours of processor time). "
+        f"where {len(results)} trainings stand with settings, seed, commit and curve ({hours:.1f} hours of processor "
+        "time). "
         "`python -m examples.reproduction.transfer.study` trains what is missing.\n",
         "LLaMAs of 1,024 tokens of vocabulary on film reviews, batches of 16 x 64 tokens, warm-up over a tenth, cosine "
         "to a tenth, gap 50, float32, seed 0 unless said. Embeddings, head and norms have Adam at the rate itself in "

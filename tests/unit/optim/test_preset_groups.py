@@ -14,13 +14,13 @@ import ds_fira
 from ds_fira import FiraAdam, FiraRMSProp, GaLoreAdam
 from ds_fira.optim import presets
 from ds_fira.optim.param_groups import build_groups, group_defaults
-from ds_fira.optim.presets import PRESETS, ModelSize, transferred_alpha
+from ds_fira.optim.presets import PRESETS, ModelSize, transferred_scale
 from ds_fira.optim.settings import check_params
 from ds_fira.tools.dry_run import plan_run
 from tests.small_models import llama
 
 RANK = 4
-ALPHA, LR = transferred_alpha(ModelSize(16, 2)), PRESETS["recommended"].settings["lr"]
+SCALE, LR = transferred_scale(ModelSize(16, 2)), PRESETS["recommended"].settings["lr"]
 
 
 def by_model(model: nn.Module, kind: type = FiraAdam, **settings: object):
@@ -61,7 +61,7 @@ def projected(optimizer: torch.optim.Optimizer, *names: str) -> set[tuple[object
 def test_every_way_gives_the_same(way: Callable) -> None:
     optimizer = way(llama())
     assert {group["lr"] for group in optimizer.param_groups} == {LR}
-    assert projected(optimizer, "alpha") == {(ALPHA,)}
+    assert projected(optimizer, "residual_scale") == {(SCALE,)}
     plain = {
         tuple(p.shape)
         for group in FiraAdam(llama(), rank=RANK).param_groups
@@ -73,58 +73,58 @@ def test_every_way_gives_the_same(way: Callable) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("given", [{"alpha": 0.5}, {"lr": 0.02}, {"lr": 0.02, "alpha": 0.5}], ids=str)
+@pytest.mark.parametrize("given", [{"residual_scale": 0.5}, {"lr": 0.02}, {"lr": 0.02, "residual_scale": 0.5}], ids=str)
 def test_the_user_wins(way: Callable, given: dict[str, float]) -> None:
-    expected = {"lr": LR, "alpha": ALPHA, **given}
+    expected = {"lr": LR, "residual_scale": SCALE, **given}
     optimizer = way(llama(), **given)
-    assert projected(optimizer, "lr", "alpha") == {(expected["lr"], expected["alpha"])}
+    assert projected(optimizer, "lr", "residual_scale") == {(expected["lr"], expected["residual_scale"])}
     assert {group["lr"] for group in optimizer.param_groups} == {expected["lr"]}
     for group in optimizer.param_groups:
         if "rank" in group:
             assert not given.keys() & group["preset"].keys()
 
 
-def test_a_groups_own_alpha_wins() -> None:
+def test_a_groups_own_scale_wins() -> None:
     model = llama()
     first, second = (list(layer.parameters()) for layer in model.model.layers)
-    groups = [{"params": first, "alpha": 0.5}, {"params": second}]
-    expected = {(0.5,), (ALPHA,)}
-    assert projected(FiraAdam(copy.copy(groups), rank=RANK, preset="recommended"), "alpha") == expected
+    groups = [{"params": first, "residual_scale": 0.5}, {"params": second}]
+    expected = {(0.5,), (SCALE,)}
+    assert projected(FiraAdam(copy.copy(groups), rank=RANK, preset="recommended"), "residual_scale") == expected
     made = ds_fira.param_groups(model, RANK, preset="recommended", groups=groups)
-    assert projected(FiraAdam(made), "alpha") == expected
+    assert projected(FiraAdam(made), "residual_scale") == expected
     checked = check_params({"rank": RANK, "preset": "recommended"})
     built = build_groups(model, copy.copy(groups), checked, 2, 2)
-    assert projected(FiraAdam(built, **group_defaults(checked)), "alpha") == expected
+    assert projected(FiraAdam(built, **group_defaults(checked)), "residual_scale") == expected
 
 
 def test_the_size_is_that_of_all_groups_together() -> None:
     """Not of one layer, and not of what a stage leaves of a group when it splits it by shape."""
     model = llama(layers=3)
     groups = [{"params": list(layer.parameters())} for layer in model.model.layers]
-    alpha = transferred_alpha(ModelSize(16, 3))
-    assert projected(FiraAdam(groups, rank=RANK, preset="recommended"), "alpha") == {(alpha,)}
-    assert projected(by_config(model), "alpha") == {(alpha,)}
+    scale = transferred_scale(ModelSize(16, 3))
+    assert projected(FiraAdam(groups, rank=RANK, preset="recommended"), "residual_scale") == {(scale,)}
+    assert projected(by_config(model), "residual_scale") == {(scale,)}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_plan_of_any_stage_and_ranks_has_one_alpha(stage: int, ranks: int) -> None:
+def test_the_plan_of_any_stage_and_ranks_has_one_scale(stage: int, ranks: int) -> None:
     mark = presets.preset_mark("recommended", [(f"{layer}.weight", (16, 16)) for layer in range(2)])
     settings = ({"preset": "recommended"}, presets.values_of(mark), {})
     plans = [plan_run(llama(), ranks, stage, rank=RANK, **how) for how in settings]
     found, _, plain = ([group for group in plan.groups if "rank" in group.settings] for plan in plans)
-    assert {(group.settings["alpha"], group.settings["lr"]) for group in found} == {(ALPHA, LR)}
-    assert {group.settings["alpha"] for group in plain} == {1.0}
+    assert {(group.settings["residual_scale"], group.settings["lr"]) for group in found} == {(SCALE, LR)}
+    assert {group.settings["residual_scale"] for group in plain} == {1.0}
     held = [[plan.state_bytes(rank, torch.float32) for rank in range(ranks if stage else 1)] for plan in plans]
     assert held[0] == held[1]
-    assert projected(by_config(llama(), stage=stage, dp_size=ranks), "alpha") == {(ALPHA,)}
+    assert projected(by_config(llama(), stage=stage, dp_size=ranks), "residual_scale") == {(SCALE,)}
 
 
 def test_without_a_preset_no_group_says_anything_of_one() -> None:
     model = llama()
     for groups in (FiraAdam(model, rank=RANK).param_groups, ds_fira.param_groups(model, RANK)):
         assert not any("preset" in group for group in groups)
-    assert projected(FiraAdam(model, rank=RANK), "lr", "alpha") == {(1e-3, 1.0)}
+    assert projected(FiraAdam(model, rank=RANK), "lr", "residual_scale") == {(1e-3, 1.0)}
 
 
 def test_it_steps_as_its_settings_do() -> None:
@@ -146,14 +146,14 @@ def test_it_steps_as_its_settings_do() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_group_added_later_has_the_presets_alpha_or_its_own(way: Callable) -> None:
+def test_a_group_added_later_has_the_presets_scale_or_its_own(way: Callable) -> None:
     optimizer = way(llama())
     later = [nn.Parameter(torch.zeros(32, 64)) for _ in range(3)]
     if "param_names" in optimizer.param_groups[0]:  # torch wants all groups with names, or none
         later = [(f"later.{number}", param) for number, param in enumerate(later)]
     optimizer.add_param_group({"params": later[:1], "rank": 2})
-    optimizer.add_param_group({"params": later[1:2], "rank": 2, "alpha": 0.5})
-    assert [group["alpha"] for group in optimizer.param_groups[-2:]] == [ALPHA, 0.5]
+    optimizer.add_param_group({"params": later[1:2], "rank": 2, "residual_scale": 0.5})
+    assert [group["residual_scale"] for group in optimizer.param_groups[-2:]] == [SCALE, 0.5]
     assert [group["lr"] for group in optimizer.param_groups[-2:]] == [LR, LR]
     with pytest.raises(ValueError, match=r"^FiraAdam param group: preset = 'recommended' concerns the whole training;"):
         optimizer.add_param_group({"params": later[2:], "preset": "recommended"})
@@ -163,9 +163,13 @@ def test_its_own_groups_make_an_optimizer_again() -> None:
     """Whose groups say everything; what they leave to the preset may differ from group to group."""
     model = llama()
     layers = [{"params": list(layer.parameters())} for layer in model.model.layers]
-    optimizer = FiraAdam([{**layers[0], "alpha": 0.5, "lr": 0.02}, layers[1]], rank=RANK, preset="recommended")
+    optimizer = FiraAdam([{**layers[0], "residual_scale": 0.5, "lr": 0.02}, layers[1]], rank=RANK, preset="recommended")
     again = FiraAdam(optimizer.param_groups)
-    assert projected(again, "lr", "alpha") == projected(optimizer, "lr", "alpha") == {(0.02, 0.5), (LR, ALPHA)}
+    assert (
+        projected(again, "lr", "residual_scale")
+        == projected(optimizer, "lr", "residual_scale")
+        == {(0.02, 0.5), (LR, SCALE)}
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -209,37 +213,37 @@ def resumed(first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> list
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_run_keeps_the_alpha_that_was_stored(way: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_the_scale_that_was_stored(way: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the law has changed since; a plain number, as any other setting's."""
     first = way(llama())
-    assert {group["alpha"] for group in first.state_dict()["param_groups"] if "rank" in group} == {ALPHA}
-    monkeypatch.setattr(presets, "BASE_ALPHA", 4 * presets.BASE_ALPHA)
+    assert {group["residual_scale"] for group in first.state_dict()["param_groups"] if "rank" in group} == {SCALE}
+    monkeypatch.setattr(presets, "BASE_SCALE", 4 * presets.BASE_SCALE)
     second = way(llama())
-    ((changed,),) = projected(second, "alpha")
-    assert changed == pytest.approx(4 * ALPHA)
+    ((changed,),) = projected(second, "residual_scale")
+    assert changed == pytest.approx(4 * SCALE)
     assert resumed(first, second) == []
-    assert projected(second, "alpha") == {(ALPHA,)}
+    assert projected(second, "residual_scale") == {(SCALE,)}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_resumed_run_takes_what_the_user_changes(way: Callable) -> None:
-    first, second = way(llama()), way(llama(), alpha=0.5)
-    assert any(f"alpha = 0.5 where the checkpoint had {ALPHA}" in each for each in resumed(first, second))
-    assert projected(second, "alpha") == {(0.5,)}
+    first, second = way(llama()), way(llama(), residual_scale=0.5)
+    assert any(f"residual_scale = 0.5 where the checkpoint had {SCALE}" in each for each in resumed(first, second))
+    assert projected(second, "residual_scale") == {(0.5,)}
     third = way(llama())
-    assert any(f"alpha = {ALPHA} where the checkpoint had 0.5" in each for each in resumed(second, third))
-    assert projected(third, "alpha") == {(ALPHA,)}
+    assert any(f"residual_scale = {SCALE} where the checkpoint had 0.5" in each for each in resumed(second, third))
+    assert projected(third, "residual_scale") == {(SCALE,)}
 
 
 def test_a_preset_may_come_and_go() -> None:
     """Over a resume: what it gives is a new value, said, and nothing is left of a preset that is gone."""
     plain, preset = FiraAdam(llama(), rank=RANK), by_model(llama())
     (said,) = resumed(plain, preset)
-    assert f"alpha = {ALPHA} where the checkpoint had 1.0" in said
+    assert f"residual_scale = {SCALE} where the checkpoint had 1.0" in said
     assert f"lr goes on from the checkpoint's 0.001, not from {LR}" in said
-    assert projected(preset, "alpha") == {(ALPHA,)}
-    (said,) = resumed(preset, FiraAdam(llama(), rank=RANK, alpha=1.0))
-    assert f"alpha = 1.0 where the checkpoint had {ALPHA}" in said
+    assert projected(preset, "residual_scale") == {(SCALE,)}
+    (said,) = resumed(preset, FiraAdam(llama(), rank=RANK, residual_scale=1.0))
+    assert f"residual_scale = 1.0 where the checkpoint had {SCALE}" in said
     again = FiraAdam(llama(), rank=RANK)
     resumed(preset, again)
     assert not any("preset" in group for group in again.param_groups)

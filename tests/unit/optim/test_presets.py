@@ -1,4 +1,4 @@
-"""What a preset knows of a model: width, depth, and the alpha that follows from them."""
+"""What a preset knows of a model: width, depth, and the residual_scale that follows from them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import nn
 from ds_fira.core.selection import find_projected_weights, shape_of
 from ds_fira.core.settings import GroupSettings
 from ds_fira.optim.presets import (
-    BASE_ALPHA,
+    BASE_SCALE,
     BASE_WIDTH_DEPTH,
     POWER,
     PRESETS,
     ModelSize,
     preset_mark,
     size_of,
-    transferred_alpha,
+    transferred_scale,
 )
 from ds_fira.optim.settings import NOT_OF_GROUPS, Settings, check_params
 from tests.small_models import gpt2, gpt_neox, llama, mixtral
@@ -113,18 +113,18 @@ def test_nothing_projected_has_no_size() -> None:
         size_of([("bias", (6,))])
 
 
-def test_alpha_falls_as_width_and_depth_grow() -> None:
+def test_the_residual_falls_as_width_and_depth_grow() -> None:
     """The same for both, by their product; where the law was tuned it is its base."""
-    assert transferred_alpha(ModelSize(BASE_WIDTH_DEPTH // 4, 4)) == BASE_ALPHA
-    wider, deeper = transferred_alpha(ModelSize(1536, 12)), transferred_alpha(ModelSize(768, 24))
-    assert wider == deeper == pytest.approx(transferred_alpha(ModelSize(768, 12)) / 2**POWER)
+    assert transferred_scale(ModelSize(BASE_WIDTH_DEPTH // 4, 4)) == BASE_SCALE
+    wider, deeper = transferred_scale(ModelSize(1536, 12)), transferred_scale(ModelSize(768, 24))
+    assert wider == deeper == pytest.approx(transferred_scale(ModelSize(768, 12)) / 2**POWER)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/configs.md"])
 def test_the_pages_say_what_the_preset_gives(page: str) -> None:
     words = " ".join((Path(__file__).resolve().parents[3] / page).read_text().split())
     power = "" if POWER == 1 else f"^{POWER:g}"
-    assert f"{BASE_ALPHA:g} x {BASE_WIDTH_DEPTH} / (width x depth){power}" in words
+    assert f"{BASE_SCALE:g} x {BASE_WIDTH_DEPTH} / (width x depth){power}" in words
     assert re.search(rf"`lr` (to )?{PRESETS['recommended'].settings['lr']:g}\b", words)
 
 

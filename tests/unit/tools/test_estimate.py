@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.memory.allocation import peak_bytes
 from ds_fira.__main__ import main
-from ds_fira.optim.presets import ModelSize, preset_mark, transferred_alpha, values_of
+from ds_fira.optim.presets import ModelSize, preset_mark, transferred_scale, values_of
 from ds_fira.tools.dry_run import FlatBuffer, plan_run
 from ds_fira.tools.estimate import (
     CARDS,
@@ -235,17 +235,19 @@ def test_what_a_preset_gives_is_said_beside_the_bytes(tmp_path: Path, capsys: py
     written = tmp_path / "estimate.json"
     main(["estimate", "--model", "llama_130m", "--rank", "128", "--methods", "Fira", "--json", str(written)])
     given = preset_mark("recommended", [(f"{layer}.weight", (768, 768)) for layer in range(12)])
-    size, step = {"width": 768, "depth": 12}, given["lr"] * given["alpha"]
+    size = {"width": 768, "depth": 12}
+    step = given["lr"] * given["alpha"] * given["residual_scale"]
     assert re.search(
-        rf"^- preset recommended: lr {given['lr']:.3g}, .*alpha {given['alpha']:.3g} \(width 768, depth 12\): "
-        rf"hidden matrices step at {step:.3g} per element$",
+        rf"^- preset recommended: lr {given['lr']:.3g}, .*residual_scale {given['residual_scale']:.3g} "
+        r"\(width 768, depth 12\): "
+        rf"outside the subspace an element steps by {step:.3g}$",
         capsys.readouterr().out,
         re.MULTILINE,
     )
     assert json.loads(written.read_text())["presets"] == {"recommended": {**values_of(given), **size}}
     found = estimate(small_model(), methods=["Fira"], rank=16, preset="recommended", lr=0.5)
-    alpha = transferred_alpha(ModelSize(width=64, depth=2))
-    assert found.presets["recommended"].items() >= {"lr": 0.5, "alpha": alpha, "width": 64, "depth": 2}.items()
+    scale = transferred_scale(ModelSize(width=64, depth=2))
+    assert found.presets["recommended"].items() >= {"lr": 0.5, "residual_scale": scale, "width": 64, "depth": 2}.items()
     (values,) = estimate(small_model(), methods=["Fira"], rank=16).presets.values()
     explicit = {name: value for name, value in values.items() if name not in size}
     plain = estimate(small_model(), methods=["Fira"], rank=16, **explicit)
