@@ -122,15 +122,15 @@ class Report:
         return table(["model, rank, steps", "seeds", "preset to Fira tuned", "95% interval"], rows)
 
     def candidates(self) -> str:
-        """What was tried on the preset, at its rate."""
-        reference = study.preset(128, study.RANKS[0])
+        """What was tried in the preset's place, at its rate."""
         rows = []
-        for trial in [reference, *study.candidates()]:
-            if self.test(trial) is not None:
-                state = self.store[trial]["state_bytes"] / 1e6
-                difference = change(self.test(trial), self.test(reference))
-                rows.append((name_of(trial), self.cell(trial), difference, f"{state:.2f}"))
-        return table(["variant", "test perplexity", "to the preset", "state MB"], rows)
+        for place, listed in groupby(study.candidates(), key=lambda trial: (trial.width, trial.rank)):
+            reference = study.preset(*place)
+            for trial in [reference, *listed]:
+                if self.test(trial) is not None:
+                    difference = change(self.test(trial), self.test(reference))
+                    rows.append((described(trial), name_of(trial), self.cell(trial), difference))
+        return table(["model, rank, steps", "variant", "test perplexity", "to the preset"], rows)
 
     def plot(self, key: str, label: str) -> str:
         """Perplexity of every family, tuned, over a figure of the results."""
@@ -210,8 +210,8 @@ def page(store: Trials) -> str:
         "every method. Rates are chosen by one half of the held-out rows; the other half is reported. *Fira* is "
         "the released method at its published settings (alpha 0.25).\n",
         "## The preset beside released Fira\n",
-        "The preset: the residual normalized by its own energy, no limiter, and hidden matrices at lr x 0.25 x "
-        "(256 / (width x depth)). It stands at lr 0.01 everywhere, untuned.\n",
+        "The preset: the residual normalized by its own energy, no limiter; alpha = 0.25 x min(1, sqrt(64 / (rank x "
+        "depth))), alpha x c = 0.2 x 256 / (width x depth). It stands at lr 0.01 everywhere, untuned.\n",
         report.gains(),
         "Over seeds, paired:\n",
         report.paired(),
@@ -220,7 +220,7 @@ def page(store: Trials) -> str:
         report.plot("state_bytes", "MB of optimizer state"),
         report.plot("seconds", "seconds of processor time"),
         "## Candidates\n",
-        f"At width 128, rank 32, lr {study.PRESET_RATE:g}, each changed alone:\n",
+        f"In the preset's place, lr {study.PRESET_RATE:g}; what is not named is alpha 0.25 and c 1:\n",
         report.candidates(),
     )
     first = max(results, key=lambda result: result["provenance"]["date"])

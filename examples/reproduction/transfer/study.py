@@ -15,8 +15,8 @@ from examples.reproduction.transfer.trials import Trial, Trials, settings_of
 WIDTHS = (128, 256)
 RANKS = (0.25, 0.03125, 0.125)
 SEEDS = (0, 1, 2)
-# The law of the preset: the hidden matrices' rate is alpha (256 / (width x depth)) lr.
-LAW = settings_of(power=1.0)
+# The preset's laws, stated here apart from the library's: alpha by rank x depth, alpha x c by width x depth.
+ALPHA, RANK_DEPTH, STEP, WIDTH_DEPTH = 0.25, 64, 0.2, 256
 PRESET_RATE, PUBLISHED_RATE = 0.01, 0.01
 # A model that was not used to find the law, and a text.
 HELD_OUT_WIDTHS, HELD_OUT_TEXT = (192, 384), "python"
@@ -32,8 +32,12 @@ LOW_RANK = {
 
 
 def preset(width: int, rank: float, lr: float = PRESET_RATE, **fields: object) -> Trial:
-    """The preset: the normalized residual by the law."""
-    return Trial(method="normalized", lr=lr, width=width, rank=rank, settings=LAW, **fields)
+    """The preset: the normalized residual, its size and alpha by the laws."""
+    trial = Trial(method="normalized", lr=lr, width=width, rank=rank, **fields)
+    alpha = ALPHA * min(1.0, RANK_DEPTH / (round(rank * width) * trial.depth)) ** 0.5
+    c = STEP * WIDTH_DEPTH / (width * trial.depth) / alpha
+    own = {} if alpha == ALPHA else {"alpha": round(alpha, 4)}
+    return trial.change(settings=settings_of(c=round(c, 4), **own))
 
 
 def released(width: int, rank: float, lr: float = PUBLISHED_RATE, **fields: object) -> Trial:
@@ -92,18 +96,35 @@ def others() -> list[Trial]:
 
 
 def candidates() -> list[Trial]:
-    """What was tried on the preset, at one width: each alone."""
-    base = preset(128, RANKS[0])
-    variants = (
-        {"c": 0.5},
-        {"c": 2.0},
-        {"scaling": "matrix"},
-        {"limited": True},
-        {"factored": True},
-        {"beta": 0.0},
-        {"beta": 0.99},
-    )
-    return [base.change(settings=settings_of(power=1.0, **variant)) for variant in variants]
+    """What was tried in the preset's place, at its rate, by width and rank: other sizes, energies, sides, laws."""
+    gradient = {"energy": "gradient"}
+    variants: dict[tuple[int, float], tuple[dict[str, object], ...]] = {
+        (128, 0.25): ({"power": 1.0}, {"power": 1.0, "side": "right"}, gradient, {**gradient, "c": 1.6}),
+        (128, 0.03125): (
+            {"power": 1.0},
+            {"power": 1.0, "side": "right"},
+            {"c": 0.5},
+            {"alpha": 0.5, "c": 0.4},
+            {"alpha": 0.5, "c": 0.2},
+            {"alpha": 0.7071, "c": 0.2828},
+            {**gradient, "alpha": 0.25, "c": 0.8, "inner": 0.25},
+            {**gradient, "alpha": 0.5, "c": 0.5},
+        ),
+        (256, 0.25): ({"c": 0.2}, {**gradient, "alpha": 0.125, "c": 0.6}),
+        (256, 0.03125): (
+            {"power": 1.0},
+            {"c": 0.3},
+            {"alpha": 0.354, "c": 0.14},
+            {"c": 0.2, "limited": True},
+            {"c": 0.2, "inner": 0.25},
+            {**gradient, "c": 0.25},
+        ),
+    }
+    return [
+        preset(width, rank).change(settings=settings_of(**settings))
+        for (width, rank), listed in variants.items()
+        for settings in listed
+    ]
 
 
 def held_out() -> list[Trial]:
