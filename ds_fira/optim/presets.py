@@ -20,8 +20,9 @@ from ds_fira.optim.rank_rule import named_parameters
 # The setting; and in a param group what the preset gave it: {"name": "recommended", "lr": ..., "residual_scale": ...}.
 PRESET = "preset"
 NAME = "name"
-# The law of the residual: BASE_SCALE at BASE_WIDTH_DEPTH = width x depth, where it was tuned, and its power beyond.
-BASE_SCALE, BASE_WIDTH_DEPTH, POWER = 0.8, 256, 1.0
+# The laws, by the model that they were tuned on: 128 wide, 2 layers deep, rank 32.
+BASE_ALPHA, BASE_RANK_DEPTH = 0.25, 64
+BASE_STEP, BASE_WIDTH_DEPTH = 0.2, 256
 # The number of an expert that is a module of its own: all experts of a layer count as one.
 _EXPERT = re.compile(r"(expert[^.]*)\.\d+(?=\.|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -34,20 +35,31 @@ class ModelSize:
     Attributes:
         width: inputs of most projected matrices, the hidden width.
         depth: layers.
+        rank: the subspace rank of most projected matrices.
     """
 
     width: int
     depth: int
+    rank: int
+
+
+def transferred_alpha(size: ModelSize) -> float:
+    """The alpha with which one lr is the best at every rank and depth (docs/transfer.md).
+
+    The low-rank part of the update, P N, has about sqrt(rank) times the norm of one direction, in every layer; it is
+    kept from growing beyond what trains best with the published alpha. A smaller one gains nothing by a larger alpha.
+    """
+    return BASE_ALPHA * min(1.0, BASE_RANK_DEPTH / (size.rank * size.depth)) ** 0.5
 
 
 def transferred_scale(size: ModelSize) -> float:
-    """The residual_scale with which one lr is the best at every width and depth (docs/transfer.md).
+    """The residual_scale that belongs to `transferred_alpha`, so that alpha x residual_scale goes by width and depth.
 
     An element of a normalized residual moves W by lr x alpha x residual_scale in a step, and has no momentum that
     averages its noise. What keeps the outputs' change is 1 / fan_in, as in the maximal-update parametrisation (arXiv
-    2203.03466), and 1 / depth for what the layers add to the residual stream. The low-rank part keeps its alpha.
+    2203.03466), and 1 / depth for what the layers add to the residual stream.
     """
-    return BASE_SCALE * (BASE_WIDTH_DEPTH / (size.width * size.depth)) ** POWER
+    return BASE_STEP * BASE_WIDTH_DEPTH / (size.width * size.depth) / transferred_alpha(size)
 
 
 @dataclass(frozen=True)
@@ -72,12 +84,14 @@ PRESETS: Mapping[str, Preset] = {
     "recommended": Preset(
         settings={
             "lr": 0.01,
-            "alpha": 0.25,
             "residual": "normalized",
         },
-        laws={"residual_scale": transferred_scale},
+        laws={"alpha": transferred_alpha, "residual_scale": transferred_scale},
     ),
 }
+# A projected parameter: its name, "" where there is none; its shape, (m, n), or (experts, m, n), which counts as one
+# matrix; its rank.
+Projected = tuple[str, Sequence[int], int]
 PresetName = Literal[tuple(PRESETS)]
 
 
@@ -86,45 +100,49 @@ def preset_rows(name: object) -> tuple[str, ...]:
     return PRESETS[name].rows if isinstance(name, str) and name in PRESETS else ()
 
 
-def size_of(matrices: Iterable[tuple[str, Sequence[int]]]) -> ModelSize:
-    """Width and depth of a model, from the matrices that are projected in it.
+def size_of(matrices: Iterable[Projected]) -> ModelSize:
+    """Width, depth and rank of a model, from the matrices that are projected in it.
 
     The width is their commonest number of inputs, their second dimension; of two that are as common, the smaller. The
     depth is the largest number of matrices whose names are equal but for the numbers between dots, as those of
     `layers.0.mlp.up_proj.weight` to `layers.11.mlp.up_proj.weight`. Where some have no name, or no name has a number,
-    it is the smallest number of matrices that share a shape.
+    it is the smallest number of matrices that share a shape. The rank is that of most of them.
 
     Args:
-        matrices: names, "" where there is none, and shapes: (m, n), or (experts, m, n), which counts as one matrix.
+        matrices: all of them.
 
     Raises:
         ValueError: there is none.
     """
-    found = [(name, tuple(shape[-2:])) for name, shape in matrices if len(shape) > 1 and 0 not in shape]
+    matrices = [(name, tuple(shape), rank) for name, shape, rank in matrices if len(shape) > 1 and 0 not in shape]
+    found = [(name, shape[-2:]) for name, shape, _ in matrices]
     if not found:
         raise ValueError("there is no projected matrix whose size a preset could go by; give a rank.")
     inputs = Counter(shape[1] for _, shape in found)
     width = max(inputs, key=lambda count: (inputs[count], -count))
+    rank = Counter(rank for _, _, rank in matrices).most_common(1)[0][0]
     names = {_EXPERT.sub(r"\1", name) for name, _ in found}
     if all(name for name, _ in found) and any(map(_NUMBER.search, names)):
-        return ModelSize(width, max(Counter(_NUMBER.sub("*", name) for name in names).values()))
-    return ModelSize(width, min(Counter(shape for _, shape in found).values()))
+        return ModelSize(width, max(Counter(_NUMBER.sub("*", name) for name in names).values()), rank)
+    return ModelSize(width, min(Counter(shape for _, shape in found).values()), rank)
 
 
-def projected_matrices(
-    groups: Iterable[ParamGroup], names: Mapping[int, str] | None = None
-) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, for `size_of`, of the parameters in all groups with a rank.
+def projected_matrices(groups: Iterable[ParamGroup], names: Mapping[int, str] | None = None) -> list[Projected]:
+    """For `size_of`, the parameters in all groups with a rank.
 
     Args:
         groups: of parameters or (name, parameter) pairs.
         names: by `id` of the parameter, over those of the pairs.
     """
-    ranked = [item for group in groups if group.get("rank") is not None for item in named_parameters(group["params"])]
-    return [((names or {}).get(id(param), name), shape_of(param)) for name, param in ranked]
+    return [
+        ((names or {}).get(id(param), name), shape_of(param), group["rank"])
+        for group in groups
+        if group.get("rank") is not None
+        for name, param in named_parameters(group["params"])
+    ]
 
 
-def preset_mark(name: str | None, matrices: Iterable[tuple[str, Sequence[int]]]) -> dict[str, object]:
+def preset_mark(name: str | None, matrices: Iterable[Projected]) -> dict[str, object]:
     """What a preset gives for a model, with the preset's name; nothing without one.
 
     Args:

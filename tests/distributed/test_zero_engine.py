@@ -98,7 +98,7 @@ def test_user_groups_survive(ranks: Pools) -> None:
     ("params", "preset", "expected"),
     [
         ({"lr": 0.02}, None, (0.02, 1.0)),
-        ({"lr": 0.02}, "recommended", (0.02, transferred_scale(ModelSize(width=6, depth=3)))),
+        ({"lr": 0.02}, "recommended", (0.02, transferred_scale(ModelSize(width=6, depth=3, rank=2)))),
         ({"residual_scale": 0.5}, "recommended", (PRESETS["recommended"].settings["lr"], 0.5)),
     ],
     ids=str,

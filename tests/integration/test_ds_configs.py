@@ -174,7 +174,7 @@ def check_engine(seen: dict[str, Any], content: dict[str, Any]) -> None:
     assert seen["settings"].get("preset", {}).get("name") == params.get("preset")
     if "preset" in params:
         assert seen["lr"] == {PRESETS[params["preset"]].settings["lr"]}
-        assert seen["settings"]["residual_scale"] == transferred_scale(ModelSize(width=16, depth=2))
+        assert seen["settings"]["residual_scale"] == transferred_scale(ModelSize(width=16, depth=2, rank=4))
     assert seen["metrics"]["projected_matrices"] == 14
     assert seen["metrics"]["refreshes"] == 14
     assert sum(seen["memory"]["optimizer_state_bytes"]) > 0

@@ -153,19 +153,19 @@ def estimate(
         saving=1 - formula_bytes(run.records) / adamw_bytes(run.records),
         setup=setup,
         params=params,
-        presets=_presets(module, params, checked["target_modules"]) if kind is FIRA_ADAM and "Fira" in methods else {},
+        presets=_presets(module, params, checked) if kind is FIRA_ADAM and "Fira" in methods else {},
         methods=found,
         notes=tuple(_notes(unprojected, setup, config, sequence, methods)),
     )
 
 
 def _presets(
-    module: nn.Module, params: Mapping[str, object], target_modules: Sequence[str] | None
+    module: nn.Module, params: Mapping[str, object], checked: Mapping[str, object]
 ) -> dict[str, dict[str, object]]:
     """What presets give for a model: all of them, or the one that is named, with what the user sets instead."""
-    projected = find_projected_weights(module, target_modules)
+    projected = find_projected_weights(module, checked["target_modules"])
     trained = [param for param in module.parameters() if id(param) in projected and param.requires_grad]
-    matrices = [(projected[id(param)], shape_of(param)) for param in trained]
+    matrices = [(projected[id(param)], shape_of(param), checked["rank"]) for param in trained]
     named = params.get(PRESET)
     found = {}
     for name in PRESETS if named is None else (named,):

@@ -85,15 +85,15 @@ def _header(found: Estimate) -> list[str]:
 
 def _preset_line(name: str, values: Mapping[str, object]) -> str:
     """What a preset gives, and by how much an element of a normalized residual moves W in a step."""
-    size = {key: values[key] for key in ("width", "depth")}
+    size = {key: values[key] for key in ("width", "depth", "rank")}
     given = ", ".join(
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in values.items()
         if key not in size
     )
     return (
-        f"preset {name}: {given} (width {size['width']}, depth {size['depth']}): outside the subspace "
-        f"an element steps by {values['lr'] * values['alpha'] * values['residual_scale']:.3g}"
+        f"preset {name}: {given} (width {size['width']}, depth {size['depth']}, rank {size['rank']}): outside "
+        f"the subspace an element steps by {values['lr'] * values['alpha'] * values['residual_scale']:.3g}"
     )
 
 

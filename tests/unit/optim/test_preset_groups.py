@@ -20,7 +20,7 @@ from ds_fira.tools.dry_run import plan_run
 from tests.small_models import llama
 
 RANK = 4
-SCALE, LR = transferred_scale(ModelSize(16, 2)), PRESETS["recommended"].settings["lr"]
+SCALE, LR = transferred_scale(ModelSize(16, 2, RANK)), PRESETS["recommended"].settings["lr"]
 
 
 def by_model(model: nn.Module, kind: type = FiraAdam, **settings: object):
@@ -101,7 +101,7 @@ def test_the_size_is_that_of_all_groups_together() -> None:
     """Not of one layer, and not of what a stage leaves of a group when it splits it by shape."""
     model = llama(layers=3)
     groups = [{"params": list(layer.parameters())} for layer in model.model.layers]
-    scale = transferred_scale(ModelSize(16, 3))
+    scale = transferred_scale(ModelSize(16, 3, RANK))
     assert projected(FiraAdam(groups, rank=RANK, preset="recommended"), "residual_scale") == {(scale,)}
     assert projected(by_config(model), "residual_scale") == {(scale,)}
 
@@ -109,7 +109,7 @@ def test_the_size_is_that_of_all_groups_together() -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_plan_of_any_stage_and_ranks_has_one_scale(stage: int, ranks: int) -> None:
-    mark = presets.preset_mark("recommended", [(f"{layer}.weight", (16, 16)) for layer in range(2)])
+    mark = presets.preset_mark("recommended", [(f"{layer}.weight", (16, 16), RANK) for layer in range(2)])
     settings = ({"preset": "recommended"}, presets.values_of(mark), {})
     plans = [plan_run(llama(), ranks, stage, rank=RANK, **how) for how in settings]
     found, _, plain = ([group for group in plan.groups if "rank" in group.settings] for plan in plans)
@@ -132,7 +132,7 @@ def test_it_steps_as_its_settings_do() -> None:
     first = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
     second = copy.deepcopy(first)
     inputs = torch.randn(5, 6)
-    mark = presets.preset_mark("recommended", [("0.weight", (8, 6)), ("2.weight", (6, 8))])
+    mark = presets.preset_mark("recommended", [("0.weight", (8, 6), 2), ("2.weight", (6, 8), 2)])
     pairs = [
         (first, FiraAdam(first, rank=2, preset="recommended")),
         (second, FiraAdam(second, rank=2, **presets.values_of(mark))),
@@ -217,7 +217,7 @@ def test_a_resumed_run_keeps_the_scale_that_was_stored(way: Callable, monkeypatc
     """Also where the law has changed since; a plain number, as any other setting's."""
     first = way(llama())
     assert {group["residual_scale"] for group in first.state_dict()["param_groups"] if "rank" in group} == {SCALE}
-    monkeypatch.setattr(presets, "BASE_SCALE", 4 * presets.BASE_SCALE)
+    monkeypatch.setattr(presets, "BASE_STEP", 4 * presets.BASE_STEP)
     second = way(llama())
     ((changed,),) = projected(second, "residual_scale")
     assert changed == pytest.approx(4 * SCALE)

@@ -1,4 +1,4 @@
-"""What a preset knows of a model: width, depth, and the residual_scale that follows from them."""
+"""What a preset knows of a model: width, depth and rank, and what follows from them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from torch import nn
 from ds_fira.core.selection import find_projected_weights, shape_of
 from ds_fira.core.settings import GroupSettings
 from ds_fira.optim.presets import (
-    BASE_SCALE,
+    BASE_ALPHA,
+    BASE_RANK_DEPTH,
+    BASE_STEP,
     BASE_WIDTH_DEPTH,
-    POWER,
     PRESETS,
     ModelSize,
+    Projected,
     preset_mark,
     size_of,
+    transferred_alpha,
     transferred_scale,
 )
 from ds_fira.optim.settings import NOT_OF_GROUPS, Settings, check_params
 from tests.small_models import gpt2, gpt_neox, llama, mixtral
+
+RANK = 4
 
 
 def llama_gqa() -> nn.Module:
@@ -55,9 +60,9 @@ def listed_experts() -> nn.Module:
     return nn.ModuleDict({"layers": nn.ModuleList(Layer() for _ in range(2))})
 
 
-def matrices(model: nn.Module, named: bool = True) -> list[tuple[str, tuple[int, ...]]]:
+def matrices(model: nn.Module, named: bool = True) -> list[Projected]:
     found = find_projected_weights(model)
-    return [(found[id(p)] if named else "", shape_of(p)) for p in model.parameters() if id(p) in found]
+    return [(found[id(p)] if named else "", shape_of(p), RANK) for p in model.parameters() if id(p) in found]
 
 
 # The model, its width and depth by names, and its depth where there are none.
@@ -77,8 +82,8 @@ def test_width_and_depth_of_models(name: str) -> None:
     make, width, depth, unnamed = MODELS[name]
     with torch.device("meta"):
         model = make()
-    assert size_of(matrices(model)) == ModelSize(width, depth)
-    assert size_of(matrices(model, named=False)) == ModelSize(width, unnamed)
+    assert size_of(matrices(model)) == ModelSize(width, depth, RANK)
+    assert size_of(matrices(model, named=False)) == ModelSize(width, unnamed, RANK)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_width_and_depth_of_models(name: str) -> None:
 )
 def test_width_and_depth_of_lists(listed: list[tuple[str, tuple[int, ...]]], expected: tuple[int, int]) -> None:
     """Without names, without numbers in them, and with experts, a tensor of which is one matrix."""
-    assert size_of(listed) == ModelSize(*expected)
+    assert size_of([(*one, RANK) for one in listed]) == ModelSize(*expected, RANK)
 
 
 def test_a_model_under_zero_3_has_its_own_shapes() -> None:
@@ -110,21 +115,39 @@ def test_a_model_under_zero_3_has_its_own_shapes() -> None:
 
 def test_nothing_projected_has_no_size() -> None:
     with pytest.raises(ValueError, match=r"^there is no projected matrix"):
-        size_of([("bias", (6,))])
+        size_of([("bias", (6,), RANK)])
+
+
+def test_the_rank_is_that_of_most_matrices() -> None:
+    assert size_of([("a", (6, 6), 2), ("b", (6, 6), 3), ("c", (6, 6), 3)]).rank == 3
+
+
+def residual_step(size: ModelSize) -> float:
+    """What an element of the residual is multiplied with beside the learning rate."""
+    return transferred_alpha(size) * transferred_scale(size)
 
 
 def test_the_residual_falls_as_width_and_depth_grow() -> None:
-    """The same for both, by their product; where the law was tuned it is its base."""
-    assert transferred_scale(ModelSize(BASE_WIDTH_DEPTH // 4, 4)) == BASE_SCALE
-    wider, deeper = transferred_scale(ModelSize(1536, 12)), transferred_scale(ModelSize(768, 24))
-    assert wider == deeper == pytest.approx(transferred_scale(ModelSize(768, 12)) / 2**POWER)
+    """The same for both, by their product, and for every rank; where the laws were tuned they are their bases."""
+    base = ModelSize(BASE_WIDTH_DEPTH // 2, 2, BASE_RANK_DEPTH // 2)
+    assert transferred_alpha(base) == BASE_ALPHA
+    assert residual_step(base) == pytest.approx(BASE_STEP)
+    wider, deeper = residual_step(ModelSize(1536, 12, 128)), residual_step(ModelSize(768, 24, 8))
+    assert wider == pytest.approx(deeper) == pytest.approx(residual_step(ModelSize(768, 12, 64)) / 2)
+
+
+def test_the_low_rank_part_does_not_outgrow_its_norm() -> None:
+    """Alpha falls by the root of what the rank, or the depth, grows by; below the base it is the published one."""
+    found = [transferred_alpha(ModelSize(512, depth, rank)) for depth, rank in ((8, 128), (8, 32), (2, 128))]
+    assert found[1] == found[2] == pytest.approx(2 * found[0])
+    assert transferred_alpha(ModelSize(512, 8, 4)) == BASE_ALPHA
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/configs.md"])
 def test_the_pages_say_what_the_preset_gives(page: str) -> None:
     words = " ".join((Path(__file__).resolve().parents[3] / page).read_text().split())
-    power = "" if POWER == 1 else f"^{POWER:g}"
-    assert f"{BASE_SCALE:g} x {BASE_WIDTH_DEPTH} / (width x depth){power}" in words
+    assert f"{BASE_ALPHA:g} x min(1, sqrt({BASE_RANK_DEPTH} / (rank x depth)))" in words
+    assert f"{BASE_STEP:g} x {BASE_WIDTH_DEPTH} / (width x depth)" in words
     assert re.search(rf"`lr` (to )?{PRESETS['recommended'].settings['lr']:g}\b", words)
 
 

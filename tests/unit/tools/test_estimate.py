@@ -234,20 +234,23 @@ def test_what_a_preset_gives_is_said_beside_the_bytes(tmp_path: Path, capsys: py
     """For a model of the paper, by the command; and where a run names it, with what the run sets instead."""
     written = tmp_path / "estimate.json"
     main(["estimate", "--model", "llama_130m", "--rank", "128", "--methods", "Fira", "--json", str(written)])
-    given = preset_mark("recommended", [(f"{layer}.weight", (768, 768)) for layer in range(12)])
-    size = {"width": 768, "depth": 12}
+    given = preset_mark("recommended", [(f"{layer}.weight", (768, 768), 128) for layer in range(12)])
+    size = {"width": 768, "depth": 12, "rank": 128}
     step = given["lr"] * given["alpha"] * given["residual_scale"]
     assert re.search(
         rf"^- preset recommended: lr {given['lr']:.3g}, .*residual_scale {given['residual_scale']:.3g} "
-        r"\(width 768, depth 12\): "
+        r"\(width 768, depth 12, rank 128\): "
         rf"outside the subspace an element steps by {step:.3g}$",
         capsys.readouterr().out,
         re.MULTILINE,
     )
     assert json.loads(written.read_text())["presets"] == {"recommended": {**values_of(given), **size}}
     found = estimate(small_model(), methods=["Fira"], rank=16, preset="recommended", lr=0.5)
-    scale = transferred_scale(ModelSize(width=64, depth=2))
-    assert found.presets["recommended"].items() >= {"lr": 0.5, "residual_scale": scale, "width": 64, "depth": 2}.items()
+    scale = transferred_scale(ModelSize(width=64, depth=2, rank=16))
+    assert (
+        found.presets["recommended"].items()
+        >= {"lr": 0.5, "residual_scale": scale, "width": 64, "depth": 2, "rank": 16}.items()
+    )
     (values,) = estimate(small_model(), methods=["Fira"], rank=16).presets.values()
     explicit = {name: value for name, value in values.items() if name not in size}
     plain = estimate(small_model(), methods=["Fira"], rank=16, **explicit)
