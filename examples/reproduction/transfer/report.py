@@ -96,7 +96,7 @@ class Report:
         return table(head, rows)
 
     def goals(self) -> str:
-        """In how many comparisons each goal is met, and where it is not; a best rate at the edge of its grid is none."""
+        """In how many comparisons each goal is met, and where not; a best rate at the edge of its grid is none."""
         found: dict[str, list[tuple[str, bool]]] = {goal: [] for goal in GOALS}
         for trial in gain_trials():
             ours, published = self.test(trial), self.test(fira_like(trial))
