@@ -151,6 +151,7 @@ def test_unknown_setting_is_refused():
         METHODS["normalized"](model(), Trial(method="normalized", lr=0.01, width=16, settings=settings_of(gamma=2)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.resumable])
 def test_trial_resumes_to_the_bit(method, tmp_path, monkeypatch):
     """A trial that stops after half its steps ends as one that does not."""
@@ -180,6 +181,7 @@ def test_trial_resumes_to_the_bit(method, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.pt"))
 
 
+@pytest.mark.full
 def test_results_are_found_again(tmp_path):
     trial = Trial(method="normalized", lr=0.01, width=64, rank=RANK, steps=2)
     store = Trials(tmp_path)
