@@ -38,8 +38,8 @@ class Recorded(FiraReference):
         self.energies: list[float] = []
         self.residuals: list[float] = []
 
-    def limit(self, residual: torch.Tensor, beside: float) -> torch.Tensor:
-        limited = super().limit(residual, beside)
+    def limit(self, residual: torch.Tensor, norm: float, beside: float) -> torch.Tensor:
+        limited = super().limit(residual, norm, beside)
         self.residuals.append(self.residual_scale * limited.norm().item())
         return limited
 

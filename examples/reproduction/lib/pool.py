@@ -7,7 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +73,43 @@ class Results:
             data.folder_of(text, self.size)  # once, before the workers ask for it
         if workers is None:
             workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-        context = multiprocessing.get_context("spawn")
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        with (
-            concurrent.futures.ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool,
-            tqdm(total=len(missing), desc="training", unit=" runs") as bar,
-        ):
-            waiting = {pool.submit(work, run, self.size): run for run in missing}
-            for future in concurrent.futures.as_completed(waiting):
-                run = waiting[future]
-                try:
-                    self.add(future.result())
-                except Exception as error:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise RuntimeError(f"{run} failed: {error}") from error
-                bar.update()
+        each_in_a_process(work, [(run, self.size) for run in missing], self.add, workers, " runs")
+
+
+def each_in_a_process(
+    work: Callable[..., dict[str, Any]],
+    jobs: Sequence[tuple[Any, ...]],
+    keep: Callable[[dict[str, Any]], None],
+    workers: int,
+    unit: str,
+) -> None:
+    """Do jobs in processes, and keep each result as it comes.
+
+    Args:
+        work: a function of a module, called with the parts of a job.
+        jobs: in the order of their importance.
+        keep: takes a result.
+        workers: processes.
+        unit: of the progress bar.
+
+    Raises:
+        RuntimeError: a job failed; the results of those that did not are kept.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("spawn")
+    with (
+        concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool,
+        tqdm(total=len(jobs), desc="training", unit=unit) as bar,
+    ):
+        waiting = {pool.submit(work, *job): job for job in jobs}
+        for future in concurrent.futures.as_completed(waiting):
+            try:
+                keep(future.result())
+            except Exception as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise RuntimeError(f"{waiting[future][0]} failed: {error}") from error
+            bar.update()
 
 
 def work(run: Run, size: Size) -> dict[str, Any]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from examples.reproduction.lib.alone import RESULTS
+from examples.reproduction.lib.pool import each_in_a_process
 from examples.reproduction.lib.spec import Size
 
 FOLDER = RESULTS / "transfer"
@@ -137,22 +134,9 @@ class Trials:
         missing = self.missing(trials)
         if not missing:
             return
-        workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
         os.environ["OMP_NUM_THREADS"] = "1"
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        context = multiprocessing.get_context("spawn")
-        with (
-            concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
-            tqdm(total=len(missing), desc="training", unit=" trials") as bar,
-        ):
-            waiting = {pool.submit(work, trial): trial for trial in missing}
-            for future in concurrent.futures.as_completed(waiting):
-                try:
-                    self.add(future.result())
-                except Exception as error:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise RuntimeError(f"{waiting[future]} failed: {error}") from error
-                bar.update()
+        workers = workers or len(os.sched_getaffinity(0))
+        each_in_a_process(work, [(trial,) for trial in missing], self.add, workers, " trials")
 
 
 def work(trial: Trial) -> dict[str, Any]:
