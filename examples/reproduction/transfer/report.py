@@ -62,6 +62,12 @@ class Report:
         """A perplexity for a table."""
         return shown(self.test(trial))
 
+    def best(self, tuned: tuple[Trial, bool]) -> str:
+        """What `tuned` gives, for a table."""
+        trial, inside = tuned
+        alone = len(self.family(trial)) == 1
+        return f"{self.cell(trial)} ({trial.lr:g}{'' if inside else ' alone' if alone else ', an edge'})"
+
     def gains(self) -> str:
         """The preset beside released Fira, at the published rate and tuned."""
         rows = []
@@ -75,12 +81,12 @@ class Report:
                 (
                     described(trial),
                     shown(published),
-                    f"{shown(best)} ({theirs[0].lr:g}{'' if theirs[1] else ', an edge'})",
+                    self.best(theirs),
                     f"**{self.cell(preset)}**",
-                    f"{self.cell(ours[0])} ({ours[0].lr:g}{'' if ours[1] else ', an edge'})",
+                    self.best(ours),
                     change(self.test(preset), published),
                     change(self.test(preset), best),
-                    change(self.test(preset), self.test(ours[0])),
+                    change(self.test(preset), self.test(ours[0])) if len(self.family(preset)) > 1 else NONE,
                 )
             )
         head = [
