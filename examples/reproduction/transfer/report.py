@@ -138,20 +138,20 @@ class Report:
         """Differences over seeds, with a 95% interval of Student's t."""
         rows = []
         for trial in gain_trials():
-            theirs = self.tuned(fira_like(trial))
-            if theirs is None:
-                continue
-            pairs = [
-                (self.test(trial.change(seed=seed)), self.test(theirs[0].change(seed=seed))) for seed in study.SEEDS
-            ]
-            logs = [math.log(ours / other) for ours, other in pairs if ours is not None and other is not None]
-            if len(logs) < 2:
-                continue
-            mean, error = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
-            half = float(stats.t.ppf(0.975, len(logs) - 1)) * error
-            interval = f"{math.expm1(mean - half):+.1%} to {math.expm1(mean + half):+.1%}"
-            rows.append((described(trial), len(logs), f"**{math.expm1(mean):+.1%}**", interval))
-        return table(["model, rank, steps", "seeds", "preset to Fira tuned", "95% interval"], rows)
+            tuned = self.tuned(fira_like(trial))
+            for other in dict.fromkeys((fira_like(trial), *(tuned or ())[:1])):
+                pairs = [
+                    (self.test(trial.change(seed=seed)), self.test(other.change(seed=seed))) for seed in study.SEEDS
+                ]
+                logs = [math.log(ours / theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+                if len(logs) > 1:
+                    mean, error = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+                    half = float(stats.t.ppf(0.975, len(logs) - 1)) * error
+                    interval = f"{math.expm1(mean - half):+.1%} to {math.expm1(mean + half):+.1%}"
+                    rows.append(
+                        (described(trial), f"{other.lr:g}", len(logs), f"**{math.expm1(mean):+.1%}**", interval)
+                    )
+        return table(["model, rank, steps", "Fira's lr", "seeds", "preset to Fira", "95% interval"], rows)
 
     def candidates(self) -> str:
         """What was tried in the preset's place, at its rate."""
