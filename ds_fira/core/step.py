@@ -20,7 +20,9 @@ over the ranks between them: `ds_fira.sharding.lowrank`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -31,6 +33,9 @@ from ds_fira.core.normalized import normalizing_factors, outside_directions, res
 from ds_fira.core.scalars import Scalar, is_finite, over_entries, over_matrix, scalar, store_scalar_, where
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
+
+# What phi is the quotient of, see `quotient`; computed where it is recorded, not in every step.
+Quotient = Callable[[], tuple[Tensor, Tensor, Scalar]]
 
 
 @dataclass(slots=True)
@@ -71,7 +76,7 @@ class StepStats:
 
     grad_sq: Scalar
     low_rank_sq: Tensor
-    quotient: tuple[Tensor, Tensor, Scalar]
+    quotient: Quotient
     residual_sq: Scalar
     limiter_divisor: Scalar | None
     grad_finite: Tensor | bool
@@ -106,7 +111,7 @@ def update(task: MatrixTask) -> StepStats | None:
     phi, residual_sq, scaled_grad_sq = scale(
         grad_sq, squares, bias_correction, outside, state, settings, grad_finite, host
     )
-    recorded = quotient(squares, phi, bias_correction, settings)
+    recorded = partial(quotient, squares, phi, bias_correction, settings)
     if settings.measures_residual:
         needed = F.residual_needed(residual_sq, scaled_grad_sq) & grad_finite
         if needed is not False:

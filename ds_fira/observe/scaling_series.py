@@ -104,7 +104,7 @@ class Series:
 
 def add_batch(series: Sequence[Series], stats: StepStats) -> None:
     """Record the same step of the k matrices of one shape, or of one matrix, that `stats` is of."""
-    rows = (*stats.quotient, stats.grad_finite)
+    rows = (*stats.quotient(), stats.grad_finite)
     if stats.low_rank_sq.ndim == 1:
         series[0].add(*rows)
         return

@@ -48,7 +48,7 @@ class Stepping(Resumable):
                 if plan.owns:
                     self.metrics.record(stats, settings.residual_scale)
                 if own and entries is not None:
-                    own[matrices.low_rank.plans.index(plan)].add(*entries)
+                    own[matrices.low_rank.plans.index(plan)].add(*entries())
 
     def _step_whole(
         self, params: list[Tensor], settings: GroupSettings, turn: int, series: dict[Tensor, list[Series]]

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ds_fira.core import functional as F
 from ds_fira.core.base_optimizer import adapt, step_factor
-from ds_fira.core.scalars import Scalar
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState, compute_dtype
-from ds_fira.core.step import StepStats, combine, entry_squares, factors, limit, quotient, scale, scaling_factors
+from ds_fira.core.step import StepStats, combine, entry_squares, factors, limit, scale, scaling_factors
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.row_blocks import RowBlock, common, inside
 from ds_fira.sharding.split_matrix import Transfer
@@ -202,12 +201,6 @@ class ShardStep:
             self.entries.phi = phi.expand(len(self.plan.kept))
         return squares * phi.square()
 
-    @property
-    def recorded(self) -> tuple[Tensor, Tensor, Scalar] | None:
-        """The `quotient` of the entries kept; None for no entries."""
-        entries = self.entries
-        return entries and quotient(entries.squares, entries.phi, entries.bias_correction, self.settings)
-
     def kept_residual(self) -> tuple[Tensor, Tensor] | None:
         """R and phi of the entries kept, which `residual_square` needs over the region; None for no entries."""
         return None if self.entries is None else (self.entries.low_rank, self.entries.phi)
@@ -252,8 +245,10 @@ class ShardStep:
         divisor = limit(residual_sq, scaled_grad_sq, state, settings, True, self.negligible_ratio)
         total = low_rank_square.new_tensor(grad_square)
         low_rank_sq = low_rank_square.unsqueeze(0)
-        recorded = (low_rank_sq, low_rank_sq, 1.0)  # by the ranks that keep the entries
-        stats = StepStats(total, low_rank_sq, recorded, residual_sq, divisor, total < torch.inf)
+        # The ranks that keep the entries record them.
+        stats = StepStats(
+            total, low_rank_sq, lambda: (low_rank_sq, low_rank_sq, 1.0), residual_sq, divisor, total < torch.inf
+        )
         if entries is None:
             return stats, None
         phi, low_rank_update = combine(

@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ds_fira.core import functional as F
 from ds_fira.core.algorithms import Algorithm
-from ds_fira.core.scalars import Scalar
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import STEP, MatrixState, allocate_matrices, compute_dtype, state_views
-from ds_fira.core.step import StepStats
+from ds_fira.core.step import Quotient, StepStats, quotient
 from ds_fira.core.subspace import refresh_due
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.lowrank.exchange import LowRankExchange
@@ -46,7 +46,7 @@ MAX_STEP_NUMEL = 2**24
 
 # Of one matrix in one step: this rank's plan, the numbers of the whole step, and the `quotient` of the entries that the
 # rank keeps, None where it keeps none.
-ShardStats = tuple[LocalShardPlan, StepStats, tuple[Tensor, Tensor, Scalar] | None]
+ShardStats = tuple[LocalShardPlan, StepStats, Quotient | None]
 
 
 class LowRankMatrices:
@@ -188,7 +188,9 @@ class LowRankMatrices:
             residual_sq, scaled_grad_sq = scaled[position]
             residual_sq = exact.get(position, residual_sq)
             stats, answers[position] = part.finish(residual_sq, scaled_grad_sq, sums[position][0], finite[position])
-            done.append((part.plan, stats, part.recorded))
+            entries = part.entries
+            values = entries and (entries.squares, entries.phi, entries.bias_correction, settings)
+            done.append((part.plan, stats, values and partial(quotient, *values)))
         arrived = self._exchange.send_back(turn, param, parts, answers)
         for position, part in parts.items():
             if position in stepped:
