@@ -52,7 +52,7 @@ def step(grads: list[Tensor], basis: Tensor, bits: int, dtype: torch.dtype, side
         )
     grad_sq = F.squared_norms(grad, side)
     phi = F.scaling_factors(direction_sq, low_rank_sq, "column")
-    square, _ = F.difference_of_squares(grad_sq, low_rank_sq, phi, ALPHA)
+    square = F.difference_of_squares(*((phi.square() * sq).sum(-1) for sq in (grad_sq, low_rank_sq)), ALPHA)
     scale = phi.to(dtype)
     across = scale.unsqueeze(0 if side == "left" else 1)
     carried = ALPHA * (direction - low_rank * across)

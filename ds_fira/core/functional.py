@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ds_fira.core.precision import matmul_precision
-from ds_fira.core.scalars import Scalar, at_least, scalar, sqrt, where
+from ds_fira.core.scalars import Scalar, at_least, sqrt, where
 from ds_fira.core.subspace import Side
 
 # Keeps the quotients of norms finite; the released code's constant, in phi and in the limiter.
@@ -208,21 +208,9 @@ def residual_square(
     return total
 
 
-def difference_of_squares(
-    grad_sq: Tensor, low_rank_sq: Tensor, phi: Tensor, alpha: float, host: bool = False
-) -> tuple[Scalar, Scalar]:
-    """|S|^2 = sum of phi_j^2 (|G_j|^2 - (2a - a^2) |R_j|^2), and |phi * G|^2; float64, of shape (...).
-
-    Args:
-        grad_sq: `squared_norms` of G.
-        low_rank_sq: `squared_norms` of R.
-        phi: one factor per entry of `grad_sq`, or one for all.
-        alpha: a, 1 in the paper's formulation.
-        host: whether to return numbers of one matrix rather than tensors.
-    """
-    weights = phi.square()
-    scaled_grad_sq, scaled_low_rank_sq = (scalar((weights * sq).sum(-1), host) for sq in (grad_sq, low_rank_sq))
-    return scaled_grad_sq - (2.0 * alpha - alpha * alpha) * scaled_low_rank_sq, scaled_grad_sq
+def difference_of_squares(scaled_grad_sq: Scalar, scaled_low_rank_sq: Scalar, alpha: float) -> Scalar:
+    """|S|^2 = |phi * G|^2 - (2a - a^2) |phi * R|^2, for P is orthonormal; a is 1 in the paper's formulation."""
+    return scaled_grad_sq - (2.0 * alpha - alpha * alpha) * scaled_low_rank_sq
 
 
 def residual_needed(residual_sq: Scalar, scaled_grad_sq: Scalar) -> Tensor | bool:
