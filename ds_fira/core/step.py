@@ -29,6 +29,7 @@ from torch import Tensor
 from ds_fira.core import functional as F
 from ds_fira.core import kernels
 from ds_fira.core.base_optimizer import adapt, step_factor
+from ds_fira.core.norms import total_square
 from ds_fira.core.residuals import Squares, StepContext
 from ds_fira.core.scalars import Scalar, is_finite, over_entries, over_matrix, scalar, store_scalar_, where
 from ds_fira.core.settings import GroupSettings
@@ -58,7 +59,7 @@ class MatrixTask:
 
     def grad_square(self) -> float:
         """|G|^2 of one matrix, on the host; zero, NaN or infinity where the gradient has no subspace."""
-        return float(F.total_square(self.grad, self.state.dtype, self.state.side))
+        return float(total_square(self.grad, self.state.dtype, self.state.side))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_fira.core import functional as F
 from ds_fira.core.base_optimizer import adapt, step_factor
+from ds_fira.core.norms import total_square
 from ds_fira.core.residuals import Squares, StepContext
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState, compute_dtype
@@ -74,9 +75,7 @@ class ShardStep:
 
     def grad_square(self) -> Tensor:
         """|G|^2 of the fragment, float64, 0-dim."""
-        return sum(
-            F.total_square(block.view(self.grad), self.state.dtype, self.state.side) for block in self.plan.blocks
-        )
+        return sum(total_square(block.view(self.grad), self.state.dtype, self.state.side) for block in self.plan.blocks)
 
     def basis_payload(self, transfer: Transfer) -> tuple[Tensor]:
         """The rows of P that go over a transfer of `LocalShardPlan.basis_lent`."""

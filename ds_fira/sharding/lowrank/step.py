@@ -30,7 +30,6 @@ from ds_fira.core.algorithms import Algorithm
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import STEP, MatrixState, allocate_matrices, compute_dtype, state_views
 from ds_fira.core.step import Quotient, StepStats
-from ds_fira.core.subspace import refresh_due
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.lowrank.exchange import LowRankExchange
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
@@ -133,7 +132,7 @@ class LowRankMatrices:
             )
             for plan in self.plans
         }
-        totals, due = self._decide(param, parts)
+        totals, due = self._decide(param, parts, state, refresher)
         # NaN compares as false.
         finite = {position: total for position, total in totals.items() if total < torch.finfo(dtype).max}
         possible = [position for position in due if finite.get(position, 0.0) > 0.0]
@@ -213,15 +212,16 @@ class LowRankMatrices:
         own = [torch.stack(tuple(rows[position])) if position in rows else none for position in positions]
         return self.communicator.all_reduce(torch.stack(own))
 
-    def _decide(self, param: Tensor, parts: dict[int, ShardStep]) -> tuple[dict[int, float], list[int]]:
+    def _decide(
+        self, param: Tensor, parts: dict[int, ShardStep], state: dict[str, Tensor], refresher: Refresher
+    ) -> tuple[dict[int, float], list[int]]:
         """|G|^2 of every matrix by position, and the positions whose refresh is due; the same on all ranks."""
         rows = {}
         for position, part in parts.items():
-            settings, last = part.settings, int(part.state.refresh_step)
-            offset = settings.refresh_offset_of(part.plan.number)
-            waits = refresh_due(int(part.state.step), last, settings.update_proj_gap, offset)
-            grad_sq = part.grad_square()
-            rows[position] = (grad_sq, torch.full_like(grad_sq, waits and part.plan.owns))
+            plan, grad_sq = part.plan, part.grad_square()
+            # The owner decides: by the refresher's bound of its step count, so that few steps read one from a device.
+            due = plan.owns and bool(refresher.due(state[STEP + _mark(plan)], [part], [plan.number]))
+            rows[position] = (grad_sq, torch.full_like(grad_sq, due))
         found = self._sum(list(self._matrices), param, GRADIENT_SUMS, rows).tolist()
         totals = {position: total for position, (total, _) in zip(self._matrices, found, strict=True)}
         return totals, [position for position, (_, due) in zip(self._matrices, found, strict=True) if due]
