@@ -111,7 +111,7 @@ class ShardStep:
             )
             along = self._along(block)
             self._entries(self.low_rank, along).add_(part)
-            self.grad_sq[along] += squares
+            self.grad_sq[along].add_(squares)
 
     def payload(self, transfer: Transfer, values: Tensor, scales: Tensor, over: range) -> tuple[Tensor, Tensor]:
         """What goes over a transfer: the entries' part of a tensor like R, and of one number for each entry.
@@ -136,7 +136,7 @@ class ShardStep:
         values, norms = self.unpack(transfer, arrived)
         along = inside(transfer.entries, self.plan.region)
         self._entries(self.low_rank, along).add_(values)
-        self.grad_sq[along] += norms.double().square()
+        self.grad_sq[along].add_(norms.double().square())
 
     def complete(self, kept: tuple[Tensor, Tensor] | None, arrived: Mapping[Transfer, Tensor]) -> tuple[Tensor, Tensor]:
         """Like R and one number for each entry, over the region: the entries kept and those borrowed put together.

@@ -31,7 +31,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not result._is_view():
+        if isinstance(result, torch.Tensor) and not func.is_view:
             self.count += 1
             self.largest = max(self.largest, result.numel())
         return result
