@@ -6,7 +6,8 @@
 
 on the left; on the right for every row, with n - r. With `scaling = "matrix"` there is one p, of the sum of q, and
 S = sqrt(n (m - r)) D / sqrt(p_hat). So S = phi * (G - P R), as in Algorithm 1 with another phi, and its entries are of
-size 1 as Adam's are, whatever the size of the gradient.
+size 1 as Adam's are, whatever the size of the gradient. With beta = 0 a column is divided by its own norm of this step,
+and there is no p.
 
 tau: |G_j|^2 - |R_j|^2 is known to the relative error of |R_j|^2 only. Where the residual is smaller than that, as for a
 gradient of low rank, it is rounding: the floor then keeps 1 / sqrt(p_hat) from blowing it up.
@@ -54,24 +55,39 @@ def normalizing_factors(squares: Squares, context: StepContext) -> Tensor:
     Args:
         squares: q, (..., n or m), float64; with one factor also its sum, (..., 1).
         context: p of its state changes.
+
+    Raises:
+        ValueError: a param group was given a `residual_beta` above 0 after its states were made without p.
     """
     state, settings, own = context.state, context.settings, squares[0]
     if settings.has_one_factor:
         own = own.sum(-1, keepdim=True)
     beta, before = settings.residual_beta, state.residual_avg_sq
+    if before is None and beta > 0.0:
+        raise ValueError(
+            f"residual_beta = {beta} needs an average that this run began without, at residual_beta = 0; give it from "
+            "the start, or save and resume with it."
+        )
+    if before is None:
+        return _quotient(own.to(state.dtype), 1.0, context)
     share = 1.0 - beta ** (int(state.step) if context.host else over_entries(state.step.double()))
     average = torch.where(before < 0.0, share * own, beta * before.double() + (1.0 - beta) * own)
     # As it is stored: what underflows there is 0, so that phi stays in the range of a float32.
     average = average.to(before.dtype)
     finite = over_entries(context.grad_finite)
     before.copy_(torch.where(finite, average, before) if isinstance(finite, Tensor) else average)
-    average = average.double()
-    return torch.where(average > 0.0, (_elements(context) * share / average).sqrt(), 0.0)
+    return _quotient(average, share, context)
 
 
 def recorded(squares: Squares, phi: Tensor, bias_correction: Scalar) -> tuple[Tensor, Tensor, Scalar]:
     """What phi is the quotient of, for records: |S_j|^2 and |D_j|^2, (..., n or m), and 1."""
     return phi.square() * squares[1], squares[1], 1.0 + 0.0 * bias_correction
+
+
+def _quotient(average: Tensor, share: Scalar, context: StepContext) -> Tensor:
+    """Phi, float64, from p as it is stored and 1 - beta^t."""
+    average = average.double()
+    return torch.where(average > 0.0, (_elements(context) * share / average).sqrt(), 0.0)
 
 
 def _elements(context: StepContext) -> int:

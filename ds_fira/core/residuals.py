@@ -47,6 +47,14 @@ class StepContext:
         """Whether numbers of the matrix are plain, and its step count may be read."""
         return not isinstance(self.bias_correction, Tensor)
 
+    @property
+    def residual_share(self) -> Scalar:
+        """The share of its size that the residual has in this step: t / T in the first T steps of `residual_warmup`."""
+        steps = self.settings.residual_warmup
+        if steps == 0:
+            return 1.0
+        return min(1.0, int(self.state.step) / steps) if self.host else (self.state.step.double() / steps).clamp(max=1)
+
 
 @dataclass(frozen=True, slots=True)
 class ResidualForm:

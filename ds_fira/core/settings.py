@@ -101,7 +101,11 @@ class GroupSettings(BaseModel):
     "normalized" by a running average of its own square, or "none" (GaLore)
     """
     residual_beta: Beta = setting(0.9, "give a number from 0 up to but not including 1, such as 0.9")
-    """decay rate of the average that a "normalized" residual is divided by"""
+    """decay rate of the average that a "normalized" residual is divided by; 0 divides it by its own norm, and keeps no
+    average
+    """
+    residual_warmup: Whole = setting(0, "give a whole number of steps of at least 0, such as 200", ge=0)
+    """steps over which the residual grows, linearly, to its size; 0 for its size at once"""
     residual_scale: float = setting(1.0, "give a number of at least 0, such as 1.0", ge=0.0)
     """multiplies the residual in the update; 1 is the paper"""
     scaling: Literal["column", "matrix", "none"] = setting("column")
@@ -215,7 +219,7 @@ class GroupSettings(BaseModel):
 
     def averages_of(self, entries: int) -> int:
         """Numbers in p, the average of a normalized residual's squares, for so many columns or rows; 0 for no p."""
-        if not self.residual_form.averages:
+        if not self.residual_form.averages or self.residual_beta == 0.0:
             return 0
         return 1 if self.scaling == "matrix" else entries
 

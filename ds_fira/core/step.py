@@ -186,6 +186,8 @@ def combine(
     if phi is None:
         return None, low_rank_update
     residual_factor = settings.residual_scale * step_size
+    if settings.residual_warmup:
+        residual_factor = residual_factor * context.residual_share
     if divisor is not None:
         residual_factor = residual_factor / divisor
     phi = (phi * over_entries(residual_factor)).to(state.dtype)
