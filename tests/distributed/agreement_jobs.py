@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from typing import Any
 
@@ -121,6 +122,7 @@ def objects(stages: list[int], odd: int, how: str, changes: list[dict[str, Any]]
             model = Net(SHAPES)
             settings = {"rank": 3, "lr": 0.01, **(change if is_odd else {})}
             dropped = settings.pop("drop", None)
+            os.environ["DS_FIRA_KERNELS"] = settings.pop("DS_FIRA_KERNELS", "1")
 
             def make(params: Any, settings: Any = settings, dropped: Any = dropped, model: Any = model) -> Any:
                 groups = ds_fira.param_groups(model, **settings)

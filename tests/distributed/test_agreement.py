@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "exact_cuts": True,
     "max_group_bytes": 4096,
     "record_scaling_factors": 5,
+    "kernels": "off",
     "target_modules": ["layers"],
     "preset": "recommended",
 }
@@ -119,7 +120,7 @@ def test_every_rank_names_the_one_that_differs(ranks: Pools, stage: int, world_s
 @pytest.mark.parametrize("how", ["object", "function", "hidden"])
 def test_optimizers_that_the_user_makes(ranks: Pools, stage: int, how: str) -> None:
     """Settings and parameters of an object, and of what a function returns, whether or not its code names FiraAdam."""
-    changes = [{"alpha": 0.7}, {"lr": 0.3}, {"drop": True}, {"state_dtype": "int8"}, {}]
+    changes = [{"alpha": 0.7}, {"lr": 0.3}, {"drop": True}, {"state_dtype": "int8"}, {"DS_FIRA_KERNELS": "0"}, {}]
     results = ranks.run(
         2, "objects", "tests.distributed.agreement_jobs", stages=[stage], odd=1, how=how, changes=changes
     )
@@ -130,6 +131,8 @@ def test_optimizers_that_the_user_makes(ranks: Pools, stage: int, how: str) -> N
             assert text == ""
         elif "drop" in change:
             assert "rank 1 lacks norm.weight, which rank 0 has" in text, text
+        elif "DS_FIRA_KERNELS" in change:
+            assert "kernels (DS_FIRA_KERNELS) is 'off' on rank 1 and 'auto' on rank 0; give" in text, text
         else:
             ((key, value),) = change.items()
             assert f"{key} is {value!r} on rank 1 and " in text, text

@@ -16,8 +16,10 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +30,13 @@ if TYPE_CHECKING:
     from ds_fira.core.kernels.residual import residual_square
     from ds_fira.core.kernels.update import apply_update_
 
-__all__ = ["adam_direction_", "adamw_", "apply_update_", "interpret_on_cpu", "project", "residual_square", "supports"]
+__all__ = ["adam_direction_", "adamw_", "apply_update_", "project", "residual_square"]
+__all__ += ["Choice", "chosen", "interpret_on_cpu", "supports", "switched"]
+
+# What the setting `kernels` may say.
+Choice = Literal["auto", "off"]
+# Set to 0 in the environment, it switches the kernels off whatever the setting says.
+VARIABLE = "DS_FIRA_KERNELS"
 
 # Which module a function comes from; they import Triton.
 _HOMES = {
@@ -45,6 +53,7 @@ _LEAST_CAPABILITY = (8, 0)
 _MOST_STRIDE = 2**24 - 1
 
 _cpu_allowed = False
+_switched_off: ContextVar[bool] = ContextVar("_switched_off", default=False)
 
 
 def __getattr__(name: str) -> Callable[..., object]:
@@ -53,6 +62,31 @@ def __getattr__(name: str) -> Callable[..., object]:
     function = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = function
     return function
+
+
+def chosen(setting: Choice) -> Choice:
+    """What the setting `kernels` comes to in this process: "off" too where DS_FIRA_KERNELS is 0.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(
+            f"{VARIABLE} = {value!r} in the environment is not legal; set it to 0 to compute with torch functions "
+            "instead of the kernels, or leave it out."
+        )
+    return "off" if value == "0" else setting
+
+
+@contextmanager
+def switched(choice: Choice) -> Iterator[None]:
+    """Inside the block `supports` says False of everything where `choice` is "off"; other threads go on as they do."""
+    token = _switched_off.set(choice == "off")
+    try:
+        yield
+    finally:
+        _switched_off.reset(token)
 
 
 def supports(tensor: Tensor) -> bool:
@@ -66,9 +100,9 @@ def supports(tensor: Tensor) -> bool:
     Returns:
         True for float32, bfloat16 and float16 on an NVIDIA GPU of compute capability 8.0 or newer where Triton is
         installed, and rows of fewer than 2^24 elements; on the CPU only after `interpret_on_cpu(True)`. False for
-        everything else, float64 included.
+        everything else, float64 included, and for all where the kernels are `switched` off.
     """
-    if tensor.dtype not in _DTYPES or max(tensor.stride()[-2:], default=1) > _MOST_STRIDE:
+    if _switched_off.get() or tensor.dtype not in _DTYPES or max(tensor.stride()[-2:], default=1) > _MOST_STRIDE:
         return False
     if tensor.is_cuda:
         return _device_supports(tensor.device.index)

@@ -66,7 +66,7 @@ def build_optimizer(
     settings = checked_params(engine, given)
     dp_size = dist.get_world_size(group=engine.seq_data_parallel_group)
     groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)
-    whole_training = ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints")
+    whole_training = ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints", "kernels")
     optimizer = kind(groups, **group_defaults(settings), **{key: settings[key] for key in whole_training})
     optimizer.await_attachment(flat=False)  # its groups are of one kind each
     return optimizer
