@@ -138,6 +138,17 @@ def test_optimizers_that_the_user_makes(ranks: Pools, stage: int, how: str) -> N
             assert f"{key} is {value!r} on rank 1 and " in text, text
 
 
+def test_no_rank_uses_the_kernels_where_one_cannot(ranks: Pools) -> None:
+    """Replicas would drift apart by their rounding; the first rank says so, and which rank it is about."""
+    pytest.importorskip("triton")
+    found = ranks.run(3, "kernels_on_some", "tests.distributed.agreement_jobs", stages=[0, 2], odd=2)
+    for rank, result in enumerate(found):
+        for could, uses, said in result.values():
+            assert (could, uses) == (rank != 2, False)
+            assert len(said) == (rank == 0)
+            assert all("FiraAdam: on rank 2 the kernels are not for cpu. Torch functions compute" in x for x in said)
+
+
 def test_a_rank_with_a_foreign_optimizer_is_named(tmp_path: Path) -> None:
     """AdamW on rank 2 of 3, which joins no agreement of ours; processes of their own, since that rank then waits."""
     run = Run(
