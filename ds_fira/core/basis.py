@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ds_fira.core import quantization
 from ds_fira.core.base_optimizer import store
+from ds_fira.core.precision import matmul_precision
 from ds_fira.core.scalars import is_finite
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
@@ -123,7 +124,10 @@ def take_basis(state: MatrixState, settings: GroupSettings, basis: Tensor, chang
 
 def basis_change(basis: Tensor, previous: Tensor, settings: GroupSettings) -> Tensor | None:
     """C = P_new' P_old, (r, r), where `refresh_moments` needs it; else None."""
-    return basis.t() @ previous if settings.refresh_moments == "rotate" else None
+    if settings.refresh_moments != "rotate":
+        return None
+    with matmul_precision("float32"):
+        return basis.t() @ previous
 
 
 def change_moments(state: MatrixState, settings: GroupSettings, change: Tensor | None) -> None:

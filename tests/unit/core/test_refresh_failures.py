@@ -1,4 +1,4 @@
-"""A refresh whose solver fails: the CPU decomposes, or the old basis stays, on every rank alike."""
+"""A refresh whose solver fails: on the CPU if need be, else the old basis stays; and the products that it makes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_fira import FiraAdam
 from ds_fira.core.basis import basis_of, solver_failed
@@ -142,3 +143,51 @@ def test_replicas_decide_alike_where_the_solver_of_one_fails(monkeypatch: pytest
         first, second = pool.map(run, range(2))
     assert [basis.numel() for basis in first] == [36, 0, 36]
     assert all(map(torch.equal, first, second))
+
+
+class Switches(TorchDispatchMode):
+    """Reads, at every product and decomposition, in what torch would multiply float32 matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.overloadpacket in (aten.mm, aten.addmm, aten.addmm_, aten._linalg_svd, aten._linalg_eigh):
+            self.seen.append(user_switches())
+        return func(*args, **(kwargs or {}))
+
+
+def user_switches() -> tuple[str, str]:
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("subspace", ["svd", "gram", "randomized"])
+def test_a_refresh_multiplies_in_float32_whatever_the_user_has_set(subspace: str) -> None:
+    """Orthonormal to 7e-7 in float32, to 3e-4 in TF32; the user's switches are put back, of the older API too."""
+    param = nn.Parameter(make_weight(SHAPE))
+    optimizer = FiraAdam([param], rank=4, subspace=subspace, refresh_moments="rotate", update_proj_gap=1)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # TF32 on a GPU, bfloat16 on a CPU
+    try:
+        user = user_switches()
+        assert user == ("tf32", "bf16")
+        for gradient in make_gradients(SHAPE, 2):
+            param.grad = gradient
+            with Switches() as switches:
+                optimizer._refresher.refresh([task_of(optimizer, param)])
+            assert switches.seen
+            assert set(switches.seen) == {("ieee", "ieee")}
+            assert user_switches() == user
+            assert torch.backends.cuda.matmul.allow_tf32
+            optimizer.step()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def task_of(optimizer: FiraAdam, param: nn.Parameter) -> MatrixTask:
+    """The task of the only matrix of an optimizer."""
+    settings = GroupSettings.of(optimizer.param_groups[0])
+    state = optimizer._state_of(param, optimizer.param_groups[0])
+    (view,) = matrix_states(state, [SHAPE], settings, False, optimizer.algorithm)
+    return MatrixTask(param.detach(), param.grad, view, settings, 1e-4)
