@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.speed import step
+from benchmarks.speed import step, training
 from ds_fira import FiraAdam
 
 
@@ -45,3 +47,13 @@ def test_peers_are_stepped_in_every_precision(monkeypatch: pytest.MonkeyPatch) -
         each()
     assert list(steps) == ["AdamW", "AdamW tf32"]
     assert found == ["ieee", "tf32"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_needs_no_program_beside_python(processes: int) -> None:
+    python, *module = training.launcher(processes)
+    assert python == sys.executable
+    assert module[:1] == ([] if processes == 1 else ["-m"])
+    if processes > 1:
+        done = subprocess.run([python, *module[:2], "--help"], capture_output=True, text=True)
+        assert "--nproc" in done.stdout, done.stderr
