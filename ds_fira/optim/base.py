@@ -29,11 +29,11 @@ from ds_fira.optim.settings import (
     group_settings,
     refuse_contradiction,
     refuse_foreign,
+    settings_of,
     warn_of_deprecated,
     without_torch_options,
 )
 from ds_fira.optim.state_size import ParamRecord
-from ds_fira.optim.stateful import settings_of
 from ds_fira.optim.stepping import Stepping
 from ds_fira.sharding.comm import is_first_process
 from ds_fira.sharding.geometry import matrices_of

@@ -14,10 +14,10 @@ from typing import Annotated
 from pydantic import Field, StrictBool, ValidationError, field_validator
 from torch import Tensor
 
-from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
+from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
 from ds_fira.core.kernels import Choice
 from ds_fira.core.quantization import require_library
-from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, Whole, remedy_of, setting
+from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, ParamGroup, Whole, remedy_of, setting
 from ds_fira.optim.presets import PRESETS, PresetName, preset_rows
 
 
@@ -101,6 +101,13 @@ def legal_settings(algorithm: Algorithm = FIRA_ADAM) -> tuple[str, ...]:
 def group_settings(algorithm: Algorithm = FIRA_ADAM) -> tuple[str, ...]:
     """Those of them that a param group may set for itself."""
     return tuple(name for name in legal_settings(algorithm) if name not in NOT_OF_GROUPS)
+
+
+def settings_of(group: ParamGroup) -> ParamGroup:
+    """The settings of the optimizer that a param group has."""
+    found = {name: group[name] for name in group_settings(algorithm_of(group)) if name in group}
+    # A number at this moment, where it is a tensor that may change.
+    return {**found, "lr": float(found["lr"])} if isinstance(found.get("lr"), Tensor) else found
 
 
 def check_params(
