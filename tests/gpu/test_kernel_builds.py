@@ -65,7 +65,7 @@ import os, warnings, torch
 from torch.nn import Parameter
 from ds_fira import FiraAdam
 from ds_fira.core import kernels
-kernels.adamw_  # for a device, not for the interpreter
+kernels.adamw_, kernels.project, kernels.residual_square, kernels.apply_update_  # for a device, not the interpreter
 os.environ["TRITON_INTERPRET"] = "1"
 kernels.interpret_on_cpu(True)
 params = [Parameter(torch.ones(4, 6)), Parameter(torch.ones(4, 6))]
