@@ -11,8 +11,10 @@ from contextlib import contextmanager
 
 import torch
 
-# A residual norm under this share of |phi * G| is rounding, not residual, when the gradient is exact in float32.
-NEGLIGIBLE_RESIDUAL = 1e-4
+# By the precision of the products, the share of |phi * G| under which a residual norm is rounding, not residual, when
+# the gradient is exact in float32. What an emulation leaves of a gradient that lies in the subspace: 3e-7 in float32;
+# 3.3e-4 in TF32, 1.5e-3 where the operands are cut to it, as torch's own products may do; 2.7e-3 in bfloat16.
+NEGLIGIBLE_RESIDUAL = {"float32": 1e-4, "tf32": 2e-3, "bfloat16": 5e-3}
 # What a setting means to torch's backends: (CUDA, oneDNN on the CPU). The CPU has no TF32 units worth asking for, and
 # torch's CUDA products of float32 matrices know nothing between TF32 and bfloat16 operands.
 _BACKENDS = {"float32": ("ieee", "ieee"), "tf32": ("tf32", "ieee"), "bfloat16": ("tf32", "bf16")}
@@ -38,6 +40,13 @@ def matmul_precision(precision: str) -> Iterator[None]:
         cuda.fp32_precision, cpu.fp32_precision = before
 
 
-def negligible_ratio(dtype: torch.dtype) -> float:
-    """The share of |phi * G| under which a residual norm is only the rounding of gradients computed in `dtype`."""
-    return max(torch.finfo(dtype).eps, NEGLIGIBLE_RESIDUAL)
+def negligible_ratio(dtype: torch.dtype, precision: str) -> float:
+    """The share of |phi * G| under which a residual norm is only the rounding of gradients and products.
+
+    Args:
+        dtype: in which the gradient was computed.
+        precision: of the products; of the setting, whatever the device makes of it, so that a run is the same on a CPU.
+    """
+    # Of float64 gradients products are in float64.
+    own = NEGLIGIBLE_RESIDUAL["float32" if dtype == torch.float64 else precision]
+    return max(torch.finfo(dtype).eps, own)
