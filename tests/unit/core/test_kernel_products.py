@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -66,60 +65,6 @@ def test_projection_in_a_lower_precision(side: str, precision: str, dtype: torch
         # Rounded factors, and sums that are not rounded again.
         grad, basis = grad.bfloat16().double(), basis.bfloat16().double()
         assert error(low_rank, basis.mT @ grad if side == "left" else grad @ basis) <= PRODUCT["float32"]
-
-
-# Two factors, each off by up to 2^-11 and by 2e-4 in the mean square.
-TF32_ROUNDED = 4e-4
-
-
-@pytest.fixture
-def cutting_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of the interpreter as Hopper's cores make them in TF32: without the last 13 bits of each factor."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter
-
-    def cut(handle: Any) -> Any:
-        bits = np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)
-        return interpreter.TensorHandle(bits.view(np.float32), handle.dtype)
-
-    dot = interpreter.InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder,
-        "create_dot",
-        lambda self, left, right, *rest: dot(self, cut(left), cut(right), *rest),
-    )
-
-
-@pytest.mark.usefixtures("cutting_cores")
-@pytest.mark.parametrize("side", SIDES)
-def test_tf32_is_rounded_on_cores_that_cut(side: str) -> None:
-    """Cut, R is 8e-4 off and |R|^2 1.4e-3 too small; the update likewise."""
-    grad, basis = random(150, 139), random_basis((), 150 if side == "left" else 139, 20)
-    low_rank, _ = kernels.project(grad, basis, side, "tf32")
-    exact = basis.double().mT @ grad.double() if side == "left" else grad.double() @ basis.double()
-    assert 1e-5 < error(low_rank, exact) <= TF32_ROUNDED
-    assert abs(float(low_rank.double().square().sum() / exact.square().sum()) - 1.0) <= 1e-4
-    weight = torch.zeros(150, 139, device=DEVICE)
-    left, right = (basis, low_rank) if side == "left" else (low_rank, basis.mT)
-    options = {"by_row": False, "decay_factor": 1.0, "grad_finite": flag((), True), "precision": "tf32"}
-    kernels.apply_update_(weight, grad, left, right, None, **options)
-    assert error(-weight, left.double() @ right.double()) <= TF32_ROUNDED
-
-
-@pytest.mark.usefixtures("cutting_cores")
-def test_rounding_to_tf32_leaves_no_nan_finite() -> None:
-    """NaN of any bits, those of all ones included, whose sum with a half would wrap to zero; infinity stays so."""
-    bits = [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000, -0x800000, 0x7F7FFFFF]
-    grad = random(8, 16)
-    grad[3, : len(bits)] = torch.tensor(bits, dtype=torch.int32, device=DEVICE).view(torch.float32)
-    basis = torch.eye(8, device=DEVICE)[:, 3:4].contiguous()
-    low_rank, _ = kernels.project(grad[3:4].contiguous(), basis[3:4].contiguous(), "left", "tf32")
-    found = low_rank[0].tolist()
-    assert all(map(math.isnan, found[:3]))
-    # The largest number of float32 is nearer to infinity than to the largest one of TF32.
-    assert found[3:6] == [math.inf, -math.inf, math.inf]
-    torch.testing.assert_close(low_rank[0, 6:], grad[3, 6:], rtol=2.0**-11, atol=0.0)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +54,4 @@ def test_a_training_needs_no_program_beside_python(processes: int) -> None:
     python, *module = training.launcher(processes)
     assert python == sys.executable
     assert module[:1] == ([] if processes == 1 else ["-m"])
-    if processes > 1:
-        done = subprocess.run([python, *module[:2], "--help"], capture_output=True, text=True)
-        assert "--nproc" in done.stdout, done.stderr
+    assert all(importlib.util.find_spec(name) is not None for name in module[1:2])
