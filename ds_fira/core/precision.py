@@ -60,7 +60,7 @@ def negligible_ratio(dtype: torch.dtype, precision: str) -> float:
 
     Args:
         dtype: in which the gradient was computed.
-        precision: of the products; of the setting, whatever the device makes of it, so that a run is the same on a CPU.
+        precision: in which the products are made, where that is another one than the gradient's.
     """
     # Of float64 gradients products are in float64.
     own = ROUNDING["float32" if dtype == torch.float64 else precision]

@@ -88,7 +88,10 @@ class Stepping(Resumable):
 
     def _negligible_ratio(self, param: Tensor, settings: GroupSettings) -> float:
         dtype = self.attachment.gradient_dtypes.get(param, param.grad.dtype)
-        return negligible_ratio(dtype, settings.matmul_precision)
+        precision = settings.matmul_precision
+        if precision == "tf32" and param.device.type == "cpu" and not kernels.supports(param):
+            precision = "float32"  # as torch's functions multiply there
+        return negligible_ratio(dtype, precision)
 
     def _step_unprojected(self, param: Tensor, group: ParamGroup, settings: GroupSettings) -> None:
         state = self._state_of(param, group)
