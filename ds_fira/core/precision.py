@@ -17,11 +17,11 @@ class Rounding(NamedTuple):
     """What of a residual is taken for the rounding of the products, when the gradient is exact in float32.
 
     Attributes:
-        square: the share of |G_j|^2 under which |G_j|^2 - |R_j|^2 is rounding; that of a normalized residual's floor.
+        squares: the share of |G_j|^2 under which |G_j|^2 - |R_j|^2 is rounding; that of a normalized residual's floor.
         norm: the share of |phi * G| under which |S|, summed from the residual itself, is rounding.
     """
 
-    square: float
+    squares: float
     norm: float
 
 

@@ -38,7 +38,7 @@ def test_what_products_leave_of_no_residual_is_negligible(operands: str) -> None
     assert precision == "float32" or noise > ratio / 20
     # By columns, as a normalized residual takes the difference.
     squares = low_rank.double().square().sum(0) / grad.double().square().sum(0)
-    assert float((1.0 - squares).max()) < ROUNDING[precision].square
+    assert float((1.0 - squares).max()) < ROUNDING[precision].squares
 
 
 def test_gradients_of_low_precision_and_float64_weights() -> None:
