@@ -4,8 +4,9 @@
 
 One step of a matrix whose subspace and moments are those of a few steps before, for each `matmul_precision`: the error
 of the weight change, of the residual norm |S| that the limiter compares, and of the captured energy, all relative to
-the same step in float64. On a CPU, products in TF32 are emulated: operands rounded to 10 bits of mantissa, products
-and sums in float32, which is what the tensor cores compute. bfloat16 likewise, with 7 bits.
+the same step in float64. All but float32 is emulated: operands rounded to 10 bits of mantissa, or 7 for bfloat16,
+products and sums in float32. Tensor cores by themselves cut TF32 operands off, which "tf32, cut" shows; the kernels
+round them before.
 """
 
 from __future__ import annotations
@@ -22,29 +23,33 @@ from ds_fira.core import functional as F
 from ds_fira.core.norms import squared_norms
 from ds_fira.core.subspace import compute_basis, projection_side
 
-MANTISSA = {"float32": 23, "tf32": 10, "bfloat16": 7}
+# Bits of mantissa that the operands of a product keep, and whether the others are rounded or cut off.
+OPERANDS = {"float32": (23, "rounded"), "tf32": (10, "rounded"), "tf32, cut": (10, "cut"), "bfloat16": (7, "rounded")}
 BETAS, EPS, ALPHA, LR = (0.9, 0.999), 1e-6, 0.25, 0.01
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def rounded(tensor: Tensor, bits: int) -> Tensor:
-    """Float32 elements rounded to nearest with `bits` bits of mantissa."""
+def rounded(tensor: Tensor, bits: int, how: str = "rounded") -> Tensor:
+    """Float32 elements with `bits` bits of mantissa, rounded to the nearest or "cut" off."""
     if bits == 23:
         return tensor
     lost = 23 - bits
     raw = tensor.contiguous().view(torch.int32)
-    raw = raw + (2 ** (lost - 1) - 1) + ((raw >> lost) & 1)
+    if how == "rounded":
+        raw = raw + (2 ** (lost - 1) - 1) + ((raw >> lost) & 1)
     return (raw >> lost << lost).view(torch.float32)
 
 
-def step(grads: list[Tensor], basis: Tensor, bits: int, dtype: torch.dtype, side: str) -> dict[str, Tensor]:
+def step(
+    grads: list[Tensor], basis: Tensor, kept_bits: tuple[int, str], dtype: torch.dtype, side: str
+) -> dict[str, Tensor]:
     """The last of some steps with one basis: weight change, |S|^2 and captured energy."""
     kept = basis.to(dtype)
     exp_avg = exp_avg_sq = torch.zeros(())
     for count, gradient in enumerate(grads, 1):
         grad = gradient.to(dtype)
-        operand = kept if dtype == torch.float64 else rounded(kept, bits)
-        sent = grad if dtype == torch.float64 else rounded(grad, bits)
+        operand = kept if dtype == torch.float64 else rounded(kept, *kept_bits)
+        sent = grad if dtype == torch.float64 else rounded(grad, *kept_bits)
         low_rank = operand.t() @ sent if side == "left" else sent @ operand
         if count == 1:
             exp_avg, exp_avg_sq = torch.zeros_like(low_rank), torch.zeros_like(low_rank)
@@ -58,7 +63,7 @@ def step(grads: list[Tensor], basis: Tensor, bits: int, dtype: torch.dtype, side
     across = scale.unsqueeze(0 if side == "left" else 1)
     carried = ALPHA * (direction - low_rank * across)
     if dtype != torch.float64:
-        operand, carried = rounded(kept, bits), rounded(carried, bits)
+        operand, carried = rounded(kept, *kept_bits), rounded(carried, *kept_bits)
     change = grad * across + (operand @ carried if side == "left" else carried @ operand.t())
     return {"change": change, "square": square, "energy": low_rank_sq.sum() / grad_sq.sum()}
 
@@ -76,10 +81,10 @@ def compare(shape: tuple[int, int], rank: int, grad_dtype: torch.dtype, device: 
     grads = [common + noise * torch.randn(shape, generator=generator, device=device) for _ in range(5)]
     grads = [grad.to(grad_dtype).float() for grad in grads]
     basis = compute_basis(grads[0], rank, side, "gram")
-    exact = step(grads, basis, 23, torch.float64, side)
+    exact = step(grads, basis, OPERANDS["float32"], torch.float64, side)
     rows = []
-    for precision, bits in MANTISSA.items():
-        found = step(grads, basis, bits, torch.float32, side)
+    for precision, kept_bits in OPERANDS.items():
+        found = step(grads, basis, kept_bits, torch.float32, side)
         rows.append(
             {
                 "shape": shape,

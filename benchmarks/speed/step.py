@@ -3,11 +3,12 @@
     python -m benchmarks.speed.step [--models small 60m 130m 350m 1b] [--peers fira AdamW ...] [--json FILE]
     python -m benchmarks.speed.step --partition-of 8 --models 7b [--ranks 256 1024]     # one rank's share
 
-The first form steps every distinct matrix shape of a LLaMA of the paper at the paper's rank, all optimizers in turn on
-the same gradient; the figures are ratios of medians. The second builds the flat partitions that rank 0 of N holds under
-ZeRO-2 and steps them as the engine does, beside fused AdamW on the same flat tensors; the amortised step counts one
-refresh in 200 steps. The floor is the bytes that a step must move (gradient read twice, weight read and written,
-states) over the bandwidth of a copy, plus its matrix products over the rate of one, both measured in the run.
+The first form steps every distinct matrix shape of a LLaMA of the paper at the paper's rank, all optimizers in turn
+on the same gradient; the figures are ratios of medians. On a GPU peers are stepped with torch's products in float32,
+their default, and in TF32, which is ours. The second builds the flat partitions that rank 0 of N holds under ZeRO-2
+and steps them as the engine does, beside fused AdamW on the same flat tensors; the amortised step counts one refresh
+in 200 steps. The floor is the bytes that a step must move (gradient read twice, weight read and written, states) over
+the bandwidth of a copy, plus its matrix products over the rate of one, both measured in the run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch
 from benchmarks.common import default_device, device_name, geometric_mean, medians, rates, save, seconds
 from benchmarks.communication.partition import LLAMAS, llama_shapes, plan_llama_run, rank_partition
 from benchmarks.peers import PEERS, available, make_ds_fira
+from ds_fira.core.precision import matmul_precision
 from ds_fira.core.subspace import low_rank_shape, projection_side
 
 GAP = 200  # steps from one refresh to the next, for the amortised step
@@ -37,6 +39,32 @@ def stepper(make: Callable[..., torch.optim.Optimizer], shape: tuple[int, int], 
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer.step()
     return optimizer.step
+
+
+def peer_steps(
+    peers: Iterable[str], shape: tuple[int, int], rank: int, device: torch.device, precisions: Sequence[str]
+) -> dict[str, Callable[[], object]]:
+    """What steps every peer, with torch's products in each of some precisions; the first has no mark in the name."""
+
+    def at(precision: str, step: Callable[[], object]) -> Callable[[], object]:
+        @matmul_precision(precision)
+        def stepped() -> object:
+            return step()
+
+        return stepped
+
+    steps = {name: stepper(PEERS[name], shape, rank, device) for name in peers}
+    marks = {precision: f" {precision}" if number else "" for number, precision in enumerate(precisions)}
+    return {name + mark: at(precision, step) for name, step in steps.items() for precision, mark in marks.items()}
+
+
+def step_and_refresh(optimizer: torch.optim.Optimizer, repeats: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and of a cold refresh; what starts with a process (kernels, handles) is in neither."""
+    optimizer.step()
+    optimizer.state.clear()
+    first = seconds(optimizer.step, device)
+    step = medians({"step": optimizer.step}, repeats, device)["step"]
+    return step, max(0.0, first - step)
 
 
 def floor_seconds(shape: tuple[int, int], rank: int, flops: float, bandwidth: float) -> float:
@@ -56,7 +84,10 @@ def by_shape(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         print(f"{name} does not run here: {reason}")
     flops, bandwidth = rates(device)
     print(f"product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'model':6}{'shape':>14}{'rank':>6}{'/ floor':>9}" + "".join(f"{'/ ' + name:>12}" for name in peers))
+    # On a GPU ours multiply in TF32 by default, and torch does not.
+    precisions = ("float32", "tf32") if device.type == "cuda" else ("float32",)
+    columns = [name + mark for name in peers for mark in ("", " tf32")[: len(precisions)]]
+    print(f"{'model':6}{'shape':>14}{'rank':>6}{'/ floor':>9}" + "".join(f"{'/ ' + name:>16}" for name in columns))
     rows: list[dict[str, Any]] = []
     settings = {"state_dtype": args.state_dtype, "matmul_precision": args.matmul_precision, "subspace": "randomized"}
     named = {"small": [((128, 128), 32), ((512, 512), 128)]}
@@ -64,15 +95,15 @@ def by_shape(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for model in args.models:
         for shape, rank in named[model]:
             steps = {"ds_fira": stepper(lambda p, r: make_ds_fira(p, r, **settings), shape, rank, device)}
-            steps |= {name: stepper(PEERS[name], shape, rank, device) for name in peers}
+            steps |= peer_steps(peers, shape, rank, device, precisions)
             times = medians(steps, args.repeats, device)
             del steps
             floor = floor_seconds(shape, rank, flops, bandwidth)
             rows.append({"model": model, "shape": shape, "rank": rank, "seconds": times, "floor_seconds": floor})
-            ratios = "".join(f"{times['ds_fira'] / times[name]:>12.2f}" for name in peers)
+            ratios = "".join(f"{times['ds_fira'] / times[name]:>16.2f}" for name in columns)
             print(f"{model:6}{shape[0]:>8} x{shape[1]:>5}{rank:>5}{times['ds_fira'] / floor:>9.2f}{ratios}", flush=True)
-    means = {name: geometric_mean(row["seconds"]["ds_fira"] / row["seconds"][name] for row in rows) for name in peers}
-    print(f"{'geometric mean':35}" + "".join(f"{means[name]:>12.2f}" for name in peers))
+    means = {name: geometric_mean(row["seconds"]["ds_fira"] / row["seconds"][name] for row in rows) for name in columns}
+    print(f"{'geometric mean':35}" + "".join(f"{means[name]:>16.2f}" for name in columns))
     return {"settings": settings, "rows": rows, "ratio_geometric_means": means, "not_run": reasons}
 
 
@@ -94,9 +125,7 @@ def by_partition(args: argparse.Namespace, device: torch.device) -> dict[str, An
                 matmul_precision=args.matmul_precision,
             )
             optimizer, flats = rank_partition(run, 0, device)
-            first = seconds(optimizer.step, device)
-            step = medians({"step": optimizer.step}, args.repeats, device)["step"]
-            refresh = max(0.0, first - step)
+            step, refresh = step_and_refresh(optimizer, args.repeats, device)
             optimizer.state.clear()
             adamw = torch.optim.AdamW(flats, lr=1e-3, fused=True)
             adamw.step()

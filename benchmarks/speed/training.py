@@ -1,4 +1,4 @@
-"""Whole training runs under the DeepSpeed launcher, ZeRO-2, two processes: throughput, final loss, bytes of state.
+"""Whole training runs, ZeRO-2, a process for each GPU or two: throughput, final loss, bytes of state.
 
     python -m benchmarks.speed.training [--variants AdamW FiraAdam int8 ...] [--steps 450] [--json FILE]
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,11 +35,11 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def launcher(processes: int) -> list[str]:
+    """What starts a script in so many processes of this Python, wherever its programs are; none for a single one."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
 def train(
@@ -62,13 +61,17 @@ def train(
         config["optimizer"]["params"] |= settings
     path = folder / "config.json"
     path.write_text(json.dumps(config))
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "warning"]
-    launcher += ["--master_port", str(free_port())]
     environment = dict(os.environ)
     if not torch.cuda.is_available():
-        launcher += ["--num_gpus", "2"]
         environment |= {"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"), "DS_ACCELERATOR": "cpu"}
-    command = [*launcher, "examples/pretrain_llama.py", "--deepspeed-config", str(path), "--output-dir", str(folder)]
+    command = [
+        *launcher(torch.cuda.device_count() or 2),
+        "examples/pretrain_llama.py",
+        "--deepspeed-config",
+        str(path),
+        "--output-dir",
+        str(folder),
+    ]
     command += ["--optimizer", "AdamW"] if settings is None else []
     done = subprocess.run([*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:

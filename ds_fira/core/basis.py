@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
+import torch
 from torch import Tensor
 
 from ds_fira.core import quantization
 from ds_fira.core.base_optimizer import store
+from ds_fira.core.precision import matmul_precision
 from ds_fira.core.scalars import is_finite
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
 from ds_fira.core.step import MatrixTask
 from ds_fira.core.subspace import align_signs, change_moment_, compute_basis
 
+# In lower case, what a library says that could not decompose a matrix or had no memory for it; torch raises most of it
+# as a plain RuntimeError. Anything else is a fault of the program, or the end of the device.
+_SOLVER_SIGNS = ("cusolver", "cublas", "magma", "lapack", "out of memory", "not enough memory", "can't allocate memory")
+_told: set[torch.device] = set()  # devices whose failures a warning has named
+
 
 def new_basis(task: MatrixTask) -> Tensor | None:
     """The basis of one matrix's gradient; None for a gradient that is zero or not finite.
 
     Raises:
-        torch.linalg.LinAlgError: the decomposition failed.
+        RuntimeError: the decomposition failed, see `solver_failed`.
     """
     grad_square = task.grad_square()
     if grad_square == 0.0 or not is_finite(grad_square, task.state.dtype):
@@ -29,7 +39,8 @@ def new_basis(task: MatrixTask) -> Tensor | None:
 def basis_of(grad: Tensor, state: MatrixState, settings: GroupSettings, previous: Tensor | None) -> Tensor:
     """The basis of a gradient, its columns turned to the sides of the old one's.
 
-    The exact decomposition keeps the signs that LAPACK gives, as the released code does.
+    The exact decomposition keeps the signs that LAPACK gives, as the released code does. A matrix on a GPU whose solver
+    fails, or has no memory left, is decomposed on the CPU.
 
     Args:
         grad: G, (m, n), finite and not zero.
@@ -38,11 +49,46 @@ def basis_of(grad: Tensor, state: MatrixState, settings: GroupSettings, previous
         previous: the basis before, (d, r); None where there is none or nothing needs it.
 
     Raises:
-        torch.linalg.LinAlgError: the decomposition failed.
+        RuntimeError: the decomposition failed, see `solver_failed`.
     """
     strict = settings.matmul_precision == "float32"
-    basis = compute_basis(grad.to(state.dtype), settings.rank, state.side, settings.subspace, previous, strict)
+    compute = functools.partial(compute_basis, rank=settings.rank, side=state.side, method=settings.subspace)
+    basis, reason = None, ""
+    try:
+        basis = compute(grad.to(state.dtype), previous=previous, strict=strict)
+    except RuntimeError as error:
+        if grad.device.type == "cpu" or not solver_failed(error):
+            raise
+        reason = str(error).partition("\n")[0]
+    # Not in the handler, whose traceback holds what the attempt has allocated.
+    if basis is None:
+        _tell_of_the_cpu(grad.device, reason)
+        start = None if previous is None else previous.cpu()
+        found = compute(grad.cpu().to(state.dtype), previous=start, strict=strict)
+        basis = grad.new_empty(found.shape, dtype=found.dtype).copy_(found)
     return basis if previous is None or settings.subspace == "svd" else align_signs(basis, previous)
+
+
+def solver_failed(error: RuntimeError) -> bool:
+    """Whether an error says that a matrix could not be decomposed, or that there was no memory to do it.
+
+    torch raises `LinAlgError` where a method did not converge and `OutOfMemoryError` on a GPU, but for failures inside
+    cuSOLVER and cuBLAS, and for a CPU without memory, a plain RuntimeError.
+    """
+    if isinstance(error, torch.linalg.LinAlgError | torch.OutOfMemoryError):
+        return True
+    return type(error) is RuntimeError and any(sign in str(error).lower() for sign in _SOLVER_SIGNS)
+
+
+def _tell_of_the_cpu(device: torch.device, reason: str) -> None:
+    """Once in a process and for a device."""
+    if device not in _told:
+        _told.add(device)
+        warnings.warn(
+            f"a matrix could not be decomposed on {device} ({reason}); the CPU does it, now and wherever it happens "
+            "again, more slowly. Where the GPU's memory ran out, subspace = 'randomized' takes the least.",
+            stacklevel=3,
+        )
 
 
 def adopt_basis(task: MatrixTask, basis: Tensor) -> None:
@@ -78,7 +124,10 @@ def take_basis(state: MatrixState, settings: GroupSettings, basis: Tensor, chang
 
 def basis_change(basis: Tensor, previous: Tensor, settings: GroupSettings) -> Tensor | None:
     """C = P_new' P_old, (r, r), where `refresh_moments` needs it; else None."""
-    return basis.t() @ previous if settings.refresh_moments == "rotate" else None
+    if settings.refresh_moments != "rotate":
+        return None
+    with matmul_precision("float32"):
+        return basis.t() @ previous
 
 
 def change_moments(state: MatrixState, settings: GroupSettings, change: Tensor | None) -> None:

@@ -20,23 +20,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ds_fira.core.precision import ROUNDING
 from ds_fira.core.scalars import Scalar, over_entries
 
 if TYPE_CHECKING:  # their table is made of this
     from ds_fira.core.residuals import Squares, StepContext
     from ds_fira.core.settings import GroupSettings
 
-# tau by the precision of the products. float32: sums round to about 1e-6 of |G|^2, and a residual that is rounding, of
-# 1e-6 |G|, becomes one of 1e-4 sqrt(m - r). tf32: a device that cuts operands to 10 bits makes both too small by 2^-11
-# on average, so |R|^2 by 4 times that. bfloat16: operands are rounded by up to 2^-9, and |R|^2 is off by up to 8e-3.
-FLOORS = {"float32": 1e-4, "tf32": 2e-3, "bfloat16": 1e-2}
 # A basis stored in bfloat16 is off by up to 2^-9, and |R|^2 by twice that: 4e-3, 6e-3 with products in tf32.
 FLOOR_OF_BFLOAT16_BASES = 1e-2
 
 
 def residual_floor(settings: GroupSettings) -> float:
     """Tau: the share of |G_j|^2 below which |G_j|^2 - |R_j|^2 is taken for rounding."""
-    floor = FLOORS[settings.matmul_precision]
+    floor = ROUNDING[settings.matmul_precision].squares
     return floor if settings.state_dtype == "float32" else max(floor, FLOOR_OF_BFLOAT16_BASES)
 
 

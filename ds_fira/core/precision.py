@@ -8,11 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
-# A residual norm under this share of |phi * G| is rounding, not residual, when the gradient is exact in float32.
-NEGLIGIBLE_RESIDUAL = 1e-4
+
+class Rounding(NamedTuple):
+    """What of a residual is taken for the rounding of the products, when the gradient is exact in float32.
+
+    Attributes:
+        squares: the share of |G_j|^2 under which |G_j|^2 - |R_j|^2 is rounding; that of a normalized residual's floor.
+        norm: the share of |phi * G| under which |S|, summed from the residual itself, is rounding.
+    """
+
+    squares: float
+    norm: float
+
+
+# By the precision of the products. What an emulation leaves of a gradient that lies in the subspace:
+#   float32   of |R|^2 1e-6, the rounding of long sums, and 3e-7 of |G|; 1e-6 |G| over the root of 1e-4 is 1e-4
+#   tf32      1e-5 and 3.3e-4; 1.4e-3 and 1.5e-3 where operands are cut to it, as torch's own products on a GPU may do
+#   bfloat16  of operands that are rounded by up to 2^-9 up to 8e-3, and 2.7e-3
+ROUNDING = {"float32": Rounding(1e-4, 1e-4), "tf32": Rounding(2e-3, 2e-3), "bfloat16": Rounding(1e-2, 5e-3)}
 # What a setting means to torch's backends: (CUDA, oneDNN on the CPU). The CPU has no TF32 units worth asking for, and
 # torch's CUDA products of float32 matrices know nothing between TF32 and bfloat16 operands.
 _BACKENDS = {"float32": ("ieee", "ieee"), "tf32": ("tf32", "ieee"), "bfloat16": ("tf32", "bf16")}
@@ -38,6 +55,13 @@ def matmul_precision(precision: str) -> Iterator[None]:
         cuda.fp32_precision, cpu.fp32_precision = before
 
 
-def negligible_ratio(dtype: torch.dtype) -> float:
-    """The share of |phi * G| under which a residual norm is only the rounding of gradients computed in `dtype`."""
-    return max(torch.finfo(dtype).eps, NEGLIGIBLE_RESIDUAL)
+def negligible_ratio(dtype: torch.dtype, precision: str) -> float:
+    """The share of |phi * G| under which a residual norm is only the rounding of gradients and products.
+
+    Args:
+        dtype: in which the gradient was computed.
+        precision: in which the products are made, where that is another one than the gradient's.
+    """
+    # Of float64 gradients products are in float64.
+    own = ROUNDING["float32" if dtype == torch.float64 else precision]
+    return max(torch.finfo(dtype).eps, own.norm)

@@ -31,6 +31,8 @@ RESIDUAL_AVG_SQ = "residual_avg_sq"
 REFRESH_STEP = "refresh_step"
 # Read by the host in every step, so kept on the CPU whatever the parameter's device.
 HOST_KEYS = (REFRESH_STEP,)
+# AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
+SMALL_PARAM = 4096
 # Of matrices in the leading dimension of a state; ... for a state without one.
 Index = int | slice | EllipsisType
 
@@ -138,6 +140,18 @@ def allocate_matrices(
     for key, kind in algorithm.states.items() if low_rank is not None else ():
         signed = kind != "second"
         stored = quantization.allocate(low_rank, batch, state_dtype, dtype=dtype, device=device, signed=signed)
+        state |= {key + suffix: value for suffix, value in stored.items()}
+    return state
+
+
+def allocate_unprojected(param: Tensor, state_dtype: str, algorithm: Algorithm) -> dict[str, Tensor]:
+    """Zero state for a parameter that is not projected: its moments and the step count."""
+    state, dtype = {STEP: torch.zeros((), dtype=torch.int64)}, compute_dtype(param.dtype)
+    kept = state_dtype if param.numel() >= SMALL_PARAM else "float32"
+    for key, kind in algorithm.states.items():
+        stored = quantization.allocate(
+            tuple(param.shape), (), kept, dtype=dtype, device=param.device, signed=kind != "second"
+        )
         state |= {key + suffix: value for suffix, value in stored.items()}
     return state
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ds_fira.core.precision import matmul_precision
 from ds_fira.core.subspace_solvers import gram_basis, randomized_basis
 
 Side = Literal["left", "right"]
@@ -83,10 +84,14 @@ def refresh_offset(index: int, update_proj_gap: int) -> int:
     return int(index * GOLDEN_RATIO % 1.0 * update_proj_gap)
 
 
+@matmul_precision("float32")
 def compute_basis(
     grad: Tensor, rank: int, side: Side, method: str, previous: Tensor | None = None, strict: bool = False
 ) -> Tensor:
     """The basis of the dominant subspace of a gradient (line 5 of Algorithm 1).
+
+    Its products are in float32 whatever the user has set for the model's (TF32 would leave columns orthonormal to 3e-4
+    only), but for those that "randomized" makes in bfloat16 on purpose.
 
     Args:
         grad: (m, n), finite and not zero.
@@ -139,6 +144,7 @@ def align_signs(basis: Tensor, previous: Tensor) -> Tensor:
     return basis * torch.where(overlap < 0, -1.0, 1.0).to(basis.dtype)
 
 
+@matmul_precision("float32")
 def change_moment_(moment: Tensor, change: Tensor, side: Side) -> None:
     """Carry one moment of R over to a new basis, in place: C M on the left, M C' on the right.
 

@@ -136,10 +136,11 @@ class StepMetrics:
             yield
             self._refresh_seconds += time.perf_counter() - start
             return
+        # The stream of the matrices' device, which need not be the current one; only there it waits for their kernels.
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begin.record(torch.cuda.current_stream(device))
         yield
-        end.record()
+        end.record(torch.cuda.current_stream(device))
         self._pending.append((begin, end))
         while self._pending and self._pending[0][1].query():
             self._read_oldest()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_fira.core import kernels
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.selection import numel_of, shape_of
 from ds_fira.core.settings import GroupSettings, ParamGroup
@@ -28,11 +29,11 @@ from ds_fira.optim.settings import (
     group_settings,
     refuse_contradiction,
     refuse_foreign,
+    settings_of,
     warn_of_deprecated,
     without_torch_options,
 )
 from ds_fira.optim.state_size import ParamRecord
-from ds_fira.optim.stateful import settings_of
 from ds_fira.optim.stepping import Stepping
 from ds_fira.sharding.comm import is_first_process
 from ds_fira.sharding.geometry import matrices_of
@@ -80,6 +81,7 @@ class LowRankOptimizer(Stepping):
         mark = take_mark(groups, given, self.algorithm.name)
         self.check_sync_every = settings["check_sync_every"]
         self.unpickle_checkpoints = settings["unpickle_checkpoints"]
+        self.kernels = kernels.chosen(settings["kernels"])
         if settings["record_scaling_factors"]:
             self.recorder = ScalingRecorder(settings["record_scaling_factors"], *linear_weights(groups, model))
         if is_first_process():
@@ -100,6 +102,7 @@ class LowRankOptimizer(Stepping):
         self.suspended = False
         self.check_sync_every = 0
         self.unpickle_checkpoints = False
+        self.kernels = kernels.chosen("auto")
         self.recorder: ScalingRecorder | None = None
         self._recording = False
         self.metrics = StepMetrics()
@@ -228,23 +231,27 @@ class LowRankOptimizer(Stepping):
                 loss = closure()
         if self.suspended:
             return loss
-        for group in self.param_groups:
-            settings = GroupSettings.of(group)
-            params = [param for param in group["params"] if param.grad is not None]
-            for param in params:
-                _require_dense(param, self.algorithm.name)
-            if not params:
-                continue
-            number = self.metrics.count_step(params[0])
-            self._recording = self.recorder is not None and self.recorder.due(number)
-            if self._recording and self.communicator is None:
-                self.recorder.watch_alone(self.param_groups)
-            self._step_projected([param for param in params if self._projects(param, group)], group, settings)
-            for param in [param for param in params if not self._projects(param, group)]:
-                self._step_unprojected(param, group, settings)
-                if self._recording:
-                    self.recorder.full_rank(param, settings, self.state[param])
+        with kernels.switched(self.kernels):
+            for group in self.param_groups:
+                self._step_group(group)
         return loss
+
+    def _step_group(self, group: ParamGroup) -> None:
+        settings = GroupSettings.of(group)
+        params = [param for param in group["params"] if param.grad is not None]
+        for param in params:
+            _require_dense(param, self.algorithm.name)
+        if not params:
+            return
+        number = self.metrics.count_step(params[0])
+        self._recording = self.recorder is not None and self.recorder.due(number)
+        if self._recording and self.communicator is None:
+            self.recorder.watch_alone(self.param_groups)
+        self._step_projected([param for param in params if self._projects(param, group)], group, settings)
+        for param in [param for param in params if not self._projects(param, group)]:
+            self._step_unprojected(param, group, settings)
+            if self._recording:
+                self.recorder.full_rank(param, settings, self.state[param])
 
     @property
     def inventory(self) -> Sequence[ParamRecord]:

@@ -14,9 +14,10 @@ from typing import Annotated
 from pydantic import Field, StrictBool, ValidationError, field_validator
 from torch import Tensor
 
-from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
+from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
+from ds_fira.core.kernels import Choice
 from ds_fira.core.quantization import require_library
-from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, Whole, remedy_of, setting
+from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, ParamGroup, Whole, remedy_of, setting
 from ds_fira.optim.presets import PRESETS, PresetName, preset_rows
 
 
@@ -38,6 +39,10 @@ class Settings(GroupSettings):
     unpickle_checkpoints: StrictBool = setting(False, "give true to let checkpoints run the code in them, or false")
     """whether `engine.load_checkpoint` runs what stands in a checkpoint's files, which takes trust in whoever wrote it,
     rather than refuse what needs it
+    """
+    kernels: Choice = setting("auto")
+    """what computes a step on a GPU: "auto" the Triton kernels wherever they run, or "off", torch functions everywhere;
+    `DS_FIRA_KERNELS=0` in the environment of every rank says "off" too
     """
     #  an empty name would match everything
     target_modules: tuple[Annotated[str, Field(min_length=1)], ...] | None = setting(
@@ -96,6 +101,13 @@ def legal_settings(algorithm: Algorithm = FIRA_ADAM) -> tuple[str, ...]:
 def group_settings(algorithm: Algorithm = FIRA_ADAM) -> tuple[str, ...]:
     """Those of them that a param group may set for itself."""
     return tuple(name for name in legal_settings(algorithm) if name not in NOT_OF_GROUPS)
+
+
+def settings_of(group: ParamGroup) -> ParamGroup:
+    """The settings of the optimizer that a param group has."""
+    found = {name: group[name] for name in group_settings(algorithm_of(group)) if name in group}
+    # A number at this moment, where it is a tensor that may change.
+    return {**found, "lr": float(found["lr"])} if isinstance(found.get("lr"), Tensor) else found
 
 
 def check_params(

@@ -13,47 +13,24 @@ from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict, TensorSli
 from ds_fira.checkpoint.reconcile import Members, carry_values, refuse_changed_structure, saved_projection
 from ds_fira.checkpoint.restore import refuse_other_states, restore
 from ds_fira.checkpoint.slices import state_slices
-from ds_fira.core import quantization
-from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
+from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.settings import GroupSettings, ParamGroup
-from ds_fira.core.state import STEP, allocate, compute_dtype, host_key
+from ds_fira.core.state import STEP, allocate, allocate_unprojected, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
 from ds_fira.optim.presets import PRESET, given_by_user
-from ds_fira.optim.settings import group_settings
 from ds_fira.sharding.geometry import ParamSlice, matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
 from ds_fira.sharding.refresher import Refresher
 
-# AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
-SMALL_PARAM = 4096
 # Where the recorded scaling factors are in the description of a state dict.
 RECORD = "scaling_factors"
-
-
-def settings_of(group: ParamGroup) -> ParamGroup:
-    """The settings of the optimizer that a param group has."""
-    found = {name: group[name] for name in group_settings(algorithm_of(group)) if name in group}
-    # A number at this moment, where it is a tensor that may change.
-    return {**found, "lr": float(found["lr"])} if isinstance(found.get("lr"), Tensor) else found
 
 
 def _form(given: ParamGroup) -> tuple[object, int]:
     """What the tensors of a state depend on beside the matrices, and `restore` can change."""
     return given["state_dtype"], GroupSettings.of(given).averages_of(2)
-
-
-def allocate_unprojected(param: Tensor, state_dtype: str, algorithm: Algorithm) -> dict[str, Tensor]:
-    """Zero state for a parameter that is not projected: its moments and the step count."""
-    state, dtype = {STEP: torch.zeros((), dtype=torch.int64)}, compute_dtype(param.dtype)
-    kept = state_dtype if param.numel() >= SMALL_PARAM else "float32"
-    for key, kind in algorithm.states.items():
-        stored = quantization.allocate(
-            tuple(param.shape), (), kept, dtype=dtype, device=param.device, signed=kind != "second"
-        )
-        state |= {key + suffix: value for suffix, value in stored.items()}
-    return state
 
 
 class Resumable(Attachable, Optimizer):
@@ -135,7 +112,7 @@ class Resumable(Attachable, Optimizer):
         given = [dict(group) for group in self.param_groups]
         with errors_name(self.algorithm.name):
             saved, members, convert = self.require_fit(state_dict)
-        super().load_state_dict(state_dict)
+        self._load_as_saved(state_dict, states=not convert)
         self._refresher.forget_counts()
         if self.recorder is not None and self.communicator is None:
             self.recorder.load_state_dict(state_dict.get(KEY, {}).get(RECORD))
@@ -146,14 +123,37 @@ class Resumable(Attachable, Optimizer):
             self.carry_groups(saved, [list(group.members.items()) for group in saved.groups])
         if convert:
             self.restore(saved, weights=False, members=members)
-            return
+
+    def _load_as_saved(self, state_dict: StateDict, states: bool) -> None:
+        """The loading of `torch.optim`, with its hooks, but that every state is copied once, in the dtype it has.
+
+        By itself it casts them all to the parameter's dtype first, 8-bit ones to four times their size.
+        """
+        kept: dict[int, dict[str, Tensor]] = {}
+
+        def take(_: Optimizer, given: StateDict) -> StateDict:
+            kept.update(given["state"] if states else {})
+            return {**given, "state": {}}
+
+        def put(_: Optimizer) -> None:
+            owners = [(param, group) for group in self.param_groups for param in group["params"]]
+            for saved_id, (param, group) in zip(saved_ids, owners, strict=True):
+                for key, value in kept.get(saved_id, {}).items():
+                    # AdamW counts every step, so its count is the host's.
+                    on_host = host_key(key) or (key == STEP and not self._projects(param, group))
+                    self.state[param][key] = value.detach().to("cpu" if on_host else param.device, copy=True)
+
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
-        owners = {param: group for group in self.param_groups for param in group["params"]}
-        for saved_id, param in zip(saved_ids, owners, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                # AdamW counts every step, so its count is the host's.
-                on_host = host_key(key) or (key == STEP and not self._projects(param, owners[param]))
-                self.state[param][key] = value.detach().to("cpu" if on_host else param.device, copy=True)
+        # The last before torch's own work, and the first after it.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def require_fit(self, state_dict: StateDict) -> tuple[SavedState | None, list[Members], bool]:
         """Check all that `load_state_dict` relies on, and change nothing.

@@ -41,7 +41,7 @@ class Stepping(Resumable):
             matrices = self._matrices(param)
             if matrices.low_rank is None:
                 continue
-            ratio = self._negligible_ratio(param)
+            ratio = self._negligible_ratio(param, settings)
             steps = matrices.low_rank.step(param, self.state[param], settings, ratio, self._refresher, self.algorithm)
             own = series.get(param, [])[len(matrices.shapes) :]
             for plan, stats, entries in steps:
@@ -61,7 +61,7 @@ class Stepping(Resumable):
             matrices = self._matrices(param)
             if matrices.exchanges:
                 gathered[param] = matrices.exchanges[turn].to_owners(param, param.grad)
-            ratio = self._negligible_ratio(param)
+            ratio = self._negligible_ratio(param, settings)
             tasks[param] = matrices.tasks(param, turn, gathered.get(param, ()), settings, ratio)
             due += self._refresher.due(param, tasks[param], matrices.indices, matrices.first_of(turn))
         self._refresher.refresh(due)
@@ -86,8 +86,12 @@ class Stepping(Resumable):
                     add_batch(series[first:last], stats)
             first = last
 
-    def _negligible_ratio(self, param: Tensor) -> float:
-        return negligible_ratio(self.attachment.gradient_dtypes.get(param, param.grad.dtype))
+    def _negligible_ratio(self, param: Tensor, settings: GroupSettings) -> float:
+        dtype = self.attachment.gradient_dtypes.get(param, param.grad.dtype)
+        precision = settings.matmul_precision
+        if precision == "tf32" and param.device.type == "cpu" and not kernels.supports(param):
+            precision = "float32"  # as torch's functions multiply there
+        return negligible_ratio(dtype, precision)
 
     def _step_unprojected(self, param: Tensor, group: ParamGroup, settings: GroupSettings) -> None:
         state = self._state_of(param, group)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_fira.core.basis import adopt_basis, new_basis
+from ds_fira.core.basis import adopt_basis, new_basis, solver_failed
 from ds_fira.core.step import MatrixTask
 from ds_fira.core.subspace import refresh_due
 from ds_fira.sharding.comm import Communicator
@@ -108,16 +108,23 @@ class Refresher:
         return self.attempt(lambda: new_basis(task), task.settings.subspace)
 
     def attempt(self, compute: Callable[[], Tensor | None], subspace: str) -> Tensor | None:
-        """What `compute` returns, a basis or None; None too where it raises LinAlgError, which is reported once.
+        """What `compute` returns, a basis or None; None too where a decomposition failed, which is reported once.
+
+        The caller decides for all ranks: who computes a basis tells the others whether there is one.
 
         Args:
             compute: makes a basis.
             subspace: how; when exact decompositions have taken long, the user is told once.
+
+        Raises:
+            RuntimeError: it failed for another reason.
         """
         start = time.perf_counter()
         try:
             return compute()
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:
+            if not solver_failed(error):
+                raise
             if not self._warned:
                 self._warned = True
                 warnings.warn(

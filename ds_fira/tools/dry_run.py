@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
 from ds_fira.core.settings import GroupSettings, ParamGroup
-from ds_fira.core.state import allocate, allocate_matrices
+from ds_fira.core.state import allocate, allocate_matrices, allocate_unprojected
 from ds_fira.optim.param_groups import build_groups, by_kind, group_defaults
 from ds_fira.optim.presets import take_mark, values_of
 from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import ParamRecord
-from ds_fira.optim.stateful import allocate_unprojected
 from ds_fira.sharding.geometry import MatrixShard, Partitioning, matrices_of
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.plan import GroupLayout, plan_groups

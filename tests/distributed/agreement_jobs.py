@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 import ds_fira
+from ds_fira.core import kernels
 from tests.distributed.zero_jobs import Net, batches, build, config
 
 SHAPES = [(8, 6), (6, 9), (5, 7)]
@@ -121,6 +124,7 @@ def objects(stages: list[int], odd: int, how: str, changes: list[dict[str, Any]]
             model = Net(SHAPES)
             settings = {"rank": 3, "lr": 0.01, **(change if is_odd else {})}
             dropped = settings.pop("drop", None)
+            os.environ["DS_FIRA_KERNELS"] = settings.pop("DS_FIRA_KERNELS", "1")
 
             def make(params: Any, settings: Any = settings, dropped: Any = dropped, model: Any = model) -> Any:
                 groups = ds_fira.param_groups(model, **settings)
@@ -140,6 +144,29 @@ def objects(stages: list[int], odd: int, how: str, changes: list[dict[str, Any]]
             del ds_config["optimizer"]
             kwargs = {} if how == "object" else {"model_parameters": list(model.parameters())}
             results[f"{stage}: {change}"] = attempt(ds_config, model=model, optimizer=makers[how](), **kwargs)
+    return results
+
+
+def kernels_on_some(stages: list[int], odd: int) -> dict[int, tuple[bool, bool, str, list[str]]]:
+    """Build engines where the kernels run on all ranks but one, in Triton's interpreter.
+
+    Returns:
+        By stage whether this rank could use them, and whether it does; what warnings said of them.
+    """
+    results = {}
+    kernels.interpret_on_cpu(torch.distributed.get_rank() != odd)
+    for stage in stages:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine = build(config(stage, "fp32", dict(PARAMS)), SHAPES)
+        optimizer = engine.basic_optimizer
+        could = kernels.supports(optimizer.param_groups[0]["params"][0])
+        with kernels.switched(optimizer.kernels):
+            uses = kernels.supports(optimizer.param_groups[0]["params"][0])
+        said = [str(warning.message) for warning in caught]
+        results[stage] = (could, uses, [text for text in said if "kernels" in text])
+        engine.destroy()
+    kernels.interpret_on_cpu(False)
     return results
 
 

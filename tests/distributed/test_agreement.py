@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "exact_cuts": True,
     "max_group_bytes": 4096,
     "record_scaling_factors": 5,
+    "kernels": "off",
     "target_modules": ["layers"],
     "preset": "recommended",
 }
@@ -119,7 +120,7 @@ def test_every_rank_names_the_one_that_differs(ranks: Pools, stage: int, world_s
 @pytest.mark.parametrize("how", ["object", "function", "hidden"])
 def test_optimizers_that_the_user_makes(ranks: Pools, stage: int, how: str) -> None:
     """Settings and parameters of an object, and of what a function returns, whether or not its code names FiraAdam."""
-    changes = [{"alpha": 0.7}, {"lr": 0.3}, {"drop": True}, {"state_dtype": "int8"}, {}]
+    changes = [{"alpha": 0.7}, {"lr": 0.3}, {"drop": True}, {"state_dtype": "int8"}, {"DS_FIRA_KERNELS": "0"}, {}]
     results = ranks.run(
         2, "objects", "tests.distributed.agreement_jobs", stages=[stage], odd=1, how=how, changes=changes
     )
@@ -130,9 +131,22 @@ def test_optimizers_that_the_user_makes(ranks: Pools, stage: int, how: str) -> N
             assert text == ""
         elif "drop" in change:
             assert "rank 1 lacks norm.weight, which rank 0 has" in text, text
+        elif "DS_FIRA_KERNELS" in change:
+            assert "kernels (DS_FIRA_KERNELS) is 'off' on rank 1 and 'auto' on rank 0; give" in text, text
         else:
             ((key, value),) = change.items()
             assert f"{key} is {value!r} on rank 1 and " in text, text
+
+
+def test_no_rank_uses_the_kernels_where_one_cannot(ranks: Pools) -> None:
+    """Replicas would drift apart by their rounding; the first rank says so, and which rank it is about."""
+    pytest.importorskip("triton")
+    found = ranks.run(3, "kernels_on_some", "tests.distributed.agreement_jobs", stages=[0, 2], odd=2)
+    for rank, result in enumerate(found):
+        for could, uses, said in result.values():
+            assert (could, uses) == (rank != 2, False)
+            assert len(said) == (rank == 0)
+            assert all("FiraAdam: on rank 2 the kernels are not for cpu. Torch functions compute" in x for x in said)
 
 
 def test_a_rank_with_a_foreign_optimizer_is_named(tmp_path: Path) -> None:

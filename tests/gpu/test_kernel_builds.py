@@ -59,6 +59,43 @@ def test_importing_the_package_does_not_import_triton() -> None:
     assert _python("-c", code).split()[-1] == "False"
 
 
+# A machine without a GPU, on which Triton starts its driver for CUDA all the same: it compiles C before anything else.
+WITHOUT_A_COMPILER = """
+import os, warnings, torch
+from torch.nn import Parameter
+from ds_fira import FiraAdam
+from ds_fira.core import kernels
+kernels.adamw_, kernels.project, kernels.residual_square, kernels.apply_update_  # for a device, not the interpreter
+os.environ["TRITON_INTERPRET"] = "1"
+kernels.interpret_on_cpu(True)
+params = [Parameter(torch.ones(4, 6)), Parameter(torch.ones(4, 6))]
+optimizers = [FiraAdam(params[:1], rank=2), FiraAdam(params[1:], rank=2, kernels="off")]
+torch.cuda.is_available = lambda: True
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for step in range(3):
+        for param, optimizer in zip(params, optimizers):
+            param.grad = torch.eye(4, 6) + step
+            optimizer.step()
+print(*(warning.message for warning in caught), sep="\\n")
+assert torch.equal(*params), params
+assert not torch.equal(params[0], torch.ones(4, 6))
+"""
+
+
+def test_torch_functions_take_over_where_triton_cannot_compile(tmp_path: Path) -> None:
+    """As in a slim container: Triton imports, and the compiler that CC names is not there. One warning says so."""
+    stub = tmp_path / "libcuda.so.1"
+    stub.touch()  # looked for before the compiler
+    found = {"CC": str(tmp_path / "gcc"), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    said = _python("-c", WITHOUT_A_COMPILER, **found).splitlines()
+    (warning,) = [line for line in said if "kernels" in line]
+    assert f"No such file or directory: '{tmp_path / 'gcc'}'" in warning
+    assert warning.startswith("the Triton kernels do not run on cpu (FileNotFoundError: ")
+    assert "give Triton what it lacks (a C compiler such as gcc, " in warning
+    assert warning.endswith("or set kernels = 'off'.")
+
+
 @pytest.mark.full
 def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     """Within its 227 KB of shared memory, without spilled registers, products on the tensor cores."""

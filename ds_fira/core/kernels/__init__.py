@@ -16,8 +16,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +31,13 @@ if TYPE_CHECKING:
     from ds_fira.core.kernels.residual import residual_square
     from ds_fira.core.kernels.update import apply_update_
 
-__all__ = ["adam_direction_", "adamw_", "apply_update_", "interpret_on_cpu", "project", "residual_square", "supports"]
+__all__ = ["adam_direction_", "adamw_", "apply_update_", "project", "residual_square"]
+__all__ += ["Choice", "chosen", "fault", "interpret_on_cpu", "supports", "switched"]
+
+# What the setting `kernels` may say.
+Choice = Literal["auto", "off"]
+# Set to 0 in the environment, it switches the kernels off whatever the setting says.
+VARIABLE = "DS_FIRA_KERNELS"
 
 # Which module a function comes from; they import Triton.
 _HOMES = {
@@ -45,6 +54,7 @@ _LEAST_CAPABILITY = (8, 0)
 _MOST_STRIDE = 2**24 - 1
 
 _cpu_allowed = False
+_switched_off: ContextVar[bool] = ContextVar("_switched_off", default=False)
 
 
 def __getattr__(name: str) -> Callable[..., object]:
@@ -55,8 +65,33 @@ def __getattr__(name: str) -> Callable[..., object]:
     return function
 
 
+def chosen(setting: Choice) -> Choice:
+    """What the setting `kernels` comes to in this process: "off" too where DS_FIRA_KERNELS is 0.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(
+            f"{VARIABLE} = {value!r} in the environment is not legal; set it to 0 to compute with torch functions "
+            "instead of the kernels, or leave it out."
+        )
+    return "off" if value == "0" else setting
+
+
+@contextmanager
+def switched(choice: Choice) -> Iterator[None]:
+    """Inside the block `supports` says False of everything where `choice` is "off"; other threads go on as they do."""
+    token = _switched_off.set(choice == "off")
+    try:
+        yield
+    finally:
+        _switched_off.reset(token)
+
+
 def supports(tensor: Tensor) -> bool:
-    """Whether the kernels can work on `tensor`: its dtype, its device, and a Triton that can be imported.
+    """Whether the kernels can work on `tensor`: its dtype, its device, and a Triton that can compile for it.
 
     The answer for a device is found once; after that a call costs a few look-ups.
 
@@ -64,15 +99,69 @@ def supports(tensor: Tensor) -> bool:
         tensor: a weight or a gradient, on any device.
 
     Returns:
-        True for float32, bfloat16 and float16 on an NVIDIA GPU of compute capability 8.0 or newer where Triton is
-        installed, and rows of fewer than 2^24 elements; on the CPU only after `interpret_on_cpu(True)`. False for
-        everything else, float64 included.
+        True for float32, bfloat16 and float16 on an NVIDIA GPU of compute capability 8.0 or newer where a kernel
+        compiles and runs, and rows of fewer than 2^24 elements; on the CPU only after `interpret_on_cpu(True)`. False
+        for everything else, float64 included, and for all where the kernels are `switched` off.
     """
-    if tensor.dtype not in _DTYPES or max(tensor.stride()[-2:], default=1) > _MOST_STRIDE:
+    if _switched_off.get() or tensor.dtype not in _DTYPES or max(tensor.stride()[-2:], default=1) > _MOST_STRIDE:
         return False
-    if tensor.is_cuda:
-        return _device_supports(tensor.device.index)
-    return _cpu_allowed and tensor.device.type == "cpu"
+    return (tensor.is_cuda or (_cpu_allowed and tensor.device.type == "cpu")) and _runs_on(tensor.device)
+
+
+class Fault(NamedTuple):
+    """Why the kernels do not run on a device.
+
+    Attributes:
+        reason: for a message.
+        known: whether they are not for such a device, or Triton is not installed: no fault that a user has to be told.
+    """
+
+    reason: str
+    known: bool
+
+    @property
+    def advice(self) -> str:
+        """The reason, what is done, and what a user can do."""
+        return (
+            f"{self.reason}. Torch functions compute the steps instead, more slowly; give Triton what it lacks (a C "
+            f"compiler such as gcc, Python's headers, a cache folder that it can write), or set kernels = 'off'."
+        )
+
+
+def fault(device: torch.device) -> Fault | None:
+    """Why the kernels do not run on a device; None where they do. Found once, by a launch."""
+    if not (device.type == "cuda" or (device.type == "cpu" and _cpu_allowed)):
+        return Fault(f"the kernels are not for {device}", known=True)
+    if device.type == "cuda":
+        if torch.version.cuda is None or torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+            return Fault(f"{device} is no NVIDIA GPU of compute capability 8.0 or newer", known=True)
+        if not _triton_found():
+            return Fault("Triton cannot be imported", known=True)
+    failure = _failure_of_a_launch(device)
+    return None if failure is None else Fault(f"the Triton kernels do not run on {device} ({failure})", known=False)
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    found = fault(device)
+    if found is not None and not found.known:
+        warnings.warn(found.advice, stacklevel=6)
+    return found is None
+
+
+@functools.cache
+def _failure_of_a_launch(device: torch.device) -> str | None:
+    """What a step of AdamW of one element raises; where Triton imports, it may still lack what it compiles with."""
+    try:
+        param, grad, *moments = (torch.full((1,), value, device=device) for value in (1.0, 2.0, 0.0, 0.0))
+        # Betas of zero make the direction 1.
+        step = importlib.import_module(f"{__name__}.moments").adamw_
+        step(param, grad, *moments, step=1, lr=0.5, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)
+        # Read by the host, because a launch ends before the kernel does.
+        found = float(param)
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return None if found == 0.5 else f"a kernel computes {found} where 0.5 belongs"
 
 
 def interpret_on_cpu(allowed: bool) -> None:
@@ -102,10 +191,3 @@ def _triton_found() -> bool:
     except ImportError:
         return False
     return True
-
-
-@functools.cache
-def _device_supports(index: int) -> bool:
-    if torch.version.cuda is None or torch.cuda.get_device_capability(index) < _LEAST_CAPABILITY:
-        return False
-    return _triton_found()

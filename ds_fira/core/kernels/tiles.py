@@ -130,6 +130,21 @@ def rounded(values, dtype: tl.constexpr):
 
 
 @triton.jit
+def nearest_tf32(values):
+    """A tile in float32 with 10 bits of mantissa, rounded to the nearest, ties away from zero.
+
+    Tensor cores cut the other 13 bits off, which makes every factor 3.5e-4 too small on average, and |R|^2 1.4e-3.
+    """
+    if values.dtype != tl.float32:
+        # bfloat16 and float16 have no more bits than that.
+        return values.to(tl.float32)
+    bits = values.to(tl.uint32, bitcast=True)
+    nearest = ((bits + 0x1000) >> 13 << 13).to(tl.float32, bitcast=True)
+    # The sum would carry a NaN of all ones over into zero; infinity ends in zeros and stays.
+    return tl.where(values == values, nearest, values)
+
+
+@triton.jit
 def dot(left, right, total, PRECISION: tl.constexpr):
     """Total + left @ right in float32 accumulation, for tiles of any floating dtype."""
     if PRECISION == "bfloat16":
@@ -142,7 +157,7 @@ def dot(left, right, total, PRECISION: tl.constexpr):
             right = right.to(tl.bfloat16)
         total = tl.dot(left, right, total)
     elif PRECISION == "tf32":
-        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="tf32")
+        total = tl.dot(nearest_tf32(left), nearest_tf32(right), total, input_precision="tf32")
     else:
         total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
     return total

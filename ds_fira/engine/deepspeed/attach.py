@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import deepspeed
@@ -14,6 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_fira.checkpoint.reconcile import Members
+from ds_fira.core import kernels
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.selection import shape_of
 from ds_fira.core.settings import GroupSettings
@@ -66,7 +68,7 @@ def build_optimizer(
     settings = checked_params(engine, given)
     dp_size = dist.get_world_size(group=engine.seq_data_parallel_group)
     groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)
-    whole_training = ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints")
+    whole_training = ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints", "kernels")
     optimizer = kind(groups, **group_defaults(settings), **{key: settings[key] for key in whole_training})
     optimizer.await_attachment(flat=False)  # its groups are of one kind each
     return optimizer
@@ -133,8 +135,28 @@ def attach(engine: DeepSpeedEngine) -> None:
             ),
         )
     )
+    _agree_on_kernels(optimizer, flats, communicator)
     if optimizer.recorder is not None:
         record_weights(engine, optimizer, flats, names)
+
+
+def _agree_on_kernels(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], communicator: Communicator) -> None:
+    """Where the kernels do not run on some rank, no rank uses them: replicas would drift apart by their rounding.
+
+    One rank says so, for all, with the reason of the first that has one to tell.
+    """
+    if optimizer.kernels == "off" or not flats:
+        return
+    found = communicator.gather_objects(kernels.fault(flats[0].hp_partition.device))
+    faults = {rank: fault for rank, fault in enumerate(found) if fault is not None}
+    if len(faults) == len(found):  # on devices that the kernels are not for, there is nothing to say
+        faults = {rank: fault for rank, fault in faults.items() if not fault.known}
+    if not faults:
+        return
+    optimizer.kernels = "off"
+    if communicator.dp_rank == 0:
+        rank, fault = min(faults.items(), key=lambda item: item[1].known)
+        warnings.warn(f"{optimizer.algorithm.name}: on rank {rank} {fault.advice}", stacklevel=2)
 
 
 def _structure(group: Mapping[str, object], members: Members) -> tuple[object, ...]:

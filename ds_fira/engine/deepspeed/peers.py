@@ -16,6 +16,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from ds_fira.core.algorithms import FIRA_ADAM
+from ds_fira.core.kernels import VARIABLE
 from ds_fira.engine.deepspeed.agreement import Building, agree, engines_of, foreign
 from ds_fira.engine.deepspeed.chosen import checked_params, label, our_name, type_in
 from ds_fira.engine.deepspeed.description import Description, describe_config, describe_groups, describe_module, plain
@@ -156,6 +157,7 @@ def _describe(
     if made:
         items = chosen.param_groups
         settings["check_sync_every"] = getattr(chosen, "check_sync_every", 0)
+        settings[f"kernels ({VARIABLE})"] = getattr(chosen, "kernels", "auto")
         settings["record_scaling_factors"] = getattr(getattr(chosen, "recorder", None), "every", 0)
     if items is not None:
         found, groups = describe_groups(given["model"], items)

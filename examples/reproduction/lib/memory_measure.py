@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from ds_fira import FiraAdam, param_groups
 from ds_fira.core.selection import find_projected_weights
+from ds_fira.core.state import SMALL_PARAM
 from ds_fira.optim.state_size import state_bytes
-from ds_fira.optim.stateful import SMALL_PARAM
 from ds_fira.tools.dry_run import PlannedRun
 
 BFLOAT16 = 2

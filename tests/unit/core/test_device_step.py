@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_fira
 from ds_fira import FiraAdam
-from ds_fira.core import kernels
 from ds_fira.core.state import host_key
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.local_matrices import MAX_BATCH, LocalMatrices
@@ -28,9 +27,7 @@ SETTINGS: dict[str, Any] = {"update_proj_gap": 3, "alpha": 0.5, "weight_decay": 
 
 def drive(kind: str, kernel: bool, steps: int = 7, spoil: int | None = None, **settings: Any):
     """Make steps with the same gradients; returns parameters, optimizer, and the optimizer's metrics."""
-    if DEVICE.type == "cpu":
-        kernels.interpret_on_cpu(kernel)
-    settings = {**SETTINGS, **settings}
+    settings = {**SETTINGS, "kernels": "auto" if kernel else "off", **settings}
     if kind == "flat":
         shapes = [(9, 20), (9, 20), (9, 20), (17, 6)]
     else:
@@ -119,19 +116,41 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def reads_of_a_step(kind: str, kernel: bool, **settings: Any) -> int:
+    """Numbers that the host reads from the device in a step between refreshes."""
+    _, optimizer, _ = drive(kind, kernel, steps=2, update_proj_gap=100, **settings)
+    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    host = [value for key, value in state.items() if host_key(key) or (kind == "adamw" and key == "step")]
+    with HostReads(host) as reads:
+        optimizer.step()
+    return reads.count
+
+
 @pytest.mark.parametrize(
     ("kind", "residual"),
     [*((kind, "scaled") for kind in ("wide", "tall", "experts", "flat", "adamw")), ("wide", "normalized")],
 )
 def test_a_step_between_refreshes_reads_nothing_from_the_device(kind: str, residual: str) -> None:
     """No host synchronization; the torch functions, which do ask, show that the count can see it."""
-    for kernel in (True, False):
-        _, optimizer, _ = drive(kind, kernel, steps=5, update_proj_gap=100, residual=residual)
-        state = optimizer.state[optimizer.param_groups[0]["params"][0]]
-        host = [value for key, value in state.items() if host_key(key) or (kind == "adamw" and key == "step")]
-        with HostReads(host) as reads:
-            optimizer.step()
-        assert (reads.count == 0) == kernel, reads.count
+    assert reads_of_a_step(kind, kernel=True, residual=residual) == 0
+    assert reads_of_a_step(kind, kernel=False, residual=residual) > 0
+
+
+@pytest.mark.parametrize("variable", ["0", "1", ""])
+def test_the_environment_switches_the_kernels_off_too(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never on what the setting says is off; the torch functions give themselves away by what they read."""
+    monkeypatch.setenv("DS_FIRA_KERNELS", variable)
+    assert (reads_of_a_step("wide", kernel=True) > 0) == (variable == "0")
+    assert reads_of_a_step("wide", kernel=False) > 0
+
+
+def test_an_illegal_switch_stops_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    param = Parameter(torch.zeros(4, 6))
+    with pytest.raises(ValueError, match="FiraAdam: kernels = 'on' is not legal; choose 'auto' or 'off'"):
+        FiraAdam([param], rank=2, kernels="on")
+    monkeypatch.setenv("DS_FIRA_KERNELS", "off")
+    with pytest.raises(ValueError, match="DS_FIRA_KERNELS = 'off' in the environment is not legal; set it to 0"):
+        FiraAdam([param], rank=2)
 
 
 def test_a_step_count_that_lags_behind_delays_the_refresh() -> None:
@@ -158,12 +177,11 @@ def test_a_model_with_kernels_matches_one_without() -> None:
     found: list[list[Tensor]] = []
     gradients: list[list[Tensor]] = []
     for kernel in (False, True):
-        if DEVICE.type == "cpu":
-            kernels.interpret_on_cpu(kernel)
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.LayerNorm(20), torch.nn.Linear(20, 8))
         model = model.to(DEVICE, torch.bfloat16)
-        optimizer = FiraAdam(ds_fira.param_groups(model, rank=4), lr=0.01)
+        choice = "auto" if kernel else "off"
+        optimizer = FiraAdam(ds_fira.param_groups(model, rank=4), lr=0.01, matmul_precision="float32", kernels=choice)
         for step in range(4):
             if not kernel:
                 optimizer.zero_grad()

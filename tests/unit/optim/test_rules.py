@@ -141,14 +141,18 @@ def test_a_refresh_treats_every_state_by_its_kind(change: str) -> None:
 def test_with_the_kernels(kind: type) -> None:
     """A device decides itself whether a gradient is finite."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from ds_fira.core import kernels
-
     weight, gradients = make_weight((20, 12)), make_gradients((20, 12), 5)
     gradients[2][1, 1] = math.nan
     group = {"rank": 4, "update_proj_gap": 2, "matmul_precision": "float32"}
-    found, state = run_optimizer(lambda groups: kind(with_a_rank(*groups), lr=LR), weight, gradients, **group)
-    kernels.interpret_on_cpu(False)
-    expected, other = run_optimizer(lambda groups: kind(with_a_rank(*groups), lr=LR), weight, gradients, **group)
+    (found, state), (expected, other) = (
+        run_optimizer(
+            lambda groups, kernels=choice: kind(with_a_rank(*groups), lr=LR, kernels=kernels),
+            weight,
+            gradients,
+            **group,
+        )
+        for choice in ("auto", "off")
+    )
     assert weight_change_error(weight, found, expected) < 1e-5
     assert int(state["step"]) == int(other["step"]) == 4
     for name in kind.algorithm.states:

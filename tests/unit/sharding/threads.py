@@ -38,3 +38,7 @@ class Threads(Communicator):
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """As the communicator's, added up in order of rank."""
         return sum(other for (other,) in self._exchange((tensor.clone(),)))
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """As the communicator's."""
+        return self._exchange((tensor.clone(),))[source][0].clone()
