@@ -22,8 +22,8 @@ from tests.ranks import Pools
 # At 2, 3 and 4 ranks: splits between rows, in the middle of rows, and matrices that lie whole. (2, 300) on 4 ranks has
 # fragments inside one row.
 SHAPES = [(12, 40), (40, 12), (13, 37), (12, 40), (31, 17), (40, 12), (2, 300)]
-PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 4, "alpha": 0.5, "weight_decay": 0.1, "project_full_rank": True}
-STEPS = 9  # refreshes at 0, 4 and 8
+PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1, "project_full_rank": True}
+STEPS = 6  # refreshes at 0 and 3
 # Of the weight change. R is summed over the ranks in another order than in one product, and nothing else differs, so
 # float32 rounding (6e-8) of R, grown by the moments of a few steps: 1e-7 to 1.2e-6 were measured over these tests. A
 # forgotten row or a limiter that differs shows at 1e-2 and more.
@@ -194,9 +194,9 @@ def test_groups_of_the_user_s_optimizer(ranks: Pools) -> None:
 @pytest.mark.parametrize("changed", [{}, {"scaling": "matrix"}, {"proj_type": "right"}], ids=str)
 def test_a_residual_that_is_rounding(ranks: Pools, changed: dict[str, Any]) -> None:
     """A gradient inside its new basis: the residual is summed itself, in two more collectives, and is no history."""
-    job = {**changed, "alpha": 1.0, "steps": 5}
+    job = {**changed, "alpha": 1.0, "steps": 4}
     ordinary = run(ranks, 3, **job)
-    faulty = run(ranks, 3, **job, faults={4: ("layers.2.weight", "rank 1")})
+    faulty = run(ranks, 3, **job, faults={3: ("layers.2.weight", "rank 1")})
     check(faulty, sides="right" if changed.get("proj_type") else "left right")
     for before, after in zip(ordinary, faulty, strict=True):
         assert after["collectives"] == before["collectives"] + 2
@@ -206,7 +206,7 @@ def test_a_residual_that_is_rounding(ranks: Pools, changed: dict[str, Any]) -> N
         assert faulty[rank]["state"][group][0][f"residual_norm.cut{position}"] == 0.0
 
 
-@pytest.mark.parametrize(("when", "value"), [(0, math.nan), (2, math.inf), (4, math.nan)])
+@pytest.mark.parametrize(("when", "value"), [(0, math.nan), (2, math.inf), (3, math.nan)])
 def test_one_rank_s_gradient_is_not_finite(ranks: Pools, value: float, when: int) -> None:
     """One element, so one rank's fragment: nothing of the matrix changes on any rank, and a due refresh waits."""
     faults = {when: ("layers.2.weight", (5, value))}
@@ -218,7 +218,7 @@ def test_one_rank_s_gradient_is_not_finite(ranks: Pools, value: float, when: int
     assert {int(results[rank]["state"][group][0][f"step.cut{position}"]) for rank, _ in matrix.fragments} == {STEPS - 1}
 
 
-@pytest.mark.parametrize("when", [0, 2, 4])
+@pytest.mark.parametrize("when", [0, 2, 3])
 def test_a_zero_gradient(ranks: Pools, when: int) -> None:
     """Before the first basis only decay, later a step with the moments; a due refresh waits."""
     results = run(ranks, 3, faults={when: ("layers.2.weight", 0.0)})
@@ -280,8 +280,8 @@ def test_exact_cuts_gathers() -> None:
     assert plan_hash(plans[0]) != plan_hash(plans[1])
 
 
-@pytest.mark.parametrize(("stage", "save_at"), [(1, 4), (2, 3)])
+@pytest.mark.parametrize(("stage", "save_at"), [(1, 3), (2, 2)])
 def test_resume_is_exact(ranks: Pools, tmp_path: Path, stage: int, save_at: int) -> None:
     """Saved at a refresh or between two, loaded into a new engine on as many ranks: the same run to the bit."""
-    job = {"shapes": SHAPES, "steps": 7, "save_at": save_at, "folder": str(tmp_path)}
+    job = {"shapes": SHAPES, "steps": 5, "save_at": save_at, "folder": str(tmp_path)}
     assert ranks.run(3, "resume", ds_config=config(stage, "bf16", PARAMS), **job) == [True] * 3

@@ -15,11 +15,12 @@ from ds_fira.checkpoint.manifest import MANIFEST, MARK
 from ds_fira.checkpoint.named_state import KEY
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
 from tests.distributed.zero_jobs import config
+from tests.grids import half
 from tests.ranks import Pools
 
 SHAPES = [(8, 6)] * 5 + [(6, 12)] * 3 + [(3, 40), (40, 7)]
-PARAMS = {"rank": 2, "update_proj_gap": 3, "lr": 0.01, "weight_decay": 0.05}
-SAVED, END = 5, 9  # a refresh at 3, and at 6 after the resume
+PARAMS = {"rank": 2, "update_proj_gap": 2, "lr": 0.01, "weight_decay": 0.05}
+SAVED, END = 3, 6  # a refresh at 2, and at 4 after the resume
 TOLERANCE = 1e-5
 _whole: dict[str, Any] = {}
 _saved: dict[Any, tuple[Path, dict[str, Any]]] = {}
@@ -197,7 +198,7 @@ def canonical(folder: Path) -> dict[Any, torch.Tensor]:
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "gap": ({"params": {"update_proj_gap": 4}}, "update_proj_gap = 4 where the checkpoint had 3"),
+    "gap": ({"params": {"update_proj_gap": 4}}, "update_proj_gap = 4 where the checkpoint had 2"),
     "state_dtype": ({"params": {"state_dtype": "bfloat16"}}, "state_dtype = 'bfloat16' where"),
     "exact_cuts": ({"params": {"exact_cuts": True}}, "exact_cuts = True where"),
     "gamma": ({"params": {"gamma": 1.5}}, "gamma = 1.5 where the checkpoint had 1.01"),
@@ -205,8 +206,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "world_size"), half(CHANGES, [2, 3]))
 def test_a_changed_setting_is_taken_over(ranks: Pools, folders: Path, change: str, world_size: int) -> None:
     options, _ = CHANGES[change]
     folder = saved(ranks, folders, 2, 2)
@@ -235,8 +235,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(("case", "world_size"), half(REFUSED, [2, 3]))
 def test_what_cannot_be_resumed_is_refused_on_every_rank(
     ranks: Pools, folders: Path, case: str, world_size: int
 ) -> None:
@@ -291,7 +290,7 @@ def test_the_command_says_what_a_folder_holds(
     assert main(["checkpoint", str(copy), "--tag", f"global_step{SAVED}", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
     assert sum(entry["states"]["matrices"].values()) == len(SHAPES)
-    assert f"8 x 6, right, rank 2, step {SAVED}, basis of step 3" in entry["states"]["matrices"]
+    assert f"8 x 6, right, rank 2, step {SAVED}, basis of step 2" in entry["states"]["matrices"]
     assert entry["states"]["finite"]
     (copy / f"global_step{SAVED}" / "mp_rank_00_model_states.pt").write_bytes(b"torn")
     assert main(["checkpoint", str(copy)]) == 1

@@ -20,12 +20,12 @@ SHAPES = [(12, 40), (40, 12), (13, 37), (12, 40), (31, 17), (3, 50), (2, 300), (
 PARAMS = {
     "lr": 0.01,
     "rank": 3,
-    "update_proj_gap": 4,
+    "update_proj_gap": 3,
     "alpha": 0.5,
     "weight_decay": 0.1,
     "project_full_rank": True,
 }
-STEPS = 10  # refreshes at 0, 4 and 8
+STEPS = 6  # refreshes at 0 and 3
 # Of the weight change. R is summed over the ranks in another order than in one product: float32 rounding, grown by the
 # moments of a few steps. A forgotten row or a limiter that differs shows at 1e-2 and more.
 TOLERANCE = 1e-5
@@ -170,7 +170,7 @@ def test_one_process_s_weights(ranks: Pools, world_size: int, changed: dict[str,
 def test_engines(ranks: Pools, dtype: str, extra: dict[str, Any]) -> None:
     """Low precision, accumulation, clipping, offload of states and parameters, several sub-groups, frozen weights."""
     frozen = ("layers.3.weight", "norm.bias")
-    results = run(ranks, 3, dtype, steps=9, frozen=frozen, zero_sub_group_size=150, **extra)
+    results = run(ranks, 3, dtype, steps=STEPS, frozen=frozen, zero_sub_group_size=150, **extra)
     check(results)
     assert len(results[0]["groups"]) > 4
     check_balance(results)
@@ -250,8 +250,8 @@ def test_experts(ranks: Pools) -> None:
 
 def test_a_residual_that_is_rounding(ranks: Pools) -> None:
     """A gradient inside its new basis: the residual is summed itself, in two more collectives, and is no history."""
-    job = {"alpha": 1.0, "steps": 5, "shapes": SHAPES[:4]}  # of the thin ones the basis spans all, always
-    ordinary, faulty = (run(ranks, 3, **job, faults=faults) for faults in ({}, {4: ("layers.2.weight", "rank 1")}))
+    job = {"alpha": 1.0, "steps": 4, "shapes": SHAPES[:4]}  # of the thin ones the basis spans all, always
+    ordinary, faulty = (run(ranks, 3, **job, faults=faults) for faults in ({}, {3: ("layers.2.weight", "rank 1")}))
     check(faulty)
     assert faulty[0]["collectives"] == ordinary[0]["collectives"] + 2
     group, position, matrix = split_matrices(faulty)["layers.2.weight"]

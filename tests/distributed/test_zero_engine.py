@@ -11,14 +11,14 @@ import torch
 import ds_fira
 from ds_fira.optim.presets import PRESETS, ModelSize, transferred_scale
 from tests.distributed.zero_jobs import config
+from tests.grids import half
 from tests.ranks import Pools
 
 SHAPES = [(8, 6), (6, 9), (8, 6), (5, 7)]
 PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("world_size", "dtype"), half([1, 2, 3], ["fp32", "bf16", "fp16"]))
 def test_stage_0(ranks: Pools, world_size: int, dtype: str) -> None:
     """Replicated states: all ranks agree to the bit, and with one process; each basis is computed once for all."""
     results = ranks.run(
@@ -142,9 +142,7 @@ def test_scheduler_reaches_every_group(ranks: Pools) -> None:
     assert results[0]["lr"] == pytest.approx([0.4] * len(results[0]["lr"]))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, "rank 1"])
-@pytest.mark.parametrize("when", [0, 3])
+@pytest.mark.parametrize(("when", "value", "stage"), half([0, 3], [float("nan"), float("inf"), 0.0, "rank 1"], [0, 2]))
 def test_faulty_gradients_pass(ranks: Pools, stage: int, value: float | str, when: int) -> None:
     """One matrix's gradient is NaN, infinite, zero or of rank 1, at the first step or at a refresh: training goes on.
 
@@ -185,7 +183,7 @@ def test_faulty_gradients_pass(ranks: Pools, stage: int, value: float | str, whe
 @pytest.mark.parametrize(
     ("stage", "save_at", "options"),
     [
-        *((stage, save_at, {}) for stage in (0, 1, 2, 3) for save_at in (3, 4)),
+        *half([0, 1, 2, 3], [3, 4], [{}]),
         (3, 3, {"exact_cuts": True}),
         (3, 4, {"state_dtype": "int8", "subspace": "randomized", "refresh_moments": "rotate"}),
         (2, 4, {"exact_cuts": True}),

@@ -16,6 +16,7 @@ from ds_fira.core.functional import SMALL_MATRIX
 from ds_fira.sharding.geometry import matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
 from tests.distributed.zero_jobs import config
+from tests.grids import half
 from tests.ranks import Pools
 
 # 2 x (8, 6) divide by 2; 3 x (6, 9) leave a remainder; (5, 7) has an odd number of elements; (9, 4) is tall.
@@ -110,9 +111,7 @@ def check(results: list[dict[str, Any]], svd: bool = True) -> None:
     assert not svd or sum(result["decompositions"] for result in results) == results[0]["metrics"]["refreshes"]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("dtype", "stage", "world_size"), half(["fp32", "bf16", "fp16"], [1, 2], [1, 2, 3, 4]))
 def test_any_number_of_ranks(ranks: Pools, world_size: int, stage: int, dtype: str) -> None:
     """Seven matrices on 1 to 4 ranks: whole, split across two and more, and partitions without any of them."""
     results = ranks.run(
@@ -163,24 +162,26 @@ def test_matrices_larger_than_a_block(ranks: Pools) -> None:
     check(results)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"zero_round_robin_gradients": True},
-        {"zero_reduce_scatter": False},
-        {"zero_round_robin_gradients": True, "zero_reduce_scatter": False, "zero_contiguous_gradients": False},
-        {"zero_overlap_comm": True},
-        {"zero_parameter_alignment": True},
-        {"gradient_accumulation_steps": 3},
-        {"gradient_clipping": 0.05},
-        {"zero_offload_optimizer": {"device": "cpu"}},
-    ],
-    ids=lambda options: "+".join(key.removeprefix("zero_") for key in options),
-)
-@pytest.mark.parametrize("stage", [1, 2])
-def test_zero_options(ranks: Pools, stage: int, options: dict[str, Any]) -> None:
+OPTIONS: dict[str, dict[str, Any]] = {
+    "round robin": {"zero_round_robin_gradients": True},
+    "reduce scatter": {"zero_reduce_scatter": False},
+    "all three": {
+        "zero_round_robin_gradients": True,
+        "zero_reduce_scatter": False,
+        "zero_contiguous_gradients": False,
+    },
+    "overlap": {"zero_overlap_comm": True},
+    "alignment": {"zero_parameter_alignment": True},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "clipping": {"gradient_clipping": 0.05},
+    "offload": {"zero_offload_optimizer": {"device": "cpu"}},
+}
+
+
+@pytest.mark.parametrize(("stage", "name"), half([1, 2], OPTIONS))
+def test_zero_options(ranks: Pools, stage: int, name: str) -> None:
     """Every option that moves gradients or parameters about, at 3 ranks with split matrices."""
-    results = ranks.run(3, "train", ds_config=config(stage, "bf16", EXACT, **options), shapes=SHAPES, steps=5)
+    results = ranks.run(3, "train", ds_config=config(stage, "bf16", EXACT, **OPTIONS[name]), shapes=SHAPES, steps=5)
     assert any(layout.split for layout in results[0]["layouts"])
     check(results)
 
@@ -220,8 +221,9 @@ def test_groups_of_the_user_s_optimizer(ranks: Pools, world_size: int) -> None:
     check(results)
 
 
-@pytest.mark.parametrize("formulation", ["released", "paper"])
-@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
+@pytest.mark.parametrize(
+    ("proj_type", "formulation"), half(["std", "reverse_std", "left", "right"], ["released", "paper"])
+)
 def test_sides(ranks: Pools, proj_type: str, formulation: str) -> None:
     """Both sides of split matrices, at a rank above some smaller sides."""
     params = {**EXACT, "rank": 6, "project_full_rank": True, "proj_type": proj_type, "formulation": formulation}
