@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 
+def full_if(full: Callable[[Any], bool], cases: Iterable[Any]) -> list[Any]:
+    """The cases, those marked that only `--full` runs."""
+    return [pytest.param(case, marks=pytest.mark.full if full(case) else ()) for case in cases]
+
+
 def half(*axes: Iterable[Any]) -> list[Any]:
     """Every combination of the values of some axes, every second of which is in every run.
 
-    The combinations whose positions have an even sum are. Each value occurs among them; with three axes, one of which
-    has two values, so does every two values of the other two.
+    The combinations whose positions have an even sum are. Each value occurs among them, and of three axes and more
+    every two values of different axes meet.
     """
     result = []
     for numbered in itertools.product(*(enumerate(axis) for axis in axes)):

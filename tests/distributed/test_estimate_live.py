@@ -21,9 +21,15 @@ def label(value: int | Case) -> str:
     return " ".join([method, *(f"{key}={given}" for key, given in {**setup, **params}.items())])
 
 
+def full(case: Case) -> bool:
+    """All of AdamW but one: Fira's cases have their settings too."""
+    return case[0] == "AdamW" and case[1] != {"zero_stage": 2, "dtype": "bf16"}
+
+
 @pytest.mark.parametrize(
     ("world_size", "case"),
-    [pytest.param(1, case, marks=pytest.mark.full) for case in STAGES] + [(2, case) for case in STAGES + MORE],
+    [pytest.param(1, case, marks=pytest.mark.full) for case in STAGES]
+    + [pytest.param(2, case, marks=pytest.mark.full if full(case) else ()) for case in STAGES + MORE],
     ids=label,
 )
 def test_estimate_agrees_with_a_live_engine(ranks: Pools, tmp_path: Path, world_size: int, case: Case) -> None:

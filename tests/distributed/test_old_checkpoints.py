@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from ds_fira.checkpoint.named_state import FORMAT, KEY
-from tests.distributed.old_jobs import ALONE, CASES, STEPS, TYPES, Case, alone, states_alone, step_alone
+from tests.distributed.old_jobs import ALONE, CASES, STEPS, TYPES, alone, states_alone, step_alone
 from tests.distributed.resume_jobs import same
+from tests.grids import full_if
 from tests.ranks import Pools
 
 VERSIONS = ("0.1.0",)
@@ -29,15 +30,14 @@ def old(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def in_every_run(case: Case) -> bool:
-    """Half of the grid, in which every type, stage and dtype of the states meet, on one rank or two; all beside it."""
+def full(name: str) -> bool:
+    """Half of the grid; in the other every type, stage and dtype of the states meet, on one rank or two."""
+    case = CASES[name]
     position = TYPES.index(case.optimizer) + case.stage + (case.state_dtype == "int8") + case.world_size
-    return not case.name.startswith(case.optimizer) or position % 2 == 0
+    return name.startswith(case.optimizer) and position % 2 == 1
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if in_every_run(case) else pytest.mark.full) for name, case in CASES.items()]
-)
+@pytest.mark.parametrize("name", full_if(full, CASES))
 def test_an_old_checkpoint_loads_to_the_bit(ranks: Pools, old: Path, name: str) -> None:
     """Weights, masters, states, schedule, counts and generators are those that were saved, and training goes on."""
     for rank, seen in enumerate(

@@ -14,6 +14,7 @@ from ds_fira.core.algorithms import ALGORITHMS
 from ds_fira.tools.dry_run import plan_run
 from tests.distributed.rule_jobs import FiraAdaGrad, FiraLion, FiraNormalized, alone
 from tests.distributed.zero_jobs import Net, config
+from tests.grids import half
 from tests.ranks import Pools
 
 STEPS, GAP, LR = 10, 3, 0.01
@@ -86,8 +87,7 @@ def test_from_one_rank_to_two_and_back(ranks: Pools, tmp_path: Path, kind: type)
     assert f"FiraAdam: the checkpoint was made by {kind.__name__}" in found["error"]
 
 
-@pytest.mark.parametrize("kind", [ds_fira.FiraRMSProp, FiraLion])
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "state_dtype"), half([ds_fira.FiraRMSProp, FiraLion], ["float32", "bfloat16"]))
 def test_a_resumed_run_is_the_same_to_the_bit(ranks: Pools, tmp_path: Path, kind: type, state_dtype: str) -> None:
     settings = ds_config(kind, 2, "bf16", refresh_moments="rotate", state_dtype=state_dtype)
     options = {"ds_config": settings, "shapes": SHAPES, "steps": 7, "save_at": 4, "folder": str(tmp_path)}

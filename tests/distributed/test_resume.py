@@ -66,7 +66,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-FAST = ("normalized, matrix", "stage 2, bf16", "BF16_Optimizer", "stage 1, fp16", "base cuts")
+FAST = ("normalized, matrix", "stage 2, bf16", "BF16_Optimizer", "base cuts")
 
 
 @pytest.mark.parametrize(

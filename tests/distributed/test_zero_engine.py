@@ -183,19 +183,19 @@ def test_faulty_gradients_pass(ranks: Pools, stage: int, value: float | str, whe
 @pytest.mark.parametrize(
     ("stage", "save_at", "options"),
     [
-        *half([0, 1, 2, 3], [3, 4], [{}]),
-        (3, 3, {"exact_cuts": True}),
-        (3, 4, {"state_dtype": "int8", "subspace": "randomized", "refresh_moments": "rotate"}),
-        (2, 4, {"exact_cuts": True}),
-        (0, 4, {"state_dtype": "bfloat16"}),
-        (2, 4, {"state_dtype": "bfloat16", "subspace": "randomized", "refresh_moments": "rotate"}),
-        (2, 3, {"state_dtype": "int8", "subspace": "gram", "stagger": True}),
+        *half([0, 1, 2, 3], [2, 3], [{}]),
+        (3, 2, {"exact_cuts": True}),
+        (3, 3, {"state_dtype": "int8", "subspace": "randomized", "refresh_moments": "rotate"}),
+        (2, 3, {"exact_cuts": True}),
+        (0, 3, {"state_dtype": "bfloat16"}),
+        (2, 3, {"state_dtype": "bfloat16", "subspace": "randomized", "refresh_moments": "rotate"}),
+        (2, 2, {"state_dtype": "int8", "subspace": "gram", "stagger": True}),
     ],
 )
 def test_resume_is_exact(ranks: Pools, tmp_path: Path, stage: int, save_at: int, options: dict[str, Any]) -> None:
     """Saved at a refresh or between two, loaded into a new engine on as many ranks: the same run to the bit."""
-    ds_config = config(stage, "bf16", {**PARAMS, **options})
+    ds_config = config(stage, "bf16", {**PARAMS, "update_proj_gap": 2, **options})
     assert (
-        ranks.run(3, "resume", ds_config=ds_config, shapes=SHAPES, steps=7, save_at=save_at, folder=str(tmp_path))
+        ranks.run(3, "resume", ds_config=ds_config, shapes=SHAPES, steps=5, save_at=save_at, folder=str(tmp_path))
         == [True] * 3
     )

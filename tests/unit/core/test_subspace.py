@@ -13,6 +13,7 @@ from ds_fira.core.subspace import (
     basis_shape,
     compute_basis,
 )
+from tests.grids import half
 from tests.unit.core.subspace_cases import ORTHONORMAL, SIDES, gradient, orthonormality, random_basis, relative_energy
 
 METHODS = ["svd", "gram", "randomized"]
@@ -33,10 +34,9 @@ def test_exact_methods_capture_the_optimal_energy(method: str, rank: int, side: 
     assert abs(relative_energy(grad, basis, side) - 1.0) <= 1e-5
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("rank", [1, 5, 40, 1000])
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(
+    ("warm", "rank", "side", "shape"), half([False, True], [1, 5, 40, 1000], SIDES, SHAPES), ids=str
+)
 def test_randomized_is_orthonormal_and_near_the_optimum(
     warm: bool, rank: int, side: str, shape: tuple[int, int], way: str
 ) -> None:
