@@ -50,7 +50,9 @@ def preload() -> None:
     """
     if START is not FORKS:
         return
-    import tests.preloaded  # noqa: F401
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tests.preloaded  # noqa: F401
 
     spawn = util.spawnv_passfds
 

@@ -112,7 +112,8 @@ def test_recipe_with_the_preset_is_planned(tmp_path: Path) -> None:
     alone = {"NPROC": "1", "LAUNCHER": "python", "DS_ACCELERATOR": "cpu", "MASTER_PORT": "1"}
     done = run(command, tmp_path, VIRTUAL_ENV=str(tmp_path), **alone)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    script, *given = (tmp_path / "called.txt").read_text().splitlines()
+    unbuffered, script, *given = (tmp_path / "called.txt").read_text().splitlines()
+    assert unbuffered == "-u"
     (done,) = Forked(script, given, tmp_path).wait()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     said = re.search(r"^optimizer +FiraAdam: (.*)$", done.stdout, re.MULTILINE)[1]
