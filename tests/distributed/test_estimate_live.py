@@ -22,7 +22,10 @@ def label(value: int | Case) -> str:
 
 
 def full(case: Case) -> bool:
-    """All of AdamW but one: Fira's cases have their settings too."""
+    """Of AdamW all but one, whose settings Fira's cases have too; of Fira what others have with one more setting."""
+    plain = [{"zero_stage": stage, "dtype": "bf16"} for stage in (1, 2)]
+    if case[0] == "Fira":
+        return (case[1] in plain and not case[2]) or case[2] == {"state_dtype": "bfloat16"}
     return case[0] == "AdamW" and case[1] != {"zero_stage": 2, "dtype": "bf16"}
 
 

@@ -182,7 +182,10 @@ def same_run(found: dict[str, Any], losses: list[float], weights: dict[str, torc
 
 @pytest.mark.parametrize(
     ("stage", "params"),
-    [(0, {}), (1, {}), (2, {}), (2, {"exact_cuts": True}), (2, {"proj_type": "reverse_std"}), (3, {})],
+    [
+        *((0, {}), (1, {}), (3, {}), (2, {"exact_cuts": True}), (2, {"proj_type": "reverse_std"})),
+        pytest.param(2, {}, marks=pytest.mark.full),
+    ],
     ids=str,
 )
 def test_under_zero_it_is_galore_torch_on_the_whole_batch(

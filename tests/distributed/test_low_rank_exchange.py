@@ -17,7 +17,7 @@ from ds_fira.sharding.row_blocks import inside, touched_rows
 from ds_fira.sharding.split_matrix import SplitMatrix
 from tests.distributed.test_zero_parity import replay
 from tests.distributed.zero_jobs import config
-from tests.grids import half
+from tests.grids import once, widest
 from tests.ranks import Pools
 
 # At 2, 3 and 4 ranks: splits between rows, in the middle of rows, and matrices that lie whole. (2, 300) on 4 ranks has
@@ -26,6 +26,7 @@ SHAPES = [(12, 40), (40, 12), (13, 37), (12, 40), (31, 17), (40, 12), (2, 300)]
 FEW = SHAPES[:4]  # both sides, splits in rows
 PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1, "project_full_rank": True}
 STEPS = 6  # refreshes at 0 and 3
+SHORT = {"update_proj_gap": 2, "steps": 4}  # at 0 and 2
 # Of the weight change. R is summed over the ranks in another order than in one product, and nothing else differs, so
 # float32 rounding (6e-8) of R, grown by the moments of a few steps: 1e-7 to 1.2e-6 were measured over these tests. A
 # forgotten row or a limiter that differs shows at 1e-2 and more.
@@ -113,14 +114,14 @@ def check(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "changed"), half([2, 3, 4], [{"formulation": "paper", "proj_type": "right"}, {}]), ids=str
+    ("world_size", "changed"), once([2, 3, 4], [{"formulation": "paper", "proj_type": "right"}, {}]), ids=str
 )
 def test_one_process_s_weights(ranks: Pools, world_size: int, changed: dict[str, Any]) -> None:
     """Both sides, splits in and between rows, matrices over all ranks, refreshes and the limiter."""
-    results = run(ranks, world_size, **changed)
+    results = run(ranks, world_size, **SHORT, **changed)
     check(results, sides=changed.get("proj_type", "left right"))
     assert 0 < results[0]["metrics"]["limiter_activations"] < results[0]["metrics"]["matrix_steps"]
-    assert results[0]["metrics"]["matrix_steps"] == STEPS * len(SHAPES)
+    assert results[0]["metrics"]["matrix_steps"] == SHORT["steps"] * len(SHAPES)
     low_rank = [matrix for _, _, matrix in low_rank_matrices(results).values()]
     assert any(fragment.start % matrix.shape[1] for matrix in low_rank for _, fragment in matrix.fragments)
     if world_size == 4:
@@ -131,28 +132,30 @@ def test_one_process_s_weights(ranks: Pools, world_size: int, changed: dict[str,
 
 @pytest.mark.parametrize(
     ("changed", "sides"),
-    [
-        ({"proj_type": "left"}, "left"),
-        ({"scaling": "matrix", "formulation": "paper"}, "left right"),
-        ({"scaling": "none"}, "left right"),
-        ({"limiter": "none", "residual_scale": 0.5}, "left right"),
-        ({"residual": "none"}, "left right"),
-        ({"residual": "normalized"}, "left right"),
-        ({"residual": "normalized", "limiter": "growth", "formulation": "paper"}, "left right"),
-        ({"residual": "normalized", "scaling": "matrix", "limiter": "growth"}, "left right"),
-        ({"stagger": True}, "left right"),
-        ({"refresh_moments": "reset"}, "left right"),
-        ({"refresh_limiter": "reset", "gamma": 1.001}, "left right"),
-        ({"refresh_moments": "rotate"}, "left right"),
-        ({"subspace": "gram"}, "left right"),
-        ({"subspace": "randomized"}, "left right"),
-        ({"subspace": "randomized", "refresh_moments": "rotate", "stagger": True}, "left right"),
-    ],
+    widest(
+        [
+            ({"proj_type": "left"}, "left"),
+            ({"scaling": "matrix", "formulation": "paper"}, "left right"),
+            ({"scaling": "none"}, "left right"),
+            ({"limiter": "none", "residual_scale": 0.5}, "left right"),
+            ({"residual": "none"}, "left right"),
+            ({"residual": "normalized"}, "left right"),
+            ({"residual": "normalized", "limiter": "growth", "formulation": "paper"}, "left right"),
+            ({"residual": "normalized", "scaling": "matrix", "limiter": "growth"}, "left right"),
+            ({"stagger": True}, "left right"),
+            ({"refresh_moments": "reset"}, "left right"),
+            ({"refresh_limiter": "reset", "gamma": 1.001}, "left right"),
+            ({"refresh_moments": "rotate"}, "left right"),
+            ({"subspace": "gram"}, "left right"),
+            ({"subspace": "randomized"}, "left right"),
+            ({"subspace": "randomized", "refresh_moments": "rotate", "stagger": True}, "left right"),
+        ]
+    ),
     ids=str,
 )
 def test_settings(ranks: Pools, changed: dict[str, Any], sides: str) -> None:
     """Every setting that a step reads."""
-    check(run(ranks, 3, shapes=FEW, **changed), sides=sides, svd=changed.get("subspace", "svd") == "svd")
+    check(run(ranks, 2, shapes=FEW, **SHORT, **changed), sides=sides, svd=changed.get("subspace", "svd") == "svd")
 
 
 @pytest.mark.parametrize(
@@ -168,13 +171,13 @@ def test_settings(ranks: Pools, changed: dict[str, Any], sides: str) -> None:
 )
 def test_engines(ranks: Pools, dtype: str, stage: int, extra: dict[str, Any]) -> None:
     """Low-precision engines, both wrappers, round-robin order, offload."""
-    check(run(ranks, 3, dtype, stage, **extra))
+    check(run(ranks, 2, dtype, stage, shapes=FEW, **SHORT, **extra))
 
 
 def test_bf16_master_weights(ranks: Pools) -> None:
     """Master weights in bf16 are computed in float32 and rounded once: rounding may fall to the other side."""
     bf16 = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    results = run(ranks, 3, "bf16", bf16=bf16, shapes=SHAPES[:5])
+    results = run(ranks, 3, "bf16", bf16=bf16, shapes=SHAPES[:5], **SHORT)
     assert results[0]["start"][0][0].dtype == torch.bfloat16
     check(results, tolerance=2**-8)
 
@@ -188,13 +191,17 @@ def test_experts(ranks: Pools) -> None:
 
 def test_groups_of_the_user_s_optimizer(ranks: Pools) -> None:
     """Matrices of different shapes in one group, split anywhere, beside others that lie whole."""
-    ds_config = config(2, "fp32", PARAMS)
-    del ds_config["optimizer"]
-    results = ranks.run(3, "train_with_object", ds_config=ds_config, shapes=SHAPES, steps=STEPS, settings=PARAMS)
+    settings = {**PARAMS, "update_proj_gap": SHORT["update_proj_gap"]}
+    job = {"ds_config": config(2, "fp32", settings), "shapes": SHAPES, "steps": SHORT["steps"], "settings": settings}
+    del job["ds_config"]["optimizer"]
+    results = ranks.run(3, "train_with_object", **job)
     check(results)
 
 
-@pytest.mark.parametrize("changed", [{}, {"scaling": "matrix"}, {"proj_type": "right"}], ids=str)
+CHANGES = [{}, {"scaling": "matrix"}, {"proj_type": "right"}]
+
+
+@pytest.mark.parametrize("changed", widest(CHANGES), ids=str)
 def test_a_residual_that_is_rounding(ranks: Pools, changed: dict[str, Any]) -> None:
     """A gradient inside its new basis: the residual is summed itself, in two more collectives, and is no history."""
     job = {**changed, "alpha": 1.0, "steps": 4, "shapes": FEW}
@@ -287,4 +294,4 @@ def test_exact_cuts_gathers() -> None:
 def test_resume_is_exact(ranks: Pools, tmp_path: Path, stage: int, save_at: int) -> None:
     """Saved at a refresh or between two, loaded into a new engine on as many ranks: the same run to the bit."""
     job = {"shapes": FEW, "steps": 5, "save_at": save_at, "folder": str(tmp_path)}
-    assert ranks.run(3, "resume", ds_config=config(stage, "bf16", PARAMS), **job) == [True] * 3
+    assert ranks.run(2, "resume", ds_config=config(stage, "bf16", PARAMS), **job) == [True] * 2

@@ -49,7 +49,8 @@ def same_run(found: dict[str, Any], losses: list[float], weights: dict[str, Tens
 @pytest.mark.parametrize(
     ("kind", "stage", "params"),
     [
-        *((kind, 2, {}) for kind in KINDS),
+        (FiraLion, 2, {}),
+        *(pytest.param(kind, 2, {}, marks=pytest.mark.full) for kind in KINDS if kind is not FiraLion),
         (ds_fira.FiraRMSProp, 0, {}),
         (ds_fira.FiraRMSProp, 1, {"exact_cuts": True, "scaling": "matrix", "formulation": "paper"}),
         (ds_fira.FiraRMSProp, 2, {"scaling": "matrix", "formulation": "paper", "refresh_moments": "rotate"}),

@@ -20,7 +20,7 @@ from tests.ranks import Pools
 
 SHAPES = [(8, 6)] * 5 + [(6, 12)] * 3 + [(3, 40), (40, 7)]
 PARAMS = {"rank": 2, "update_proj_gap": 2, "lr": 0.01, "weight_decay": 0.05}
-SAVED, END = 3, 6  # a refresh at 2, and at 4 after the resume
+SAVED, END = 3, 5  # a refresh at 2, and at 4 after the resume
 TOLERANCE = 1e-5
 _whole: dict[str, Any] = {}
 _saved: dict[Any, tuple[Path, dict[str, Any]]] = {}
@@ -87,8 +87,8 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], tolerance: 
 
 
 def pairs(values: range) -> list[Any]:
-    """Every two of four values: in every run each with the next, the last with the first, and one with itself."""
-    quick = {(a, b): (b - a) % 4 == 1 or a == b == 2 for a in values for b in values}
+    """Every two of four values: in every run each with the next, and the last with the first."""
+    quick = {(a, b): (b - a) % 4 == 1 for a in values for b in values}
     return [pytest.param(*two, marks=() if now else pytest.mark.full) for two, now in quick.items()]
 
 
@@ -134,7 +134,7 @@ OPTIONS: dict[str, tuple[int, int, int, int, str, dict[str, Any]]] = {
 
 
 # Each dtype, wrapper and stage that these have is before and after a resume in another case.
-FULL = {"fp16 from stage 0", "from BF16_Optimizer to stage 2"}
+FULL = {"fp16 from stage 0", "from BF16_Optimizer to stage 2", "bf16", "bf16 states"}
 
 
 @pytest.mark.parametrize("case", full_if(FULL.__contains__, OPTIONS))

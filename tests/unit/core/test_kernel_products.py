@@ -32,13 +32,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("batch", "shape"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_projection_and_norms(
-    side: str, batch: tuple[int, ...], shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
-    m, n, rank = shape
+@pytest.mark.parametrize(
+    ("side", "case", "dtype"), half(SIDES, CASES, [torch.float32, torch.bfloat16, torch.float16]), ids=str
+)
+def test_projection_and_norms(side: str, case: Any, dtype: torch.dtype) -> None:
+    batch, (m, n, rank) = case
     grad = random(*batch, m, n, dtype=dtype)
     basis = random_basis(batch, m if side == "left" else n, rank)
     low_rank, grad_sq = kernels.project(grad, basis, side, "float32")
