@@ -62,9 +62,7 @@ def assert_parity(shape, gradients, *, rank, proj_type="std", alpha=1.0, weight_
     return our_state, their_state
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.25])
-@pytest.mark.parametrize("rank", [1, 4, 50], ids=["rank1", "rank4", "rank_above_both_sides"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "rank", "alpha"), half(SHAPES, [1, 4, 50], [1.0, 0.25]), ids=str)
 def test_std_matches_fira(shape, rank, alpha):
     assert_parity(shape, make_gradients(shape, STEPS), rank=rank, alpha=alpha)
 
