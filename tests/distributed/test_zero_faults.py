@@ -114,7 +114,7 @@ def test_a_weight_that_pauses(ranks: Pools, stage: int, dtype: str, how: str, st
         "tests.distributed.fault_jobs",
         ds_config=config(stage, dtype, PARAMS),
         shapes=SHAPES,
-        steps=7,
+        steps=10,
         pause=pause,
         how=how,
     )

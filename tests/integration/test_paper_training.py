@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from examples.reproduction import figure_2, report
 from examples.reproduction.lib import methods, train
@@ -32,15 +31,6 @@ def text() -> Text:
     rows = (first + 7 * np.arange(TINY.seq_length)) % TINY.vocabulary
     facts = {"source": "made", "tokens": {"train": rows.size}, "unigram_entropy": math.log(TINY.vocabulary)}
     return Text(rows, torch.from_numpy(rows[: TINY.validation_rows]), facts)
-
-
-@pytest.fixture
-def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few dots: that a picture is drawn matters here, not what is in it."""
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *names, **options: save(figure, *names, **{**options, "dpi": 20})
-    )
 
 
 @pytest.fixture
@@ -181,7 +171,6 @@ def invented(run: Run) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.usefixtures("small_pictures")
 def test_every_section_renders(tmp_path: Path) -> None:
     """From results of every run that the experiments ask for; they ask for more once learning rates are tuned."""
     results = Results(TINY, tmp_path)
@@ -202,7 +191,6 @@ def test_every_section_renders(tmp_path: Path) -> None:
             assert (tmp_path / Path(picture).name).is_file()
 
 
-@pytest.mark.usefixtures("small_pictures")
 def test_the_page_is_what_the_results_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/reproduction.md, made again from the committed results; plots go elsewhere."""
     monkeypatch.setattr(report, "FIGURES", tmp_path)
