@@ -10,15 +10,19 @@ time of most tests.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import io
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
+import sys
+import threading
 import traceback
 import warnings
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker, util
 from typing import Any
 
 import torch
@@ -39,22 +43,64 @@ class RankError(AssertionError):
 
 
 def preload() -> None:
-    """Begin, in the background, to import what ranks will need.
+    """Import what ranks will need, and fork the process that ranks are forked from.
 
-    What they print, such as the progress of a download, goes nowhere rather than among pytest's dots.
+    This process needs most of it too. `multiprocessing` would start a new interpreter, which imports for ten seconds
+    again.
     """
     if START is not FORKS:
         return
-    kept = [(number, os.dup(number)) for number in (1, 2)]
-    with open(os.devnull, "w") as nowhere:
-        for number, _ in kept:
-            os.dup2(nowhere.fileno(), number)
-        try:
-            forkserver.ensure_running()
-        finally:
-            for number, copy in kept:
-                os.dup2(copy, number)
-                os.close(copy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tests.preloaded  # noqa: F401
+
+    spawn = util.spawnv_passfds
+
+    def fork(path: bytes, arguments: list[Any], kept: list[int]) -> int:
+        code = os.fsdecode(arguments[-1])
+        if "multiprocessing.forkserver" not in code:  # the tracker of shared memory
+            return spawn(path, arguments, kept)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            _become_an_interpreter(code, kept)
+        return child
+
+    util.spawnv_passfds = fork
+    try:
+        forkserver.ensure_running()
+    finally:
+        util.spawnv_passfds = spawn
+
+
+def _become_an_interpreter(code: str, kept: list[int]) -> None:
+    """Run code as `python -c` does, in a fork of a process that runs pytest, without that one's files and hooks.
+
+    What it prints, such as the progress of a download, goes nowhere rather than among pytest's dots.
+    """
+    try:
+        for own in (forkserver._forkserver, resource_tracker._resource_tracker):  # one holds its lock at this moment
+            own.__init__()  # type: ignore[misc]
+        faulthandler.disable()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
+        # Kept, or their end would close a number that is another file's by then.
+        before = [sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__]
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(nowhere, number)
+        first = 3
+        for number in [*sorted(kept), os.sysconf("SC_OPEN_MAX")]:
+            os.closerange(first, number)
+            first = number + 1
+        sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+        exec(code, {"__name__": "__main__", "before": before})
+    finally:
+        os._exit(0)
 
 
 def free_port() -> int:

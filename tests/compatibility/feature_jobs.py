@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
@@ -262,11 +262,33 @@ FEATURES = [
 ]
 
 
-def try_features(chosen: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """What became of features, given by position in `FEATURES` and stage; see `option_jobs.try_config`."""
+def joined(features: Iterable[Feature]) -> list[Feature]:
+    """The same at their last stages, those in one that a config turns on and of which none sets what another sets."""
+    result: list[Feature] = []
+    for feature in features:
+        feature = replace(feature, stages=feature.stages[-1:])
+        own = feature.extra.keys() | feature.top.keys()
+        alike = ("expected", "stages", "dtype", "way")
+        for place, other in enumerate(result):
+            taken = own & (other.extra.keys() | other.top.keys() | {"gradient_clipping"})
+            same = all(getattr(feature, key) == getattr(other, key) for key in alike)
+            if same and not taken and (feature.expected, feature.way) == (SUPPORTED, try_config):
+                extra, top = {**other.extra, **feature.extra}, {**other.top, **feature.top}
+                result[place] = replace(other, name=f"{other.name}; {feature.name}", extra=extra, top=top)
+                break
+        else:
+            result.append(feature)
+    return result
+
+
+JOINED = joined(FEATURES)
+
+
+def try_features(chosen: list[tuple[int, int]], together: bool = False) -> list[dict[str, Any]]:
+    """What became of features, by position in `FEATURES`, or `JOINED`, and stage; see `option_jobs.try_config`."""
     answers = []
     for position, stage in chosen:
-        feature = FEATURES[position]
+        feature = (JOINED if together else FEATURES)[position]
         forget_autocast()
         answers.append(feature.way(feature.ds_config(stage)))
     return answers

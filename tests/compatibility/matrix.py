@@ -24,7 +24,7 @@ import torch
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
 from benchmarks.common import describe
-from tests.compatibility.feature_jobs import FEATURES, REFUSED, REMOVED
+from tests.compatibility.feature_jobs import FEATURES, JOINED, REFUSED, REMOVED
 from tests.compatibility.option_jobs import PARAMS
 from tests.compatibility.page import write_page
 from tests.distributed.zero_jobs import config
@@ -187,24 +187,19 @@ def rows_of(chosen: Sequence[Case], results: Sequence[dict[str, Any]]) -> list[d
     return list(rows.values())
 
 
-def run_features(pools: Pools, every_stage: bool = True) -> list[dict[str, Any]]:
-    """Try every feature, at every stage it is for or at the last of them.
+def run_features(pools: Pools, together: bool = False) -> list[dict[str, Any]]:
+    """Try every feature alone at every stage it is for, or several together at the last of them (`JOINED`).
 
     Returns:
         `name`, `stage`, `expected` and `result`: "supported" with the differences of `weights` and `gradients`,
         "refused" or "DeepSpeed's refusal" with the `message`, or "wrong" with what is.
     """
-    results = []
-    for position, stage in [
-        (i, stage)
-        for i, feature in enumerate(FEATURES)
-        for stage in feature.stages[slice(None) if every_stage else slice(-1, None)]
-    ]:
-        answers = pools.run(
-            RANKS, "try_features", module="tests.compatibility.feature_jobs", chosen=[(position, stage)]
-        )
+    results, features = [], JOINED if together else FEATURES
+    for position, stage in [(i, stage) for i, feature in enumerate(features) for stage in feature.stages]:
+        job = {"chosen": [(position, stage)], "together": together}
+        answers = pools.run(RANKS, "try_features", module="tests.compatibility.feature_jobs", **job)
         (answer,) = answers[0]
-        entry = {"name": FEATURES[position].name, "stage": stage, "expected": FEATURES[position].expected}
+        entry = {"name": features[position].name, "stage": stage, "expected": features[position].expected}
         if any(other[0].keys() != answer.keys() for other in answers):
             entry |= {"result": "wrong", "message": "the ranks disagree"}
         elif answer.get("refused_by"):

@@ -25,6 +25,7 @@ from tests.compatibility.matrix import (
 )
 from tests.compatibility.page import page
 from tests.compatibility.versions import count_with, install
+from tests.grids import full_if
 from tests.ranks import Pools
 
 
@@ -86,9 +87,10 @@ def test_the_whole_run_is_whole(results: dict[str, Any]) -> None:
     assert sorted(map(str, found)) == sorted(str((*case.row, *case.values)) for case in cases())
 
 
-def test_features(ranks: Pools) -> None:
+@pytest.mark.parametrize("together", full_if(False.__eq__, [True, False]))
+def test_features(ranks: Pools, together: bool) -> None:
     """What is supported trains as one process does; what is refused is refused by the one who is to."""
-    for entry in run_features(ranks, every_stage=False):
+    for entry in run_features(ranks, together):
         assert entry["result"] == entry["expected"], entry
         if entry["result"] == "refused":
             assert ": FiraAdam: " in entry["message"], entry

@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {"lr": 0.01, "rank": 2, "update_proj_gap": 3, "alpha"
 # One type for each: Adam, Adam without a residual, a rule with a state of every kind.
 FiraAdaGrad = ds_fira.plug(AdaGrad)
 ds_fira.register(FiraAdaGrad)
+TYPES = ("FiraAdam", "GaLoreAdam", "FiraAdaGrad")
 EXPECTED = "expected-{}.pt"
 ALONE = "alone.pt"
 
@@ -73,7 +74,7 @@ class Case:
 
 def _cases() -> Iterator[Case]:
     dtypes = {0: "fp32", 1: "bf16", 2: "bf16", 3: "bf16"}
-    for optimizer in ("FiraAdam", "GaLoreAdam", "FiraAdaGrad"):
+    for optimizer in TYPES:
         for stage, dtype in dtypes.items():
             for state_dtype in ("float32", "int8"):
                 for size in (1, 2):

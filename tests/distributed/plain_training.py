@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 # Stage, dtype, and how DeepSpeed gets the optimizer.
 RUNS = [(0, "float32", "object"), (0, "float16", "object"), (2, "float16", "function"), (3, "bfloat16", "object")]
-STEPS = 8
+STEPS = 4
 
 
 def build(stage: int, dtype: str, given: str) -> deepspeed.DeepSpeedEngine:

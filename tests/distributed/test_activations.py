@@ -12,6 +12,7 @@ from torch import nn
 
 import ds_fira
 from tests.distributed.activation_jobs import BLOCK, PlainNet, language_model
+from tests.grids import half
 from tests.ranks import Pools
 
 JOBS = "tests.distributed.activation_jobs"
@@ -22,9 +23,9 @@ def checkpoints_layers(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("method", ["transformers", "deepspeed"])
+@pytest.mark.parametrize(
+    ("method", "kind", "dtype"), half(["transformers", "deepspeed"], ["llama", "gpt2", "mixtral"], ["fp32", "bf16"])
+)
 def test_gradients_equal_to_the_bit(ranks: Pools, kind: str, method: str, dtype: str) -> None:
     """With dropout; Mixtral's auxiliary loss comes from router logits, which hooks take out of the layers."""
     assert ranks.run(1, "differing_gradients", JOBS, kind=kind, method=method, dtype=dtype) == [[]]

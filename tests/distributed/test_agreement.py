@@ -9,6 +9,7 @@ import pytest
 
 from ds_fira.engine.deepspeed.description import describe_difference, plain
 from tests.distributed.crash_jobs import Run
+from tests.grids import once
 from tests.ranks import Pools
 
 LIMIT = 10.0  # seconds for every rank to answer
@@ -116,8 +117,7 @@ def test_every_rank_names_the_one_that_differs(ranks: Pools, stage: int, world_s
         assert refused or text.endswith("; give every rank the same DeepSpeed config, model and parameters."), text
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("how", ["object", "function", "hidden"])
+@pytest.mark.parametrize(("stage", "how"), once([0, 2, 3], ["object", "function", "hidden"]))
 def test_optimizers_that_the_user_makes(ranks: Pools, stage: int, how: str) -> None:
     """Settings and parameters of an object, and of what a function returns, whether or not its code names FiraAdam."""
     changes = [{"alpha": 0.7}, {"lr": 0.3}, {"drop": True}, {"state_dtype": "int8"}, {"DS_FIRA_KERNELS": "0"}, {}]

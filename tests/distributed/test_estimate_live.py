@@ -21,9 +21,18 @@ def label(value: int | Case) -> str:
     return " ".join([method, *(f"{key}={given}" for key, given in {**setup, **params}.items())])
 
 
+def full(case: Case) -> bool:
+    """Of AdamW all but one, whose settings Fira's cases have too; of Fira what others have with one more setting."""
+    plain = [{"zero_stage": stage, "dtype": "bf16"} for stage in (1, 2)]
+    if case[0] == "Fira":
+        return (case[1] in plain and not case[2]) or case[2] == {"state_dtype": "bfloat16"}
+    return case[0] == "AdamW" and case[1] != {"zero_stage": 2, "dtype": "bf16"}
+
+
 @pytest.mark.parametrize(
     ("world_size", "case"),
-    [pytest.param(1, case, marks=pytest.mark.full) for case in STAGES] + [(2, case) for case in STAGES + MORE],
+    [pytest.param(1, case, marks=pytest.mark.full) for case in STAGES]
+    + [pytest.param(2, case, marks=pytest.mark.full if full(case) else ()) for case in STAGES + MORE],
     ids=label,
 )
 def test_estimate_agrees_with_a_live_engine(ranks: Pools, tmp_path: Path, world_size: int, case: Case) -> None:

@@ -17,13 +17,16 @@ from ds_fira.sharding.row_blocks import inside, touched_rows
 from ds_fira.sharding.split_matrix import SplitMatrix
 from tests.distributed.test_zero_parity import replay
 from tests.distributed.zero_jobs import config
+from tests.grids import once, widest
 from tests.ranks import Pools
 
 # At 2, 3 and 4 ranks: splits between rows, in the middle of rows, and matrices that lie whole. (2, 300) on 4 ranks has
 # fragments inside one row.
 SHAPES = [(12, 40), (40, 12), (13, 37), (12, 40), (31, 17), (40, 12), (2, 300)]
-PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 4, "alpha": 0.5, "weight_decay": 0.1, "project_full_rank": True}
-STEPS = 9  # refreshes at 0, 4 and 8
+FEW = SHAPES[:4]  # both sides, splits in rows
+PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1, "project_full_rank": True}
+STEPS = 6  # refreshes at 0 and 3
+SHORT = {"update_proj_gap": 2, "steps": 4}  # at 0 and 2
 # Of the weight change. R is summed over the ranks in another order than in one product, and nothing else differs, so
 # float32 rounding (6e-8) of R, grown by the moments of a few steps: 1e-7 to 1.2e-6 were measured over these tests. A
 # forgotten row or a limiter that differs shows at 1e-2 and more.
@@ -110,14 +113,15 @@ def check(
     assert not svd or sum(result["decompositions"] for result in results) == results[0]["metrics"]["refreshes"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("changed", [{}, {"formulation": "paper", "proj_type": "right"}], ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "changed"), once([2, 3, 4], [{"formulation": "paper", "proj_type": "right"}, {}]), ids=str
+)
 def test_one_process_s_weights(ranks: Pools, world_size: int, changed: dict[str, Any]) -> None:
     """Both sides, splits in and between rows, matrices over all ranks, refreshes and the limiter."""
-    results = run(ranks, world_size, **changed)
+    results = run(ranks, world_size, **SHORT, **changed)
     check(results, sides=changed.get("proj_type", "left right"))
     assert 0 < results[0]["metrics"]["limiter_activations"] < results[0]["metrics"]["matrix_steps"]
-    assert results[0]["metrics"]["matrix_steps"] == STEPS * len(SHAPES)
+    assert results[0]["metrics"]["matrix_steps"] == SHORT["steps"] * len(SHAPES)
     low_rank = [matrix for _, _, matrix in low_rank_matrices(results).values()]
     assert any(fragment.start % matrix.shape[1] for matrix in low_rank for _, fragment in matrix.fragments)
     if world_size == 4:
@@ -128,28 +132,30 @@ def test_one_process_s_weights(ranks: Pools, world_size: int, changed: dict[str,
 
 @pytest.mark.parametrize(
     ("changed", "sides"),
-    [
-        ({"proj_type": "left"}, "left"),
-        ({"scaling": "matrix", "formulation": "paper"}, "left right"),
-        ({"scaling": "none"}, "left right"),
-        ({"limiter": "none", "residual_scale": 0.5}, "left right"),
-        ({"residual": "none"}, "left right"),
-        ({"residual": "normalized"}, "left right"),
-        ({"residual": "normalized", "limiter": "growth", "formulation": "paper"}, "left right"),
-        ({"residual": "normalized", "scaling": "matrix", "limiter": "growth"}, "left right"),
-        ({"stagger": True}, "left right"),
-        ({"refresh_moments": "reset"}, "left right"),
-        ({"refresh_limiter": "reset", "gamma": 1.001}, "left right"),
-        ({"refresh_moments": "rotate"}, "left right"),
-        ({"subspace": "gram"}, "left right"),
-        ({"subspace": "randomized"}, "left right"),
-        ({"subspace": "randomized", "refresh_moments": "rotate", "stagger": True}, "left right"),
-    ],
+    widest(
+        [
+            ({"proj_type": "left"}, "left"),
+            ({"scaling": "matrix", "formulation": "paper"}, "left right"),
+            ({"scaling": "none"}, "left right"),
+            ({"limiter": "none", "residual_scale": 0.5}, "left right"),
+            ({"residual": "none"}, "left right"),
+            ({"residual": "normalized"}, "left right"),
+            ({"residual": "normalized", "limiter": "growth", "formulation": "paper"}, "left right"),
+            ({"residual": "normalized", "scaling": "matrix", "limiter": "growth"}, "left right"),
+            ({"stagger": True}, "left right"),
+            ({"refresh_moments": "reset"}, "left right"),
+            ({"refresh_limiter": "reset", "gamma": 1.001}, "left right"),
+            ({"refresh_moments": "rotate"}, "left right"),
+            ({"subspace": "gram"}, "left right"),
+            ({"subspace": "randomized"}, "left right"),
+            ({"subspace": "randomized", "refresh_moments": "rotate", "stagger": True}, "left right"),
+        ]
+    ),
     ids=str,
 )
 def test_settings(ranks: Pools, changed: dict[str, Any], sides: str) -> None:
     """Every setting that a step reads."""
-    check(run(ranks, 3, **changed), sides=sides, svd=changed.get("subspace", "svd") == "svd")
+    check(run(ranks, 2, shapes=FEW, **SHORT, **changed), sides=sides, svd=changed.get("subspace", "svd") == "svd")
 
 
 @pytest.mark.parametrize(
@@ -165,13 +171,13 @@ def test_settings(ranks: Pools, changed: dict[str, Any], sides: str) -> None:
 )
 def test_engines(ranks: Pools, dtype: str, stage: int, extra: dict[str, Any]) -> None:
     """Low-precision engines, both wrappers, round-robin order, offload."""
-    check(run(ranks, 3, dtype, stage, **extra))
+    check(run(ranks, 2, dtype, stage, shapes=FEW, **SHORT, **extra))
 
 
 def test_bf16_master_weights(ranks: Pools) -> None:
     """Master weights in bf16 are computed in float32 and rounded once: rounding may fall to the other side."""
     bf16 = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    results = run(ranks, 3, "bf16", bf16=bf16, shapes=SHAPES[:5])
+    results = run(ranks, 3, "bf16", bf16=bf16, shapes=SHAPES[:5], **SHORT)
     assert results[0]["start"][0][0].dtype == torch.bfloat16
     check(results, tolerance=2**-8)
 
@@ -185,18 +191,22 @@ def test_experts(ranks: Pools) -> None:
 
 def test_groups_of_the_user_s_optimizer(ranks: Pools) -> None:
     """Matrices of different shapes in one group, split anywhere, beside others that lie whole."""
-    ds_config = config(2, "fp32", PARAMS)
-    del ds_config["optimizer"]
-    results = ranks.run(3, "train_with_object", ds_config=ds_config, shapes=SHAPES, steps=STEPS, settings=PARAMS)
+    settings = {**PARAMS, "update_proj_gap": SHORT["update_proj_gap"]}
+    job = {"ds_config": config(2, "fp32", settings), "shapes": SHAPES, "steps": SHORT["steps"], "settings": settings}
+    del job["ds_config"]["optimizer"]
+    results = ranks.run(3, "train_with_object", **job)
     check(results)
 
 
-@pytest.mark.parametrize("changed", [{}, {"scaling": "matrix"}, {"proj_type": "right"}], ids=str)
+CHANGES = [{}, {"scaling": "matrix"}, {"proj_type": "right"}]
+
+
+@pytest.mark.parametrize("changed", widest(CHANGES), ids=str)
 def test_a_residual_that_is_rounding(ranks: Pools, changed: dict[str, Any]) -> None:
     """A gradient inside its new basis: the residual is summed itself, in two more collectives, and is no history."""
-    job = {**changed, "alpha": 1.0, "steps": 5}
+    job = {**changed, "alpha": 1.0, "steps": 4, "shapes": FEW}
     ordinary = run(ranks, 3, **job)
-    faulty = run(ranks, 3, **job, faults={4: ("layers.2.weight", "rank 1")})
+    faulty = run(ranks, 3, **job, faults={3: ("layers.2.weight", "rank 1")})
     check(faulty, sides="right" if changed.get("proj_type") else "left right")
     for before, after in zip(ordinary, faulty, strict=True):
         assert after["collectives"] == before["collectives"] + 2
@@ -206,11 +216,11 @@ def test_a_residual_that_is_rounding(ranks: Pools, changed: dict[str, Any]) -> N
         assert faulty[rank]["state"][group][0][f"residual_norm.cut{position}"] == 0.0
 
 
-@pytest.mark.parametrize(("when", "value"), [(0, math.nan), (2, math.inf), (4, math.nan)])
+@pytest.mark.parametrize(("when", "value"), [(0, math.nan), (2, math.inf), (3, math.nan)])
 def test_one_rank_s_gradient_is_not_finite(ranks: Pools, value: float, when: int) -> None:
     """One element, so one rank's fragment: nothing of the matrix changes on any rank, and a due refresh waits."""
     faults = {when: ("layers.2.weight", (5, value))}
-    results = run(ranks, 3, "bf16", bf16={"check_grad_overflow": False}, faults=faults)
+    results = run(ranks, 3, "bf16", bf16={"check_grad_overflow": False}, faults=faults, shapes=FEW)
     group, position, matrix = low_rank_matrices(results)["layers.2.weight"]
     broken = [not result["gradients"][when][group][0].isfinite().all() for result in results]
     assert sum(broken) == 1
@@ -218,10 +228,10 @@ def test_one_rank_s_gradient_is_not_finite(ranks: Pools, value: float, when: int
     assert {int(results[rank]["state"][group][0][f"step.cut{position}"]) for rank, _ in matrix.fragments} == {STEPS - 1}
 
 
-@pytest.mark.parametrize("when", [0, 2, 4])
+@pytest.mark.parametrize("when", [0, 2, 3])
 def test_a_zero_gradient(ranks: Pools, when: int) -> None:
     """Before the first basis only decay, later a step with the moments; a due refresh waits."""
-    results = run(ranks, 3, faults={when: ("layers.2.weight", 0.0)})
+    results = run(ranks, 3, faults={when: ("layers.2.weight", 0.0)}, shapes=FEW)
     check(results)
     group, position, matrix = low_rank_matrices(results)["layers.2.weight"]
     state = results[matrix.owner]["state"][group][0]
@@ -280,8 +290,8 @@ def test_exact_cuts_gathers() -> None:
     assert plan_hash(plans[0]) != plan_hash(plans[1])
 
 
-@pytest.mark.parametrize(("stage", "save_at"), [(1, 4), (2, 3)])
+@pytest.mark.parametrize(("stage", "save_at"), [(1, 3), (2, 2)])
 def test_resume_is_exact(ranks: Pools, tmp_path: Path, stage: int, save_at: int) -> None:
     """Saved at a refresh or between two, loaded into a new engine on as many ranks: the same run to the bit."""
-    job = {"shapes": SHAPES, "steps": 7, "save_at": save_at, "folder": str(tmp_path)}
-    assert ranks.run(3, "resume", ds_config=config(stage, "bf16", PARAMS), **job) == [True] * 3
+    job = {"shapes": FEW, "steps": 5, "save_at": save_at, "folder": str(tmp_path)}
+    assert ranks.run(2, "resume", ds_config=config(stage, "bf16", PARAMS), **job) == [True] * 2

@@ -18,38 +18,39 @@ from tests.distributed import test_resize as resize
 from tests.distributed import test_zero3 as zero3
 from tests.distributed import test_zero_parity as parity
 from tests.distributed.zero_jobs import Net, config
+from tests.grids import full_if, half
 from tests.ranks import Pools
 
 NORMALIZED = {"residual": "normalized"}
 MATRIX = {**NORMALIZED, "scaling": "matrix", "limiter": "growth"}
 # No p, and a residual that grows; as the preset has it.
 GROWING = {**NORMALIZED, "residual_beta": 0.0, "residual_warmup": 5}
+WAYS = {"column": NORMALIZED, "matrix": MATRIX}
+ALL_WAYS = {**WAYS, "growing": GROWING}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("changed", [NORMALIZED, MATRIX, GROWING], ids=["column", "matrix", "growing"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_make_one_process_s_steps(ranks: Pools, stage: int, changed: dict[str, Any], dtype: str) -> None:
+@pytest.mark.parametrize(("stage", "way", "dtype"), half([1, 2, 3], ALL_WAYS, ["fp32", "bf16"]))
+def test_two_ranks_make_one_process_s_steps(ranks: Pools, stage: int, way: str, dtype: str) -> None:
     """Split matrices stepped where they lie, but for rounding; those that lie whole to the bit."""
     module = zero3 if stage == 3 else exchange
     options = {} if stage == 3 else {"stage": stage}
-    module.check(module.run(ranks, 2, dtype, **options, **changed))
+    module.check(module.run(ranks, 2, dtype, shapes=exchange.FEW, **options, **ALL_WAYS[way]))
 
 
-@pytest.mark.parametrize("changed", [NORMALIZED, MATRIX], ids=["column", "matrix"])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_exact_cuts_are_equal_to_the_bit(ranks: Pools, stage: int, changed: dict[str, Any]) -> None:
-    params = {**parity.EXACT, **changed}
-    results = ranks.run(2, "train", ds_config=config(stage, "bf16", params), shapes=parity.SHAPES, steps=7)
+@pytest.mark.parametrize(("stage", "way"), half([1, 2], WAYS))
+def test_exact_cuts_are_equal_to_the_bit(ranks: Pools, stage: int, way: str) -> None:
+    params = {**parity.EXACT, **WAYS[way]}
+    results = ranks.run(2, "train", ds_config=config(stage, "bf16", params), shapes=parity.SHAPES, steps=5)
     assert any(matrix.way == "gathered" for layout in results[0]["layouts"] for matrix in layout.split)
     parity.check(results)
 
 
-@pytest.mark.parametrize("changed", [NORMALIZED, MATRIX, {**NORMALIZED, "state_dtype": "bfloat16"}], ids=str)
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    ("stage", "changed"), half([2, 3], [NORMALIZED, MATRIX, {**NORMALIZED, "state_dtype": "bfloat16"}]), ids=str
+)
 def test_memory_is_reported_estimated_and_measured_alike(ranks: Pools, stage: int, changed: dict[str, Any]) -> None:
     """The averages are in the planned bytes and in the formula: one number a column or row, or a matrix."""
-    params, shapes = {**exchange.PARAMS, **changed}, exchange.SHAPES
+    params, shapes = {**exchange.PARAMS, **changed}, exchange.FEW
     job = {"ds_config": config(stage, "fp32", params), "shapes": shapes, "steps": 2}
     memory = ranks.run(2, "train", **job, **({"module": zero3.MODULE} if stage == 3 else {}))[0]["memory"]
     planned, scaled = plan_run(Net(shapes), 2, stage, **params), plan_run(Net(shapes), 2, stage, **exchange.PARAMS)
@@ -68,9 +69,9 @@ def test_experts(ranks: Pools) -> None:
 @pytest.mark.parametrize("changed", [NORMALIZED, MATRIX], ids=["column", "matrix"])
 def test_no_further_collectives_and_bytes(ranks: Pools, changed: dict[str, Any]) -> None:
     """As many as of a scaled residual, and none more where the residual is rounding, which is damped on every rank."""
-    job = {"alpha": 1.0, "steps": 5}
+    job = {"alpha": 1.0, "steps": 4, "shapes": exchange.FEW}
     scaled, ordinary = exchange.run(ranks, 3, **job), exchange.run(ranks, 3, **job, **changed)
-    faulty = exchange.run(ranks, 3, **job, **changed, faults={4: ("layers.2.weight", "rank 1")})
+    faulty = exchange.run(ranks, 3, **job, **changed, faults={3: ("layers.2.weight", "rank 1")})
     exchange.check(ordinary)
     for before, after, rounding in zip(scaled, ordinary, faulty, strict=True):
         assert after["bytes_sent"] == before["bytes_sent"] == rounding["bytes_sent"]
@@ -82,12 +83,14 @@ def test_no_further_collectives_and_bytes(ranks: Pools, changed: dict[str, Any])
         assert (parts["weight"] - parts["sharded"]).norm() <= 1e-4 * change, name
 
 
-@pytest.mark.parametrize("changed", [NORMALIZED, MATRIX], ids=["column", "matrix"])
-@pytest.mark.parametrize(("when", "value"), [(0, math.nan), (2, math.inf)])
-def test_one_rank_s_gradient_is_not_finite(ranks: Pools, value: float, when: int, changed: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("fault", "way"), half([(0, math.nan), (2, math.inf)], WAYS))
+def test_one_rank_s_gradient_is_not_finite(ranks: Pools, fault: tuple[int, float], way: str) -> None:
     """Neither p nor the count of steps moves, on any rank."""
+    when, value = fault
     faults = {when: ("layers.2.weight", (5, value))}
-    results = exchange.run(ranks, 3, "bf16", bf16={"check_grad_overflow": False}, faults=faults, **changed)
+    results = exchange.run(
+        ranks, 3, "bf16", bf16={"check_grad_overflow": False}, faults=faults, shapes=exchange.FEW, **WAYS[way]
+    )
     exchange.check(results)
     group, position, matrix = exchange.low_rank_matrices(results)["layers.2.weight"]
     counts = {int(results[rank]["state"][group][0][f"step.cut{position}"]) for rank, _ in matrix.fragments}
@@ -111,7 +114,7 @@ ELSEWHERE: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", ELSEWHERE)
+@pytest.mark.parametrize("case", full_if("to stage 3, matrix".__eq__, ELSEWHERE))
 def test_a_run_goes_on_elsewhere(ranks: Pools, folders: Path, case: str) -> None:
     before, stage, after, new_stage, params = ELSEWHERE[case]
     folder = resize.saved(ranks, folders, before, stage, params=params)
@@ -124,14 +127,13 @@ def averages(folder: Path) -> list[torch.Tensor]:
     return [state.residual_avg_sq for parts in saved.matrices.values() for place, state in parts if len(place.kept)]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("params", [NORMALIZED, MATRIX], ids=["column", "matrix"])
+@pytest.mark.parametrize(("way", "world_size"), half(WAYS, [2, 3]))
 def test_a_scaled_run_goes_on_normalized_and_back(
-    ranks: Pools, folders: Path, tmp_path: Path, params: dict[str, Any], world_size: int
+    ranks: Pools, folders: Path, tmp_path: Path, way: str, world_size: int
 ) -> None:
     """On as many ranks, and on others: the first step is from the same weights, the averages begin with it."""
     folder, there = resize.saved(ranks, folders, 2, 2), tmp_path / "there"
-    job = {"load": str(folder), "save": str(there), "seed": 7, "params": params}
+    job = {"load": str(folder), "save": str(there), "seed": 7, "params": WAYS[way]}
     unstepped = resize.job(ranks, world_size, 2, first=resize.SAVED, last=resize.SAVED, **job)
     assert unstepped["settings"]["residual"] == "normalized"
     assert all(float(part.max()) < 0.0 for part in averages(there))

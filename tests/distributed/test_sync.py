@@ -13,6 +13,7 @@ import ds_fira
 from ds_fira.engine.deepspeed import tensor_hash
 from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from tests.distributed.zero_jobs import config
+from tests.grids import once
 from tests.ranks import Pools
 
 SHAPES = [(8, 6), (6, 9), (8, 6), (5, 7)]
@@ -44,8 +45,7 @@ def run(
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(("stage", "dtype"), once([0, 1, 2], ["fp32", "bf16", "fp16"]))
 def test_a_flipped_bit_stops_every_rank_by_name(ranks: Pools, stage: int, dtype: str) -> None:
     """In step 4 on rank 1 of 3, in one bit of one weight: every rank stops there with the same sentence."""
     results = run(ranks, 3, stage, dtype, 2, (4, 1, "layers.1.weight"))

@@ -11,14 +11,14 @@ import torch
 import ds_fira
 from ds_fira.optim.presets import PRESETS, ModelSize, transferred_scale
 from tests.distributed.zero_jobs import config
+from tests.grids import once
 from tests.ranks import Pools
 
 SHAPES = [(8, 6), (6, 9), (8, 6), (5, 7)]
 PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("world_size", "dtype"), once([1, 2, 3], ["fp32", "bf16", "fp16"]))
 def test_stage_0(ranks: Pools, world_size: int, dtype: str) -> None:
     """Replicated states: all ranks agree to the bit, and with one process; each basis is computed once for all."""
     results = ranks.run(
@@ -142,9 +142,7 @@ def test_scheduler_reaches_every_group(ranks: Pools) -> None:
     assert results[0]["lr"] == pytest.approx([0.4] * len(results[0]["lr"]))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, "rank 1"])
-@pytest.mark.parametrize("when", [0, 3])
+@pytest.mark.parametrize(("when", "value", "stage"), once([0, 3], [float("nan"), float("inf"), 0.0, "rank 1"], [0, 2]))
 def test_faulty_gradients_pass(ranks: Pools, stage: int, value: float | str, when: int) -> None:
     """One matrix's gradient is NaN, infinite, zero or of rank 1, at the first step or at a refresh: training goes on.
 
@@ -185,19 +183,24 @@ def test_faulty_gradients_pass(ranks: Pools, stage: int, value: float | str, whe
 @pytest.mark.parametrize(
     ("stage", "save_at", "options"),
     [
-        *((stage, save_at, {}) for stage in (0, 1, 2, 3) for save_at in (3, 4)),
-        (3, 3, {"exact_cuts": True}),
-        (3, 4, {"state_dtype": "int8", "subspace": "randomized", "refresh_moments": "rotate"}),
-        (2, 4, {"exact_cuts": True}),
-        (0, 4, {"state_dtype": "bfloat16"}),
-        (2, 4, {"state_dtype": "bfloat16", "subspace": "randomized", "refresh_moments": "rotate"}),
-        (2, 3, {"state_dtype": "int8", "subspace": "gram", "stagger": True}),
+        (0, 2, {}),
+        (1, 3, {}),
+        *(
+            pytest.param(stage, save_at, {}, marks=pytest.mark.full)  # stages 2 and 3 with other settings below
+            for stage, save_at in [(0, 3), (1, 2), (2, 2), (2, 3), (3, 2), (3, 3)]
+        ),
+        (3, 2, {"exact_cuts": True}),
+        (3, 3, {"state_dtype": "int8", "subspace": "randomized", "refresh_moments": "rotate"}),
+        pytest.param(2, 3, {"exact_cuts": True}, marks=pytest.mark.full),
+        pytest.param(0, 3, {"state_dtype": "bfloat16"}, marks=pytest.mark.full),
+        (2, 3, {"state_dtype": "bfloat16", "subspace": "randomized", "refresh_moments": "rotate"}),
+        (2, 2, {"state_dtype": "int8", "subspace": "gram", "stagger": True}),
     ],
 )
 def test_resume_is_exact(ranks: Pools, tmp_path: Path, stage: int, save_at: int, options: dict[str, Any]) -> None:
     """Saved at a refresh or between two, loaded into a new engine on as many ranks: the same run to the bit."""
-    ds_config = config(stage, "bf16", {**PARAMS, **options})
+    ds_config = config(stage, "bf16", {**PARAMS, "update_proj_gap": 2, **options})
     assert (
-        ranks.run(3, "resume", ds_config=ds_config, shapes=SHAPES, steps=7, save_at=save_at, folder=str(tmp_path))
-        == [True] * 3
+        ranks.run(2, "resume", ds_config=ds_config, shapes=SHAPES, steps=5, save_at=save_at, folder=str(tmp_path))
+        == [True] * 2
     )

@@ -114,7 +114,7 @@ def test_a_weight_that_pauses(ranks: Pools, stage: int, dtype: str, how: str, st
         "tests.distributed.fault_jobs",
         ds_config=config(stage, dtype, PARAMS),
         shapes=SHAPES,
-        steps=10,
+        steps=7,
         pause=pause,
         how=how,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.integration.hf_jobs import EXAMPLES, MATRICES, ROOT, optimizer_states, write_config, write_inputs
-from tests.programs import run
+from tests.programs import Forked, run, run_code
 from tests.ranks import Pools
 
 # An epoch is four steps, the last of them of one micro-batch.
@@ -56,24 +57,57 @@ def whole(ranks: Pools, folder: Path) -> dict[str, Any]:
     return json.loads((folder / "whole" / "figures.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def resumed(whole: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """New processes of `accelerate launch` with the repository's YAML go on from step five; their figures."""
-    launcher = ["accelerate", "launch", "--config_file", str(ROOT / "ds_configs" / "accelerate_zero2.yaml")]
-    script = ["--main_process_port", "0", str(EXAMPLES / "accelerate_train.py")]
-    state = {"resume": folder / "whole" / f"step_{SAVED}", "save-every": STEPS}
-    done = run([*launcher, *script, *arguments(folder, "resumed", **state)], folder)
+LAUNCH = ["launch", "--config_file", str(ROOT / "ds_configs" / "accelerate_zero2.yaml"), "--main_process_port", "0"]
+TELLS_WHERE_IT_IS = """
+import json, os, pathlib
+pathlib.Path(f"place-{os.environ['RANK']}.json").write_text(json.dumps(dict(os.environ)))
+"""
+# What the launcher's processes meet by, and its forks by other means.
+MEETING = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+
+
+def told_by_the_launcher(folder: Path) -> dict[str, str]:
+    """What `accelerate launch` with the repository's YAML puts into the environment of both its processes."""
+    script = folder / "tells.py"
+    script.write_text(TELLS_WHERE_IT_IS)
+    code = "from accelerate.commands.accelerate_cli import main; main()"
+    done = run_code(code, [*LAUNCH, str(script)], folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("validation loss") == 1, "each process took itself for the only one"
-    return json.loads((folder / "resumed" / "figures.json").read_text())
+    places = [json.loads((folder / f"place-{rank}.json").read_text()) for rank in range(2)]
+    assert [place["WORLD_SIZE"] for place in places] == ["2", "2"]
+    told = [
+        {name: value for name, value in place.items() if os.environ.get(name) != value and not name.startswith(MEETING)}
+        for place in places
+    ]
+    assert told[0] == told[1]
+    assert told[0]["ACCELERATE_USE_DEEPSPEED"] == "true"
+    return told[0]
 
 
-def test_a_resumed_run_is_equal_to_the_bit(whole: dict[str, Any], resumed: dict[str, Any], folder: Path) -> None:
+@pytest.fixture(scope="module", params=["forks", pytest.param("launcher", marks=pytest.mark.full)])
+def resumed(request: pytest.FixtureRequest, whole: dict[str, Any], folder: Path) -> Path:
+    """Other processes go on from step five: forks with the launcher's environment, or those of `accelerate launch`."""
+    name, script = f"resumed-{request.param}", str(EXAMPLES / "accelerate_train.py")
+    state = {"resume": folder / "whole" / f"step_{SAVED}", "save-every": STEPS}
+    options = arguments(folder, name, **state)
+    if request.param == "forks":
+        processes = Forked(script, options, folder, name, ranks=2, variables=told_by_the_launcher(folder)).wait()
+    else:
+        processes = [run(["accelerate", *LAUNCH, script, *options], folder)]
+    for done in processes:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    said = "".join(done.stdout for done in processes)
+    assert said.count("validation loss") == 1, "each process took itself for the only one"
+    return folder / name
+
+
+def test_a_resumed_run_is_equal_to_the_bit(whole: dict[str, Any], resumed: Path, folder: Path) -> None:
     """Weights, losses and what the optimizer holds, from the middle of the second epoch on."""
-    assert whole["losses"][SAVED:] == resumed["losses"]
-    assert len(resumed["losses"]) == STEPS - SAVED
-    assert whole["val_loss"] == resumed["val_loss"]
-    weights = [load_file(folder / run / "model" / "model.safetensors") for run in ("whole", "resumed")]
+    figures = json.loads((resumed / "figures.json").read_text())
+    assert whole["losses"][SAVED:] == figures["losses"]
+    assert len(figures["losses"]) == STEPS - SAVED
+    assert whole["val_loss"] == figures["val_loss"]
+    weights = [load_file(run / "model" / "model.safetensors") for run in (folder / "whole", resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 

@@ -52,7 +52,7 @@ def test_wrong_options_stop_with_one_sentence(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--hidden-size", "16384", "--layers", "400"], "the model needs about .* GiB for each process with Fira and"),
+        (["--hidden-size", "65536", "--layers", "25"], "the model needs about .* GiB for each process with Fira and"),
         (["--total-batch-size", "5"], "a batch of 5 sequences .* does not divide by 2 processes: .*batch-size 6$"),
     ],
     ids=["memory", "batch"],

@@ -98,11 +98,23 @@ def test_recipe_trains(tmp_path: Path) -> None:
 
 
 def test_recipe_with_the_preset_is_planned(tmp_path: Path) -> None:
-    """The command's own plan for LLaMA 60M: the preset in place of the config's lr and alpha, and what it gives."""
+    """The command's own plan for LLaMA 60M: the preset in place of the config's lr and alpha, and what it gives.
+
+    The command finds a `python` that writes down what it is called with; a fork runs that.
+    """
     options = ["--preset", "recommended", "--dry-run", "--data", "text.txt", "--tokenizer", "train"]
     write_text(tmp_path)
     command = ["bash", str(ROOT / "launch" / "llama_60m.sh"), *options, "--output-dir", "out"]
-    done = run(command, tmp_path, VIRTUAL_ENV=sys.prefix, NPROC="1", LAUNCHER="python")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >called.txt\n')
+    python.chmod(0o755)
+    alone = {"NPROC": "1", "LAUNCHER": "python", "DS_ACCELERATOR": "cpu", "MASTER_PORT": "1"}
+    done = run(command, tmp_path, VIRTUAL_ENV=str(tmp_path), **alone)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    unbuffered, script, *given = (tmp_path / "called.txt").read_text().splitlines()
+    assert unbuffered == "-u"
+    (done,) = Forked(script, given, tmp_path).wait()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     said = re.search(r"^optimizer +FiraAdam: (.*)$", done.stdout, re.MULTILINE)[1]
     assert "preset recommended" in said

@@ -141,13 +141,14 @@ sys.exit(143)
 
 def ends_with(process: subprocess.Popen[bytes], folder: Path, ranks: int) -> int:
     """Send SIGTERM when all ranks have started; returns the exit status."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400  # a busy machine
     while len(list(folder.glob("started-*"))) < ranks and time.monotonic() < deadline:
         time.sleep(0.02)
     process.terminate()
     return process.wait(60)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("restarts", ["0", pytest.param("2", marks=pytest.mark.full)])
 @pytest.mark.parametrize("launcher", ["python", "torchrun", "mpirun", "deepspeed"])
 def test_sigterm_reaches_every_rank_and_gives_it_time(launcher: str, restarts: str, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS: dict[str, Any] = {"update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1, "matmul_precision": "float32"}
 
 
-def drive(kind: str, kernel: bool, steps: int = 7, spoil: int | None = None, **settings: Any):
+def drive(kind: str, kernel: bool, steps: int = 5, spoil: int | None = None, **settings: Any):
     """Make steps with the same gradients; returns parameters, optimizer, and the optimizer's metrics."""
     settings = {**SETTINGS, "kernels": "auto" if kernel else "off", **settings}
     if kind == "flat":
@@ -80,9 +80,9 @@ def drive(kind: str, kernel: bool, steps: int = 7, spoil: int | None = None, **s
 )
 def test_kernels_make_the_steps_of_the_torch_functions(kind: str, settings: dict[str, Any]) -> None:
     """Weights, states and metrics, over refreshes and with one gradient that is not finite."""
-    expected, theirs, start = drive(kind, kernel=False, spoil=4, **settings)
-    found, ours, _ = drive(kind, kernel=True, spoil=4, **settings)
-    # Rounding of products of up to 20 terms over 7 steps; a bfloat16 state may round to the other neighbour.
+    expected, theirs, start = drive(kind, kernel=False, spoil=2, **settings)
+    found, ours, _ = drive(kind, kernel=True, spoil=2, **settings)
+    # Rounding of products of up to 20 terms over 5 steps; a bfloat16 state may round to the other neighbour.
     tolerance = 2e-2 if "state_dtype" in settings else 2e-5
     assert (found - expected).norm() <= tolerance * (expected - start).norm()
     for key, value in theirs.state[theirs.param_groups[0]["params"][0]].items():

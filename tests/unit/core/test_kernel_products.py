@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ds_fira.core import kernels
+from tests.grids import half
 from tests.unit.core.kernel_cases import (
     BETAS,
     CASES,
@@ -31,13 +32,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("batch", "shape"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_projection_and_norms(
-    side: str, batch: tuple[int, ...], shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
-    m, n, rank = shape
+@pytest.mark.parametrize(
+    ("side", "case", "dtype"), half(SIDES, CASES, [torch.float32, torch.bfloat16, torch.float16]), ids=str
+)
+def test_projection_and_norms(side: str, case: Any, dtype: torch.dtype) -> None:
+    batch, (m, n, rank) = case
     grad = random(*batch, m, n, dtype=dtype)
     basis = random_basis(batch, m if side == "left" else n, rank)
     low_rank, grad_sq = kernels.project(grad, basis, side, "float32")
@@ -127,25 +126,20 @@ def test_residual_of_more_tiles_than_programs(monkeypatch: pytest.MonkeyPatch) -
     assert float(((square - exact) / exact).abs()) <= 10 * SQUARES
 
 
-@pytest.mark.parametrize(("batch", "shape"), CASES)
-@pytest.mark.parametrize("scaling", ["column", "row", "matrix"])
-@pytest.mark.parametrize(
-    ("weight_dtype", "grad_dtype"),
-    [
-        (torch.float32, torch.float32),
-        (torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float16),
-    ],
-)
+DTYPES = [  # of weight and gradient
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("case", "scaling", "dtypes"), half(CASES, ["column", "row", "matrix"], DTYPES), ids=str)
 def test_update(
-    batch: tuple[int, ...],
-    shape: tuple[int, int, int],
-    scaling: str,
-    weight_dtype: torch.dtype,
-    grad_dtype: torch.dtype,
+    case: tuple[tuple[int, ...], tuple[int, int, int]], scaling: str, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
-    m, n, rank = shape
+    batch, (m, n, rank) = case
+    weight_dtype, grad_dtype = dtypes
     weight, grad = random(*batch, m, n, dtype=weight_dtype, seed=5), random(*batch, m, n, dtype=grad_dtype)
     left, right = random(*batch, m, rank, seed=6), random(*batch, n, rank, seed=7).mT
     phi = random(*batch, {"column": n, "row": m, "matrix": 1}[scaling], seed=4)

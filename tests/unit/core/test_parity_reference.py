@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ds_fira import FiraAdam
+from tests.grids import half
 from tests.reference import tolerances
 from tests.reference.fira_reference import AdamWReference, FiraReference, FiraStackReference
 from tests.reference.gradients import low_rank_gradient, make_gradients, make_weight
@@ -46,11 +47,11 @@ def assert_parity(shape, gradients=None, *, seed=0, within=tolerances.FLOAT32_VS
     return state, reference
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.25])
-@pytest.mark.parametrize("rank", [1, 4, 50])
-@pytest.mark.parametrize("proj_type", PROJ_TYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize(
+    ("formulation", "shape", "proj_type", "rank", "alpha"),
+    half(FORMULATIONS, SHAPES, PROJ_TYPES, [1, 4, 50], [1.0, 0.25]),
+    ids=str,
+)
 def test_every_side_and_rank(formulation, shape, proj_type, rank, alpha):
     _, reference = assert_parity(shape, formulation=formulation, proj_type=proj_type, rank=rank, alpha=alpha)
     assert len(reference.refreshes) == 4
@@ -77,10 +78,11 @@ def test_the_side_and_the_state_shapes(shape, proj_type, formulation):
     assert state["residual_norm"].item() == pytest.approx(reference.residual_norm, rel=tolerances.FLOAT32_STATE)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.25])
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("proj_type", PROJ_TYPES)
-@pytest.mark.parametrize("shape", [(130, 40), (40, 130), (65, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "proj_type", "formulation", "alpha"),
+    half([(130, 40), (40, 130), (65, 64)], PROJ_TYPES, FORMULATIONS, [1.0, 0.25]),
+    ids=str,
+)
 def test_matrices_larger_than_a_block_of_rows(shape, proj_type, formulation, alpha):
     """Work done in blocks of rows has its own mistakes to make, at the last, shorter block above all."""
     assert_parity(
@@ -94,11 +96,11 @@ def test_matrices_larger_than_a_block_of_rows(shape, proj_type, formulation, alp
     )
 
 
-@pytest.mark.parametrize("residual_scale", [0.0, 1.0, 4.0])
-@pytest.mark.parametrize("limiter", ["growth", "none"])
-@pytest.mark.parametrize("scaling", ["column", "matrix", "none"])
-@pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("shape", [(12, 20), (20, 12)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "formulation", "scaling", "limiter", "residual_scale"),
+    half([(12, 20), (20, 12)], FORMULATIONS, ["column", "matrix", "none"], ["growth", "none"], [0.0, 1.0, 4.0]),
+    ids=str,
+)
 def test_scaling_limiter_and_residual_scale(shape, formulation, scaling, limiter, residual_scale):
     assert_parity(
         shape, formulation=formulation, scaling=scaling, limiter=limiter, residual_scale=residual_scale, alpha=0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -61,6 +62,7 @@ def test_small_first_moments_decay_in_int8() -> None:
     assert left[True] < 0.1 * left[False]
 
 
+@functools.cache
 def train(state_dtype: str, stochastic: bool, drop: float, steps: int) -> float:
     """The loss of a logistic regression, 200 examples of 600 features over two decades, after Adam's steps on batches.
 

@@ -13,16 +13,16 @@ from ds_fira.core.subspace import (
     basis_shape,
     compute_basis,
 )
+from tests.grids import half
 from tests.unit.core.subspace_cases import ORTHONORMAL, SIDES, gradient, orthonormality, random_basis, relative_energy
 
 METHODS = ["svd", "gram", "randomized"]
 SHAPES = [(1, 1), (1, 9), (9, 1), (7, 13), (13, 7), (33, 33), (90, 119), (119, 90), (91, 91)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("rank", [1, 5, 40, 1000])
-@pytest.mark.parametrize("method", ["gram", "svd"])
+@pytest.mark.parametrize(
+    ("method", "rank", "side", "shape"), half(["gram", "svd"], [1, 5, 40, 1000], SIDES, SHAPES), ids=str
+)
 def test_exact_methods_capture_the_optimal_energy(method: str, rank: int, side: str, shape: tuple[int, int]) -> None:
     grad = gradient(shape)
     basis = compute_basis(grad, rank, side, method)
@@ -33,10 +33,9 @@ def test_exact_methods_capture_the_optimal_energy(method: str, rank: int, side: 
     assert abs(relative_energy(grad, basis, side) - 1.0) <= 1e-5
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("rank", [1, 5, 40, 1000])
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(
+    ("warm", "rank", "side", "shape"), half([False, True], [1, 5, 40, 1000], SIDES, SHAPES), ids=str
+)
 def test_randomized_is_orthonormal_and_near_the_optimum(
     warm: bool, rank: int, side: str, shape: tuple[int, int], way: str
 ) -> None:
@@ -108,10 +107,9 @@ def deficient_gradients() -> dict[str, Tensor]:
     return {"rank 1": column @ row, "zero rows": rows, "one element": single, "repeated values": flat}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", deficient_gradients())
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(
+    ("method", "side", "name", "warm"), half(METHODS, SIDES, deficient_gradients(), [False, True]), ids=str
+)
 def test_deficient_gradients_get_a_full_basis(name: str, side: str, method: str, warm: bool, way: str) -> None:
     grad = deficient_gradients()[name]
     for g, s in ((grad, side), (grad.t(), {"left": "right", "right": "left"}[side])):
