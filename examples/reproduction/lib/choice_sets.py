@@ -82,7 +82,7 @@ SETS: dict[str, tuple[str, Callable[[], Iterator[tuple[str, str]]], str]] = {
 }
 
 
-def load_set(name: str, train: int, validation: int, test: int, seed: int = 0, longest: int | None = None) -> ChoiceSet:
+def load_set(name: str, train: int, validation: int, test: int, seed: int = 0) -> ChoiceSet:
     """Draw the three parts of a set at random; texts that begin alike are taken once.
 
     Args:
@@ -91,15 +91,12 @@ def load_set(name: str, train: int, validation: int, test: int, seed: int = 0, l
         validation: questions to choose by.
         test: questions to report.
         seed: of the draw, not of any training.
-        longest: characters of the longest text that is drawn; None for any.
 
     Raises:
         DataError: the package is not installed, or has too few texts.
     """
     title, texts, tail = SETS[name]
     labelled = {" ".join(text.split())[:BODY_CHARACTERS]: label for text, label in texts()}
-    if longest is not None:
-        labelled = {text: label for text, label in labelled.items() if len(text) <= longest}
     choices = sorted(set(labelled.values()))
     needed = train + validation + test
     if len(labelled) < needed:
