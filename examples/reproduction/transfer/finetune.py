@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -33,91 +31,26 @@ from examples.reproduction.lib.choice_sets import ChoiceSet, load_set
 from examples.reproduction.lib.memory_finetune import EVERY
 from examples.reproduction.lib.smollm2 import model_folder
 from examples.reproduction.transfer.train import origin
-from examples.reproduction.transfer.trials import FOLDER, Trials
+from examples.reproduction.transfer.trials import Trials
+from examples.reproduction.transfer.tunings import BEFORE, METHODS, RESULTS, SET, SUBSPACE, TOKENS, Tuning, tunings
 
-RESULTS = FOLDER / "finetune"
 PRESET = "recommended"
-BEFORE = "before"
-# The rows of the comparison -> its row in the fine-tuning example, which says what is trained and by which optimizer.
-METHODS = {"preset": "fira", "preset_all": "full", "fira": "fira", "galore": "galore", "lora": "lora", "full": "full"}
-SET = "news"
-# An SVD of each of 210 matrices takes a core longer than twenty steps.
-SUBSPACE = "randomized"
-# Of prompt and answer, which leaves 18 of the article's beginning: a core takes two seconds for a hundred tokens.
-TOKENS = 24
 ROWS_AT_ONCE = 32
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
-    """One fine-tuning on one processor core, or the model before any.
-
-    Attributes:
-        method: a key of `METHODS`, or `BEFORE`.
-        lr: the peak rate.
-        steps: optimizer steps; no question comes twice.
-        batch: questions of a step.
-        rank: of subspaces and adapters, Table 6.
-        gap: steps between subspaces.
-        warmup: steps in which the rate rises.
-        validation: questions that choose rates.
-        test: questions that are reported.
-        seed: of the order of the questions and of LoRA's factors.
-    """
-
-    method: str
-    lr: float
-    steps: int = 60
-    batch: int = 4
-    rank: int = 32
-    gap: int = 20
-    warmup: int = 6
-    validation: int = 100
-    test: int = 200
-    seed: int = 0
-
-    @property
-    def key(self) -> str:
-        """A hash of everything that decides the result."""
-        fields = {**dataclasses.asdict(self), "set": SET, "subspace": SUBSPACE, "tokens": TOKENS}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def recipe(self) -> Recipe:
-        """Table 6 of the paper but for the length, the gap and the layers, which are all linear ones of a block."""
-        return Recipe(
-            rank=self.rank,
-            lora_alpha=2 * self.rank,
-            lr=self.lr,
-            warmup_steps=self.warmup,
-            batch_size=self.batch,
-            epochs=1,
-            target_modules=EVERY,
-            update_proj_gap=self.gap,
-            max_length=TOKENS,
-        )
-
-
-def tunings() -> list[Tuning]:
-    """What is trained, in the order of its importance."""
-    rates = [
-        (BEFORE, 0.0),
-        ("preset", 0.01),
-        ("fira", 1e-4),
-        ("full", 4e-5),
-        ("lora", 4e-4),
-        ("preset_all", 0.01),
-        ("preset", 0.0025),
-        ("galore", 2e-4),
-        ("fira", 4e-4),
-        ("full", 1e-5),
-        ("lora", 1.6e-3),
-        ("preset", 0.005),
-        ("galore", 4e-4),
-        ("fira", 2e-4),
-        ("preset_all", 0.00125),
-    ]
-    return [Tuning(method=method, lr=rate) for method, rate in rates]
+def recipe_of(tuning: Tuning) -> Recipe:
+    """Table 6 of the paper but for the length, the gap and the layers, which are all linear ones of a block."""
+    return Recipe(
+        rank=tuning.rank,
+        lora_alpha=2 * tuning.rank,
+        lr=tuning.lr,
+        warmup_steps=tuning.warmup,
+        batch_size=tuning.batch,
+        epochs=1,
+        target_modules=EVERY,
+        update_proj_gap=tuning.gap,
+        max_length=TOKENS,
+    )
 
 
 def make_optimizer(model: nn.Module, tuning: Tuning) -> Optimizer:
@@ -128,7 +61,7 @@ def make_optimizer(model: nn.Module, tuning: Tuning) -> Optimizer:
     """
     if tuning.method in ("full", "lora"):
         return torch.optim.AdamW(trained_parameters(model), lr=tuning.lr, weight_decay=0.0)
-    block = optimizer_block("fira" if tuning.method.startswith("preset") else tuning.method, tuning.recipe)
+    block = optimizer_block("fira" if tuning.method.startswith("preset") else tuning.method, recipe_of(tuning))
     params = {**block["params"], "subspace": SUBSPACE}
     if tuning.method.startswith("preset"):
         del params["alpha"]
@@ -179,7 +112,7 @@ def train(tuning: Tuning, folder: Path, questions: ChoiceSet) -> dict[str, Any]:
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    recipe = tuning.recipe
+    recipe = recipe_of(tuning)
     result = {"key": tuning.key, "tuning": dataclasses.asdict(tuning), "provenance": origin()}
     if tuning.method != BEFORE:
         torch.manual_seed(tuning.seed)
@@ -189,13 +122,14 @@ def train(tuning: Tuning, folder: Path, questions: ChoiceSet) -> dict[str, Any]:
         engine = PlainEngine(
             model, optimizer, schedule(optimizer, recipe, steps_of(len(rows), recipe)), recipe.clipping
         )
+        part = max(1, tuning.steps // 10)
         began, losses = time.process_time(), []
         for loss in fine_tune(engine, rows, recipe, tokenizer.eos_token_id, tuning.seed):
             losses.append(float(loss))
-            print(f"{tuning.method} {tuning.lr:g}: {len(losses)} {losses[-1]:.3f}", flush=True)
+            if len(losses) % part == 0:
+                print(f"{tuning.method} at {tuning.lr:g}: step {len(losses)}, loss {losses[-1]:.3f}", flush=True)
             if not math.isfinite(losses[-1]):
                 break
-        part = max(1, tuning.steps // 10)
         result |= {
             "losses": [round(sum(losses[i : i + part]) / part, 4) for i in range(0, len(losses) - part + 1, part)],
             "parameters": sum(param.numel() for param in trained_parameters(model)),

@@ -7,8 +7,9 @@ from typing import Any
 
 from examples.reproduction.lib.provenance import stamp_line
 from examples.reproduction.lib.tables import table
-from examples.reproduction.transfer.finetune import BEFORE, METHODS, RESULTS, TOKENS, Tuning
+from examples.reproduction.transfer.study import PRESET_RATE as RATE
 from examples.reproduction.transfer.trials import Trials
+from examples.reproduction.transfer.tunings import BEFORE, METHODS, RESULTS, TOKENS, Tuning, tunings
 
 TITLES = {
     "preset": "preset, linear layers",
@@ -49,10 +50,57 @@ def section(store: Trials | None = None) -> str:
             ["method", "lr", "trained, M", "state MB", "right, test", "nats, test", "nats, validation", "seconds"],
             [row(one, one is best(tuned, one["tuning"]["method"])) for one in ordered(tuned)],
         ),
-        "In bold: each method's best rate by validation loss. Seconds are of processor time of the training.\n",
+        "In bold: each method's best rate by validation loss, of those that were tried. An accuracy has a standard "
+        f"error of up to {50 / math.sqrt(size.test):.1f} points. Seconds are of processor time of the training, beside "
+        "other work.\n",
+        findings(tuned),
         stamp_line(latest["provenance"]) + "\n",
     ]
     return "\n".join(sections)
+
+
+def findings(tuned: list[dict[str, Any]]) -> str:
+    """What the preset gains or loses, at its own rate and at its best, and what has not been trained."""
+    lines = []
+    for method in ("preset", "preset_all"):
+        own = next((one for one in tuned if one["tuning"]["method"] == method and one["tuning"]["lr"] == RATE), None)
+        if own is None:
+            continue
+        chosen = best(tuned, method)
+        rates = sum(one["tuning"]["method"] == method for one in tuned)
+        again = (
+            "no other rate was tried"
+            if rates == 1
+            else f"the best of {rates} rates"
+            if chosen is own
+            else f"{chosen['tuning']['lr']:g} is better: {told(chosen)}"
+        )
+        lines.append(f"- {TITLES[method]}, at its rate {RATE:g}, untuned: {told(own)}; {again}.")
+        others = dict.fromkeys(one["tuning"]["method"] for one in ordered(tuned))
+        lines += [
+            f"- To {TITLES[other]} at {rival['tuning']['lr']:g}: {difference(own, rival)}."
+            for other in others
+            if method == "preset" and other not in ("preset", "preset_all")
+            for rival in (best(tuned, other),)
+        ]
+    done = {Tuning(**one["tuning"]).key for one in tuned}
+    waiting = [f"{TITLES[one.method]} {one.lr:g}" for one in tunings() if one.method != BEFORE and one.key not in done]
+    if waiting:
+        lines.append(f"- Not trained yet: {'; '.join(waiting)}.")
+    return "\n".join([*lines, ""])
+
+
+def told(result: dict[str, Any]) -> str:
+    """Accuracy and loss on the test half."""
+    accuracy, nats = result["test"]
+    return f"{accuracy:.1%} right, {'diverged' if nats is None else f'{nats:.3f} nats'}"
+
+
+def difference(ours: dict[str, Any], other: dict[str, Any]) -> str:
+    """In points and nats."""
+    (accuracy, nats), (theirs, their_nats) = ours["test"], other["test"]
+    loss = "one diverged" if nats is None or their_nats is None else f"{nats - their_nats:+.3f} nats"
+    return f"{100 * (accuracy - theirs):+.1f} points, {loss}"
 
 
 def ordered(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
