@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.common import default_device, device_name, save
 from benchmarks.communication.partition import LLAMAS, llama_shapes
 from ds_fira.core import functional as F
+from ds_fira.core.norms import squared_norms
 from ds_fira.core.subspace import compute_basis, projection_side
 
 MANTISSA = {"float32": 23, "tf32": 10, "bfloat16": 7}
@@ -50,9 +51,9 @@ def step(grads: list[Tensor], basis: Tensor, bits: int, dtype: torch.dtype, side
         direction, direction_sq, low_rank_sq = F.adam_direction_(
             low_rank, exp_avg, exp_avg_sq, betas=BETAS, eps=EPS, side=side, grad_finite=torch.tensor(True)
         )
-    grad_sq = F.squared_norms(grad, side)
+    grad_sq = squared_norms(grad, side)
     phi = F.scaling_factors(direction_sq, low_rank_sq, "column")
-    square, _ = F.difference_of_squares(grad_sq, low_rank_sq, phi, ALPHA)
+    square = F.difference_of_squares(*((phi.square() * sq).sum(-1) for sq in (grad_sq, low_rank_sq)), ALPHA)
     scale = phi.to(dtype)
     across = scale.unsqueeze(0 if side == "left" else 1)
     carried = ALPHA * (direction - low_rank * across)

@@ -81,6 +81,7 @@ GALORE_ADAM = Algorithm(
         "gamma",
         "residual",
         "residual_beta",
+        "residual_warmup",
         "residual_scale",
         "scaling",
         "limiter",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ds_fira.core import functional as F
 from ds_fira.core import quantization
+from ds_fira.core.norms import squared_norms
 from ds_fira.core.quantization import Stored
 from ds_fira.core.rules import Rule
 from ds_fira.core.scalars import Scalar
@@ -50,7 +51,7 @@ def adapt(
     """
     if settings.rule is not None:
         direction = _rule_direction(settings.rule, low_rank, state, grad_finite)
-        return direction, F.squared_norms(direction, state.side), F.squared_norms(low_rank, state.side)
+        return direction, squared_norms(direction, state.side), squared_norms(low_rank, state.side)
     exp_avg, exp_avg_sq = (quantization.read(state.moments[key], state.dtype) for key in (EXP_AVG, EXP_AVG_SQ))
     result = ops.adam_direction_(
         low_rank,

@@ -26,8 +26,9 @@ import math
 import torch
 from torch import Tensor
 
+from ds_fira.core.norms import reduced_squares, row_slices, squared_norms, sums_by_blocks
 from ds_fira.core.precision import matmul_precision
-from ds_fira.core.scalars import Scalar, at_least, scalar, sqrt, where
+from ds_fira.core.scalars import Scalar, at_least, sqrt, where
 from ds_fira.core.subspace import Side
 
 # Keeps the quotients of norms finite; the released code's constant, in phi and in the limiter.
@@ -35,32 +36,6 @@ NORM_EPS = 1e-8
 # Below this share of |phi * G|^2 the difference of squares has lost too many digits of |S|^2 in float32 (an error of
 # about 5e-7 / share), and |S| is summed from the residual itself.
 EXACT_RESIDUAL_SHARE = 0.01
-# What has to be formed beside a matrix is formed in blocks of rows of this share of its bytes and no fewer than so many
-# rows: no temporary comes near the size of a large matrix, and a block stays in cache.
-BLOCK_SHARE = 1 / 32
-MIN_BLOCK_ROWS = 8
-# Elements up to which a matrix, or a block of one, is summed up in float64: there it costs less than the calls.
-SMALL_MATRIX = 2**13
-
-
-def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:
-    """Rows handled at once of a matrix with `rows` rows.
-
-    `bytes_ratio` is that of the bytes formed for an element of the block to those that the matrix holds for it.
-    """
-    return max(MIN_BLOCK_ROWS, int(rows * BLOCK_SHARE / max(1.0, bytes_ratio)))
-
-
-def row_slices(rows: int, bytes_ratio: float) -> list[slice]:
-    """The blocks of `block_rows` rows that make up a matrix with `rows` rows."""
-    height = block_rows(rows, bytes_ratio)
-    return [slice(first, first + height) for first in range(0, rows, height)]
-
-
-def total_square(grad: Tensor, dtype: torch.dtype, side: Side) -> Tensor:
-    """|G|^2 of a gradient, or of a block of one, float64, 0-dim; formed in `dtype` in blocks of rows."""
-    blocks = grad.split(summed_rows(grad.shape, 4.0))
-    return sum(squared_norms(block.to(dtype), side).sum() for block in blocks)
 
 
 def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32") -> tuple[Tensor, Tensor]:
@@ -81,38 +56,22 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32")
         m, n = grad.shape
         left = side == "left"
         low_rank = basis.new_zeros((basis.shape[1], n) if left else (m, basis.shape[1]))
-        grad_sq = torch.zeros(n if left else m, dtype=torch.float64, device=grad.device)
+        by_blocks = sums_by_blocks(grad)
+        if by_blocks:
+            grad_sq = torch.zeros(n if left else m, dtype=torch.float64)
+        else:
+            grad_sq = reduced_squares(grad, 0 if left else 1, basis.dtype)
         for rows in row_slices(m, basis.element_size() / grad.element_size()):
             block = grad[rows].to(basis.dtype)
             if left:
                 low_rank.addmm_(basis[rows].t(), block)
-                grad_sq += squared_norms(block, side)
             else:
                 torch.mm(block, basis, out=low_rank[rows])
+            if by_blocks and left:
+                grad_sq += squared_norms(block, side)
+            elif by_blocks:
                 grad_sq[rows] = squared_norms(block, side)
     return low_rank, grad_sq
-
-
-def squared_norms(matrix: Tensor, side: Side) -> Tensor:
-    """|G_j|^2 of every column (left, n values) or of every row (right, m values), in float64; R's likewise.
-
-    Squares are summed in the matrix's dtype inside a block of rows (left) or a row (right), and in float64 from there
-    on; in a small matrix in float64 throughout. A sum that is not finite says that the matrix holds NaN, infinity or
-    elements whose squares overflow.
-    """
-    if matrix.numel() <= SMALL_MATRIX:
-        return matrix.double().square().sum(0 if side == "left" else 1)
-    if side == "right":
-        return torch.linalg.vector_norm(matrix, dim=1).double().square()
-    total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for block in matrix.split(summed_rows(matrix.shape)):
-        total += (block.double() if block.numel() <= SMALL_MATRIX else block).square().sum(0)
-    return total
-
-
-def summed_rows(shape: torch.Size, bytes_ratio: float = 1.0) -> int:
-    """Rows summed at once of a matrix, (m, n): `block_rows`, and more of them in a small one, to make fewer calls."""
-    return max(block_rows(shape[0], bytes_ratio), SMALL_MATRIX // max(1, shape[1]))
 
 
 def adam_direction_(
@@ -208,21 +167,9 @@ def residual_square(
     return total
 
 
-def difference_of_squares(
-    grad_sq: Tensor, low_rank_sq: Tensor, phi: Tensor, alpha: float, host: bool = False
-) -> tuple[Scalar, Scalar]:
-    """|S|^2 = sum of phi_j^2 (|G_j|^2 - (2a - a^2) |R_j|^2), and |phi * G|^2; float64, of shape (...).
-
-    Args:
-        grad_sq: `squared_norms` of G.
-        low_rank_sq: `squared_norms` of R.
-        phi: one factor per entry of `grad_sq`, or one for all.
-        alpha: a, 1 in the paper's formulation.
-        host: whether to return numbers of one matrix rather than tensors.
-    """
-    weights = phi.square()
-    scaled_grad_sq, scaled_low_rank_sq = (scalar((weights * sq).sum(-1), host) for sq in (grad_sq, low_rank_sq))
-    return scaled_grad_sq - (2.0 * alpha - alpha * alpha) * scaled_low_rank_sq, scaled_grad_sq
+def difference_of_squares(scaled_grad_sq: Scalar, scaled_low_rank_sq: Scalar, alpha: float) -> Scalar:
+    """|S|^2 = |phi * G|^2 - (2a - a^2) |phi * R|^2, for P is orthonormal; a is 1 in the paper's formulation."""
+    return scaled_grad_sq - (2.0 * alpha - alpha * alpha) * scaled_low_rank_sq
 
 
 def residual_needed(residual_sq: Scalar, scaled_grad_sq: Scalar) -> Tensor | bool:

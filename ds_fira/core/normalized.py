@@ -6,7 +6,8 @@
 
 on the left; on the right for every row, with n - r. With `scaling = "matrix"` there is one p, of the sum of q, and
 S = sqrt(n (m - r)) D / sqrt(p_hat). So S = phi * (G - P R), as in Algorithm 1 with another phi, and its entries are of
-size 1 as Adam's are, whatever the size of the gradient.
+size 1 as Adam's are, whatever the size of the gradient. With beta = 0 a column is divided by its own norm of this step,
+and there is no p.
 
 tau: |G_j|^2 - |R_j|^2 is known to the relative error of |R_j|^2 only. Where the residual is smaller than that, as for a
 gradient of low rank, it is rounding: the floor then keeps 1 / sqrt(p_hat) from blowing it up.
@@ -14,15 +15,16 @@ gradient of low rank, it is rounding: the floor then keeps 1 / sqrt(p_hat) from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ds_fira.core.scalars import over_entries
-from ds_fira.core.settings import GroupSettings
-from ds_fira.core.state import MatrixState
-from ds_fira.core.subspace import Side
+from ds_fira.core.scalars import Scalar, over_entries
+
+if TYPE_CHECKING:  # their table is made of this
+    from ds_fira.core.residuals import Squares, StepContext
+    from ds_fira.core.settings import GroupSettings
 
 # tau by the precision of the products. float32: sums round to about 1e-6 of |G|^2, and a residual that is rounding, of
 # 1e-6 |G|, becomes one of 1e-4 sqrt(m - r). tf32: a device that cuts operands to 10 bits makes both too small by 2^-11
@@ -38,47 +40,57 @@ def residual_floor(settings: GroupSettings) -> float:
     return floor if settings.state_dtype == "float32" else max(floor, FLOOR_OF_BFLOAT16_BASES)
 
 
-def residual_squares(grad_sq: Tensor, low_rank_sq: Tensor, settings: GroupSettings) -> Tensor:
-    """The numbers q of entries of R from their squared norms in G and R, float64, of the same shape."""
-    return torch.maximum(grad_sq - low_rank_sq, residual_floor(settings) * grad_sq)
+def residual_squares(grad_sq: Tensor, direction_sq: Tensor, low_rank_sq: Tensor, settings: GroupSettings) -> Squares:
+    """The numbers q of entries from their squared norms in G and R, float64, twice: phi and |S| are made of them."""
+    squares = torch.maximum(grad_sq - low_rank_sq, residual_floor(settings) * grad_sq)
+    return squares, squares
 
 
-def outside_directions(shape: Sequence[int], rank: int, side: Side, settings: GroupSettings) -> int:
-    """The numbers of the residual of an (m, n) matrix that one factor is for: m - r, of a whole matrix n (m - r)."""
-    length, entries = shape if side == "left" else reversed(shape)
-    return (length - rank) * (entries if settings.has_one_factor else 1)
+def normalizing_factors(squares: Squares, context: StepContext) -> Tensor:
+    """Update p where the gradient is finite, and give phi = sqrt(m - r) / sqrt(p_hat), float64, of the shape of p.
 
-
-def normalizing_factors(
-    squares: Tensor,
-    outside: int,
-    state: MatrixState,
-    settings: GroupSettings,
-    grad_finite: Tensor | bool,
-    host: bool = False,
-) -> Tensor:
-    """Update p where the gradient is finite, and give phi = sqrt(outside) / sqrt(p_hat).
+    An entry of p below 0 has no history, as in the first step, or after a run with another residual, and then takes its
+    share of q as if that had been there from the start.
 
     Args:
         squares: q, (..., n or m), float64; with one factor also its sum, (..., 1).
-        outside: as `outside_directions` gives it.
-        state: its step is this step's count; p changes. An entry of p below 0 has no history, as in the first step, or
-            after a run with another residual, and then takes its share of q as if that had been there from the start.
-        settings: of the param group.
-        grad_finite: whether the gradient was finite.
-        host: whether the step count may be read.
+        context: p of its state changes.
 
-    Returns:
-        float64, of the shape of p.
+    Raises:
+        ValueError: a param group was given a `residual_beta` above 0 after its states were made without p.
     """
+    state, settings, own = context.state, context.settings, squares[0]
     if settings.has_one_factor:
-        squares = squares.sum(-1, keepdim=True)
+        own = own.sum(-1, keepdim=True)
     beta, before = settings.residual_beta, state.residual_avg_sq
-    share = 1.0 - beta ** (int(state.step) if host else over_entries(state.step.double()))
-    average = torch.where(before < 0.0, share * squares, beta * before.double() + (1.0 - beta) * squares)
+    if before is None and beta > 0.0:
+        raise ValueError(
+            f"residual_beta = {beta} needs an average that this run began without, at residual_beta = 0; give it from "
+            "the start, or save and resume with it."
+        )
+    if before is None:
+        return _quotient(own.to(state.dtype), 1.0, context)
+    share = 1.0 - beta ** (int(state.step) if context.host else over_entries(state.step.double()))
+    average = torch.where(before < 0.0, share * own, beta * before.double() + (1.0 - beta) * own)
     # As it is stored: what underflows there is 0, so that phi stays in the range of a float32.
     average = average.to(before.dtype)
-    finite = over_entries(grad_finite)
+    finite = over_entries(context.grad_finite)
     before.copy_(torch.where(finite, average, before) if isinstance(finite, Tensor) else average)
+    return _quotient(average, share, context)
+
+
+def recorded(squares: Squares, phi: Tensor, bias_correction: Scalar) -> tuple[Tensor, Tensor, Scalar]:
+    """What phi is the quotient of, for records: |S_j|^2 and |D_j|^2, (..., n or m), and 1."""
+    return phi.square() * squares[1], squares[1], 1.0 + 0.0 * bias_correction
+
+
+def _quotient(average: Tensor, share: Scalar, context: StepContext) -> Tensor:
+    """Phi, float64, from p as it is stored and 1 - beta^t."""
     average = average.double()
-    return torch.where(average > 0.0, (outside * share / average).sqrt(), 0.0)
+    return torch.where(average > 0.0, (_elements(context) * share / average).sqrt(), 0.0)
+
+
+def _elements(context: StepContext) -> int:
+    """The elements of size 1 in S for one factor: m - r, for a whole matrix n (m - r); transposed on the right."""
+    length, entries = context.shape if context.state.side == "left" else reversed(context.shape)
+    return (length - context.state.basis.shape[-1]) * (entries if context.settings.has_one_factor else 1)

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from ds_fira.core.algorithms import ADAM_STATES, algorithm_of
+from ds_fira.core.residuals import RESIDUALS, ResidualForm
 from ds_fira.core.rules import Kind, Rule
 from ds_fira.core.subspace import Side, projection_side, refresh_offset
 
@@ -100,7 +101,11 @@ class GroupSettings(BaseModel):
     "normalized" by a running average of its own square, or "none" (GaLore)
     """
     residual_beta: Beta = setting(0.9, "give a number from 0 up to but not including 1, such as 0.9")
-    """decay rate of the average that a "normalized" residual is divided by"""
+    """decay rate of the average that a "normalized" residual is divided by; 0 divides it by its own norm, and keeps no
+    average
+    """
+    residual_warmup: Whole = setting(0, "give a whole number of steps of at least 0, such as 200", ge=0)
+    """steps over which the residual grows, linearly, to its size; 0 for its size at once"""
     residual_scale: float = setting(1.0, "give a number of at least 0, such as 1.0", ge=0.0)
     """multiplies the residual in the update; 1 is the paper"""
     scaling: Literal["column", "matrix", "none"] = setting("column")
@@ -156,12 +161,17 @@ class GroupSettings(BaseModel):
         return cls.model_construct(**values)
 
     @property
+    def residual_form(self) -> ResidualForm:
+        """What the residual is made of, and what goes with it."""
+        return RESIDUALS[self.residual]
+
+    @property
     def alpha_is_outside(self) -> bool:
         """Whether alpha multiplies the whole update, and the bias correction N alone, as in the paper's formulation.
 
         The released one has alpha in the residual and before P N, and the bias correction in the step size.
         """
-        return self.formulation == "paper" or self.residual == "normalized"
+        return self.formulation == "paper" or self.residual_form.alpha_is_outside
 
     @property
     def inner_alpha(self) -> float:
@@ -189,14 +199,13 @@ class GroupSettings(BaseModel):
     @property
     def has_one_factor(self) -> bool:
         """Whether one factor of the residual is for all columns or rows of a matrix."""
-        return self.residual != "none" and self.scaling != "column"
+        return self.residual_form.factors is not None and self.scaling != "column"
 
     @property
     def chosen_limiter(self) -> str:
         """The limiter, where none was given the one that goes with the residual."""
-        if self.limiter is None or self.residual == "none":
-            return "growth" if self.residual == "scaled" else "none"
-        return self.limiter
+        form = self.residual_form
+        return form.limiter if self.limiter is None or form.factors is None else self.limiter
 
     @property
     def has_limiter(self) -> bool:
@@ -206,21 +215,22 @@ class GroupSettings(BaseModel):
     @property
     def measures_residual(self) -> bool:
         """Whether |S| is summed from the residual itself where the difference of squares has lost its digits."""
-        return self.has_limiter and self.residual == "scaled"
+        return self.has_limiter and self.residual_form.cancels
 
     def averages_of(self, entries: int) -> int:
         """Numbers in p, the average of a normalized residual's squares, for so many columns or rows; 0 for no p."""
-        if self.residual != "normalized":
+        if not self.residual_form.averages or self.residual_beta == 0.0:
             return 0
         return 1 if self.scaling == "matrix" else entries
 
     @property
     def contradiction(self) -> str | None:
         """Which of its settings do not go together and what to do, in the words behind a place; None where all do."""
-        if self.residual == "normalized" and self.scaling == "none":
-            return "scaling = 'none' leaves residual = 'normalized' without a factor; choose 'column' or 'matrix'."
-        if self.residual == "none" and self.limiter == "growth":
-            return "limiter = 'growth' has nothing to limit with residual = 'none'; leave it out."
+        residual = f"residual = {self.residual!r}"
+        if self.residual_form.needs_scaling and self.scaling == "none":
+            return f"scaling = 'none' leaves {residual} without a factor; choose 'column' or 'matrix'."
+        if self.residual_form.factors is None and self.limiter == "growth":
+            return f"limiter = 'growth' has nothing to limit with {residual}; leave it out."
         return None
 
 

@@ -10,7 +10,7 @@ Read `update`: its lines are lines 8 to 16 of Algorithm 1. Lines 4 to 7, a new b
     phi     scaling factors, one for each column of G, (n,), on the left; for each row, (m,), on the right
     S       the scaled residual phi * (G - a P R); never formed: |S| follows from squared norms
 
-Another `residual` than the paper's has another phi (`ds_fira.core.normalized`), or no S.
+Another `residual` than the paper's has another phi, or no S: a row of `ds_fira.core.residuals`.
 
 A batch of k matrices has a leading dimension k. The numbers of a matrix (norms, step size) are plain on a CPU and stay
 tensors on a GPU, where nothing reads them: the device decides whether a gradient is finite, and one that is not leaves
@@ -29,12 +29,13 @@ from torch import Tensor
 from ds_fira.core import functional as F
 from ds_fira.core import kernels
 from ds_fira.core.base_optimizer import adapt, step_factor
-from ds_fira.core.normalized import normalizing_factors, outside_directions, residual_squares
+from ds_fira.core.norms import total_square
+from ds_fira.core.residuals import Squares, StepContext
 from ds_fira.core.scalars import Scalar, is_finite, over_entries, over_matrix, scalar, store_scalar_, where
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
 
-# What phi is the quotient of, see `quotient`; computed where it is recorded, not in every step.
+# What `ResidualForm.recorded` gives; computed where it is recorded, not in every step.
 Quotient = Callable[[], tuple[Tensor, Tensor, Scalar]]
 
 
@@ -58,7 +59,7 @@ class MatrixTask:
 
     def grad_square(self) -> float:
         """|G|^2 of one matrix, on the host; zero, NaN or infinity where the gradient has no subspace."""
-        return float(F.total_square(self.grad, self.state.dtype, self.state.side))
+        return float(total_square(self.grad, self.state.dtype, self.state.side))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class StepStats:
     Attributes:
         grad_sq: |G|^2.
         low_rank_sq: |R_j|^2 of every column (left) or row (right), (n,) or (m,), float64.
-        quotient: what phi is the quotient of, see `quotient`.
+        quotient: what phi is the quotient of, see `ResidualForm.recorded`.
         residual_sq: |S|^2 before the limiter.
         limiter_divisor: S is divided by it; None without a limiter.
         grad_finite: whether the gradient was finite, so that the step was made.
@@ -103,15 +104,12 @@ def update(task: MatrixTask) -> StepStats | None:
     if ops is F and not grad_finite:
         return None
     state.step += grad_finite
-    bias_correction = step_factor(state.step, settings, host)
+    bias_correction, form = step_factor(state.step, settings, host), settings.residual_form
+    context = StepContext(state, settings, weight.shape[-2:], bias_correction, grad_finite)
     direction, direction_sq, low_rank_sq = adapt(low_rank, state, settings, grad_finite, ops)  # lines 9 to 11: M, V, N
-    # Lines 12 and 13: phi and |S|.
-    squares = entry_squares(grad_sq, direction_sq, low_rank_sq, settings)
-    outside = outside_directions(weight.shape[-2:], basis.shape[-1], state.side, settings)
-    phi, residual_sq, scaled_grad_sq = scale(
-        grad_sq, squares, bias_correction, outside, state, settings, grad_finite, host
-    )
-    recorded = partial(quotient, squares, phi, bias_correction, settings)
+    squares = form.squares(grad_sq, direction_sq, low_rank_sq, settings)
+    phi, residual_sq, scaled_grad_sq = scale(grad_sq, squares, context)  # lines 12 and 13: phi and |S|
+    recorded = partial(form.recorded, squares, phi, bias_correction)
     if settings.measures_residual:
         needed = F.residual_needed(residual_sq, scaled_grad_sq) & grad_finite
         if needed is not False:
@@ -119,7 +117,7 @@ def update(task: MatrixTask) -> StepStats | None:
             exact = ops.residual_square(grad, basis, low_rank, phi, **options)
             residual_sq = where(needed, scalar(exact, host), residual_sq)
     divisor = limit(residual_sq, scaled_grad_sq, state, settings, grad_finite, task.negligible_ratio)  # line 14: S
-    phi, low_rank_update = combine(phi, low_rank, direction, bias_correction, divisor, state, settings)  # line 15
+    phi, low_rank_update = combine(phi, low_rank, direction, divisor, context)  # line 15: C
     ops.apply_update_(  # line 16: W
         weight,
         grad,
@@ -133,80 +131,22 @@ def update(task: MatrixTask) -> StepStats | None:
     return StepStats(grad_square, low_rank_sq, recorded, residual_sq, divisor, grad_finite)
 
 
-def entry_squares(
-    grad_sq: Tensor, direction_sq: Tensor, low_rank_sq: Tensor, settings: GroupSettings
-) -> tuple[Tensor, Tensor]:
-    """What phi is made of, from the squared norms of the columns or rows of G, N and R.
-
-    Returns:
-        |N_j|^2 and |R_j|^2; of a normalized residual q, twice.
-    """
-    if settings.residual != "normalized":
-        return direction_sq, low_rank_sq
-    squares = residual_squares(grad_sq, low_rank_sq, settings)
-    return squares, squares
-
-
-def scale(
-    grad_sq: Tensor,
-    squares: tuple[Tensor, Tensor],
-    bias_correction: Scalar,
-    outside: int,
-    state: MatrixState,
-    settings: GroupSettings,
-    grad_finite: Tensor | bool,
-    host: bool,
-) -> tuple[Tensor | None, Scalar, Scalar]:
-    """Lines 12 and 13: phi, |S|^2 and |phi * G|^2; None and zeros without a residual."""
-    if settings.residual == "none":
-        return None, 0.0 * bias_correction, 0.0 * bias_correction
-    phi = scaling_factors(squares, bias_correction, outside, state, settings, grad_finite, host)
-    if settings.residual == "normalized":
-        weights = phi.square()
-        return phi, *(scalar((weights * sq).sum(-1), host) for sq in (squares[0], grad_sq))
-    return phi, *F.difference_of_squares(grad_sq, squares[1], phi, settings.inner_alpha, host)
-
-
-def scaling_factors(
-    squares: tuple[Tensor, Tensor],
-    bias_correction: Scalar,
-    outside: int,
-    state: MatrixState,
-    settings: GroupSettings,
-    grad_finite: Tensor | bool,
-    host: bool,
-) -> Tensor:
-    """Line 12: phi before the limiter, float64; the paper corrects the bias of N before, the released code does not.
+def scale(grad_sq: Tensor, squares: Squares, context: StepContext) -> tuple[Tensor | None, Scalar, Scalar]:
+    """Lines 12 and 13: phi, |S|^2 and |phi * G|^2; None and zeros without a residual.
 
     Args:
-        squares: as `entry_squares` gives them, or their sums over all entries.
-        bias_correction: Adam's, or a rule's factor of the step size.
-        outside: as `outside_directions` gives it.
-        state: its p changes where a normalized residual has one.
-        settings: of the param group.
-        grad_finite: whether the gradient was finite.
-        host: whether the step count may be read.
+        grad_sq: |G_j|^2 of every column (left) or row (right), float64.
+        squares: of the same entries, as `ResidualForm.squares` gives them.
+        context: of the step; what the form of the residual remembers changes.
     """
-    if settings.residual == "normalized":
-        return normalizing_factors(squares[0], outside, state, settings, grad_finite, host)
-    phi = F.scaling_factors(*squares, settings.scaling)
-    if settings.formulation == "paper" and settings.scaling != "none":
-        phi = phi * over_entries(bias_correction)
-    return phi
-
-
-def quotient(
-    squares: tuple[Tensor, Tensor], phi: Tensor | None, bias_correction: Scalar, settings: GroupSettings
-) -> tuple[Tensor, Tensor, Scalar]:
-    """What the factors of entries and of the matrix are quotients of, for records: squared norms, and a number beside.
-
-    Returns:
-        |N_j|^2, |R_j|^2 and Adam's bias correction, whatever `scaling` and `formulation` make of them in the step; of a
-        normalized residual |S_j|^2, |D_j|^2 and 1.
-    """
-    if settings.residual == "normalized":
-        return phi.square() * squares[1], squares[1], 1.0 + 0.0 * bias_correction
-    return *squares, bias_correction
+    form, host = context.settings.residual_form, context.host
+    if form.factors is None:
+        zero = 0.0 * context.bias_correction
+        return None, zero, zero
+    phi = form.factors(squares, context)
+    weights = phi.square()
+    scaled_grad_sq, scaled_sq = (scalar((weights * sq).sum(-1), host) for sq in (grad_sq, squares[1]))
+    return phi, form.residual_sq(scaled_grad_sq, scaled_sq, context.settings), scaled_grad_sq
 
 
 def limit(
@@ -229,13 +169,7 @@ def limit(
 
 
 def combine(
-    phi: Tensor | None,
-    low_rank: Tensor,
-    direction: Tensor,
-    bias_correction: Scalar,
-    divisor: Scalar | None,
-    state: MatrixState,
-    settings: GroupSettings,
+    phi: Tensor | None, low_rank: Tensor, direction: Tensor, divisor: Scalar | None, context: StepContext
 ) -> tuple[Tensor | None, Tensor]:
     """Line 15: the factors of lr (P N + S) = phi * G + P C, decay folded in; `direction`, N, is used up.
 
@@ -244,6 +178,7 @@ def combine(
     Returns:
         phi, None without a residual; C = a N - a phi R, of R's shape, or C = a N. Both in the state's dtype.
     """
+    state, settings, bias_correction = context.state, context.settings, context.bias_correction
     outside, inner_alpha = settings.alpha_is_outside, settings.inner_alpha
     step_size = settings.lr * settings.decay_factor * (settings.alpha if outside else bias_correction)
     factor = step_size * (bias_correction if outside else inner_alpha)
@@ -251,6 +186,8 @@ def combine(
     if phi is None:
         return None, low_rank_update
     residual_factor = settings.residual_scale * step_size
+    if settings.residual_warmup:
+        residual_factor = residual_factor * context.residual_share
     if divisor is not None:
         residual_factor = residual_factor / divisor
     phi = (phi * over_entries(residual_factor)).to(state.dtype)

@@ -18,6 +18,7 @@ from ds_fira.checkpoint.slices import StateSlice
 from ds_fira.core import functional as F
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import algorithm_of
+from ds_fira.core.norms import squared_norms
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import EXP_AVG, EXP_AVG_SQ, STEP, compute_dtype, stored_moment
 from ds_fira.core.subspace import Side, projection_side
@@ -267,5 +268,5 @@ def _adamw_squares(
             direction = torch.where(divisor > 0.0, exp_avg / divisor, 0.0).view(len(rows), width)
             slope = grad[start:stop].to(dtype).view(len(rows), width)
             along = inside(piece.columns if side == "left" else rows, range(count))
-            found[:, along] += torch.stack([F.squared_norms(direction, side), F.squared_norms(slope, side)])
+            found[:, along] += torch.stack([squared_norms(direction, side), squared_norms(slope, side)])
     return found

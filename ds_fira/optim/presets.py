@@ -22,7 +22,8 @@ PRESET = "preset"
 NAME = "name"
 # The laws, by the model that they were tuned on: 128 wide, 2 layers deep, rank 32.
 BASE_ALPHA, BASE_RANK_DEPTH = 0.25, 64
-BASE_STEP, BASE_WIDTH_DEPTH = 0.2, 256
+BASE_STEP, BASE_WIDTH = 0.3, 128
+WARMUP_PER_LAYER = 50
 # The number of an expert that is a module of its own: all experts of a layer count as one.
 _EXPERT = re.compile(r"(expert[^.]*)\.\d+(?=\.|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -53,13 +54,21 @@ def transferred_alpha(size: ModelSize) -> float:
 
 
 def transferred_scale(size: ModelSize) -> float:
-    """The residual_scale that belongs to `transferred_alpha`, so that alpha x residual_scale goes by width and depth.
+    """The residual_scale that belongs to `transferred_alpha`, so that alpha x residual_scale goes by the width.
 
-    An element of a normalized residual moves W by lr x alpha x residual_scale in a step, and has no momentum that
-    averages its noise. What keeps the outputs' change is 1 / fan_in, as in the maximal-update parametrisation (arXiv
-    2203.03466), and 1 / depth for what the layers add to the residual stream.
+    An element of a normalized residual moves W by lr x alpha x residual_scale in a step. What keeps the outputs' change
+    is 1 / fan_in, as in the maximal-update parametrisation (arXiv 2203.03466).
     """
-    return BASE_STEP * BASE_WIDTH_DEPTH / (size.width * size.depth) / transferred_alpha(size)
+    return BASE_STEP * BASE_WIDTH / size.width / transferred_alpha(size)
+
+
+def transferred_warmup(size: ModelSize) -> int:
+    """The steps over which the residual grows to that size: noise keeps a deeper model from starting for longer.
+
+    The residual has no momentum that averages its noise. Without a warm-up of its own a model of 4 layers bears half
+    the residual that one of 2 bears; with it, the same (docs/transfer.md).
+    """
+    return WARMUP_PER_LAYER * size.depth
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,13 @@ PRESETS: Mapping[str, Preset] = {
         settings={
             "lr": 0.01,
             "residual": "normalized",
+            "residual_beta": 0.0,
         },
-        laws={"alpha": transferred_alpha, "residual_scale": transferred_scale},
+        laws={
+            "alpha": transferred_alpha,
+            "residual_scale": transferred_scale,
+            "residual_warmup": transferred_warmup,
+        },
     ),
 }
 # A projected parameter: its name, "" where there is none; its shape, (m, n), or (experts, m, n), which counts as one

@@ -22,10 +22,12 @@ from tests.ranks import Pools
 
 NORMALIZED = {"residual": "normalized"}
 MATRIX = {**NORMALIZED, "scaling": "matrix", "limiter": "growth"}
+# No p, and a residual that grows; as the preset has it.
+GROWING = {**NORMALIZED, "residual_beta": 0.0, "residual_warmup": 5}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("changed", [NORMALIZED, MATRIX], ids=["column", "matrix"])
+@pytest.mark.parametrize("changed", [NORMALIZED, MATRIX, GROWING], ids=["column", "matrix", "growing"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_make_one_process_s_steps(ranks: Pools, stage: int, changed: dict[str, Any], dtype: str) -> None:
     """Split matrices stepped where they lie, but for rounding; those that lie whole to the bit."""
@@ -101,6 +103,7 @@ ELSEWHERE: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     # ranks and stage before and after
     "more ranks": (2, 2, 3, 2, NORMALIZED),
     "fewer ranks": (3, 1, 2, 2, MATRIX),
+    "growing, to stage 3": (2, 2, 3, 3, GROWING),
     "to stage 3": (3, 2, 2, 3, NORMALIZED),
     "from stage 3": (3, 3, 2, 1, NORMALIZED),
     "to stage 3, matrix": (1, 2, 3, 3, MATRIX),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ds_fira
-from ds_fira.core.functional import SMALL_MATRIX
+from ds_fira.core.norms import SMALL_MATRIX
 from ds_fira.sharding.geometry import matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
 from tests.distributed.zero_jobs import config

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_fira.optim.presets import PRESETS, ModelSize, transferred_alpha, transferred_scale
+from ds_fira.optim.presets import PRESETS, ModelSize, transferred_alpha, transferred_scale, transferred_warmup
 from ds_fira.tools import models
 from examples.pretraining.batch import settle_batch
 from tests.programs import ROOT, Forked, run, write_text
@@ -108,7 +108,7 @@ def test_recipe_with_the_preset_is_planned(tmp_path: Path) -> None:
     assert "preset recommended" in said
     assert not re.search(r"\b(lr|alpha) ", said)
     scale = transferred_scale(ModelSize(width=512, depth=8, rank=128))
-    assert f"residual_scale {scale:.3g} (width 512, depth 8, rank 128)" in done.stdout
+    assert f"residual_scale {scale:.3g}, residual_warmup 400 (width 512, depth 8, rank 128)" in done.stdout
 
 
 @pytest.mark.parametrize("given", [[], ["--lr", "0.02"], ["--alpha", "0.5"]], ids=str)
@@ -130,6 +130,8 @@ def test_a_recipes_config_trains_a_tiny_model_with_the_preset(tmp_path: Path, gi
         "lr": PRESETS["recommended"].settings["lr"],
         "alpha": transferred_alpha(ModelSize(width=32, depth=3, rank=8)),
         "residual_scale": transferred_scale(ModelSize(width=32, depth=3, rank=8)),
+        "residual_beta": 0.0,
+        "residual_warmup": transferred_warmup(ModelSize(width=32, depth=3, rank=8)),
         **own,
     }
     (file,) = folder.glob("*optim_states.pt")

@@ -60,6 +60,7 @@ class FiraReference:
         residual="scaled",
         residual_beta=0.9,
         residual_floor=2e-3,
+        residual_warmup=0,
     ):
         limiter = limiter or ("growth" if residual == "scaled" else "none")
         assert formulation in ("released", "paper")
@@ -77,7 +78,7 @@ class FiraReference:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.history_floor = history_floor
         self.residual, self.residual_beta, self.residual_floor = residual, residual_beta, residual_floor
-        self.residual_avg_sq = 0.0
+        self.residual_avg_sq, self.residual_warmup = 0.0, residual_warmup
         self.steps, self.refresh_step, self.residual_norm = 0, -1, 0.0
         self.basis = self.exp_avg = self.exp_avg_sq = None
         self.limited, self.residual_share, self.refreshes = [], [], []
@@ -164,7 +165,7 @@ class FiraReference:
         if self.residual == "normalized":
             residual = self.limit(*self.normalize(gradient - self.project_back(low), gradient, low))
             corrected = normalised if self.formulation == "paper" else correction * normalised
-            self.weight -= self.lr * self.alpha * (self.project_back(corrected) + self.residual_scale * residual)
+            self.weight -= self.lr * self.alpha * (self.project_back(corrected) + self.residual_size() * residual)
             self.decay()
             return
         phi = self.scale(normalised, low)
@@ -172,12 +173,16 @@ class FiraReference:
         residual = self.limit(residual, residual.norm().item(), (phi * gradient).norm().item())
 
         if self.formulation == "paper":
-            update = self.alpha * (self.project_back(normalised) + self.residual_scale * residual)
+            update = self.alpha * (self.project_back(normalised) + self.residual_size() * residual)
             self.weight -= self.lr * update
         else:
-            update = self.alpha * self.project_back(normalised) + self.residual_scale * residual
+            update = self.alpha * self.project_back(normalised) + self.residual_size() * residual
             self.weight -= self.lr * correction * update
         self.decay()
+
+    def residual_size(self):
+        """What multiplies S; it grows over the first ``residual_warmup`` steps."""
+        return self.residual_scale * min(1.0, self.steps / max(1, self.residual_warmup))
 
     def decay(self):
         self.weight -= self.lr * self.weight_decay * self.weight

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_fira.core.normalized import outside_directions
 from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.row_blocks import RowBlock, row_blocks
@@ -85,7 +84,3 @@ class LocalShardPlan:
     def averages(self, settings: GroupSettings) -> int:
         """Numbers that the rank holds of the average of a normalized residual: of the entries kept, or one for all."""
         return settings.averages_of(len(self.kept))
-
-    def outside(self, settings: GroupSettings) -> int:
-        """The numbers of the residual that one factor is for, in the whole matrix."""
-        return outside_directions(self.matrix.shape, self.matrix.rank, self.matrix.side, settings)

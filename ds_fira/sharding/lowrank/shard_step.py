@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ds_fira.core import functional as F
 from ds_fira.core.base_optimizer import adapt, step_factor
+from ds_fira.core.norms import total_square
+from ds_fira.core.residuals import Squares, StepContext
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState, compute_dtype
-from ds_fira.core.step import StepStats, combine, entry_squares, factors, limit, scale, scaling_factors
+from ds_fira.core.step import Quotient, StepStats, combine, factors, limit, scale
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.row_blocks import RowBlock, common, inside
 from ds_fira.sharding.split_matrix import Transfer
@@ -30,15 +33,13 @@ class EntrySteps:
     Attributes:
         low_rank: R, (r, kept) left or (kept, r) right.
         direction: N, of R's shape.
-        squares: of every entry, as `entry_squares` gives them, (kept,), float64.
-        bias_correction: 0-dim, float64.
+        squares: of every entry, as `ResidualForm.squares` gives them, (kept,), float64.
         phi: factors before the limiter, (kept,), float64; None until they are known, and without a residual.
     """
 
     low_rank: Tensor
     direction: Tensor
-    squares: tuple[Tensor, Tensor]
-    bias_correction: Tensor
+    squares: Squares
     phi: Tensor | None = None
 
 
@@ -56,6 +57,7 @@ class ShardStep:
         negligible_ratio: a residual norm below this share of |phi * G| is rounding.
         low_rank: R over the region, (r, region) left or (region, r) right; None before `project`.
         grad_sq: squared norms of G's columns or rows over the region, float64.
+        context: of the whole matrix's step; None before `advance`, and where the rank has no use for it.
         entries: of the entries kept; None before `advance`, and where the rank keeps none.
     """
 
@@ -67,14 +69,13 @@ class ShardStep:
     negligible_ratio: float
     low_rank: Tensor | None = None
     grad_sq: Tensor | None = None
+    context: StepContext | None = None
     entries: EntrySteps | None = None
     _basis: Tensor | None = field(default=None, repr=False)
 
     def grad_square(self) -> Tensor:
         """|G|^2 of the fragment, float64, 0-dim."""
-        return sum(
-            F.total_square(block.view(self.grad), self.state.dtype, self.state.side) for block in self.plan.blocks
-        )
+        return sum(total_square(block.view(self.grad), self.state.dtype, self.state.side) for block in self.plan.blocks)
 
     def basis_payload(self, transfer: Transfer) -> tuple[Tensor]:
         """The rows of P that go over a transfer of `LocalShardPlan.basis_lent`."""
@@ -158,28 +159,28 @@ class ShardStep:
             scales[along] = numbers.to(state.dtype)
         return values, scales
 
-    def advance(self) -> list[Tensor]:
+    def advance(self) -> list[Tensor] | None:
         """Lines 9 to 12 where the gradient is finite and R is complete over the entries kept.
 
         Returns:
-            What all ranks have to add up, 0-dim: |R|^2; then |S|^2 as a difference of squares and |phi * G|^2, or with
-            one factor for all entries the squares that it is made of, |N|^2 or the sum of q, and 0.
+            What all ranks have to add up, 0-dim: |R|^2; then |S|^2 and |phi * G|^2, or with one factor for all entries
+            the two squares that it is made of. None where the rank keeps no entry.
         """
-        state, settings, kept = self.state, self.settings, self.plan.kept
+        state, settings, kept, one = self.state, self.settings, self.plan.kept, self.settings.has_one_factor
         state.step += 1
-        zero = torch.zeros((), dtype=torch.float64, device=self.grad.device)
+        if one or len(kept):
+            bias_correction = step_factor(state.step, settings)
+            self.context = StepContext(state, settings, self.plan.matrix.shape, bias_correction, True)
         if not len(kept):
-            return [zero, zero, zero]
+            return None
         along = inside(kept, self.plan.region)
         low_rank, grad_sq = self._entries(self.low_rank, along), self.grad_sq[along]
         direction, direction_sq, low_rank_sq = adapt(low_rank, state, settings, True)
-        bias_correction = step_factor(state.step, settings)
-        squares = entry_squares(grad_sq, direction_sq, low_rank_sq, settings)
-        self.entries = EntrySteps(low_rank, direction, squares, bias_correction)
-        if settings.has_one_factor:
-            return [low_rank_sq.sum(), squares[0].sum(), zero]
-        outside = self.plan.outside(settings)
-        self.entries.phi, *sums = scale(grad_sq, squares, bias_correction, outside, state, settings, True, False)
+        squares = settings.residual_form.squares(grad_sq, direction_sq, low_rank_sq, settings)
+        self.entries = EntrySteps(low_rank, direction, squares)
+        if one:
+            return [low_rank_sq.sum(), *(numbers.sum() for numbers in squares)]
+        self.entries.phi, *sums = scale(grad_sq, squares, self.context)
         return [low_rank_sq.sum(), *sums]
 
     def scale(self, sums: Tensor, squares: Tensor) -> Tensor:
@@ -187,16 +188,14 @@ class ShardStep:
 
         Args:
             sums: of what `advance` returns, (3,).
-            squares: |S|^2 as a difference of squares and |phi * G|^2; of phi = 1 where it is only found here.
+            squares: |S|^2 and |phi * G|^2, (2,); of phi = 1 where it is only found here.
 
         Returns:
             `squares` of the phi that the step is made with.
         """
         if not self.settings.has_one_factor:
             return squares
-        state, settings = self.state, self.settings
-        pair, bias_correction = (sums[1:2], sums[0:1]), step_factor(state.step, settings)
-        phi = scaling_factors(pair, bias_correction, self.plan.outside(settings), state, settings, True, False)
+        phi = self.settings.residual_form.factors(sums[1:].split(1), self.context)
         if self.entries is not None:
             self.entries.phi = phi.expand(len(self.plan.kept))
         return squares * phi.square()
@@ -251,10 +250,15 @@ class ShardStep:
         )
         if entries is None:
             return stats, None
-        phi, low_rank_update = combine(
-            entries.phi, entries.low_rank, entries.direction, entries.bias_correction, divisor, state, settings
-        )
+        phi, low_rank_update = combine(entries.phi, entries.low_rank, entries.direction, divisor, self.context)
         return stats, (low_rank_update, torch.zeros_like(entries.squares[0]) if phi is None else phi)
+
+    def quotient(self) -> Quotient | None:
+        """What recorders show of the entries kept; None for no entries."""
+        if self.entries is None:
+            return None
+        recorded, bias_correction = self.settings.residual_form.recorded, self.context.bias_correction
+        return partial(recorded, self.entries.squares, self.entries.phi, bias_correction)
 
     def apply(self, low_rank_update: Tensor, phi: Tensor) -> None:
         """Line 16 on the fragment, C and phi given over the region."""
@@ -265,7 +269,7 @@ class ShardStep:
                 block.view(self.weight),
                 block.view(self.grad),
                 *factors(self._basis_of(block), self._entries(low_rank_update, along), side),
-                None if settings.residual == "none" else phi[along],
+                None if settings.residual_form.factors is None else phi[along],
                 by_row=side == "right",
                 decay_factor=settings.decay_factor,
                 grad_finite=True,

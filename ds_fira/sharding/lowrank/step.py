@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,8 +29,7 @@ from ds_fira.core import functional as F
 from ds_fira.core.algorithms import Algorithm
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import STEP, MatrixState, allocate_matrices, compute_dtype, state_views
-from ds_fira.core.step import Quotient, StepStats, quotient
-from ds_fira.core.subspace import refresh_due
+from ds_fira.core.step import Quotient, StepStats
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.lowrank.exchange import LowRankExchange
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
@@ -134,7 +132,7 @@ class LowRankMatrices:
             )
             for plan in self.plans
         }
-        totals, due = self._decide(param, parts)
+        totals, due = self._decide(param, parts, state, refresher)
         # NaN compares as false.
         finite = {position: total for position, total in totals.items() if total < torch.finfo(dtype).max}
         possible = [position for position in due if finite.get(position, 0.0) > 0.0]
@@ -178,19 +176,18 @@ class LowRankMatrices:
             part.project()
         self._exchange.collect(turn, param, parts)
         stepped = {position: part for position, part in parts.items() if position in finite and part.state.has_basis}
-        rows = {position: torch.stack(part.advance()) for position, part in stepped.items()}
-        sums = self._sum(turn, param, LOW_RANK_SUMS, rows)
-        squares = squares_of(sums, finite, settings)
+        rows = {position: row for position, part in stepped.items() if (row := part.advance()) is not None}
+        together = self._sum(turn, param, LOW_RANK_SUMS, rows)
+        found = squares_of(together, [finite.get(position, math.nan) for position in turn], settings)
+        sums, squares = (dict(zip(turn, numbers, strict=True)) for numbers in (together, found))
         scaled = {position: part.scale(sums[position], squares[position]) for position, part in stepped.items()}
-        exact = self._exact_squares(param, stepped, squares, settings)
+        exact = self._exact_squares(turn, param, stepped, found, settings)
         answers, done = {}, []
         for position, part in stepped.items():
             residual_sq, scaled_grad_sq = scaled[position]
             residual_sq = exact.get(position, residual_sq)
             stats, answers[position] = part.finish(residual_sq, scaled_grad_sq, sums[position][0], finite[position])
-            entries = part.entries
-            values = entries and (entries.squares, entries.phi, entries.bias_correction, settings)
-            done.append((part.plan, stats, values and partial(quotient, *values)))
+            done.append((part.plan, stats, part.quotient()))
         arrived = self._exchange.send_back(turn, param, parts, answers)
         for position, part in parts.items():
             if position in stepped:
@@ -199,37 +196,43 @@ class LowRankMatrices:
                 part.decay()
         return done
 
-    def _sum(self, positions: Sequence[int], param: Tensor, width: int, rows: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _sum(self, positions: Sequence[int], param: Tensor, width: int, rows: dict[int, Sequence[Tensor]]) -> Tensor:
         """Sum a few float64 of some matrices over all ranks.
 
         Args:
             positions: of the matrices.
             param: gives the device.
             width: numbers for each matrix.
-            rows: by position, this rank's part of them, (width,); nothing is added for the others.
+            rows: by position, this rank's part of them, 0-dim; nothing is added for the others.
 
         Returns:
-            By position the sums, (width,).
+            The sums, (number of positions, width).
         """
         none = torch.zeros(width, dtype=torch.float64, device=param.device)
-        added = self.communicator.all_reduce(torch.stack([rows.get(position, none) for position in positions]))
-        return dict(zip(positions, added, strict=True))
+        own = [torch.stack(tuple(rows[position])) if position in rows else none for position in positions]
+        return self.communicator.all_reduce(torch.stack(own))
 
-    def _decide(self, param: Tensor, parts: dict[int, ShardStep]) -> tuple[dict[int, float], list[int]]:
+    def _decide(
+        self, param: Tensor, parts: dict[int, ShardStep], state: dict[str, Tensor], refresher: Refresher
+    ) -> tuple[dict[int, float], list[int]]:
         """|G|^2 of every matrix by position, and the positions whose refresh is due; the same on all ranks."""
         rows = {}
         for position, part in parts.items():
-            settings, last = part.settings, int(part.state.refresh_step)
-            offset = settings.refresh_offset_of(part.plan.number)
-            waits = refresh_due(int(part.state.step), last, settings.update_proj_gap, offset)
-            grad_sq = part.grad_square()
-            rows[position] = torch.stack([grad_sq, torch.full_like(grad_sq, waits and part.plan.owns)])
-        found = torch.stack(list(self._sum(list(self._matrices), param, GRADIENT_SUMS, rows).values())).tolist()
+            plan, grad_sq = part.plan, part.grad_square()
+            # The owner decides: by the refresher's bound of its step count, so that few steps read one from a device.
+            due = plan.owns and bool(refresher.due(state[STEP + _mark(plan)], [part], [plan.number]))
+            rows[position] = (grad_sq, torch.full_like(grad_sq, due))
+        found = self._sum(list(self._matrices), param, GRADIENT_SUMS, rows).tolist()
         totals = {position: total for position, (total, _) in zip(self._matrices, found, strict=True)}
         return totals, [position for position, (_, due) in zip(self._matrices, found, strict=True) if due]
 
     def _exact_squares(
-        self, param: Tensor, stepped: dict[int, ShardStep], squares: dict[int, Tensor], settings: GroupSettings
+        self,
+        turn: Sequence[int],
+        param: Tensor,
+        stepped: dict[int, ShardStep],
+        squares: Tensor,
+        settings: GroupSettings,
     ) -> dict[int, Tensor]:
         """|S|^2 from the residual itself, by position, where the difference of squares has lost its digits.
 
@@ -237,9 +240,8 @@ class LowRankMatrices:
         """
         if not settings.measures_residual:
             return {}
-        residual_sq, scaled_grad_sq = torch.stack(list(squares.values())).unbind(1)
-        flags = F.residual_needed(residual_sq, scaled_grad_sq).tolist()
-        needed = [position for position, flag in zip(squares, flags, strict=True) if flag]
+        flags = F.residual_needed(*squares.unbind(1)).tolist()
+        needed = [position for position, flag in zip(turn, flags, strict=True) if flag]
         if not needed:
             return {}
         concerned = {position: stepped[position] for position in needed if position in stepped}
@@ -247,27 +249,29 @@ class LowRankMatrices:
         arrived = self._exchange.send_back(needed, param, concerned, kept)
         rows = {}
         for position, part in concerned.items():
-            rows[position] = part.residual_square(*part.complete(kept[position], arrived[position])).unsqueeze(0)
+            rows[position] = (part.residual_square(*part.complete(kept[position], arrived[position])),)
         sums = self._sum(needed, param, 1, rows)
-        return {position: sums[position][0] for position in needed}
+        return dict(zip(needed, sums[:, 0], strict=True))
 
 
-def squares_of(sums: dict[int, Tensor], totals: Mapping[int, float], settings: GroupSettings) -> dict[int, Tensor]:
-    """|S|^2 as a difference of squares and |phi * G|^2 by position, (2,): as summed, or with phi = 1 from the sums.
+def squares_of(sums: Tensor, totals: Sequence[float], settings: GroupSettings) -> Tensor:
+    """|S|^2 as the form of the residual has it and |phi * G|^2: as summed, or with phi = 1 from the sums.
 
     With one scaling factor for a matrix its squares are found without it, so that ranks which hold no part of the
     matrix know too whether digits are lost.
+
+    Args:
+        sums: over all ranks, of what `ShardStep.advance` returns, (k, 3).
+        totals: |G|^2 of the same matrices; NaN where it is not finite.
+        settings: of the param group.
+
+    Returns:
+        (k, 2), float64.
     """
     if not settings.has_one_factor:
-        return {position: part[1:] for position, part in sums.items()}
-    alpha, found = settings.inner_alpha, {}
-    for position, part in sums.items():
-        total = part.new_tensor([totals.get(position, math.nan)])
-        if settings.residual == "normalized":
-            found[position] = torch.cat([part[1:2], total])
-        else:
-            found[position] = torch.stack(F.difference_of_squares(total, part[:1], torch.ones_like(total), alpha))
-    return found
+        return sums[:, 1:]
+    total = sums.new_tensor(totals)
+    return torch.stack([settings.residual_form.residual_sq(total, sums[:, 2], settings), total], dim=1)
 
 
 def _mark(plan: LocalShardPlan) -> str:

@@ -75,6 +75,7 @@ def drive(kind: str, kernel: bool, steps: int = 7, spoil: int | None = None, **s
         ("flat", {"residual": "normalized"}),
         ("tall", {"residual": "normalized", "scaling": "matrix", "state_dtype": "bfloat16"}),
         ("experts", {"residual": "normalized", "scaling": "matrix", "limiter": "growth"}),
+        ("flat", {"residual": "normalized", "residual_beta": 0.0, "residual_warmup": 6}),
         ("flat", {"state_dtype": "bfloat16"}),
         ("flat", {"proj_type": "reverse_std", "subspace": "gram", "refresh_moments": "rotate", "stagger": True}),
     ],

@@ -57,6 +57,8 @@ def test_every_side_and_rank(shape: tuple[int, ...], proj_type: str, rank: int, 
         {"limiter": "growth"},
         {"limiter": "growth", "scaling": "matrix", "gamma": 1.1},
         {"residual_beta": 0.0},
+        {"residual_beta": 0.0, "scaling": "matrix", "residual_warmup": 4},
+        {"residual_warmup": 7, "limiter": "growth"},
         {"residual_beta": 0.99, "alpha": 0.25, "weight_decay": 0.1},
         {"residual_scale": 0.5, "betas": (0.8, 0.95), "update_proj_gap": 1},
         {"residual_scale": 0.0},
@@ -66,7 +68,8 @@ def test_every_side_and_rank(shape: tuple[int, ...], proj_type: str, rank: int, 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (130, 40), (2, 10, 14)], ids=str)
 def test_settings(shape: tuple[int, ...], changed: dict[str, Any], formulation: str) -> None:
     state, reference = assert_parity(shape, formulation=formulation, **NORMALIZED, **changed)
-    if changed.get("scaling") == "matrix":
+    assert ("residual_avg_sq" in state) == (changed.get("residual_beta") != 0.0)
+    if "residual_avg_sq" in state and changed.get("scaling") == "matrix":
         assert state["residual_avg_sq"].shape == (*shape[:-2], 1)
     if changed.get("limiter") == "growth" and len(shape) == 2:
         assert any(reference.limited)
@@ -94,7 +97,14 @@ def test_random_settings(m: int, n: int, seed: int, **group: Any) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"residual_beta": 0.89}, {"residual_scale": 1.01}, {"alpha": 0.26}, {"scaling": "matrix"}, {"limiter": "growth"}],
+    [
+        {"residual_beta": 0.89},
+        {"residual_warmup": 2},
+        {"residual_scale": 1.01},
+        {"alpha": 0.26},
+        {"scaling": "matrix"},
+        {"limiter": "growth"},
+    ],
     ids=str,
 )
 def test_these_comparisons_can_fail(wrong: dict[str, Any]) -> None:

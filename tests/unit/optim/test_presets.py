@@ -17,14 +17,16 @@ from ds_fira.optim.presets import (
     BASE_ALPHA,
     BASE_RANK_DEPTH,
     BASE_STEP,
-    BASE_WIDTH_DEPTH,
+    BASE_WIDTH,
     PRESETS,
+    WARMUP_PER_LAYER,
     ModelSize,
     Projected,
     preset_mark,
     size_of,
     transferred_alpha,
     transferred_scale,
+    transferred_warmup,
 )
 from ds_fira.optim.settings import NOT_OF_GROUPS, Settings, check_params
 from tests.small_models import gpt2, gpt_neox, llama, mixtral
@@ -127,13 +129,17 @@ def residual_step(size: ModelSize) -> float:
     return transferred_alpha(size) * transferred_scale(size)
 
 
-def test_the_residual_falls_as_width_and_depth_grow() -> None:
-    """The same for both, by their product, and for every rank; where the laws were tuned they are their bases."""
-    base = ModelSize(BASE_WIDTH_DEPTH // 2, 2, BASE_RANK_DEPTH // 2)
+def test_the_residual_falls_as_the_width_grows() -> None:
+    """The same for every depth and rank; where the laws were tuned they are their bases."""
+    base = ModelSize(BASE_WIDTH, 2, BASE_RANK_DEPTH // 2)
     assert transferred_alpha(base) == BASE_ALPHA
     assert residual_step(base) == pytest.approx(BASE_STEP)
     wider, deeper = residual_step(ModelSize(1536, 12, 128)), residual_step(ModelSize(768, 24, 8))
-    assert wider == pytest.approx(deeper) == pytest.approx(residual_step(ModelSize(768, 12, 64)) / 2)
+    assert wider == pytest.approx(deeper / 2) == pytest.approx(residual_step(ModelSize(768, 12, 64)) / 2)
+
+
+def test_the_residual_grows_longer_in_a_deeper_model() -> None:
+    assert [transferred_warmup(ModelSize(512, depth, 128)) for depth in (1, 8, 32)] == [50, 400, 1600]
 
 
 def test_the_low_rank_part_does_not_outgrow_its_norm() -> None:
@@ -147,7 +153,8 @@ def test_the_low_rank_part_does_not_outgrow_its_norm() -> None:
 def test_the_pages_say_what_the_preset_gives(page: str) -> None:
     words = " ".join((Path(__file__).resolve().parents[3] / page).read_text().split())
     assert f"{BASE_ALPHA:g} x min(1, sqrt({BASE_RANK_DEPTH} / (rank x depth)))" in words
-    assert f"{BASE_STEP:g} x {BASE_WIDTH_DEPTH} / (width x depth)" in words
+    assert f"{BASE_STEP:g} x {BASE_WIDTH} / width" in words
+    assert f"{WARMUP_PER_LAYER} steps a layer" in words
     assert re.search(rf"`lr` (to )?{PRESETS['recommended'].settings['lr']:g}\b", words)
 
 

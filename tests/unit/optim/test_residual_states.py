@@ -135,3 +135,28 @@ def test_groups_of_the_first_version_keep_their_meaning(kind: type[FiraAdam], de
     assert torch.equal(param, uninterrupted)
     # What a pickle or a copy of that version holds.
     assert GroupSettings.of(state["param_groups"][0]).residual == optimizer.param_groups[0]["residual"]
+
+
+def test_an_average_that_the_run_began_without_is_asked_for() -> None:
+    """By a change of a live param group; with 0 in place of a number the average there is goes unused."""
+    param = nn.Parameter(make_weight((12, 20)))
+    optimizer = FiraAdam([{"params": [param], **BASE, **NORMALIZED, "residual_beta": 0.0}], lr=LR)
+    first, second = make_gradients((12, 20), 2)
+    drive(optimizer, param, [first])
+    optimizer.param_groups[0]["residual_beta"] = 0.5
+    with pytest.raises(ValueError, match=r"^residual_beta = 0\.5 needs an average that this run began without"):
+        drive(optimizer, param, [second])
+
+
+def test_a_residual_that_grows_goes_on_growing_after_a_resume() -> None:
+    """By the matrix's count of steps, which the checkpoint holds."""
+    gradients, given = make_gradients((12, 20), 8), {**BASE, **NORMALIZED, "residual_beta": 0.0, "residual_warmup": 7}
+    whole = nn.Parameter(make_weight((12, 20)))
+    drive(FiraAdam([{"params": [whole], **given}], lr=LR), whole, gradients)
+    state, weight = saved(FiraAdam, 4, **{**NORMALIZED, "residual_beta": 0.0, "residual_warmup": 7})
+    resumed = nn.Parameter(weight.detach().clone())
+    optimizer = FiraAdam([{"params": [resumed], **given}], lr=LR)
+    optimizer.load_state_dict(state)
+    assert "residual_avg_sq" not in optimizer.state[resumed]
+    drive(optimizer, resumed, gradients[4:])
+    assert torch.equal(resumed, whole)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_fira
 from ds_fira.core.algorithms import FIRA_ADAM
@@ -76,3 +80,46 @@ def test_threads_make_the_steps_of_one_process(changed: dict[str, str], evenly_s
     for param, matrix in zip(alone, matrices, strict=True):
         if matrix.name in stepped:
             torch.testing.assert_close(matrix.matrix(found), param.detach(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often the host reads some tensors."""
+
+    def __init__(self, watched: list[Tensor]) -> None:
+        super().__init__()
+        self.watched = {tensor.untyped_storage().data_ptr() for tensor in watched}
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func == torch.ops.aten._local_scalar_dense.default:
+            self.count += args[0].untyped_storage().data_ptr() in self.watched
+        return func(*args, **(kwargs or {}))
+
+
+def test_step_counts_are_read_where_a_refresh_may_be_due() -> None:
+    """By the owner alone: before the first basis, and a gap of steps later; other steps wait for no device."""
+    ranks, gap, steps = 2, 4, 7
+    settings = GroupSettings(rank=3, update_proj_gap=gap)
+    (matrix,) = matrices_of("w", (12, 40), 0)
+    size = matrix.numel // ranks + 7
+    rare = GroupSettings(rank=3, update_proj_gap=10**6)
+    layout = plan_groups([([split(matrix, size, ranks)], size)], ranks, [rare])[0]
+    (planned,) = layout.low_rank.values()
+    grads = torch.randn(steps, ranks * size, generator=torch.Generator().manual_seed(0))
+    barrier, box = Barrier(ranks), [()] * ranks
+
+    def run(rank: int) -> tuple[int, int, int]:
+        param, refresher = torch.nn.Parameter(torch.zeros(size)), Refresher(StepMetrics(), "FiraAdam")
+        one = LowRankMatrices(layout.low_rank, Threads(rank, barrier, box), {"w": 0})
+        state = one.allocate(param, settings, FIRA_ADAM)
+        (step,) = (value for key, value in state.items() if key.startswith("step"))
+        (refreshed,) = (value for key, value in state.items() if key.startswith("refresh_step"))
+        with torch.no_grad(), CountReads([step]) as reads:
+            for grad in grads:
+                param.grad = grad[rank * size : (rank + 1) * size].clone()
+                one.step(param, state, settings, 1e-4, refresher, FIRA_ADAM)
+        return reads.count, int(step), int(refreshed)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(pool.map(run, range(ranks)))
+    assert found == [(2 if rank == planned.owner else 0, steps, gap) for rank in range(ranks)]

@@ -175,8 +175,9 @@ def test_parts_make_the_step_of_the_whole(
             giver = parts[transfer.borrower]
             payload = giver.payload(transfer, giver.low_rank, giver.grad_sq.sqrt(), giver.plan.region)
             parts[transfer.keeper].add(transfer, torch.cat([tensor.reshape(-1) for tensor in payload]))
-        sums = sum(torch.stack(part.advance()) for part in parts.values())
-        squares = squares_of({0: sums}, {0: float(grad.square().sum())}, group)[0]
+        advanced = [part.advance() for part in parts.values()]
+        sums = sum(torch.stack(tuple(row)) for row in advanced if row is not None)
+        squares = squares_of(sums.unsqueeze(0), [float(grad.square().sum())], group)[0]
         scaled = torch.stack([part.scale(sums, squares) for part in parts.values()])[0]
         kept = {rank: part.kept_residual() for rank, part in parts.items()}
         if exact and group.measures_residual:
