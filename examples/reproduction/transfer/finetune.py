@@ -57,7 +57,8 @@ def make_optimizer(model: nn.Module, tuning: Tuning) -> Optimizer:
     """The optimizer of a method for what `prepare` left trainable.
 
     The preset takes the place of the published alpha, residual and rate; `preset_all` also steps embeddings, head and
-    norms, as FiraAdam does with a model of which nothing is frozen.
+    norms, as FiraAdam does with a model of which nothing is frozen; `preset_at_once` has the residual's whole size from
+    the first step.
     """
     if tuning.method in ("full", "lora"):
         return torch.optim.AdamW(trained_parameters(model), lr=tuning.lr, weight_decay=0.0)
@@ -66,6 +67,8 @@ def make_optimizer(model: nn.Module, tuning: Tuning) -> Optimizer:
     if tuning.method.startswith("preset"):
         del params["alpha"]
         params["preset"] = PRESET
+    if tuning.method == "preset_at_once":
+        params["residual_warmup"] = 0
     return OPTIMIZERS[block["type"]](ds_fira.param_groups(model, **params), lr=tuning.lr)
 
 

@@ -13,6 +13,7 @@ from examples.reproduction.transfer.tunings import BEFORE, METHODS, RESULTS, TOK
 
 TITLES = {
     "preset": "preset, linear layers",
+    "preset_at_once": "preset without residual_warmup",
     "preset_all": "preset, whole model",
     "fira": "Fira, alpha 2 (Table 6)",
     "galore": "GaLore, alpha 2",
@@ -62,7 +63,7 @@ def section(store: Trials | None = None) -> str:
 def findings(tuned: list[dict[str, Any]]) -> str:
     """What the preset gains or loses, at its own rate and at its best, and what has not been trained."""
     lines = []
-    for method in ("preset", "preset_all"):
+    for method in ("preset", "preset_at_once", "preset_all"):
         own = next((one for one in tuned if one["tuning"]["method"] == method and one["tuning"]["lr"] == RATE), None)
         if own is None:
             continue
@@ -80,7 +81,7 @@ def findings(tuned: list[dict[str, Any]]) -> str:
         lines += [
             f"- To {TITLES[other]} at {rival['tuning']['lr']:g}: {difference(own, rival)}."
             for other in others
-            if method == "preset" and other not in ("preset", "preset_all")
+            if method == "preset" and not other.startswith("preset")
             for rival in (best(tuned, other),)
         ]
     done = {Tuning(**one["tuning"]).key for one in tuned}

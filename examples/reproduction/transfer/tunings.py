@@ -11,7 +11,15 @@ from examples.reproduction.transfer.trials import FOLDER
 RESULTS = FOLDER / "finetune"
 BEFORE = "before"
 # The rows of the comparison -> its row in the fine-tuning example, which says what is trained and by which optimizer.
-METHODS = {"preset": "fira", "preset_all": "full", "fira": "fira", "galore": "galore", "lora": "lora", "full": "full"}
+METHODS = {
+    "preset": "fira",
+    "preset_at_once": "fira",
+    "preset_all": "full",
+    "fira": "fira",
+    "galore": "galore",
+    "lora": "lora",
+    "full": "full",
+}
 SET = "news"
 # An SVD of each of 210 matrices takes a core longer than twenty steps.
 SUBSPACE = "randomized"
@@ -60,17 +68,19 @@ def tunings() -> list[Tuning]:
         (BEFORE, 0.0),
         ("preset", 0.01),
         ("fira", 1e-4),
-        ("preset", 0.0025),
-        ("full", 4e-5),
-        ("preset_all", 0.01),
         ("lora", 4e-4),
+        ("full", 4e-5),
         ("galore", 2e-4),
+        ("preset", 0.005),
+        ("preset_at_once", 0.01),
         ("fira", 4e-4),
         ("full", 1e-5),
         ("lora", 1.6e-3),
-        ("preset", 0.005),
+        ("preset", 0.0025),
         ("galore", 4e-4),
         ("fira", 2e-4),
+        ("preset_at_once", 0.00125),
+        ("preset_all", 0.01),
         ("preset_all", 0.00125),
     ]
     return [Tuning(method=method, lr=rate) for method, rate in rates]
