@@ -53,7 +53,8 @@ def section(store: Trials | None = None) -> str:
         ),
         "In bold: each method's best rate by validation loss, of those that were tried. An accuracy has a standard "
         f"error of up to {50 / math.sqrt(size.test):.1f} points. Seconds are of processor time of the training, beside "
-        "other work.\n",
+        f"other work. {size.steps} steps are few, which favours large rates: they say whether a rate is too large for "
+        "pre-trained weights, not which is best for a long fine-tuning.\n",
         findings(tuned),
         stamp_line(latest["provenance"]) + "\n",
     ]
@@ -98,10 +99,12 @@ def told(result: dict[str, Any]) -> str:
 
 
 def difference(ours: dict[str, Any], other: dict[str, Any]) -> str:
-    """In points and nats."""
+    """In points and nats; whether the points are more than two standard errors, as of two samples of the articles."""
     (accuracy, nats), (theirs, their_nats) = ours["test"], other["test"]
     loss = "one diverged" if nats is None or their_nats is None else f"{nats - their_nats:+.3f} nats"
-    return f"{100 * (accuracy - theirs):+.1f} points, {loss}"
+    error = math.sqrt((accuracy * (1 - accuracy) + theirs * (1 - theirs)) / ours["tuning"]["test"])
+    known = "" if abs(accuracy - theirs) > 2 * error else " (not told apart)"
+    return f"{100 * (accuracy - theirs):+.1f} points{known}, {loss}"
 
 
 def ordered(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
