@@ -20,7 +20,7 @@ from scipy import stats
 from examples.reproduction.lib.alone import FIGURES
 from examples.reproduction.lib.provenance import ROOT, stamp_line
 from examples.reproduction.lib.tables import HEIGHT, WIDTH, save_figure, table
-from examples.reproduction.transfer import study
+from examples.reproduction.transfer import finetune_report, study
 from examples.reproduction.transfer.trials import MODELS, Trial, Trials
 
 PAGE = ROOT / "docs" / "transfer.md"
@@ -256,6 +256,7 @@ def page(store: Trials) -> str:
         "## Candidates\n",
         f"In the preset's place, lr {study.PRESET_RATE:g}; what is not named is alpha 0.25 and c 1:\n",
         report.candidates(),
+        finetune_report.section(),
     )
     first = max(results, key=lambda result: result["provenance"]["date"])
     return "\n".join([*sections, stamp_line(first["provenance"]), ""])
