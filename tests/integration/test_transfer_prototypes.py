@@ -8,9 +8,11 @@ from fira import FiraAdamW
 from galore_torch import GaLoreAdamW
 from torch import nn
 
-from examples.reproduction.transfer import trials
+import ds_fira
+from ds_fira import FiraAdam
+from examples.reproduction.transfer import study, trials
 from examples.reproduction.transfer.prototypes import METHODS
-from examples.reproduction.transfer.train import train
+from examples.reproduction.transfer.train import build_model, train
 from examples.reproduction.transfer.trials import Trial, Trials, settings_of
 
 GAP, STEPS, RANK = 4, 10, 0.25
@@ -121,6 +123,40 @@ def test_normalized_step_is_the_formula_of_the_issue():
         expected = basis @ adam + scaled
         update = ((first - layer.weight.detach()) / 0.01).double()
         torch.testing.assert_close(update.T if tall else update, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_library_makes_the_normalized_steps():
+    """As the preset has them: each column by its own norm, growing, over refreshes."""
+    found, _ = stepped("normalized", gap=GAP, alpha=0.125, c=0.9, beta=0.0, warmup=6)
+    theirs = {"residual": "normalized", "residual_beta": 0.0, "residual_scale": 0.9, "residual_warmup": 6}
+    theirs |= {"alpha": 0.125, "eps": 1e-8, "matmul_precision": "float32", "lr": 0.01}
+    for ours, library in zip(found, referenced(lambda params: FiraAdam(projected(params), **theirs)), strict=True):
+        torch.testing.assert_close(ours, library, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "layers", "rank"), [(64, None, 0.25), (128, 4, 0.125)])
+def test_the_library_gives_what_the_study_calls_the_preset(width, layers, rank):
+    trial = study.preset(width, rank, layers=layers)
+    with torch.device("meta"):
+        (group, *_) = ds_fira.param_groups(build_model(trial), round(rank * width), preset="recommended")
+    mark, settings = group["preset"], {"alpha": 0.25, **dict(trial.settings)}
+    assert (mark["lr"], mark["residual"], mark["residual_beta"]) == (trial.lr, trial.method, settings["beta"])
+    assert mark["residual_warmup"] == settings["warmup"]
+    assert mark["alpha"] == pytest.approx(settings["alpha"], abs=1e-4)
+    # Rounded, and with an alpha that is.
+    assert mark["residual_scale"] * mark["alpha"] == pytest.approx(settings["c"] * settings["alpha"], rel=1e-3)
+
+
+def test_a_column_goes_by_the_low_rank_direction_too():
+    """`signal` and `rows`, which the study tried: S by the size of N, and rows of one size at an unchanged norm."""
+    _, optimizer = stepped("normalized", rows=True, gap=GAP)
+    residual = torch.rand(6, 9) * torch.arange(1, 7).unsqueeze(1)
+    even = optimizer.by_rows(residual, {})
+    torch.testing.assert_close(even.norm(), residual.norm())
+    assert even.square().mean(1).std() < 0.01 * residual.square().mean(1).std()
+    plain, signal = (stepped("normalized", c=c, signal=on, gap=GAP)[0] for c, on in ((0.0, False), (0.0, True)))
+    assert all(torch.equal(a, b) for a, b in zip(plain, signal, strict=True))
+    assert not torch.equal(stepped("normalized", signal=True, gap=GAP)[0][0], stepped("normalized", gap=GAP)[0][0])
 
 
 def test_law_lowers_the_rate_with_width_and_depth():

@@ -156,8 +156,8 @@ class Report:
     def candidates(self) -> str:
         """What was tried in the preset's place, at its rate."""
         rows = []
-        for place, listed in groupby(study.candidates(), key=lambda trial: (trial.width, trial.rank)):
-            reference = study.preset(*place)
+        for place, listed in groupby(study.candidates(), key=lambda trial: (trial.width, trial.rank, trial.layers)):
+            reference = study.preset(*place[:2], layers=place[2])
             for trial in [reference, *listed]:
                 if self.test(trial) is not None:
                     difference = change(self.test(trial), self.test(reference))
@@ -242,8 +242,9 @@ def page(store: Trials) -> str:
         "every method. Rates are chosen by one half of the held-out rows; the other half is reported. *Fira* is "
         "the released method at its published settings (alpha 0.25).\n",
         "## The preset beside released Fira\n",
-        "The preset: the residual normalized by its own energy, no limiter; alpha = 0.25 x min(1, sqrt(64 / (rank x "
-        "depth))), alpha x c = 0.2 x 256 / (width x depth). It stands at lr 0.01 everywhere, untuned.\n",
+        "The preset: each column of the residual divided by its own norm (beta 0), no limiter; alpha = 0.25 x min(1, "
+        "sqrt(64 / (rank x depth))), alpha x c = 0.3 x 128 / width, c growing over the first 50 steps a layer. It "
+        "stands at lr 0.01 everywhere, untuned.\n",
         report.gains(),
         "What was to be reached, at seed 0, where a best rate has a worse one on both sides:\n",
         report.goals(),

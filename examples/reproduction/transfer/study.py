@@ -15,8 +15,10 @@ from examples.reproduction.transfer.trials import Trial, Trials, settings_of
 WIDTHS = (128, 256)
 RANKS = (0.25, 0.03125, 0.125)
 SEEDS = (0, 1, 2)
-# The preset's laws, stated here apart from the library's: alpha by rank x depth, alpha x c by width x depth.
-ALPHA, RANK_DEPTH, STEP, WIDTH_DEPTH = 0.25, 64, 0.2, 256
+# The preset's laws, stated here apart from the library's: alpha by rank x depth, alpha x c by width, warm-up by depth.
+ALPHA, RANK_DEPTH, STEP, WIDTH, WARMUP = 0.25, 64, 0.3, 128, 50
+# What the preset was before: p averages over steps, no warm-up, alpha x c by width x depth.
+FORMER_STEP, WIDTH_DEPTH = 0.2, 256
 PRESET_RATE, PUBLISHED_RATE = 0.01, 0.01
 # A model that was not used to find the law, and a text.
 HELD_OUT_WIDTHS, HELD_OUT_TEXT = (192, 384), "python"
@@ -32,12 +34,26 @@ LOW_RANK = {
 
 
 def preset(width: int, rank: float, lr: float = PRESET_RATE, **fields: object) -> Trial:
-    """The preset: the normalized residual, its size and alpha by the laws."""
+    """The preset: the residual over its own norm, its size, its warm-up and alpha by the laws."""
     trial = Trial(method="normalized", lr=lr, width=width, rank=rank, **fields)
-    alpha = ALPHA * min(1.0, RANK_DEPTH / (round(rank * width) * trial.depth)) ** 0.5
-    c = STEP * WIDTH_DEPTH / (width * trial.depth) / alpha
+    alpha = lawful_alpha(trial)
+    c = round(STEP * WIDTH / width / alpha, 4)
     own = {} if alpha == ALPHA else {"alpha": round(alpha, 4)}
-    return trial.change(settings=settings_of(c=round(c, 4), **own))
+    return trial.change(settings=settings_of(c=c, beta=0.0, warmup=WARMUP * trial.depth, **own))
+
+
+def lawful_alpha(trial: Trial) -> float:
+    """The preset's alpha."""
+    return ALPHA * min(1.0, RANK_DEPTH / (round(trial.rank * trial.width) * trial.depth)) ** 0.5
+
+
+def former(width: int, rank: float, **fields: object) -> Trial:
+    """The preset before this one."""
+    trial = preset(width, rank, **fields)
+    alpha = lawful_alpha(trial)
+    own = {} if alpha == ALPHA else {"alpha": round(alpha, 4)}
+    c = round(FORMER_STEP * WIDTH_DEPTH / (width * trial.depth) / alpha, 4)
+    return trial.change(settings=settings_of(c=c, **own))
 
 
 def released(width: int, rank: float, lr: float = PUBLISHED_RATE, **fields: object) -> Trial:
@@ -97,10 +113,20 @@ def others() -> list[Trial]:
 
 def candidates() -> list[Trial]:
     """What was tried in the preset's place, at its rate, by width and rank: other sizes, energies, sides, laws."""
-    gradient = {"energy": "gradient"}
-    variants: dict[tuple[int, float], tuple[dict[str, object], ...]] = {
-        (128, 0.25): ({"power": 1.0}, {"power": 1.0, "side": "right"}, gradient, {**gradient, "c": 1.6}),
-        (128, 0.03125): (
+    gradient, norm = {"energy": "gradient"}, {"beta": 0.0}
+    variants: dict[tuple[int, float, int | None], tuple[dict[str, object], ...]] = {
+        (128, 0.25, None): (
+            {"power": 1.0},
+            {"power": 1.0, "side": "right"},
+            gradient,
+            {**gradient, "c": 1.6},
+            {**norm, "c": 0.8},
+            {**norm, "c": 1.2},
+            {**norm, "c": 0.8, "warmup": 100},
+            {**norm, "c": 1.6, "warmup": 200},
+            {**norm, "c": 1.0, "warmup": 300},
+        ),
+        (128, 0.03125, None): (
             {"power": 1.0},
             {"power": 1.0, "side": "right"},
             {"c": 0.5},
@@ -109,21 +135,47 @@ def candidates() -> list[Trial]:
             {"alpha": 0.7071, "c": 0.2828},
             {**gradient, "alpha": 0.25, "c": 0.8, "inner": 0.25},
             {**gradient, "alpha": 0.5, "c": 0.5},
+            {**norm, "c": 0.8},
+            {**norm, "c": 1.2},
+            {**norm, "c": 1.6, "warmup": 200},
         ),
-        (256, 0.25): ({"c": 0.2}, {**gradient, "alpha": 0.125, "c": 0.6}),
-        (256, 0.03125): (
+        (128, 0.03125, 4): (
+            {"c": 0.4, "rows": 1.0},
+            {"c": 1.2, "signal": True},
+            {**norm, "c": 0.4},
+            {**norm, "c": 0.4, "rows": 1.0},
+            {**norm, "c": 0.6},
+            {**norm, "c": 0.8},
+            {**norm, "c": 0.8, "warmup": 200},
+            {**norm, "c": 1.2, "warmup": 100},
+            {**norm, "c": 1.2, "warmup": 300},
+        ),
+        (256, 0.25, None): (
+            {"c": 0.2},
+            {**gradient, "alpha": 0.125, "c": 0.6},
+            {**norm, "alpha": 0.125, "c": 0.8, "warmup": 200},
+        ),
+        (256, 0.03125, None): (
             {"power": 1.0},
             {"c": 0.3},
             {"alpha": 0.354, "c": 0.14},
             {"c": 0.2, "limited": True},
             {"c": 0.2, "inner": 0.25},
             {**gradient, "c": 0.25},
+            {**norm, "c": 0.2},
+            {**norm, "c": 0.4},
+            {**norm, "alpha": 0.125, "c": 0.4},
+            {**norm, "c": 0.4, "warmup": 200},
+            {**norm, "c": 0.6, "warmup": 300},
         ),
     }
     return [
-        preset(width, rank).change(settings=settings_of(**settings))
-        for (width, rank), listed in variants.items()
-        for settings in listed
+        trial
+        for (width, rank, layers), listed in variants.items()
+        for trial in (
+            former(width, rank, layers=layers),
+            *(preset(width, rank, layers=layers).change(settings=settings_of(**settings)) for settings in listed),
+        )
     ]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 
+from examples.reproduction.transfer import study
 from examples.reproduction.transfer.trials import FOLDER
 
 RESULTS = FOLDER / "finetune"
@@ -59,6 +60,9 @@ class Tuning:
     def key(self) -> str:
         """A hash of everything that decides the result."""
         fields = {**dataclasses.asdict(self), "set": SET, "subspace": SUBSPACE, "tokens": TOKENS}
+        if self.method.startswith("preset"):
+            # Another preset is another training.
+            fields["laws"] = [study.ALPHA, study.RANK_DEPTH, study.STEP, study.WIDTH, study.WARMUP]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -19,11 +19,12 @@ BASE = 128 * 2
 class Normalized(LowRank):
     """W <- W - rate (P N + c S), S_j = sqrt(s - r) D_j / sqrt(p_j), p_j the average of |D_j|^2, D = G - P R.
 
-    Settings: `gap`; `c`; `beta`, of p; `scaling`, "column" or "matrix"; `energy`, what p averages: that of the
-    "residual", or of the whole "gradient", with sqrt(s) in place of sqrt(s - r); `inner`, the a of D = G - a P R, 1 for
-    the residual itself; `factored`, whether V is kept as one number per row and per column; `limited`, whether S has
-    Fira's growth limiter; `side`, "std", the smaller one, "right" or "left"; `alpha` and `power` of the law
-    rate / lr = alpha (256 / (width x layers)) ** power.
+    Settings: `gap`; `c`; `beta`, of p, 0 for the norm of the step alone; `warmup`, steps over which c grows from 0;
+    `scaling`, "column" or "matrix"; `energy`, what p averages: that of the "residual", or of the whole "gradient", with
+    sqrt(s) in place of sqrt(s - r); `inner`, the a of D = G - a P R, 1 for the residual itself; `signal`, whether a
+    column of S goes by the size of N's too; `rows`, whether rows are brought to one size too; `factored`, whether V is
+    kept as one number per row and per column; `limited`, whether S has Fira's growth limiter; `side`, "std", the
+    smaller one, "right" or "left"; `alpha` and `power` of the law rate / lr = alpha (256 / (width x layers)) ** power.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -38,6 +39,9 @@ class Normalized(LowRank):
         "side": "std",
         "alpha": PUBLISHED_ALPHA,
         "power": 0.0,
+        "warmup": 0,
+        "signal": False,
+        "rows": False,
     }
 
     def rate_factor(self, shape: tuple[int, int]) -> float:
@@ -55,8 +59,12 @@ class Normalized(LowRank):
         low_rank = basis.mT @ grad
         factored = self.settings["factored"]
         adam = self.factored_direction(low_rank, state) if factored else self.adam_direction(low_rank, state)
-        update = basis @ (adam * self.bias_correction())
-        return update + self.settings["c"] * self.residual(grad, basis, low_rank, state)
+        adam = adam * self.bias_correction()
+        size = self.settings["c"] * min(1.0, self.step_count / max(1, self.settings["warmup"]))
+        residual = self.residual(grad, basis, low_rank, state)
+        if self.settings["signal"]:
+            residual = residual * (adam.norm(dim=0) / math.sqrt(adam.shape[0]))
+        return basis @ adam + size * residual
 
     def residual(self, grad: Tensor, basis: Tensor, low_rank: Tensor, state: dict[str, Any]) -> Tensor:
         """S, (s, l)."""
@@ -71,7 +79,17 @@ class Normalized(LowRank):
         size = (average / (1 - beta**self.step_count)).sqrt()
         factor = torch.where(size > 0, math.sqrt(small if whole else small - basis.shape[1]) / size, 0.0)
         found = (grad - self.settings["inner"] * (basis @ low_rank)) * factor
+        if self.settings["rows"]:
+            found = self.by_rows(found, state)
         return self.limit(found, state) if self.settings["limited"] else found
+
+    def by_rows(self, residual: Tensor, state: dict[str, Any]) -> Tensor:
+        """Rows of about one size too, by the average of their squares; the whole keeps its norm."""
+        beta, squares = self.settings["beta"], residual.square().mean(1)
+        average = state.setdefault("rows", torch.zeros_like(squares)).mul_(beta).add_(squares, alpha=1 - beta)
+        size = average / (1 - beta**self.step_count)
+        found = residual * (size / size.mean()).clamp(min=FLOOR).rsqrt().unsqueeze(1)
+        return found * (residual.norm() / found.norm())
 
     def limit(self, residual: Tensor, state: dict[str, Any]) -> Tensor:
         """Fira's limiter, equation 12."""
