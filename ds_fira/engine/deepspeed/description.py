@@ -116,6 +116,8 @@ def describe_difference(descriptions: Mapping[int, Description]) -> str | None:
     """
     settings = {rank: each["settings"] for rank, each in descriptions.items()}
     names = list(dict.fromkeys(name for each in settings.values() for name in each))
+    # What some ranks have not set may follow from what they have set otherwise, as all that a preset gives.
+    names.sort(key=lambda name: not all(name in each for each in settings.values()))
     found = []
     for name in names:
         values = {rank: _shown(each[name]) if name in each else "not set" for rank, each in settings.items()}

@@ -238,8 +238,8 @@ def test_what_a_preset_gives_is_said_beside_the_bytes(tmp_path: Path, capsys: py
     size = {"width": 768, "depth": 12, "rank": 128}
     step = given["lr"] * given["alpha"] * given["residual_scale"]
     assert re.search(
-        rf"^- preset recommended: lr {given['lr']:.3g}, .*residual_scale {given['residual_scale']:.3g} "
-        r"\(width 768, depth 12, rank 128\): "
+        rf"^- preset recommended: lr {given['lr']:.3g}, .*residual_scale {given['residual_scale']:.3g}, "
+        rf"residual_warmup {given['residual_warmup']} \(width 768, depth 12, rank 128\): "
         rf"outside the subspace an element steps by {step:.3g}$",
         capsys.readouterr().out,
         re.MULTILINE,
