@@ -6,12 +6,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ds_fira.core.basis import adopt_basis, new_basis, solver_failed
+from ds_fira.core.settings import GroupSettings
+from ds_fira.core.state import MatrixState
 from ds_fira.core.step import MatrixTask
 from ds_fira.core.subspace import refresh_due
 from ds_fira.sharding.comm import Communicator
@@ -28,6 +30,16 @@ class RefreshListener(Protocol):
 
     def count_refresh(self) -> None:
         """Count one new basis."""
+
+
+class Stepped(Protocol):
+    """A matrix before its step, or a rank's part of one: a `MatrixTask`, or a `ShardStep` of `sharding.lowrank`."""
+
+    state: MatrixState
+    settings: GroupSettings
+
+
+AnyStepped = TypeVar("AnyStepped", bound=Stepped)
 
 
 class Refresher:
@@ -52,14 +64,15 @@ class Refresher:
         """Say that step counts have changed otherwise than by steps."""
         self._bounds.clear()
 
-    def due(self, param: Tensor, tasks: list[MatrixTask], indices: Sequence[int], first: int = 0) -> list[MatrixTask]:
+    def due(self, param: Tensor, tasks: list[AnyStepped], indices: Sequence[int], first: int = 0) -> list[AnyStepped]:
         """Those of some matrices of a parameter that need a new basis before the step that is about to be made.
 
         The device's count is read only where a refresh may be due by its upper bound: no step between refreshes waits
         for a GPU.
 
         Args:
-            param: the parameter; each of its matrices is asked about once in every step.
+            param: the parameter, or another tensor that is theirs alone; each of its matrices is asked about once in
+                every step.
             tasks: the matrices, one each.
             indices: of all matrices of the parameter, their numbers in the model.
             first: the place of the first of `tasks` among all.
