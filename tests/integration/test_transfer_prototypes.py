@@ -1,6 +1,8 @@
 """The study's prototypes against other implementations: PyPI `fira`, `galore-torch`, and torch's own optimizers."""
 
+import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import ds_fira
 from ds_fira import FiraAdam
+from examples.reproduction.lib.data import standard_library
 from examples.reproduction.transfer import study, trials
 from examples.reproduction.transfer.prototypes import METHODS
 from examples.reproduction.transfer.train import build_model, train
@@ -180,6 +183,14 @@ def test_factored_moments_take_less_and_are_exact_at_rank_one():
     torch.testing.assert_close(
         proto.factored_direction(rows * columns, state_a), proto.adam_direction(rows * columns, state_b)
     )
+
+
+def test_trainings_that_start_together_prepare_one_text(tmp_path):
+    path = tmp_path / "python.jsonl"
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(standard_library, [path] * 3)) == [path] * 3
+    assert [found.name for found in tmp_path.iterdir()] == ["python.jsonl"]
+    assert json.loads(path.read_text().partition("\n")[0])["text"]
 
 
 def test_unknown_setting_is_refused():

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,9 @@ def standard_library(path: Path) -> Path:
         skipped = {"test", "tests", "site-packages", "dist-packages", "idle_test"}
         kept = [source for source in sources if not skipped & set(source.relative_to(root).parts)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".partial.jsonl")
-        with scratch.open("w") as lines:
+        # A name of its own: trainings that start together may all find it missing.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial.jsonl", delete=False) as lines:
             for source in kept:
                 lines.write(json.dumps({"text": source.read_text(errors="replace")}) + "\n")
-        scratch.rename(path)
+        Path(lines.name).replace(path)
     return path
