@@ -14,7 +14,7 @@ import torch
 
 
 class Rounding(NamedTuple):
-    """What of a residual is taken for the rounding of the products, when the gradient is exact in float32.
+    """Below which shares a residual counts as rounding of the products, for a gradient that is exact in float32.
 
     Attributes:
         squares: the share of |G_j|^2 under which |G_j|^2 - |R_j|^2 is rounding; that of a normalized residual's floor.

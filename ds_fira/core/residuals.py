@@ -49,10 +49,8 @@ class StepContext:
 
     @property
     def residual_share(self) -> Scalar:
-        """The share of its size that the residual has in this step: t / T in the first T steps of `residual_warmup`."""
+        """The share of its size that the residual has in step t of a warm-up of T steps: t / T, then 1."""
         steps = self.settings.residual_warmup
-        if steps == 0:
-            return 1.0
         return min(1.0, int(self.state.step) / steps) if self.host else (self.state.step.double() / steps).clamp(max=1)
 
 
