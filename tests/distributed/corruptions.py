@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ds_fira.checkpoint.manifest import MANIFEST, render
 from ds_fira.checkpoint.tag_folder import LATEST
@@ -18,8 +19,8 @@ Corruption = Callable[
 
 
 def _files(chance: random.Random, folder: Path, tag: str = "second") -> Path:
-    """A file that counts: of the checkpoint, its manifest, or `latest`."""
-    return chance.choice([*sorted(path for path in (folder / tag).iterdir() if path.is_file()), folder / LATEST])
+    """A file that counts: of the checkpoint, its manifest, or `latest`; a pipe in its place would never be read."""
+    return chance.choice([path for path in (*sorted((folder / tag).iterdir()), folder / LATEST) if path.is_file()])
 
 
 def _rewritten(path: Path, content: bytes | bytearray) -> str:
@@ -113,7 +114,7 @@ def add(chance: random.Random, folder: Path, outside: Path) -> str:
 def edit_manifest(chance: random.Random, folder: Path, outside: Path) -> str:
     """Entries that cannot be, a format that is not known, one that has no checksum; some with a checksum that fits."""
     path = folder / "second" / MANIFEST
-    content = json.loads(path.read_text())
+    content = _manifest(path)
     kind = chance.choice(["entry", "record", "format", "older", "files", "text", "names", "of the other"])
     values = ["7", -1, 10**30, None, [], {}, 1.5, True, float("nan")]
     if kind == "entry":
@@ -132,7 +133,7 @@ def edit_manifest(chance: random.Random, folder: Path, outside: Path) -> str:
         content["files"][chance.choice(["../first/x", "/etc/passwd", "", "a/../b", "\0"])] = record
     elif kind == "older":
         for key in ("sha256", "latest_was", "save_id"):
-            del content[key]
+            content.pop(key, None)
         content["format"] = 1
     text = json.dumps(content, indent=1).encode()
     if kind == "of the other":
@@ -143,6 +144,21 @@ def edit_manifest(chance: random.Random, folder: Path, outside: Path) -> str:
         text = render(content)  # by someone who means it; of what is left out of "files" nobody could tell
     path.write_bytes(text)
     return kind
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest to edit.
+
+    Raises:
+        ValueError: another harm, done before, has left none that names files.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not (isinstance(content, dict) and isinstance(content.get("files"), dict) and content["files"]):
+        raise ValueError("it names no files")
+    return content
 
 
 def edit_latest(chance: random.Random, folder: Path, outside: Path) -> str:
