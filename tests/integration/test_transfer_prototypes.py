@@ -15,6 +15,7 @@ from ds_fira import FiraAdam
 from examples.reproduction.lib.data import standard_library
 from examples.reproduction.transfer import study, trials
 from examples.reproduction.transfer.prototypes import METHODS
+from examples.reproduction.transfer.prototypes.moving import transported, turned
 from examples.reproduction.transfer.train import build_model, train
 from examples.reproduction.transfer.trials import Trial, Trials, settings_of
 
@@ -183,6 +184,49 @@ def test_factored_moments_take_less_and_are_exact_at_rank_one():
     torch.testing.assert_close(
         proto.factored_direction(rows * columns, state_a), proto.adam_direction(rows * columns, state_b)
     )
+
+
+def test_moving_is_normalized_where_nothing_is_changed():
+    plain, moving = (stepped(method, gap=GAP, beta=0.0)[0] for method in ("normalized", "moving"))
+    assert all(torch.equal(a, b) for a, b in zip(plain, moving, strict=True))
+    for change in ({"transport": True}, {"complement": 0.5}, {"angle": 0.3}, {"shrink": 0.1}, {"bounded": True}):
+        assert not torch.equal(stepped("moving", gap=GAP, beta=0.0, **change)[0][0], plain[0]), change
+
+
+def test_a_basis_turns_by_its_angle():
+    """The turned basis is orthonormal, one principal angle is the angle asked for, and it explains more of G."""
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.randn(12, 20, generator=generator)
+    basis = torch.linalg.qr(torch.randn(12, 4, generator=generator))[0]
+    found = turned(basis, grad, 0.2)
+    torch.testing.assert_close(found.T @ found, torch.eye(4))
+    cosines = torch.linalg.svdvals(basis.T @ found)
+    torch.testing.assert_close(cosines[:3], torch.ones(3))
+    assert float(cosines[3]) == pytest.approx(math.cos(0.2), abs=1e-5)
+    assert (found.T @ grad).norm() > (basis.T @ grad).norm()
+
+
+def test_moments_are_transported_as_those_of_what_they_average():
+    """Of independent entries about a mean, turned: their mean and second moment are those of the turned samples."""
+    generator = torch.Generator().manual_seed(3)
+    mean, spread = torch.randn(5, 3, generator=generator), torch.rand(5, 3, generator=generator)
+    samples = mean + spread * torch.randn(100_000, 5, 3, generator=generator)
+    change = torch.linalg.qr(torch.randn(5, 5, generator=generator))[0]
+    steps = 7
+    state = {"exp_avg": samples.mean(0) * (1 - 0.9**steps), "exp_avg_sq": samples.square().mean(0) * (1 - 0.999**steps)}
+    found = transported(state, change, steps, 0.999)
+    direct = torch.einsum("ij,sjk->sik", change, samples)
+    torch.testing.assert_close(found["exp_avg"] / (1 - 0.9**steps), direct.mean(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found["exp_avg_sq"] / (1 - 0.999**steps), direct.square().mean(0), rtol=0.02, atol=0.02)
+
+
+def test_part_of_a_basis_is_drawn_from_the_complement():
+    _, optimizer = stepped("moving", complement=0.5, gap=GAP)
+    basis = torch.linalg.qr(torch.randn(12, 4))[0]
+    found = optimizer.with_complement(basis)
+    torch.testing.assert_close(found.T @ found, torch.eye(4))
+    torch.testing.assert_close(torch.linalg.svdvals(basis[:, :2].T @ found[:, :2]), torch.ones(2))
+    assert float((basis[:, 2:].T @ found[:, 2:]).abs().max()) < 0.99
 
 
 def test_trainings_that_start_together_prepare_one_text(tmp_path):

@@ -25,12 +25,24 @@ HELD_OUT_WIDTHS, HELD_OUT_TEXT = (192, 384), "python"
 # Rates of the full-rank methods by width, factors of two about the best.
 FULL_RANK = {
     "adam": {128: (0.001, 0.002, 0.004), 256: (0.0005, 0.001, 0.002)},
-    "muon": {128: (0.005, 0.01, 0.02), 256: (0.0025, 0.005, 0.01)},
+    "muon": {128: (0.0025, 0.005, 0.01, 0.02), 256: (0.00125, 0.0025, 0.005)},
 }
 LOW_RANK = {
     "galore": {128: (0.01, 0.02, 0.04), 256: (0.0025, 0.005, 0.01)},
     "apollo": {128: (0.005, 0.01, 0.02), 256: (0.0025, 0.005, 0.01)},
 }
+
+# One thing of the preset changed: the bound of S by element, and how basis and moments go on at a refresh.
+MOVING = (
+    {"bounded": True, "beta": 0.9},
+    {"gap": 10**6},
+    {"transport": True},
+    {"complement": 0.5},
+    {"angle": 0.3},
+    {"angle": 1.2},
+    {"shrink": 0.001},
+    {"beta2": 0.99},
+)
 
 
 def preset(width: int, rank: float, lr: float = PRESET_RATE, **fields: object) -> Trial:
@@ -175,19 +187,26 @@ def candidates() -> list[Trial]:
         for trial in (
             former(width, rank, layers=layers),
             *(preset(width, rank, layers=layers).change(settings=settings_of(**settings)) for settings in listed),
+            *(moved(preset(width, rank), **change) for change in (MOVING if (width, layers) == (128, None) else ())),
         )
     ]
+
+
+def moved(trial: Trial, **change: object) -> Trial:
+    """A trial with the rest of its settings kept."""
+    return trial.change(method="moving", settings=settings_of(**{**dict(trial.settings), **change}))
 
 
 def held_out() -> list[Trial]:
     """Models, lengths and a text from which nothing was chosen."""
     models = [
-        trial
-        for width in HELD_OUT_WIDTHS
-        for trial in (preset(width, 1 / 8), released(width, 1 / 8, PUBLISHED_RATE / 2), released(width, 1 / 8))
+        trial for width in HELD_OUT_WIDTHS for trial in (preset(width, 1 / 8), *around(released(width, 1 / 8), (-1, 0)))
     ]
+    models += [trial for make in (preset, released) for trial in around(make(192, 1 / 8))]
     deep = [trial for make in (preset, released) for trial in around(make(128, RANKS[1], layers=4))]
-    text = [make(128, RANKS[0], text=HELD_OUT_TEXT) for make in (preset, released)]
+    text = [
+        trial for make in (preset, released) for trial in around(make(128, RANKS[0], text=HELD_OUT_TEXT), (0, -1, 1))
+    ]
     longer = [
         trial for steps in (1800, 5400) for make in (preset, released) for trial in around(make(128, 0.25, steps=steps))
     ]

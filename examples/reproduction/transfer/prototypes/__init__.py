@@ -1,6 +1,7 @@
 """The methods that the study compares, each on a page; nothing of them is in the library."""
 
 from examples.reproduction.transfer.prototypes.full import Adam, ColumnSGD, Muon
+from examples.reproduction.transfer.prototypes.moving import Moving
 from examples.reproduction.transfer.prototypes.normalized import Normalized
 from examples.reproduction.transfer.prototypes.published import Apollo, Fira, GaLore
 
@@ -12,4 +13,5 @@ METHODS = {
     "fira": Fira,
     "apollo": Apollo,
     "normalized": Normalized,
+    "moving": Moving,
 }
