@@ -162,6 +162,10 @@ def candidates() -> list[Trial]:
             {**norm, "c": 1.2, "warmup": 100},
             {**norm, "c": 1.2, "warmup": 300},
         ),
+        (128, 0.125, 8): (
+            {**norm, "alpha": 0.1768, "c": 1.6971, "warmup": 200},
+            {**norm, "alpha": 0.1768, "c": 1.6971, "warmup": 100},
+        ),
         (256, 0.25, None): (
             {"c": 0.2},
             {**gradient, "alpha": 0.125, "c": 0.6},
@@ -204,6 +208,7 @@ def held_out() -> list[Trial]:
     ]
     models += [trial for make in (preset, released) for trial in around(make(192, 1 / 8))]
     deep = [trial for make in (preset, released) for trial in around(make(128, RANKS[1], layers=4))]
+    deep += [preset(128, 1 / 8, layers=8), *around(released(128, 1 / 8, layers=8), (0, 1))]
     text = [
         trial for make in (preset, released) for trial in around(make(128, RANKS[0], text=HELD_OUT_TEXT), (0, -1, 1))
     ]
