@@ -122,6 +122,26 @@ class Report:
             lines.append(f"- {goal}: in {len(met) - len(missed)} of {len(met)}{where}.")
         return "\n".join([*lines, ""])
 
+    def others(self) -> str:
+        """The preset at a quarter of the width, untuned, beside methods of any memory, each at its best rate."""
+        rows = []
+        for family in dict.fromkeys(trial.change(lr=0.0) for trial in study.others()):
+            best, ours = self.tuned(family), study.preset(family.width, study.RANKS[0])
+            if best is None or self.test(ours) is None:
+                continue
+            state = self.store[ours]["state_bytes"] / self.store[best[0]]["state_bytes"]
+            gain = change(self.test(ours), self.test(best[0]))
+            rows.append((name_of(family), described(family), self.best(best), self.cell(ours), gain, f"{state:.2f}"))
+        head = [
+            "method",
+            "model, rank, steps",
+            "tuned (lr)",
+            "preset, lr 0.01",
+            "preset to it",
+            "preset's states to its",
+        ]
+        return table(head, rows)
+
     def rates(self, trials: Iterable[Trial]) -> str:
         """All rates of some families."""
         families = list(dict.fromkeys(trial.change(lr=0.0) for trial in trials))
@@ -250,6 +270,9 @@ def page(store: Trials) -> str:
         report.goals(),
         "Over seeds, paired:\n",
         report.paired(),
+        "## The preset beside other methods\n",
+        "Every method at the best of the rates that were tried, the preset at its own:\n",
+        report.others(),
         "## Every rate\n",
         report.rates([*study.headline(), *study.others(), *study.held_out()]),
         report.plot("state_bytes", "MB of optimizer state"),
