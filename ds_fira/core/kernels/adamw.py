@@ -136,8 +136,8 @@ def _adamw(
     # False for NaN, for infinity, and for a square that overflows.
     kept = inside & (gradient * gradient < float("inf"))
     gradient = tl.where(kept, gradient, 0.0)
-    avg_at = exp_avg.values.data + at
-    sq_at = exp_avg_sq.values.data + at
+    avg_at = exp_avg.elements.data + at
+    sq_at = exp_avg_sq.elements.data + at
     if FORM == "blocks":
         line_inside = line * BLOCK < numel
         seed = seed.to(tl.int64)

@@ -240,18 +240,18 @@ def _measure(
     for start in range(0, end, BLOCK):
         line = start + offsets
         kept = line < end
-        first, second, grad_sq, low_rank_sq = _squares_of(squares, matrix, line, kept, settings, FORM)
+        upper, lower, grad_sq, low_rank_sq = _squares_of(squares, matrix, line, kept, settings, FORM)
         low_rank_sum += low_rank_sq
         if FORM != "none":
             if ONE:
                 own = factor
             else:
                 own = _factor(
-                    first, second, average_at + line, kept, count, bias, settings, FORM, SCALING, CORRECTED, AVERAGED
+                    upper, lower, average_at + line, kept, count, bias, settings, FORM, SCALING, CORRECTED, AVERAGED
                 )
                 tl.store(phi_at + line, own, mask=kept)
             scaled_grad_sum += own * own * grad_sq
-            scaled_sum += own * own * second
+            scaled_sum += own * own * lower
     scaled_grad_sq = tl.sum(scaled_grad_sum, axis=0)
     difference = tl.sum(scaled_sum, axis=0)
     if FORM == "scaled":

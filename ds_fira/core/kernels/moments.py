@@ -134,7 +134,7 @@ def launch_adam(
         (triton.cdiv(lines, shape[0]), count),
         low_rank.data,
         low_rank._replace(rows=along, columns=across),
-        *(moment.values for moment in moments),
+        *(moment.elements for moment in moments),
         direction,
         *squares,
         grad_finite,
@@ -255,9 +255,9 @@ def _adam_blocks(
     block_kept = block * BLOCK < numel * finite
     seed = 2 * (tl.load(origin(step, matrix)) + 1)
     value = tl.load(origin(low_rank, matrix) + place, mask=kept, other=0.0)
-    avg_at = origin(exp_avg.values, matrix) + place
+    avg_at = origin(exp_avg.elements, matrix) + place
     avg_scale_at = origin(exp_avg.scale, matrix) + block
-    sq_at = origin(exp_avg_sq.values, matrix) + place
+    sq_at = origin(exp_avg_sq.elements, matrix) + place
     sq_scale_at = origin(exp_avg_sq.scale, matrix) + block
     average = load_blocks(avg_at, avg_scale_at, exp_avg.tables, kept, block_kept)
     average_sq = load_blocks(sq_at, sq_scale_at, exp_avg_sq.tables, kept, block_kept)

@@ -31,12 +31,12 @@ class Moment(NamedTuple):
     """A stored moment as a kernel takes it.
 
     Attributes:
-        values: its elements, in row-major order from where each matrix begins.
+        elements: in row-major order from where each matrix begins.
         scale: of int8, those of its blocks; else None.
         tables: of int8, the map; else None.
     """
 
-    values: View
+    elements: View
     scale: View | None = None
     tables: quantization.Tables | None = None
 
@@ -44,7 +44,7 @@ class Moment(NamedTuple):
         """How it is stored: "plain", "noisy" where bfloat16 is to be rounded stochastically, or "blocks"."""
         if self.tables is not None:
             return "blocks"
-        return "noisy" if self.values.data.dtype == torch.bfloat16 and noisy else "plain"
+        return "noisy" if self.elements.data.dtype == torch.bfloat16 and noisy else "plain"
 
 
 def moment(stored: Stored, views: list[View]) -> Moment:
