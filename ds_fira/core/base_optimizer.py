@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def step_factor(step: Tensor, settings: GroupSettings, host: bool = False) -> Sc
 
 
 def adapt(
-    low_rank: Tensor, state: MatrixState, settings: GroupSettings, grad_finite: Tensor | bool, ops: ModuleType = F
+    low_rank: Tensor, state: MatrixState, settings: GroupSettings, grad_finite: Tensor | bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lines 9 to 11 of Algorithm 1 on the stored moments, which change where the gradient is finite.
 
@@ -43,8 +42,8 @@ def adapt(
         low_rank: R, (r, n) left or (m, r) right.
         state: its moments are of R's shape; its step is this step's count.
         settings: of the param group.
-        grad_finite: whether R comes from a finite gradient.
-        ops: `ds_fira.core.functional`, whose caller has asked for that already, or `ds_fira.core.kernels`.
+        grad_finite: whether R comes from a finite gradient; read by a rule's states alone, as without a rule the
+            caller has asked for that already.
 
     Returns:
         N, of R's shape; `squared_norms` of N and of R.
@@ -53,7 +52,7 @@ def adapt(
         direction = _rule_direction(settings.rule, low_rank, state, grad_finite)
         return direction, squared_norms(direction, state.side), squared_norms(low_rank, state.side)
     exp_avg, exp_avg_sq = (quantization.read(state.moments[key], state.dtype) for key in (EXP_AVG, EXP_AVG_SQ))
-    result = ops.adam_direction_(
+    result = F.adam_direction_(
         low_rank,
         exp_avg,
         exp_avg_sq,

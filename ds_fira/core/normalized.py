@@ -26,6 +26,8 @@ from ds_fira.core.scalars import Scalar, over_entries
 if TYPE_CHECKING:  # their table is made of this
     from ds_fira.core.residuals import Squares, StepContext
     from ds_fira.core.settings import GroupSettings
+    from ds_fira.core.state import MatrixState
+    from ds_fira.core.subspace import Side
 
 # A basis stored in bfloat16 is off by up to 2^-9, and |R|^2 by twice that: 4e-3, 6e-3 with products in tf32.
 FLOOR_OF_BFLOAT16_BASES = 1e-2
@@ -54,17 +56,13 @@ def normalizing_factors(squares: Squares, context: StepContext) -> Tensor:
         context: p of its state changes.
 
     Raises:
-        ValueError: a param group was given a `residual_beta` above 0 after its states were made without p.
+        ValueError: as in `require_average`.
     """
     state, settings, own = context.state, context.settings, squares[0]
     if settings.has_one_factor:
         own = own.sum(-1, keepdim=True)
     beta, before = settings.residual_beta, state.residual_avg_sq
-    if before is None and beta > 0.0:
-        raise ValueError(
-            f"residual_beta = {beta} needs an average that this run began without, at residual_beta = 0; give it from "
-            "the start, or save and resume with it."
-        )
+    require_average(state, settings)
     if before is None:
         return _quotient(own.to(state.dtype), 1.0, context)
     share = 1.0 - beta ** (int(state.step) if context.host else over_entries(state.step.double()))
@@ -76,6 +74,19 @@ def normalizing_factors(squares: Squares, context: StepContext) -> Tensor:
     return _quotient(average, share, context)
 
 
+def require_average(state: MatrixState, settings: GroupSettings) -> None:
+    """Stop where a param group was given a `residual_beta` above 0 after its states were made without p.
+
+    Raises:
+        ValueError: it was.
+    """
+    if state.residual_avg_sq is None and settings.residual_beta > 0.0:
+        raise ValueError(
+            f"residual_beta = {settings.residual_beta} needs an average that this run began without, at "
+            "residual_beta = 0; give it from the start, or save and resume with it."
+        )
+
+
 def recorded(squares: Squares, phi: Tensor, bias_correction: Scalar) -> tuple[Tensor, Tensor, Scalar]:
     """What phi is the quotient of, for records: |S_j|^2 and |D_j|^2, (..., n or m), and 1."""
     return phi.square() * squares[1], squares[1], 1.0 + 0.0 * bias_correction
@@ -84,10 +95,12 @@ def recorded(squares: Squares, phi: Tensor, bias_correction: Scalar) -> tuple[Te
 def _quotient(average: Tensor, share: Scalar, context: StepContext) -> Tensor:
     """Phi, float64, from p as it is stored and 1 - beta^t."""
     average = average.double()
-    return torch.where(average > 0.0, (_elements(context) * share / average).sqrt(), 0.0)
+    state = context.state
+    elements = elements_of(context.shape, state.basis.shape[-1], state.side, context.settings)
+    return torch.where(average > 0.0, (elements * share / average).sqrt(), 0.0)
 
 
-def _elements(context: StepContext) -> int:
+def elements_of(shape: tuple[int, int], rank: int, side: Side, settings: GroupSettings) -> int:
     """The elements of size 1 in S for one factor: m - r, for a whole matrix n (m - r); transposed on the right."""
-    length, entries = context.shape if context.state.side == "left" else reversed(context.shape)
-    return (length - context.state.basis.shape[-1]) * (entries if context.settings.has_one_factor else 1)
+    length, entries = shape if side == "left" else reversed(shape)
+    return (length - rank) * (entries if settings.has_one_factor else 1)

@@ -20,8 +20,8 @@ have become.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ def read(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     values = stored[VALUES]
     if SCALE not in stored:
         return values.to(dtype)
-    points = _tables(values.dtype == torch.int8, values.device).stored_order
+    points = tables_of(values).stored_order
     from bitsandbytes.functional import dequantize_blockwise
 
     # The library's kernels know uint8 only; a code is an index, whatever its sign.
@@ -218,8 +218,7 @@ def _encode_(values: Tensor, scale: Tensor, chunk: Tensor, noise: Tensor | None)
             torch.div(block, divisor.unsqueeze(1), out=scaled[elements].view(-1, width))
             scale[rows] = divisor
 
-    signed = values.dtype == torch.int8
-    tables = _tables(signed, values.device)
+    signed, tables = values.dtype == torch.int8, tables_of(values)
     # The code of the largest point that is not above the element: by the element's leading bits, then one comparison.
     codes = tables.by_bits.index_select(0, (scaled.view(torch.int32) >> 16).bitwise_and_(2**16 - 1))
     codes += scaled >= tables.above.index_select(0, codes)
@@ -237,8 +236,7 @@ def _encode_(values: Tensor, scale: Tensor, chunk: Tensor, noise: Tensor | None)
             scale[rows] *= values[elements].view(-1, width).amax(1) > 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Tables:
+class Tables(NamedTuple):
     """The 8-bit map on one device; its codes are positions in ascending order, 0 to 255."""
 
     points: Tensor  # (256,) float32, ascending
@@ -248,8 +246,17 @@ class _Tables:
     stored_order: Tensor  # (256,) float32, the points in the order of the stored bytes
 
 
+def tables_of(values: Tensor) -> Tables:
+    """The map of codes, int8 (signed) or uint8, on their device.
+
+    Raises:
+        ValueError: as in `require_library`.
+    """
+    return _tables(values.dtype == torch.int8, values.device)
+
+
 @cache
-def _tables(signed: bool, device: torch.device) -> _Tables:
+def _tables(signed: bool, device: torch.device) -> Tables:
     require_library("int8")
     from bitsandbytes.functional import create_dynamic_map
 
@@ -264,7 +271,7 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
     lowest = (bits << 16).add_(torch.where(bits >= 2**15, 2**16 - 1, 0).int()).view(torch.float32)
     by_bits = torch.bucketize(lowest, points, right=True, out_int32=True).sub_(1).clamp_(0, 255)
     stored_order = points.roll(-SIGNED_ZERO) if signed else points
-    return _Tables(*(table.to(device) for table in (points, above, density, by_bits, stored_order)))
+    return Tables(*(table.to(device) for table in (points, above, density, by_bits, stored_order)))
 
 
 def _noise(count: int, start: int, seed: int | Tensor, device: torch.device) -> Tensor:

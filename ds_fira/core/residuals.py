@@ -66,6 +66,7 @@ class ResidualForm:
         residual_sq: line 13, |S|^2 from |phi * G|^2, the sum of phi^2 times the second squares, and the settings.
         recorded: what recorders show, from the squares, phi and the bias correction: two squared norms of each entry
             that the factor is the quotient of, and a number that multiplies it.
+        kernel: what it is called in `ds_fira.core.kernels.measuring`, where a GPU finds the same phi and |S|^2.
         limiter: the limiter that goes with it.
         alpha_is_outside: whether alpha multiplies the whole update, whatever the formulation.
         cancels: whether |S|^2 is a difference that loses its digits where S is small beside phi * G.
@@ -77,6 +78,7 @@ class ResidualForm:
     factors: Callable[[Squares, StepContext], Tensor] | None
     residual_sq: Callable[[Scalar, Scalar, GroupSettings], Scalar]
     recorded: Callable[[Squares, Tensor | None, Scalar], tuple[Tensor, Tensor, Scalar]]
+    kernel: str
     limiter: str = "none"
     alpha_is_outside: bool = False
     cancels: bool = False
@@ -101,6 +103,7 @@ SCALED = ResidualForm(
         scaled_grad_sq, scaled_low_rank_sq, settings.inner_alpha
     ),
     recorded=lambda squares, phi, bias_correction: (*squares, bias_correction),
+    kernel="scaled",
     limiter="growth",
     cancels=True,
 )
@@ -110,6 +113,7 @@ NORMALIZED = ResidualForm(
     factors=normalized.normalizing_factors,
     residual_sq=lambda scaled_grad_sq, scaled_residual_sq, settings: scaled_residual_sq,
     recorded=normalized.recorded,
+    kernel="normalized",
     alpha_is_outside=True,
     averages=True,
     needs_scaling=True,
@@ -117,5 +121,5 @@ NORMALIZED = ResidualForm(
 RESIDUALS = {
     "scaled": SCALED,
     "normalized": NORMALIZED,
-    "none": replace(SCALED, factors=None, limiter="none", cancels=False),
+    "none": replace(SCALED, factors=None, kernel="none", limiter="none", cancels=False),
 }

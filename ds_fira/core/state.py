@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from types import EllipsisType
 
@@ -62,11 +62,20 @@ class MatrixState:
     residual_norm: Tensor | None
     residual_avg_sq: Tensor | None = None
     dtype: torch.dtype = torch.float32
+    _known: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def last_refresh(self) -> int:
+        """`refresh_step` of one matrix; read anew where the tensor, or one that shares its memory, was written to."""
+        version = self.refresh_step._version
+        if self._known is None or self._known[0] != version:
+            self._known = version, int(self.refresh_step)
+        return self._known[1]
 
     @property
     def has_basis(self) -> bool:
         """Whether one matrix has had a refresh."""
-        return int(self.refresh_step) >= 0
+        return self.last_refresh >= 0
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -162,11 +171,10 @@ def matrix_states(
     settings: GroupSettings,
     batched: bool,
     algorithm: Algorithm,
-    runs: Sequence[tuple[int, int]] | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> list[MatrixState]:
-    """The states of the matrices of one parameter.
+    """The states of the matrices of one parameter, without a leading dimension.
 
     Args:
         state: as `allocate` made it.
@@ -174,18 +182,12 @@ def matrix_states(
         settings: of the param group.
         batched: as in `allocate`.
         algorithm: as in `allocate`.
-        runs: [first, last) positions in `shapes` to be taken as one batch; matrices of one shape with nothing but each
-            other between them. None: every matrix by itself, without a leading dimension.
         dtype: as in `state_views`.
     """
-    places = positions(shapes)
-    result = []
-    for first, last in runs if runs is not None else [(i, None) for i in range(len(shapes))]:
-        mark, row = places[first]
-        index = row if last is None else slice(row, row + last - first)
-        side = settings.side_of(shapes[first])
-        result.append(state_views(state, side, mark, index if batched else ..., algorithm=algorithm, dtype=dtype))
-    return result
+    return [
+        state_views(state, settings.side_of(shape), mark, row if batched else ..., algorithm=algorithm, dtype=dtype)
+        for shape, (mark, row) in zip(shapes, positions(shapes), strict=True)
+    ]
 
 
 def positions(shapes: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:

@@ -24,11 +24,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ds_fira.core import functional as F
 from ds_fira.core import kernels
 from ds_fira.core.base_optimizer import adapt, step_factor
+from ds_fira.core.matrix_slice import MatrixSlice
 from ds_fira.core.norms import total_square
 from ds_fira.core.residuals import Squares, StepContext
 from ds_fira.core.scalars import Scalar, is_finite, over_entries, over_matrix, scalar, store_scalar_, where
@@ -57,12 +59,16 @@ class MatrixTask:
     settings: GroupSettings
     negligible_ratio: float
 
+    def places(self) -> tuple[MatrixSlice, MatrixSlice]:
+        """Where weight and gradient lie, without a view of either."""
+        return MatrixSlice.of(self.weight), MatrixSlice.of(self.grad)
+
     def grad_square(self) -> float:
         """|G|^2 of one matrix, on the host; zero, NaN or infinity where the gradient has no subspace."""
         return float(total_square(self.grad, self.state.dtype, self.state.side))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepStats:
     """The numbers of one step, for metrics and recorders.
 
@@ -82,6 +88,25 @@ class StepStats:
     limiter_divisor: Scalar | None
     grad_finite: Tensor | bool
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the numbers are; None where they are plain."""
+        return self.grad_sq.device if isinstance(self.grad_sq, Tensor) else None
+
+    def add_to_(self, sums: Tensor, residual_scale: float) -> None:
+        """Add the matrices with a gradient that is finite and not zero to sums on their device, where nothing is read.
+
+        Args:
+            sums: float64, (4,): matrices, |R|^2 / |G|^2, those whose residual the limiter shrank, |S|^2 after it.
+            residual_scale: multiplies S in the update.
+        """
+        one = torch.ones_like(self.grad_sq)
+        shrunk = one if self.limiter_divisor is None else self.limiter_divisor
+        residual = self.residual_sq.clamp(min=0.0) * (residual_scale / shrunk).square()
+        found = torch.stack([one, self.low_rank_sq.sum(-1) / self.grad_sq, shrunk > 1.0, residual])
+        counted = self.grad_finite & (self.grad_sq > 0.0)
+        sums.add_(torch.where(counted, found, 0.0).view(4, -1).sum(1))
+
 
 def update(task: MatrixTask) -> StepStats | None:
     """Step one matrix, or a batch whose matrices all have a basis; weights and states change in place.
@@ -90,23 +115,25 @@ def update(task: MatrixTask) -> StepStats | None:
         The numbers of the step; None where none was made, for want of a finite gradient or of a basis: the weight of a
         matrix that has not had a gradient with a subspace yet only decays.
     """
-    weight, grad, state, settings = task.weight, task.grad, task.state, task.settings
-    if grad.ndim == 2 and not state.has_basis:
+    state, settings = task.state, task.settings
+    if state.refresh_step.ndim == 0 and not state.has_basis:
         if is_finite(task.grad_square(), state.dtype):
-            weight.mul_(settings.decay_factor)
+            task.weight.mul_(settings.decay_factor)
         return None
-    ops = kernels if kernels.supports(weight) else F
-    host = ops is F and grad.device.type == "cpu"
+    if kernels.supports(task.places()[0].tensor):
+        return kernels.step_together([task])
+    weight, grad = task.weight, task.grad
+    host = grad.device.type == "cpu"
     basis, precision = state.basis.to(state.dtype), settings.matmul_precision
-    low_rank, grad_sq = ops.project(grad, basis, state.side, precision)  # line 8: R
+    low_rank, grad_sq = F.project(grad, basis, state.side, precision)  # line 8: R
     grad_square = scalar(grad_sq.sum(-1), host)
     grad_finite = is_finite(grad_square, state.dtype)
-    if ops is F and not grad_finite:
+    if not grad_finite:
         return None
     state.step += grad_finite
     bias_correction, form = step_factor(state.step, settings, host), settings.residual_form
     context = StepContext(state, settings, weight.shape[-2:], bias_correction, grad_finite)
-    direction, direction_sq, low_rank_sq = adapt(low_rank, state, settings, grad_finite, ops)  # lines 9 to 11: M, V, N
+    direction, direction_sq, low_rank_sq = adapt(low_rank, state, settings, grad_finite)  # lines 9 to 11: M, V, N
     squares = form.squares(grad_sq, direction_sq, low_rank_sq, settings)
     phi, residual_sq, scaled_grad_sq = scale(grad_sq, squares, context)  # lines 12 and 13: phi and |S|
     recorded = partial(form.recorded, squares, phi, bias_correction)
@@ -114,11 +141,11 @@ def update(task: MatrixTask) -> StepStats | None:
         needed = F.residual_needed(residual_sq, scaled_grad_sq) & grad_finite
         if needed is not False:
             options = {"side": state.side, "alpha": settings.inner_alpha, "needed": needed, "precision": precision}
-            exact = ops.residual_square(grad, basis, low_rank, phi, **options)
+            exact = F.residual_square(grad, basis, low_rank, phi, **options)
             residual_sq = where(needed, scalar(exact, host), residual_sq)
     divisor = limit(residual_sq, scaled_grad_sq, state, settings, grad_finite, task.negligible_ratio)  # line 14: S
     phi, low_rank_update = combine(phi, low_rank, direction, divisor, context)  # line 15: C
-    ops.apply_update_(  # line 16: W
+    F.apply_update_(  # line 16: W
         weight,
         grad,
         *factors(basis, low_rank_update, state.side),

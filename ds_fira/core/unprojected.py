@@ -19,8 +19,6 @@ from ds_fira.core.state import EXP_AVG, EXP_AVG_SQ
 ADAMW_BLOCK = 2**18
 # The same where both moments have to be decoded first.
 DECODED_BLOCK = 2**16
-# The same on a GPU, where moments have to be decoded: large enough to fill it, small beside the parameter.
-DEVICE_BLOCK = 2**21
 # torch's fused kernel rounds what is left over of its vectors (64 bytes) differently from the rest, so nothing is left.
 FUSED_BYTES = 64
 
@@ -43,30 +41,25 @@ def step_unprojected_(
     rule, alpha = settings.rule, 1.0 if settings.rank is None else settings.alpha
     compressed = any(stored[quantization.VALUES].dtype != dtype for stored in moments.values())
     # A rule whose elements see each other is given the parameter as it is; all else goes by blocks of elements.
-    at_once = rule is not None and not rule.elementwise
+    at_once, count = rule is not None and not rule.elementwise, int(step)
+    arguments = {"step": count, "lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    arguments |= {"weight_decay": settings.weight_decay, "alpha": alpha}
+    if rule is None and kernels.supports(param):
+        # A kernel reads every element once, and decodes and encodes what it reads.
+        value, slope = (each if each.is_contiguous() else each.contiguous() for each in (param, grad))
+        kernels.stored_adamw_(value, slope, moments[EXP_AVG], moments[EXP_AVG_SQ], **arguments)
+        if value is not param:
+            param.copy_(value)
+        return
     flat = param if at_once else param.reshape(-1)
-    size, adam = DECODED_BLOCK if compressed else ADAMW_BLOCK, adamw_
-    if rule is None and kernels.supports(flat):
-        # A kernel reads every element once: blocks are only for what is decoded first.
-        size, adam = DEVICE_BLOCK if compressed else max(1, flat.numel()), kernels.adamw_
+    size = DECODED_BLOCK if compressed else ADAMW_BLOCK
     for start, weight, slope, stored in [(0, param, grad, moments)] if at_once else _blocks(flat, grad, moments, size):
         values = {name: quantization.read(moment, dtype) for name, moment in stored.items()}
         if rule is None:
-            adam(
-                weight,
-                slope,
-                values[EXP_AVG],
-                values[EXP_AVG_SQ],
-                step=int(step),
-                lr=settings.lr,
-                betas=settings.betas,
-                eps=settings.eps,
-                weight_decay=settings.weight_decay,
-                alpha=alpha,
-            )
+            adamw_(weight, slope, values[EXP_AVG], values[EXP_AVG_SQ], **arguments)
         else:
             _advance_by_rule_(weight, slope.to(dtype), values, step, settings, alpha)
-        store(stored, values, int(step), start)
+        store(stored, values, count, start)
     if not at_once and not param.is_contiguous():
         param.copy_(flat.view(param.shape))
 

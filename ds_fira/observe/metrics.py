@@ -110,23 +110,16 @@ class StepMetrics:
             stats: of the step.
             residual_scale: multiplies S in the update.
         """
-        grad_sq, residual_sq, divisor = stats.grad_sq, stats.residual_sq, stats.limiter_divisor
-        low_rank_sq = stats.low_rank_sq.sum(-1)
-        if not isinstance(grad_sq, Tensor):
-            # Quicker to add up than tensors are.
-            if grad_sq > 0.0:
-                shrunk = 1.0 if divisor is None else divisor
-                self._host[0] += 1.0
-                self._host[1] += float(low_rank_sq) / grad_sq
-                self._host[2] += shrunk > 1.0
-                self._host[3] += max(residual_sq, 0.0) * (residual_scale / shrunk) ** 2
+        if stats.device is not None:
+            stats.add_to_(self._of(stats.device), residual_scale)
             return
-        one = torch.ones_like(grad_sq)
-        shrunk = one if divisor is None else divisor
-        residual = residual_sq.clamp(min=0.0) * (residual_scale / shrunk).square()
-        found = torch.stack([one, low_rank_sq / grad_sq, shrunk > 1.0, residual])
-        counted = stats.grad_finite & (grad_sq > 0.0)
-        self._of(grad_sq.device).add_(torch.where(counted, found, 0.0).view(4, -1).sum(1))
+        # Quicker to add up than tensors are.
+        if stats.grad_sq > 0.0:
+            shrunk = 1.0 if stats.limiter_divisor is None else stats.limiter_divisor
+            self._host[0] += 1.0
+            self._host[1] += float(stats.low_rank_sq.sum(-1)) / stats.grad_sq
+            self._host[2] += shrunk > 1.0
+            self._host[3] += max(stats.residual_sq, 0.0) * (residual_scale / shrunk) ** 2
 
     @contextmanager
     def refreshing(self, device: torch.device) -> Iterator[None]:

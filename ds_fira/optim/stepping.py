@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from ds_fira.core import kernels
+from ds_fira.core.batches import update_together
 from ds_fira.core.precision import negligible_ratio
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, compute_dtype, stored_moment
-from ds_fira.core.step import MatrixTask, update
+from ds_fira.core.step import MatrixTask
 from ds_fira.core.unprojected import step_unprojected_
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_series import Series, add_batch
@@ -65,26 +64,23 @@ class Stepping(Resumable):
             tasks[param] = matrices.tasks(param, turn, gathered.get(param, ()), settings, ratio)
             due += self._refresher.due(param, tasks[param], matrices.indices, matrices.first_of(turn))
         self._refresher.refresh(due)
-        for param, singles in tasks.items():
-            # A rule sees one matrix at a time.
-            together = (
-                turn == 0 and settings.rule is None and settings.state_dtype == "float32" and kernels.supports(param)
-            )
-            recorders = series.get(param, [])[self._matrices(param).first_of(turn) :]
-            self._update(self._matrices(param).batches(param, singles) if together else singles, recorders)
+        self._update(tasks, turn, series)
         for param, pairs in gathered.items():
             self._matrices(param).exchanges[turn].to_holders(param, [weight for weight, _ in pairs])
 
-    def _update(self, tasks: list[MatrixTask], series: Sequence[Series]) -> None:
-        first = 0
-        for task in tasks:
-            last = first + (task.weight.shape[0] if task.weight.ndim == 3 else 1)
-            stats = update(task)
+    def _update(self, tasks: dict[Tensor, list[MatrixTask]], turn: int, series: dict[Tensor, list[Series]]) -> None:
+        """Step the matrices of a turn, and tell metrics and recorders of each."""
+        recorders: list[Series] = []
+        if self._recording:
+            for param, own in tasks.items():
+                first = self._matrices(param).first_of(turn)
+                recorders += series[param][first : first + len(own)]
+        every = [task for own in tasks.values() for task in own]
+        for positions, stats in update_together(every):
             if stats is not None:
-                self.metrics.record(stats, task.settings.residual_scale)
-                if series:
-                    add_batch(series[first:last], stats)
-            first = last
+                self.metrics.record(stats, every[positions[0]].settings.residual_scale)
+                if recorders:
+                    add_batch([recorders[position] for position in positions], stats)
 
     def _negligible_ratio(self, param: Tensor, settings: GroupSettings) -> float:
         dtype = self.attachment.gradient_dtypes.get(param, param.grad.dtype)

@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ds_fira.core.matrix_slice import MatrixSlice
+
 
 @dataclass(frozen=True, slots=True)
 class MatrixShard:
@@ -69,8 +71,13 @@ class MatrixShard:
 
     def matrix(self, flat: Tensor) -> Tensor:
         """The whole matrix as an (m, n) view that shares `flat`'s storage; only for a whole fragment."""
+        return self.place(flat).view()
+
+    def place(self, flat: Tensor) -> MatrixSlice:
+        """Where the whole matrix lies in `flat`; only for a whole fragment."""
         assert self.is_whole, self
-        return self.fragment(flat).view(self.shape)
+        assert flat.is_contiguous(), self
+        return MatrixSlice(flat, self.offset, self.shape, (self.shape[1], 1))
 
 
 def matrices_of(name: str, shape: tuple[int, ...], begin: int = 0, optimizer: str = "") -> list[MatrixShard]:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ds_fira.core.algorithms import Algorithm
+from ds_fira.core.batches import SlicedTask
+from ds_fira.core.matrix_slice import MatrixSlice
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState, matrix_states
 from ds_fira.core.step import MatrixTask
 from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.lowrank.step import LowRankMatrices
-
-# Matrices stepped at once on a GPU: enough to fill it and to hide the launches, few enough that the low-rank tensors of
-# a step stay small beside the state.
-MAX_BATCH = 8
 
 
 class LocalMatrices:
@@ -56,9 +53,7 @@ class LocalMatrices:
         ends = [len(unsplit) + sum(counts[: turn + 1]) for turn in range(len(counts))]
         self._bounds = list(zip([0, *ends[:-1]], ends, strict=True))
         self._tensors: tuple[Tensor, ...] = ()
-        self._views_of: Callable[..., list[MatrixState]] | None = None
         self._views: list[MatrixState] = []
-        self._batches: dict[tuple[int, int], MatrixState] = {}
 
     @property
     def turns(self) -> int:
@@ -80,9 +75,8 @@ class LocalMatrices:
         """
         # Another one where a state was loaded, or moved to another device by another tensor under its key.
         if len(self._tensors) != len(state) or not all(map(operator.is_, self._tensors, state.values())):
-            self._tensors, self._batches = tuple(state.values()), {}
-            self._views_of = partial(matrix_states, state, self.shapes, settings, self.batched, algorithm, dtype=dtype)
-            self._views = self._views_of()
+            self._tensors = tuple(state.values())
+            self._views = matrix_states(state, self.shapes, settings, self.batched, algorithm, dtype=dtype)
 
     def tasks(
         self,
@@ -102,57 +96,27 @@ class LocalMatrices:
             negligible_ratio: as in `MatrixTask`.
         """
         first, last = self._bounds[turn]
-        pairs = [*(self._whole_pairs(param) if turn == 0 else ()), *gathered]
-        return [
-            MatrixTask(weight, grad, view, settings, negligible_ratio)
-            for (weight, grad), view in zip(pairs, self._views[first:last], strict=True)
+        views = self._views[first:last]
+        places = self._whole(param) if turn == 0 else []
+        tasks: list[MatrixTask] = [
+            SlicedTask(weight, grad, view, settings, negligible_ratio)
+            for (weight, grad), view in zip(places, views, strict=False)
         ]
+        tasks += [
+            MatrixTask(weight, grad, view, settings, negligible_ratio)
+            for (weight, grad), view in zip(gathered, views[len(places) :], strict=True)
+        ]
+        return tasks
 
-    def _whole_pairs(self, param: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _whole(self, param: Tensor) -> list[tuple[MatrixSlice, MatrixSlice]]:
+        """Where weight and gradient of the matrices lie that are whole in a tensor."""
+        pair = param, param.grad
         if self.flat:
-            return [(shard.matrix(param), shard.matrix(param.grad)) for shard in self.unsplit]
+            return [tuple(shard.place(flat) for flat in pair) for shard in self.unsplit]
+        if param.ndim == 2:
+            return [tuple(map(MatrixSlice.of, pair))]
         # By dimension rather than through a flat view: a parameter or gradient may have any strides.
-        return [(param, param.grad)] if param.ndim == 2 else list(zip(param, param.grad, strict=True))
-
-    def batches(self, param: Tensor, tasks: list[MatrixTask]) -> list[MatrixTask]:
-        """The tasks of the first turn with neighbours of one shape put together; alone where one has no basis yet."""
-        result = []
-        for first, last in self.runs([task.state.has_basis for task in tasks]):
-            if last - first == 1:
-                result.append(tasks[first])
-                continue
-            if (first, last) not in self._batches:
-                (self._batches[first, last],) = self._views_of(runs=[(first, last)])
-            if self.flat:
-                weight, grad = (_stacked(flat, self.unsplit[first], last - first) for flat in (param, param.grad))
-            else:
-                weight, grad = param[first:last], param.grad[first:last]
-            batch = self._batches[first, last]
-            result.append(MatrixTask(weight, grad, batch, tasks[first].settings, tasks[first].negligible_ratio))
-        return result
-
-    def runs(self, ready: Sequence[bool]) -> list[tuple[int, int]]:
-        """[first, last) positions of matrices that follow each other in memory, have one shape and are ready.
-
-        Args:
-            ready: for the first matrices, whether they can be stepped together with others.
-
-        Returns:
-            Runs of at most `MAX_BATCH` matrices that cover the positions in order; gathered matrices are runs of one.
-        """
-        runs: list[tuple[int, int]] = []
-        for position in range(len(ready)):
-            first, last = runs[-1] if runs else (0, 0)
-            joins = 0 < last - first < MAX_BATCH and position < len(self.unsplit)
-            if joins and ready[position] and ready[position - 1]:
-                before, matrix = self.unsplit[position - 1 : position + 1]
-                if before.shape == matrix.shape and before.offset + before.numel == matrix.offset:
-                    runs[-1] = (first, position + 1)
-                    continue
-            runs.append((position, position + 1))
-        return runs
-
-
-def _stacked(flat: Tensor, first: MatrixShard, count: int) -> Tensor:
-    """`count` matrices of one shape from `first` on, as a (count, m, n) view of the flat buffer."""
-    return flat.view(-1).narrow(0, first.offset, count * first.numel).view(count, *first.shape)
+        return [
+            tuple(MatrixSlice(each, index * each.stride(0), tuple(each.shape[1:]), each.stride()[1:]) for each in pair)
+            for index in range(param.shape[0])
+        ]

@@ -81,7 +81,7 @@ class Refresher:
         found = []
         for row, task in enumerate(tasks, first):
             gap, offset = task.settings.update_proj_gap, task.settings.refresh_offset_of(indices[row])
-            last = int(task.state.refresh_step)
+            last = task.state.last_refresh
             bound = bounds[row]
             if bound is None or refresh_due(bound, last, gap, offset):
                 bound = int(task.state.step)

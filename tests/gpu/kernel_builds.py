@@ -1,13 +1,14 @@
 """Compiles every kernel for an H100, which takes no GPU, and prints what the assembler says of each: one JSON a line.
 
 Run as `python -m tests.gpu.kernel_builds`, without TRITON_INTERPRET; with `quick` for one side and the tensor cores
-alone. The wrappers are called on meta tensors of the sizes of a 7B model, and what they would launch is compiled with
-the tiles, strides and dtypes of that launch.
+alone. A step is made on meta tensors of the sizes of a 7B model, and what it would launch is compiled with the tiles,
+strides and dtypes of that launch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -22,18 +23,34 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from ds_fira.core import kernels
+from ds_fira.core import kernels, quantization
+from ds_fira.core.algorithms import FIRA_ADAM
+from ds_fira.core.batches import SlicedTask
+from ds_fira.core.matrix_slice import MatrixSlice
+from ds_fira.core.settings import GroupSettings
+from ds_fira.core.state import allocate, matrix_states
+from ds_fira.core.step import MatrixTask
 
 H100 = GPUTarget("cuda", 90, 32)
 BETAS = (0.9, 0.999)
 # (m, n, r, side): the two sides of a 7B model's feed-forward layers.
 SHAPES = ((4096, 11008, 512, "left"), (11008, 4096, 512, "right"))
-# Precision of the products, dtype of the weight, dtype of the gradient.
+# Precision of the products, dtype of the weight, dtype of the gradient, dtype of the states, whether scattered.
 DTYPES = (
-    ("bfloat16", torch.bfloat16, torch.bfloat16),
-    ("tf32", torch.float32, torch.float32),
-    ("float32", torch.float32, torch.float32),
+    ("bfloat16", torch.bfloat16, torch.bfloat16, "int8", True),
+    ("tf32", torch.float32, torch.float32, "float32", False),
+    ("float32", torch.float32, torch.float32, "bfloat16", True),
 )
+# Settings of the other forms of the residual.
+FORMS = (
+    {"scaling": "matrix", "formulation": "paper", "residual_warmup": 10},
+    {"scaling": "none", "limiter": "none"},
+    {"residual": "normalized"},
+    {"residual": "normalized", "scaling": "matrix", "limiter": "growth"},
+    {"residual": "normalized", "residual_beta": 0.0},
+    {"residual": "none"},
+)
+HOMES = ("adamw", "combining", "measuring", "moments", "numbers", "projection", "residual", "update")
 
 
 def specialized(value: object, path: tuple[int, ...], constant: bool, constants: dict, attributes: dict) -> object:
@@ -73,51 +90,58 @@ def compiled(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, *args: An
     }
 
 
-def builds(
-    shapes: tuple = SHAPES, dtypes: tuple = DTYPES, batch: tuple[int, ...] = (), odd: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Every kernel's build, for every shape and choice of dtypes."""
+def tasks_of(
+    shape: tuple[int, int, int, str],
+    precision: str,
+    weight_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    state_dtype: str,
+    scattered: bool,
+    **settings: Any,
+) -> list[MatrixTask]:
+    """One matrix, or three in a buffer that has room for four, so that a table says where they are."""
+    m, n, r, side = shape
+    group = GroupSettings(rank=r, proj_type=side, matmul_precision=precision, state_dtype=state_dtype, **settings)
+    buffers = [torch.empty(4 * m * n, dtype=dtype, device="meta") for dtype in (weight_dtype, grad_dtype)]
+    count = 3 if scattered else 1
+    state = allocate(buffers[0], [(m, n)] * count, group, batched=True)
+    views = matrix_states(state, [(m, n)] * count, group, True, FIRA_ADAM, dtype=torch.float32)
+    places = (0, 1, 3)[:count]
+    return [
+        SlicedTask(*(MatrixSlice(flat, place * m * n, (m, n), (n, 1)) for flat in buffers), view, group, 1e-4)
+        for place, view in zip(places, views, strict=True)
+    ]
+
+
+def builds(shapes: tuple = SHAPES, dtypes: tuple = DTYPES, forms: tuple = FORMS) -> Iterator[dict[str, Any]]:
+    """Every kernel's build, for every shape and choice of dtypes; then every form of residual."""
     found: list[dict[str, Any]] = []
     record = lambda *args, **options: found.append(compiled(*args, **options))  # noqa: E731
-    homes = ("projection", "moments", "residual", "update")
     with contextlib.ExitStack() as stack:
-        kernels.project, kernels.adamw_, kernels.apply_update_, kernels.residual_square  # noqa: B018
-        for home in homes:
-            stack.enter_context(mock.patch(f"ds_fira.core.kernels.{home}.launch", record))
-        for m, n, r, side in shapes:
-            m, n, r = m - odd, n - odd, r - odd
-            for precision, weight_dtype, grad_dtype in dtypes:
-                weight = torch.empty(*batch, m, n, dtype=weight_dtype, device="meta")
-                grad = torch.empty(*batch, m, n, dtype=grad_dtype, device="meta")
-                basis = torch.empty(*batch, m if side == "left" else n, r, device="meta")
-                usable = torch.empty(batch, dtype=torch.bool, device="meta")
-                low_rank, grad_sq = kernels.project(grad, basis, side, precision)
-                phi = grad_sq.float()
-                if precision == dtypes[0][0]:
-                    moments = torch.empty_like(low_rank), torch.empty_like(low_rank)
-                    kernels.adam_direction_(low_rank, *moments, betas=BETAS, eps=1e-6, side=side, grad_finite=usable)
-                kernels.residual_square(
-                    grad, basis, low_rank, phi, side=side, alpha=1.0, needed=usable, precision=precision
-                )
-                left, right = (basis, low_rank) if side == "left" else (low_rank, basis.mT)
-                kernels.apply_update_(
-                    weight,
-                    grad,
-                    left,
-                    right,
-                    phi,
-                    by_row=side == "right",
-                    decay_factor=0.5,
-                    grad_finite=usable,
-                    precision=precision,
-                )
+        for home in HOMES:
+            module = importlib.import_module(f"ds_fira.core.kernels.{home}")
+            stack.enter_context(mock.patch.object(module, "launch", record))
+        for shape in shapes:
+            for choice in dtypes:
+                stats = kernels.step_together(tasks_of(shape, *choice))
+                stats.add_to_(torch.empty(4, dtype=torch.float64, device="meta"), 1.0)
                 yield from found
                 found.clear()
-        flat = torch.empty(2**20, device="meta")
-        kernels.adamw_(flat.bfloat16(), flat, flat, flat, step=1, lr=0.1, betas=BETAS, eps=1e-6, weight_decay=0.0)
+        # What differs from form to form is small.
+        for form in forms:
+            small = (64, 96, 16, shapes[0][3])
+            kernels.step_together(tasks_of(small, *dtypes[0], **form))
+            yield from found
+            found.clear()
+        flat, size = torch.empty(2**20, device="meta"), (2**20,)
+        step = {"step": 1, "lr": 0.1, "betas": BETAS, "eps": 1e-6, "weight_decay": 0.0}
+        for state_dtype in ("float32", "bfloat16", "int8"):
+            kept = {"dtype": torch.float32, "device": "meta"}
+            moments = [quantization.allocate(size, (), state_dtype, signed=signed, **kept) for signed in (True, False)]
+            kernels.stored_adamw_(flat.bfloat16(), flat, *moments, **step)
         yield from found
 
 
 if __name__ == "__main__":
-    for build in builds(SHAPES[:1], DTYPES[:2]) if "quick" in sys.argv else builds():
+    for build in builds(SHAPES[:1], DTYPES[:2], FORMS[:3]) if "quick" in sys.argv else builds():
         print(json.dumps(build), flush=True)

@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ds_fira.core.kernels.moments import adam_direction_, adamw_
+    from ds_fira.core.kernels.adamw import adamw_, stored_adamw_
+    from ds_fira.core.kernels.moments import adam_direction_
     from ds_fira.core.kernels.projection import project
     from ds_fira.core.kernels.residual import residual_square
+    from ds_fira.core.kernels.step import step_together
     from ds_fira.core.kernels.update import apply_update_
 
-__all__ = ["adam_direction_", "adamw_", "apply_update_", "project", "residual_square"]
+__all__ = ["adam_direction_", "adamw_", "apply_update_", "project", "residual_square", "step_together", "stored_adamw_"]
 __all__ += ["Choice", "chosen", "fault", "interpret_on_cpu", "supports", "switched"]
 
 # What the setting `kernels` may say.
@@ -42,10 +44,12 @@ VARIABLE = "DS_FIRA_KERNELS"
 # Which module a function comes from; they import Triton.
 _HOMES = {
     "adam_direction_": "moments",
-    "adamw_": "moments",
+    "adamw_": "adamw",
     "apply_update_": "update",
     "project": "projection",
     "residual_square": "residual",
+    "step_together": "step",
+    "stored_adamw_": "adamw",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Older devices have neither bfloat16 products nor TF32.
@@ -155,7 +159,7 @@ def _failure_of_a_launch(device: torch.device) -> str | None:
     try:
         param, grad, *moments = (torch.full((1,), value, device=device) for value in (1.0, 2.0, 0.0, 0.0))
         # Betas of zero make the direction 1.
-        step = importlib.import_module(f"{__name__}.moments").adamw_
+        step = importlib.import_module(f"{__name__}.adamw").adamw_
         step(param, grad, *moments, step=1, lr=0.5, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)
         # Read by the host, because a launch ends before the kernel does.
         found = float(param)

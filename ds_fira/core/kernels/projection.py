@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fira.core.kernels.tiles import batched, dot, launch, tile_at, tiles
+from ds_fira.core.kernels.tiles import dot, launch, tile, tile_at, tiles
+from ds_fira.core.kernels.views import View, batched, origin
 from ds_fira.core.subspace import Side
 
 
@@ -27,32 +28,73 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str) -> tuple[Te
         R, float32, (..., r, n) on the left and (..., m, r) on the right; |G_j|^2, float64, (..., n) per column on the
         left and (..., m) per row on the right.
     """
-    rank = basis.shape[-1]
-    # On the left R' = G'P: then one kernel serves both sides, with "lines" for the columns (left) or rows (right) of G.
-    turned = grad.mT if side == "left" else grad
-    count, lines, depth = (1, *turned.shape)[-3:]
-    grads, bases = batched(turned, count, lines, depth), batched(basis, count, depth, rank)
-    batch, shape = grad.shape[:-2], (rank, lines) if side == "left" else (lines, rank)
-    low_rank = torch.empty((*batch, *shape), dtype=torch.float32, device=grad.device)
-    by_line = batched(low_rank.mT if side == "left" else low_rank, count, lines, rank)
+    (m, n), rank, left = grad.shape[-2:], basis.shape[-1], side == "left"
+    batch, lines, depth = grad.shape[:-2], n if left else m, m if left else n
+    count = batch[0] if batch else 1
+    low_rank = torch.empty((*batch, *((rank, n) if left else (m, rank))), dtype=torch.float32, device=grad.device)
     grad_sq = torch.empty((*batch, lines), dtype=torch.float64, device=grad.device)
-    shaped = tiles(precision).within(lines, rank, depth, grads, bases, by_line)
+    launch_project(
+        batched(grad, count, m, n),
+        batched(basis, count, depth, rank),
+        batched(low_rank, count, *low_rank.shape[-2:]),
+        batched(grad_sq, count, lines),
+        None,
+        (count, m, n, rank),
+        side,
+        precision,
+    )
+    return low_rank, grad_sq
+
+
+def launch_project(
+    grad: View,
+    basis: View,
+    low_rank: View,
+    grad_sq: View,
+    strip_sq: View | None,
+    sizes: tuple[int, int, int, int],
+    side: Side,
+    precision: str,
+) -> None:
+    """`project` into memory that is there.
+
+    Args:
+        grad: G, (m, n).
+        basis: P.
+        low_rank: R, float32.
+        grad_sq: |G_j|^2, float64.
+        strip_sq: sums of |G_j|^2 over strips, `strips` of them, float64; None where nobody wants them.
+        sizes: k, m, n, r.
+        side: the projected side.
+        precision: as in `project`.
+    """
+    count, m, n, rank = sizes
+    # On the left R' = G'P: then one kernel serves both sides, with "lines" for the columns (left) or rows (right) of G.
+    lines, depth = (n, m) if side == "left" else (m, n)
+    if side == "left":
+        grad, low_rank = (view._replace(rows=view.columns, columns=view.rows) for view in (grad, low_rank))
+    shaped = tiles(precision).within(lines, rank, depth, grad, basis, low_rank)
     programs = triton.cdiv(lines, shaped.rows) * (triton.cdiv(rank, shaped.columns) + 1)
     launch(
         _project,
         (programs, count),
+        grad.data,
         grad,
-        grads,
-        bases,
-        by_line,
+        basis,
+        low_rank,
         grad_sq,
+        strip_sq,
         lines,
         depth,
         rank,
         PRECISION=precision,
         **shaped.options,
     )
-    return low_rank, grad_sq
+
+
+def strips(lines: int, precision: str) -> int:
+    """How many strips of G, of `lines` columns (left) or rows (right), there are sums of squares of."""
+    return triton.cdiv(lines, tile(lines, tiles(precision).rows))
 
 
 @triton.jit
@@ -61,6 +103,7 @@ def _project(
     basis,
     low_rank,
     grad_sq,
+    strip_sq,
     lines,
     depth,
     rank,
@@ -78,7 +121,7 @@ def _project(
     line_offsets = tl.arange(0, ROWS)
     depth_offsets = tl.arange(0, DEPTH)
     line_inside = line + line_offsets < lines
-    grad_at = grad.data + matrix * grad.batch + line.to(tl.int64) * grad.rows
+    grad_at = origin(grad, matrix) + line.to(tl.int64) * grad.rows
     grad_at = grad_at + (line_offsets[:, None] * grad.rows + depth_offsets[None, :] * grad.columns)
 
     if block == blocks:
@@ -88,13 +131,15 @@ def _project(
             values = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
             squares += tl.sum(values * values, axis=1).to(tl.float64)
             grad_at += DEPTH * grad.columns
-        tl.store(grad_sq + matrix * lines + line + line_offsets, squares, mask=line_inside)
+        tl.store(origin(grad_sq, matrix) + line + line_offsets, squares, mask=line_inside)
+        if strip_sq is not None:
+            tl.store(origin(strip_sq, matrix) + line // ROWS, tl.sum(squares, axis=0))
         return
 
     column = block * COLUMNS
     column_offsets = tl.arange(0, COLUMNS)
     column_inside = column + column_offsets < rank
-    basis_at = basis.data + matrix * basis.batch + column.to(tl.int64) * basis.columns
+    basis_at = origin(basis, matrix) + column.to(tl.int64) * basis.columns
     basis_at = basis_at + (depth_offsets[:, None] * basis.rows + column_offsets[None, :] * basis.columns)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, depth, DEPTH):

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fira.core.kernels.tiles import batched, flags, launch, load_scale, load_tile, product, tile_corner, tiles
+from ds_fira.core.kernels.tiles import Tiles, flags, launch, load_scale, load_tile, product, tile_corner, tiles
+from ds_fira.core.kernels.views import View, batched, origin
 from ds_fira.core.subspace import Side
 
 # Programs of one matrix: enough to fill the device, and soon over where the sum is not needed.
@@ -47,31 +48,79 @@ def residual_square(
     count, m, n = (1, *grad.shape)[-3:]
     rank = basis.shape[-1]
     left, right = (basis, low_rank) if side == "left" else (low_rank, basis.mT)
-    grads, phis = batched(grad, count, m, n), batched(phi, count, n if side == "left" else m)
-    lefts, rights = batched(left, count, m, rank), batched(right, count, rank, n)
-    shaped = tiles(precision)._replace(rows=LARGEST_TILE, columns=LARGEST_TILE).within(m, n, rank)
-    programs = min(triton.cdiv(m, shaped.rows) * triton.cdiv(n, shaped.columns), PROGRAMS)
-    partial = torch.empty((count, programs), dtype=torch.float64, device=grad.device)
+    partial = torch.empty((count, programs(m, n, precision)), dtype=torch.float64, device=grad.device)
+    launch_residual_square(
+        batched(grad, count, m, n),
+        batched(left, count, m, rank),
+        batched(right, count, rank, n),
+        batched(phi, count, n if side == "left" else m),
+        flags(needed, count),
+        batched(partial, *partial.shape),
+        (count, m, n, rank),
+        alpha,
+        by_row=side == "right",
+        precision=precision,
+    )
+    total = partial.sum(1)
+    return total if grad.dim() > 2 else total[0]
+
+
+def programs(m: int, n: int, precision: str) -> int:
+    """How many programs sum the residual of an (m, n) matrix, each with a sum of its own."""
+    shaped = _tiles(m, n, 0, precision)
+    return min(triton.cdiv(m, shaped.rows) * triton.cdiv(n, shaped.columns), PROGRAMS)
+
+
+def _tiles(m: int, n: int, rank: int, precision: str) -> Tiles:
+    return tiles(precision)._replace(rows=LARGEST_TILE, columns=LARGEST_TILE).within(m, n, rank)
+
+
+def launch_residual_square(
+    grad: View,
+    left: View,
+    right: View,
+    phi: View,
+    needed: View,
+    partial: View,
+    sizes: tuple[int, int, int, int],
+    alpha: float,
+    *,
+    by_row: bool,
+    precision: str,
+) -> None:
+    """`residual_square` as sums of its programs, in memory that is there.
+
+    Args:
+        grad: G, (m, n).
+        left: (m, r); P on the left, R on the right.
+        right: (r, n); R on the left, P' on the right.
+        phi: scaling factors, one for each column or row, or for all.
+        needed: a number of each matrix; where it is zero the sums are.
+        partial: the sums, one for each of `programs`, float64.
+        sizes: k, m, n, r.
+        alpha: as in `residual_square`.
+        by_row: whether phi has one factor per row.
+        precision: as in `residual_square`.
+    """
+    count, m, n, rank = sizes
     launch(
         _residual_square,
-        (programs, count),
+        (programs(m, n, precision), count),
+        grad.data,
         grad,
-        grads,
-        lefts,
-        rights,
-        phis,
-        flags(needed, count),
+        left,
+        right,
+        phi,
+        needed,
         partial,
         m,
         n,
         rank,
         float(alpha),
-        BY_ROW=side == "right",
+        BY_ROW=by_row,
         PRECISION=precision,
-        **shaped.options,
+        **_tiles(m, n, rank, precision).options,
     )
-    total = partial.sum(1)
-    return total if grad.dim() > 2 else total[0]
 
 
 @triton.jit
@@ -93,14 +142,13 @@ def _residual_square(
     DEPTH: tl.constexpr,
 ):
     matrix = tl.program_id(1).to(tl.int64)
-    programs = tl.num_programs(0)
-    partial_at = partial + matrix * programs + tl.program_id(0)
+    partial_at = origin(partial, matrix) + tl.program_id(0)
     squares = tl.zeros((ROWS,), dtype=tl.float64)
-    if tl.load(needed + matrix) == 0:
+    if tl.load(origin(needed, matrix)) == 0:
         tl.store(partial_at, tl.sum(squares, axis=0))
         return
     tiles_in_all = tl.cdiv(m, ROWS) * tl.cdiv(n, COLUMNS)
-    for index in range(tl.program_id(0), tiles_in_all, programs):
+    for index in range(tl.program_id(0), tiles_in_all, tl.num_programs(0)):
         row, column = tile_corner(index, m, n, ROWS, COLUMNS)
         inside = product(left, right, matrix, row, column, m, n, rank, PRECISION, ROWS, COLUMNS, DEPTH)
         residual = load_tile(grad, matrix, row, column, m, n, ROWS, COLUMNS) - alpha * inside

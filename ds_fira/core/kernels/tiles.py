@@ -1,4 +1,4 @@
-"""What the kernels share: tile sizes, launching, batches of matrices, and the products of tiles.
+"""What the kernels share: tile sizes, launching, and the products of tiles.
 
 Sizes are for an H100 (132 multiprocessors, 227 KB of shared memory and 64 K registers each). A tile shrinks to the
 next power of two of a small matrix, and no further than 16, the least that tl.dot takes.
@@ -16,27 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fira.core.kernels.views import View, batched, origin
+
 MIN_TILE = 16
 # The widest tile of matrices with odd strides.
 ODD_COLUMNS = 64
 # The interpreter handles bfloat16 in its own way.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-class View(NamedTuple):
-    """A batch of matrices, or of one number for each row or column of them, as a kernel takes it.
-
-    Attributes:
-        data: where it begins.
-        batch: elements from one matrix to the next.
-        rows: elements from one row, or number, to the next.
-        columns: elements from one column to the next.
-    """
-
-    data: Tensor
-    batch: int
-    rows: int
-    columns: int = 0
 
 
 class Tiles(NamedTuple):
@@ -93,17 +79,9 @@ def tile(size: int, most: int) -> int:
     return min(most, max(MIN_TILE, triton.next_power_of_2(size)))
 
 
-def batched(tensor: Tensor, *shape: int) -> View:
-    """`tensor` as a view of `shape`, which begins with the batch; torch raises where it does not fit.
-
-    What has one entry for all, along the batch or along another dimension, gets a stride of zero there.
-    """
-    return View(tensor, *tensor.expand(shape).stride())
-
-
-def flags(tensor: Tensor, count: int) -> Tensor:
+def flags(tensor: Tensor, count: int) -> View:
     """One byte per matrix of a bool tensor (k,) or (), as kernels load bytes and not truth values."""
-    return tensor.view(torch.uint8).expand(count).contiguous()
+    return batched(tensor.view(torch.uint8), count)
 
 
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...], tensor: Tensor, *args: object, **options: object) -> None:
@@ -183,9 +161,9 @@ def product(
     columns = tl.arange(0, COLUMNS)
     depths = tl.arange(0, DEPTH)
     # Only the tile's corner can lie 2^31 elements in.
-    left_at = left.data + matrix * left.batch + row.to(tl.int64) * left.rows
+    left_at = origin(left, matrix) + row.to(tl.int64) * left.rows
     left_at = left_at + (rows[:, None] * left.rows + depths[None, :] * left.columns)
-    right_at = right.data + matrix * right.batch + column.to(tl.int64) * right.columns
+    right_at = origin(right, matrix) + column.to(tl.int64) * right.columns
     right_at = right_at + (depths[:, None] * right.rows + columns[None, :] * right.columns)
     row_inside = (row + rows < m)[:, None]
     column_inside = (column + columns < n)[None, :]
@@ -219,7 +197,7 @@ def tile_at(view, matrix, row, column, m, n, ROWS: tl.constexpr, COLUMNS: tl.con
     """Pointers into the tile of an (m, n) matrix that begins at (row, column), and which of them are inside."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    corner = view.data + matrix * view.batch + row.to(tl.int64) * view.rows + column.to(tl.int64) * view.columns
+    corner = origin(view, matrix) + row.to(tl.int64) * view.rows + column.to(tl.int64) * view.columns
     inside = (row + rows < m)[:, None] & (column + columns < n)[None, :]
     return corner + (rows[:, None] * view.rows + columns[None, :] * view.columns), inside
 
@@ -234,7 +212,7 @@ def load_tile(view, matrix, row, column, m, n, ROWS: tl.constexpr, COLUMNS: tl.c
 @triton.jit
 def load_scale(phi, matrix, row, column, m, n, BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Factors of that tile in float32, (ROWS, 1) or (1, COLUMNS); one for all is a stride of zero."""
-    factors_at = phi.data + matrix * phi.batch
+    factors_at = origin(phi, matrix)
     if BY_ROW:
         rows = row + tl.arange(0, ROWS)
         factors = tl.load(factors_at + rows * phi.rows, mask=rows < m, other=0.0)[:, None]

@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fira.core.kernels.tiles import (
-    batched,
     flags,
     launch,
     load_scale,
@@ -18,6 +17,7 @@ from ds_fira.core.kernels.tiles import (
     tile_corner,
     tiles,
 )
+from ds_fira.core.kernels.views import View, batched, origin
 
 
 def apply_update_(
@@ -50,27 +50,64 @@ def apply_update_(
     """
     count, m, n = (1, *weight.shape)[-3:]
     rank = left.shape[-1]
-    weights, grads = batched(weight, count, m, n), batched(grad, count, m, n)
-    lefts, rights = batched(left, count, m, rank), batched(right, count, rank, n)
-    # A kernel takes a pointer for what it does not read, too.
-    phis = batched(weight.new_empty(1) if phi is None else phi, count, m if by_row else n)
-    shaped = tiles(precision).within(m, n, rank, weights, grads, lefts, rights)
+    launch_update(
+        batched(weight, count, m, n),
+        batched(grad, count, m, n),
+        batched(left, count, m, rank),
+        batched(right, count, rank, n),
+        None if phi is None else batched(phi, count, m if by_row else n),
+        flags(grad_finite, count),
+        (count, m, n, rank),
+        decay_factor,
+        by_row=by_row,
+        precision=precision,
+    )
+
+
+def launch_update(
+    weight: View,
+    grad: View,
+    left: View,
+    right: View,
+    phi: View | None,
+    grad_finite: View,
+    sizes: tuple[int, int, int, int],
+    decay_factor: float,
+    *,
+    by_row: bool,
+    precision: str,
+) -> None:
+    """`apply_update_` on operands that lie anywhere.
+
+    Args:
+        weight: W, (m, n); changed.
+        grad: G, (m, n).
+        left: (m, r).
+        right: (r, n).
+        phi: one factor for each column or row, or for all; None to leave phi * G out.
+        grad_finite: a number of each matrix; where it is zero nothing is written.
+        sizes: k, m, n, r.
+        decay_factor: as in `apply_update_`.
+        by_row: as in `apply_update_`.
+        precision: as in `apply_update_`.
+    """
+    count, m, n, rank = sizes
+    shaped = tiles(precision).within(m, n, rank, weight, grad, left, right)
     launch(
         _apply_update,
         (triton.cdiv(m, shaped.rows) * triton.cdiv(n, shaped.columns), count),
+        weight.data,
         weight,
-        weights,
-        grads,
-        lefts,
-        rights,
-        phis,
-        flags(grad_finite, count),
+        grad,
+        left,
+        right,
+        phi,
+        grad_finite,
         m,
         n,
         rank,
         float(decay_factor),
         BY_ROW=by_row,
-        FULL_RANK=phi is not None,
         PRECISION=precision,
         **shaped.options,
     )
@@ -89,18 +126,17 @@ def _apply_update(
     rank,
     decay_factor,
     BY_ROW: tl.constexpr,
-    FULL_RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     matrix = tl.program_id(1).to(tl.int64)
-    if tl.load(grad_finite + matrix) == 0:
+    if tl.load(origin(grad_finite, matrix)) == 0:
         return
     row, column = tile_corner(tl.program_id(0), m, n, ROWS, COLUMNS)
     update = product(left, right, matrix, row, column, m, n, rank, PRECISION, ROWS, COLUMNS, DEPTH)
-    if FULL_RANK:
+    if phi is not None:
         scale = load_scale(phi, matrix, row, column, m, n, BY_ROW, ROWS, COLUMNS)
         update += scale * load_tile(grad, matrix, row, column, m, n, ROWS, COLUMNS)
     value = load_tile(weight, matrix, row, column, m, n, ROWS, COLUMNS) * decay_factor - update

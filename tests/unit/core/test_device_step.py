@@ -13,9 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_fira
 from ds_fira import FiraAdam
-from ds_fira.core.state import host_key
+from ds_fira.core import kernels
+from ds_fira.core.batches import MAX_BATCH, together
+from ds_fira.core.settings import GroupSettings
+from ds_fira.core.state import allocate, host_key, matrix_states
+from ds_fira.core.step import MatrixTask
 from ds_fira.sharding.geometry import MatrixShard
-from ds_fira.sharding.local_matrices import MAX_BATCH, LocalMatrices
+from ds_fira.sharding.local_matrices import LocalMatrices
 from tests.reference.gradients import make_gradients, make_weight
 from tests.reference.harness import with_a_rank
 
@@ -161,15 +165,29 @@ def test_a_step_count_that_lags_behind_delays_the_refresh() -> None:
     assert (int(state["step"]), int(state["refresh_step"])) == (5, 4)
 
 
-def test_neighbours_of_one_shape_are_one_batch() -> None:
-    """Batches end where the shape changes, where memory has a gap, at a matrix that waits, and at the largest size."""
-    shapes = [(2, 3)] * 3 + [(3, 2)] * 2 + [(3, 2)] * (MAX_BATCH + 1)
-    whole = tuple(MatrixShard(str(i), shape, 6 * i + (i > 4), 0, 6) for i, shape in enumerate(shapes))
-    matrices = LocalMatrices(whole, tuple(range(len(whole))))
-    ready = [True] * len(whole)
-    assert matrices.runs(ready) == [(0, 3), (3, 5), (5, 5 + MAX_BATCH), (5 + MAX_BATCH, 6 + MAX_BATCH)]
-    ready[1] = False
-    assert matrices.runs(ready)[:4] == [(0, 1), (1, 2), (2, 3), (3, 5)]
+def tasks_of(*shapes: tuple[int, int]) -> list[MatrixTask]:
+    """Tasks of tensors of their own, each with a basis."""
+    settings = GroupSettings(rank=1)
+    found = []
+    for shape in shapes:
+        weight = torch.zeros(shape, device=DEVICE)
+        state = allocate(weight, [shape], settings, False)
+        (view,) = matrix_states(state, [shape], settings, False, FiraAdam.algorithm)
+        view.refresh_step.fill_(0)
+        found.append(MatrixTask(weight, torch.zeros_like(weight), view, settings, 1e-4))
+    return found
+
+
+def test_matrices_alike_are_one_batch() -> None:
+    """Wherever they lie: of one shape and dtype, all with a basis, as many as go together."""
+    tasks = tasks_of((2, 3), (3, 2), (2, 3), *[(3, 2)] * MAX_BATCH)
+    assert together(tasks) == [[0, 2], [1, *range(3, 2 + MAX_BATCH)], [2 + MAX_BATCH]]
+    tasks[0].state.refresh_step.fill_(-1)
+    tasks[5].weight = tasks[5].weight.t().contiguous().t()
+    tasks[6].grad = tasks[6].grad.bfloat16()
+    assert together(tasks) == [[0], [1, 3, 4, *range(7, 3 + MAX_BATCH)], [2], [5], [6]]
+    with kernels.switched("off"):
+        assert together(tasks) == [[position] for position in range(len(tasks))]
 
 
 def test_a_model_with_kernels_matches_one_without() -> None:

@@ -1,0 +1,127 @@
+"""Launches of one step with the Triton kernels, counted under the interpreter: no GPU, and no time is measured.
+
+    TRITON_INTERPRET=1 python -m benchmarks.speed.launches
+
+Every operation of torch's that a `TorchDispatchMode` sees counts, views and reads of the host's own numbers too, and
+every kernel; what the interpreter itself does for a kernel does not. A step's launches do not depend on the sizes of
+its matrices, so these are small: 48 x 16 for a feed-forward weight of LLaMA, and as many as the model has. Each count
+is of a step between refreshes, with gradients in memory that no step before it had.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from ds_fira import FiraAdam
+from ds_fira.core import kernels
+from ds_fira.sharding.geometry import MatrixShard
+from ds_fira.sharding.local_matrices import LocalMatrices
+
+HIDDEN, FEED_FORWARD, RANK = 16, 48, 4
+# The matrices of one layer of a LLaMA, in their order.
+LAYER = [(HIDDEN, HIDDEN)] * 4 + [(FEED_FORWARD, HIDDEN)] * 2 + [(HIDDEN, FEED_FORWARD)]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch's by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # Marks of the profiler are no operations.
+        self.names[str(func)] += func.namespace != "profiler"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Operations and kernels by name, of what is done inside the block; the kernels must be interpreted."""
+    from triton.runtime.interpreter import GridExecutor
+
+    interpret, mode = GridExecutor.__call__, Operations()
+
+    def launch(executor: Any, *args: Any, **options: Any) -> None:
+        mode.names[executor.fn.__name__] += 1
+        with _disable_current_modes():
+            interpret(executor, *args, **options)
+
+    with mock.patch.object(GridExecutor, "__call__", launch), mode:
+        yield mode.names
+
+
+def of_a_step(optimizer: torch.optim.Optimizer, params: list[Parameter], steps: int = 2) -> Counter[str]:
+    """What the step after `steps` others launches."""
+    for step in range(steps + 1):
+        generator = torch.Generator().manual_seed(step)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(param)
+        if step == steps:
+            with counted() as names:
+                optimizer.step()
+            return names
+        optimizer.step()
+    raise AssertionError(steps)
+
+
+def separate(shapes: list[tuple[int, ...]], **settings: Any) -> Counter[str]:
+    """A step of parameters of their own, as alone or at stage 0."""
+    params = [Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for shape in shapes]
+    groups = [{"params": params, "rank": RANK}]
+    return of_a_step(FiraAdam(groups, update_proj_gap=100, **settings), params)
+
+
+def partition(shapes: list[tuple[int, int]], fragment: int = 0, **settings: Any) -> Counter[str]:
+    """A step of a flat partition of whole matrices, and of one of `fragment` elements under AdamW."""
+    numels = [m * n for m, n in shapes]
+    flats = [
+        Parameter(torch.randn(size, generator=torch.Generator().manual_seed(0))) for size in (sum(numels), fragment)
+    ]
+    # As in ZeRO, the flat buffers take the parameters' place when the optimizer is there.
+    groups = [{"params": [Parameter(torch.empty(1, 1))], "rank": RANK}, {"params": [Parameter(torch.empty(1))]}]
+    optimizer = FiraAdam(groups[: 1 + (fragment > 0)], update_proj_gap=100, project_full_rank=True, **settings)
+    for group, flat in zip(optimizer.param_groups, flats, strict=False):
+        group["params"] = [flat]
+    whole = tuple(
+        MatrixShard(f"m{i}", shape, sum(numels[:i]), 0, shape[0] * shape[1]) for i, shape in enumerate(shapes)
+    )
+    optimizer.bind(flats[0], LocalMatrices(whole, tuple(range(len(whole)))))
+    return of_a_step(optimizer, flats[: len(optimizer.param_groups)])
+
+
+def cases() -> Iterator[tuple[str, int, Callable[[], Counter[str]]]]:
+    """What is counted, with the number of matrices in it."""
+    for state_dtype in ("float32", "bfloat16", "int8"):
+        kept: dict[str, Any] = {"state_dtype": state_dtype}
+        yield f"8 experts, {state_dtype}", 8, lambda kept=kept: separate([(8, FEED_FORWARD, HIDDEN)], **kept)
+        yield f"one matrix, {state_dtype}", 1, lambda kept=kept: separate([(FEED_FORWARD, HIDDEN)], **kept)
+        yield f"LLaMA-60M alone, {state_dtype}", 56, lambda kept=kept: separate(LAYER * 8, **kept)
+    yield "LLaMA-7B on 8 ranks", 28, lambda: partition(LAYER * 4, fragment=100)
+
+
+def main() -> None:
+    """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    kernels.interpret_on_cpu(True)
+    for name, matrices, count in cases():
+        names = count()
+        own = {key: number for key, number in names.items() if key.startswith("_")}
+        aten = names.total() - sum(own.values())
+        print(
+            f"{name:28} {aten:5} operations + {sum(own.values()):4} kernels = {names.total():5}, "
+            f"{names.total() / matrices:6.1f} a matrix"
+        )
+
+
+if __name__ == "__main__":
+    main()

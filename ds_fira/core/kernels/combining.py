@@ -1,0 +1,193 @@
+"""Lines 14 and 15 of Algorithm 1 in one kernel: the limiter and C, as `limit` and `combine` of `ds_fira.core.step`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ds_fira.core import functional as F
+from ds_fira.core.kernels import numbers as places
+from ds_fira.core.kernels.moments import LEFT_TILE, RIGHT_TILE
+from ds_fira.core.kernels.numbers import Pair, double, pair
+from ds_fira.core.kernels.tiles import launch, tile
+from ds_fira.core.kernels.views import View, origin
+from ds_fira.core.settings import GroupSettings
+from ds_fira.core.subspace import Side
+
+# Sums of the exact residual that are added up at once.
+_PARTS = tl.constexpr(128)
+_NORM_EPS = tl.constexpr(F.NORM_EPS)
+_DIFFERENCE, _SCALED_GRAD_SQ = map(tl.constexpr, (places.DIFFERENCE, places.SCALED_GRAD_SQ))
+_FINITE, _NEEDED, _PREVIOUS = map(tl.constexpr, (places.FINITE, places.NEEDED, places.PREVIOUS))
+_BIAS, _SHARE = map(tl.constexpr, (places.BIAS_CORRECTION, places.SHARE))
+_RESIDUAL_SQ, _DIVISOR = map(tl.constexpr, (places.RESIDUAL_SQ, places.DIVISOR))
+
+
+class Combining(NamedTuple):
+    """Numbers of the param group."""
+
+    step_size: Pair  # lr and what goes with it, without the bias correction
+    inner_alpha: Pair
+    residual_scale: Pair
+    gamma: Pair
+    negligible_ratio: Pair
+
+
+def launch_combine(
+    low_rank: View,
+    direction: View,
+    phi: View,
+    scales: View,
+    numbers: View,
+    partial: View,
+    residual_norm: View | None,
+    sizes: tuple[int, int, int, int],
+    settings: GroupSettings,
+    *,
+    side: Side,
+    negligible_ratio: float,
+) -> None:
+    """The limiter, its |S| to remember, and the factors of lr (P N + S) = phi * G + P C, decay folded in.
+
+    Args:
+        low_rank: R, float32.
+        direction: N, float32; C afterwards.
+        phi: factors before the limiter, float64.
+        scales: float32; phi as `launch_update` takes it.
+        numbers: see `ds_fira.core.kernels.numbers`; |S|^2 and the divisor are written.
+        partial: |S|^2 from the residual itself as sums of so many programs as `rows` says, float64.
+        residual_norm: |S| of the step before, changed where the gradient is finite; None without a limiter.
+        sizes: k, r, the columns (left) or rows (right) of G, and how many sums `partial` has.
+        settings: of the param group.
+        side: the projected side.
+        negligible_ratio: a residual norm below this share of |phi * G| is rounding.
+    """
+    count, rank, lines, parts = sizes
+    most, outside = LEFT_TILE if side == "left" else RIGHT_TILE, settings.alpha_is_outside
+    shape = (tile(lines, most[0]), tile(rank, most[1]))
+    combining = Combining(
+        step_size=pair(settings.lr * settings.decay_factor * (settings.alpha if outside else 1.0)),
+        inner_alpha=pair(settings.inner_alpha),
+        residual_scale=pair(settings.residual_scale),
+        gamma=pair(settings.gamma),
+        negligible_ratio=pair(negligible_ratio),
+    )
+    rows, columns = (1, lines) if side == "left" else (rank, 1)
+    launch(
+        _combine,
+        (triton.cdiv(lines, shape[0]), count),
+        low_rank.data,
+        low_rank._replace(rows=rows, columns=columns),
+        direction,
+        phi,
+        scales,
+        numbers,
+        partial,
+        residual_norm,
+        lines,
+        rank,
+        parts,
+        combining,
+        FULL_RANK=settings.residual_form.factors is not None,
+        ONE=settings.has_one_factor,
+        MEASURES=settings.measures_residual,
+        WARMING=settings.residual_warmup > 0,
+        OUTSIDE=outside,
+        LINES=shape[0],
+        ENTRIES=shape[1],
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _combine(
+    low_rank,
+    direction,
+    phi,
+    scales,
+    numbers,
+    partial,
+    residual_norm,
+    lines,
+    rank,
+    parts,
+    settings,
+    FULL_RANK: tl.constexpr,
+    ONE: tl.constexpr,
+    MEASURES: tl.constexpr,
+    WARMING: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    LINES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    matrix = tl.program_id(1).to(tl.int64)
+    numbers_at = origin(numbers, matrix)
+    if tl.load(numbers_at + _FINITE) == 0.0:
+        return
+    # Every program finds the same few numbers by itself.
+    residual_sq = tl.load(numbers_at + _DIFFERENCE)
+    if MEASURES:
+        needed = tl.load(numbers_at + _NEEDED) != 0.0
+        offsets = tl.arange(0, _PARTS)
+        total = tl.zeros((_PARTS,), dtype=tl.float64)
+        for start in range(0, parts * needed.to(tl.int32), _PARTS):
+            total += tl.load(origin(partial, matrix) + start + offsets, mask=offsets < parts - start, other=0.0)
+        residual_sq = tl.where(needed, tl.sum(total, axis=0), residual_sq)
+    divisor = residual_sq * 0.0 + 1.0
+    if residual_norm is not None:
+        previous = tl.load(numbers_at + _PREVIOUS)
+        norm = tl.sqrt(tl.maximum(residual_sq, 0.0))
+        ratio = double(settings.negligible_ratio)
+        counts = norm > ratio * tl.sqrt(tl.load(numbers_at + _SCALED_GRAD_SQ))
+        gamma = double(settings.gamma)
+        growth = tl.maximum(norm / (previous + _NORM_EPS), gamma) / gamma
+        divisor = tl.where(counts & (previous != 0.0), growth, divisor)
+        if tl.program_id(0) == 0:
+            norm_at = origin(residual_norm, matrix)
+            tl.store(norm_at, tl.where(counts, norm / divisor, 0.0).to(norm_at.dtype.element_ty))
+    if tl.program_id(0) == 0:
+        tl.store(numbers_at + _RESIDUAL_SQ, residual_sq)
+        tl.store(numbers_at + _DIVISOR, divisor)
+
+    bias = tl.load(numbers_at + _BIAS)
+    inner_alpha = double(settings.inner_alpha)
+    step_size = double(settings.step_size)
+    if OUTSIDE:
+        factor = step_size * bias
+    else:
+        step_size = step_size * bias
+        factor = step_size * inner_alpha
+    residual_factor = double(settings.residual_scale) * step_size / divisor
+    if WARMING:
+        residual_factor = residual_factor * tl.load(numbers_at + _SHARE)
+
+    line = tl.program_id(0) * LINES
+    line_offsets = tl.arange(0, LINES)
+    entry_offsets = tl.arange(0, ENTRIES)
+    line_inside = line + line_offsets < lines
+    scale = tl.zeros((LINES,), dtype=tl.float32)
+    if FULL_RANK:
+        if ONE:
+            one = (tl.load(origin(phi, matrix)) * residual_factor).to(tl.float32)
+            scale += one
+            if tl.program_id(0) == 0:
+                tl.store(origin(scales, matrix), one)
+        else:
+            factors = tl.load(origin(phi, matrix) + line + line_offsets, mask=line_inside, other=0.0)
+            scale = (factors * residual_factor).to(tl.float32)
+            tl.store(origin(scales, matrix) + line + line_offsets, scale, mask=line_inside)
+    # Both are stored alike.
+    at = line_offsets[:, None] * low_rank.rows + entry_offsets[None, :] * low_rank.columns
+    corner = line.to(tl.int64) * low_rank.rows
+    low = origin(low_rank, matrix)
+    out = origin(direction, matrix)
+    for start in range(0, rank, ENTRIES):
+        inside = line_inside[:, None] & (entry_offsets < rank - start)[None, :]
+        value = tl.load(out + corner + at, mask=inside, other=0.0) * factor.to(tl.float32)
+        if FULL_RANK:
+            inner = inner_alpha.to(tl.float32) * scale[:, None]
+            value -= inner * tl.load(low + corner + at, mask=inside, other=0.0)
+        tl.store(out + corner + at, value, mask=inside)
+        corner += ENTRIES * low_rank.columns
