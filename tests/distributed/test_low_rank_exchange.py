@@ -248,8 +248,8 @@ def test_counted_bytes(ranks: Pools) -> None:
     (7, 40), left, owner 0: 3 rows of the basis on every rank, row 2 and row 4 split. Up and down: (r + 1) x 40 for each
     of ranks 1 and 2. A refresh: fragments of 94 and 92 to rank 0, 1 + 3 x r back to each.
     (40, 7), right, owner 1: rows 13 and 26 are split, kept by ranks 0 and 1: r + 1 up, and 2 (r + 1) down for each: N
-    and R with phi in float64. A refresh: fragments of 94 and 92 to rank 1, 1 + 7 x r back to each, and what goes up once
-    more, since it has gone up with the old basis.
+    and R with phi in float64. A refresh: fragments of 94 and 92 to rank 1, 1 + 7 x r back to each. With a refresh all
+    that goes up has gone up with the old basis too.
     Sums: 2 and 3 numbers of 8 bytes for each matrix on every rank.
     """
     params = {"lr": 0.01, "rank": 2, "update_proj_gap": 6}
@@ -269,11 +269,10 @@ def test_counted_bytes(ranks: Pools) -> None:
     settings = GroupSettings.of(check_params(params))
     for rank, result in enumerate(results):
         planned = sum(
-            4
-            * (steps * low_rank_elements(matrix, rank, settings) + refreshes * matrix.refresh_elements(rank, settings))
+            steps * low_rank_elements(matrix, rank, settings) + refreshes * matrix.refresh_elements(rank, settings)
             for matrix in low_rank.values()
         )
-        assert planned + refreshes * 4 * up[rank] == result["bytes_sent"]
+        assert 4 * (planned + refreshes * up[rank]) == result["bytes_sent"]
 
 
 def test_measured_state(ranks: Pools) -> None:

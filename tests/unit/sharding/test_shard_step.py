@@ -31,7 +31,6 @@ from ds_fira.sharding.lowrank.shard_step import ShardStep
 from ds_fira.sharding.row_blocks import inside, row_blocks, touched_columns
 from ds_fira.sharding.split_matrix import SplitMatrix, plan_split, state_numel
 
-
 UNLIMITED = GroupSettings(rank=2, limiter="none")
 
 
