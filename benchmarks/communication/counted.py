@@ -33,6 +33,7 @@ from benchmarks.communication.layout import BYTES
 from benchmarks.communication.partition import meta_llama
 from ds_fira.core.settings import GroupSettings
 from ds_fira.optim.state_size import adamw_bytes
+from ds_fira.sharding.lowrank.answer_form import low_rank_elements
 from ds_fira.tools.dry_run import plan_run
 
 # By stage (model, rank), and ranks.
@@ -98,7 +99,7 @@ def plan_traffic(model: str, rank: int, ranks: int, stage: int = 2) -> Traffic:
     ]
     for matrix, settings in split:
         gathered = [matrix.gathered_elements(index) for index in range(ranks)]
-        low_rank = [matrix.low_rank_elements(index) for index in range(ranks)]
+        low_rank = [low_rank_elements(matrix, index, settings) for index in range(ranks)]
         renewed = [matrix.refresh_elements(index, settings) for index in range(ranks)]
         with_refresh = sum(low_rank) + sum(renewed) / settings.update_proj_gap
         gathered_step += sum(gathered)

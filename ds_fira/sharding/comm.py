@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
+U = TypeVar("U")
 Key = TypeVar("Key", bound=Hashable)
+
+
+class Pending(Generic[T]):
+    """What a collective that has been started will give; what it sends must not change before `wait` has returned.
+
+    All ranks start the same collectives in the same order. They may wait for them in another order, or not at all where
+    an error has ended the step.
+    """
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        """Take what waits for the collective and returns what it gives."""
+        self._finish: Callable[[], T] | None = finish
+        self._found: list[T] = []
+
+    def wait(self) -> T:
+        """What has arrived; on a GPU its stream waits, not the host. A second call returns the same.
+
+        Raises:
+            RuntimeError: another process is gone, or did not take part in time, as a collective that is not started
+                ahead would raise it.
+        """
+        if self._finish is not None:
+            self._found.append(self._finish())
+            self._finish = None  # and with it what was sent
+        return self._found[0]
+
+    def then(self, change: Callable[[T], U]) -> Pending[U]:
+        """What `change` makes of what arrives."""
+        return Pending(lambda: change(self.wait()))
 
 
 class Communicator:
@@ -41,8 +71,8 @@ class Communicator:
         self.collectives += 1
         self.bytes_sent += 0 if sent is None else sent.nbytes
 
-    def all_to_all(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Tensor:
-        """Exchange pieces of a 1-D tensor with all ranks, one piece each way, in order of rank.
+    def start_all_to_all(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Pending[Tensor]:
+        """Start to exchange pieces of a 1-D tensor with all ranks, one piece each way, in order of rank.
 
         Args:
             sent: the pieces for rank 0, 1, ... one after the other.
@@ -52,20 +82,28 @@ class Communicator:
         Returns:
             The pieces from rank 0, 1, ... on `sent`'s device.
         """
-        device = self._wire_device
-        received = torch.empty(sum(received_counts), dtype=sent.dtype, device=device)
-        dist.all_to_all_single(received, sent.to(device), received_counts, sent_counts, group=self.group)
+        wire = sent.to(self._wire_device)
+        received = wire.new_empty(sum(received_counts))
+        work = dist.all_to_all_single(received, wire, received_counts, sent_counts, group=self.group, async_op=True)
         self._count(sent)
-        return received.to(sent.device)
+        return self._arriving(work, received, wire, sent.device)
 
-    def deliver(
+    @staticmethod
+    def _arriving(work: dist.Work, received: Tensor, sent: Tensor, device: torch.device) -> Pending[Tensor]:
+        def finish(_: Tensor = sent) -> Tensor:  # which lives until then
+            work.wait()
+            return received.to(device)
+
+        return Pending(finish)
+
+    def start_deliver(
         self,
         sent: Sequence[tuple[int, Sequence[Tensor]]],
         expected: Sequence[tuple[int, Key, int]],
         like: Tensor,
         needed: bool = True,
-    ) -> dict[Key, Tensor]:
-        """Exchange payloads in one all_to_all; a collective call unless nothing is needed.
+    ) -> Pending[dict[Key, Tensor]]:
+        """Start to exchange payloads in one all_to_all; a collective call unless nothing is needed.
 
         Several payloads between two ranks arrive in the order in which they are sent.
 
@@ -79,7 +117,7 @@ class Communicator:
             By key, each payload sent to this rank, 1-D.
         """
         if not needed:
-            return {}
+            return Pending(dict)
         sent_counts, received_counts = [0] * self.dp_size, [0] * self.dp_size
         tensors = []
         for target, payload in sorted(sent, key=lambda item: item[0]):
@@ -90,15 +128,30 @@ class Communicator:
             received_counts[source] += numel
         # One tensor travels as it is: a fragment of a large gradient is not copied.
         packed = tensors[0] if len(tensors) == 1 else torch.cat(tensors) if tensors else like.new_empty(0)
-        arrived = self.all_to_all(packed, sent_counts, received_counts).split([numel for *_, numel in expected])
-        return {key: payload for (_, key, _), payload in zip(expected, arrived, strict=True)}
+        arriving = self.start_all_to_all(packed, sent_counts, received_counts)
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over all ranks, the same on each to the bit, on the tensor's own device."""
+        def take_apart(arrived: Tensor) -> dict[Key, Tensor]:
+            payloads = arrived.split([numel for *_, numel in expected])
+            return {key: payload for (_, key, _), payload in zip(expected, payloads, strict=True)}
+
+        return arriving.then(take_apart)
+
+    def deliver(
+        self,
+        sent: Sequence[tuple[int, Sequence[Tensor]]],
+        expected: Sequence[tuple[int, Key, int]],
+        like: Tensor,
+        needed: bool = True,
+    ) -> dict[Key, Tensor]:
+        """Exchange payloads in one all_to_all and wait for them: see `start_deliver`."""
+        return self.start_deliver(sent, expected, like, needed).wait()
+
+    def start_all_reduce(self, tensor: Tensor) -> Pending[Tensor]:
+        """Start to sum `tensor` over all ranks; the sum is the same on each to the bit, on the tensor's own device."""
         total = tensor.to(self._wire_device, copy=True)
-        dist.all_reduce(total, group=self.group)
+        work = dist.all_reduce(total, group=self.group, async_op=True)
         self._count(tensor)
-        return total.to(tensor.device)
+        return self._arriving(work, total, total, tensor.device)
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """`tensor` as the rank `source` of this communicator has it, on the tensor's own device."""

@@ -221,15 +221,6 @@ class SplitMatrix:
             return sum(fragment.numel for holder, fragment in self.fragments if holder != dp_rank)
         return 2 * self.fragment(dp_rank).numel if dp_rank in self.sharers else 0
 
-    def low_rank_elements(self, dp_rank: int) -> int:
-        """Float32 elements that a rank, sharer or not, sends in one low-rank step without a refresh."""
-        if dp_rank not in self.sharers:
-            return SUMS_NUMEL
-        # An entry and one number go to the keeper and back; rows of P come from the keeper.
-        entries = sum(len(transfer.entries) for transfer in self.transfers(dp_rank))
-        rows = sum(len(t.entries) for t in self.basis_transfers(dp_rank) if t.keeper == dp_rank)
-        return entries * (self.rank + 1) + rows * self.rank + SUMS_NUMEL
-
     def refresh_elements(self, dp_rank: int, settings: GroupSettings) -> int:
         """Elements that a rank sends in one low-rank refresh: gradients, and bases if needed, to the owner; P back."""
         if dp_rank == self.owner:
@@ -259,6 +250,9 @@ class SplitMatrix:
 
     def cheaper_way(self, ranks: int, settings: GroupSettings) -> Way:
         """The way that sends fewer elements per step over all ranks, with the cost of a refresh divided by the gap.
+
+        An answer counts as r + 1 numbers an entry whatever its form (`lowrank.answer_form`), so that a setting of the
+        residual moves no matrix from one way to the other.
 
         Args:
             ranks: data-parallel ranks; all take part in the sums of a low-rank step.

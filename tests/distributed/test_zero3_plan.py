@@ -12,6 +12,7 @@ from benchmarks.communication.partition import meta_llama
 from ds_fira.core.settings import GroupSettings
 from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import formula_bytes
+from ds_fira.sharding.lowrank.answer_form import low_rank_elements
 from ds_fira.tools.dry_run import plan_run
 from tests.distributed.test_zero3 import MODULE, PARAMS, SHAPES, check, check_balance, run, split_matrices
 from tests.distributed.zero_jobs import config
@@ -24,8 +25,9 @@ def test_counted_bytes(ranks: Pools) -> None:
     (7, 40), left, owner 0: columns 0 to 13, 13 to 26 and 26 to 40 of R are kept by ranks 0, 1 and 2. A rank sends
     r + 1 for every column that another keeps, and again for every column that it keeps to each of the two others. All
     touch all columns. A refresh: 94 and 92 to rank 0, and 1 + 3 x r back to each.
-    (40, 7), right, owner 1: rows 13 and 26 are split, kept by ranks 0 and 1: r + 1 up and down for each. 2, 2, 3 rows
-    of P are held, and sent to two others. A refresh: 94 and 92 to rank 1, and 1 + 2 x r, 1 + 3 x r back.
+    (40, 7), right, owner 1: rows 13 and 26 are split, kept by ranks 0 and 1: r + 1 up and 2 (r + 1) down for each. 2,
+    2, 3 rows of P are held, and sent to two others. A refresh: 94 and 92 to rank 1, and 1 + 2 x r, 1 + 3 x r back.
+    With a refresh the parts of R, and P, are sent with the old basis too.
     Sums: 2 and 3 numbers of 8 bytes for each matrix on every rank.
     """
     results = run(ranks, 3, shapes=[(7, 40), (40, 7)], rank=2, update_proj_gap=6, steps=7)
@@ -35,15 +37,17 @@ def test_counted_bytes(ranks: Pools) -> None:
         ("right", 1, "low_rank"),
     ]
     left = [3 * (27 + 2 * 13), 3 * (27 + 2 * 13), 3 * (26 + 2 * 14)]
-    right = [3 + 2 * 2 * 2, 3 + 3 + 2 * 2 * 2, 3 + 2 * 3 * 2]
+    again = [3 * 27 + 2 * 2 * 2, 3 * 27 + 3 + 2 * 2 * 2, 3 * 26 + 3 + 2 * 3 * 2]
+    right = [6 + 2 * 2 * 2, 3 + 6 + 2 * 2 * 2, 3 + 2 * 3 * 2]
     refresh = [2 * (1 + 3 * 2) + 94, 94 + (1 + 2 * 2) + (1 + 3 * 2), 92 + 92]
     sums = 2 * (2 + 3) * 8
     settings = GroupSettings.of(check_params({**PARAMS, "rank": 2}))
     for rank, result in enumerate(results):
         step = 4 * (left[rank] + right[rank]) + sums
         steps = [after - before for before, after in zip(result["sent"], result["sent"][1:], strict=False)]
-        assert steps == [step + 4 * refresh[rank], *[step] * 5, step + 4 * refresh[rank]]
-        assert 4 * sum(matrix.low_rank_elements(rank) for matrix in low_rank) == step
+        refreshing = step + 4 * (refresh[rank] + again[rank])
+        assert steps == [refreshing, *[step] * 5, refreshing]
+        assert 4 * sum(low_rank_elements(matrix, rank, settings) for matrix in low_rank) == step
         assert sum(matrix.refresh_elements(rank, settings) for matrix in low_rank) == refresh[rank]
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.comm import Communicator, Pending
+from ds_fira.sharding.lowrank.answer_form import numel_in_parts
+from ds_fira.sharding.lowrank.answers import unpack_parts
 from ds_fira.sharding.lowrank.shard_step import ShardStep, empty_like_state
 from ds_fira.sharding.split_matrix import SplitMatrix, Transfer
 
 # By position and transfer, what goes over it.
 Payloads = Mapping[tuple[int, Transfer], Sequence[Tensor]]
+# By position and borrowed transfer: like R and one number for each entry, or N, R and phi.
+Answers = dict[int, dict[Transfer, tuple[Tensor, ...]]]
 
 
 class LowRankExchange:
     """Carries rows of P, parts of R and their answers between the ranks that share low-rank matrices.
 
-    Every method is a collective call about the matrices at some positions, the same on all ranks.
+    Every method starts a collective about the matrices at some positions, the same on all ranks, and returns at once.
     """
 
     def __init__(self, matrices: Mapping[int, SplitMatrix], communicator: Communicator) -> None:
@@ -32,8 +36,14 @@ class LowRankExchange:
         self._borrowing = {position for position, matrix in matrices.items() if matrix.borrowed_entries}
         self._borrowing_bases = {position for position, matrix in matrices.items() if matrix.borrowed_basis_rows}
 
-    def borrow_bases(self, turn: Sequence[int], param: Tensor, parts: Mapping[int, ShardStep]) -> None:
-        """Complete the rows of P that the parts need; nothing is sent where every rank holds those it needs."""
+    def borrow_bases(
+        self, turn: Sequence[int], param: Tensor, parts: Mapping[int, ShardStep]
+    ) -> Pending[dict[int, dict[Transfer, Tensor]]]:
+        """Start to send the rows of P that the parts need; nothing is sent where every rank holds those it needs.
+
+        Returns:
+            By position of this rank's parts, what they borrow.
+        """
         sent = [(t.borrower, part.basis_payload(t)) for part in parts.values() for t in part.plan.basis_lent]
         expected = [
             (transfer.keeper, (position, transfer), len(transfer.entries) * part.plan.matrix.rank)
@@ -41,63 +51,90 @@ class LowRankExchange:
             for transfer in part.plan.basis_borrowed
         ]
         needed = not self._borrowing_bases.isdisjoint(turn)
-        arrived = self.communicator.deliver(sent, expected, empty_like_state(param), needed)
-        for position, part in parts.items():
-            part.borrow_basis({transfer: arrived[position, transfer] for transfer in part.plan.basis_borrowed})
+        return self.communicator.start_deliver(sent, expected, empty_like_state(param), needed).then(
+            lambda arrived: {p: {t: arrived[p, t] for t in part.plan.basis_borrowed} for p, part in parts.items()}
+        )
 
-    def collect(self, turn: Sequence[int], param: Tensor, parts: Mapping[int, ShardStep]) -> None:
-        """Add up R and the squared norms of the entries where they are kept."""
+    def collect(
+        self, turn: Sequence[int], param: Tensor, parts: Mapping[int, ShardStep]
+    ) -> Pending[dict[tuple[int, Transfer], Tensor]]:
+        """Start to send R and the norms of borrowed entries to where they are kept.
+
+        Returns:
+            By position and transfer, what `ShardStep.add` takes.
+        """
         payloads = {}
         for position, part in parts.items():
             # Norms, not squares: those of small gradients would underflow in float32.
             norms = part.grad_sq.sqrt()
             for transfer in part.plan.borrowed:
                 payloads[position, transfer] = part.payload(transfer, part.low_rank, norms, part.plan.region)
-        arrived = self._carry(turn, param, parts, payloads, to_keepers=True)
-        for (position, transfer), payload in arrived.items():
-            parts[position].add(transfer, payload)
+        return self._carry(turn, param, parts, payloads, lambda _, transfer, part: _numel(part, transfer), True)
 
-    def send_back(
+    def answer(
         self,
         turn: Sequence[int],
         param: Tensor,
         parts: Mapping[int, ShardStep],
-        kept: Mapping[int, tuple[Tensor, Tensor] | None],
-    ) -> dict[int, dict[Transfer, Tensor]]:
-        """Send what belongs to the entries kept to those who borrow them.
+        payloads: Payloads,
+        in_parts: Collection[int] = (),
+    ) -> Pending[Answers]:
+        """Start to send what belongs to the entries kept to those who borrow them.
 
         Args:
             turn: positions of the matrices; the same on all ranks.
             param: gives dtype and device.
             parts: this rank's parts of them.
-            kept: by position, of those stepped, a tensor like R and one number for each entry, over the entries kept.
-                For the others zeros are sent.
+            payloads: by position and transfer that this rank lends, what goes over it; zeros for those missing.
+            in_parts: the positions whose answers come in parts.
 
         Returns:
-            By position of this rank's parts, the payloads for it.
+            What this rank's parts borrow, taken apart.
         """
-        payloads = {
-            (position, transfer): part.payload(transfer, *kept[position], part.plan.kept)
-            if position in kept
-            else [part.low_rank.new_zeros(_numel(part, transfer))]
+        dtype = empty_like_state(param)
+
+        def numel(position: int, transfer: Transfer, part: ShardStep) -> int:
+            if position in in_parts:
+                return numel_in_parts(part.plan.matrix, transfer, dtype.element_size())
+            return _numel(part, transfer)
+
+        lent = {
+            (position, transfer): payloads[position, transfer]
+            if (position, transfer) in payloads
+            else [dtype.new_zeros(numel(position, transfer, part))]
             for position, part in parts.items()
             for transfer in part.plan.lent
         }
-        arrived = self._carry(turn, param, parts, payloads, to_keepers=False)
-        return {p: {transfer: arrived[p, transfer] for transfer in part.plan.borrowed} for p, part in parts.items()}
+
+        def take_apart(arrived: Mapping[tuple[int, Transfer], Tensor]) -> Answers:
+            return {
+                p: {
+                    t: unpack_parts(part, t, arrived[p, t]) if p in in_parts else part.unpack(t, arrived[p, t])
+                    for t in part.plan.borrowed
+                }
+                for p, part in parts.items()
+            }
+
+        return self._carry(turn, param, parts, lent, numel, False).then(take_apart)
 
     def _carry(
-        self, turn: Sequence[int], param: Tensor, parts: Mapping[int, ShardStep], payloads: Payloads, to_keepers: bool
-    ) -> dict[tuple[int, Transfer], Tensor]:
-        """Send payloads of R to those who keep the entries, or from them to those who borrow."""
+        self,
+        turn: Sequence[int],
+        param: Tensor,
+        parts: Mapping[int, ShardStep],
+        payloads: Payloads,
+        numel: Callable[[int, Transfer, ShardStep], int],
+        to_keepers: bool,
+    ) -> Pending[dict[tuple[int, Transfer], Tensor]]:
+        """Start to send payloads to those who keep the entries, or from them to those who borrow."""
         sent = [(t.keeper if to_keepers else t.borrower, payload) for (_, t), payload in payloads.items()]
         expected = [
-            (t.borrower if to_keepers else t.keeper, (position, t), _numel(part, t))
+            (t.borrower if to_keepers else t.keeper, (position, t), numel(position, t, part))
             for position, part in parts.items()
             for t in (part.plan.lent if to_keepers else part.plan.borrowed)
         ]
         needed = not self._borrowing.isdisjoint(turn)
-        return self.communicator.deliver(sent, expected, empty_like_state(param), needed)
+        return self.communicator.start_deliver(sent, expected, empty_like_state(param), needed)
 
 
 def _numel(part: ShardStep, transfer: Transfer) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_fira.core.basis import basis_change, basis_of, take_basis
 from ds_fira.core.settings import GroupSettings
-from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.comm import Communicator, Pending
 from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.lowrank.shard_step import ShardStep, empty_like_state
 from ds_fira.sharding.plan import owner_turns
@@ -55,8 +55,10 @@ class LowRankRefresh:
     ) -> None:
         """Gradients to the owners, one matrix each, and bases back; without a basis everything stays as it is."""
         rank, like = self.communicator.dp_rank, empty_like_state(param)
+        held = {p: parts[p].state.basis.to(like.dtype) for p in turn if p in parts} if needs_old_basis(settings) else {}
+        sending = self._send_bases(turn, held, like, needed=needs_old_basis(settings))
         grads = GatherExchange([self.matrices[p] for p in turn], self.communicator).to_owners(param.grad)
-        previous = self._assemble_bases(turn, parts, like) if needs_old_basis(settings) else {}
+        previous = self._assemble_bases(turn, parts, held, sending.wait())
         answers: list[tuple[int, list[Tensor]]] = []
         adopted: dict[int, tuple[Tensor, Tensor | None]] = {}
         for position, (grad,) in zip(self._owned(turn), grads, strict=True):
@@ -72,22 +74,23 @@ class LowRankRefresh:
                 if sharer != rank:
                     numel = matrix.answer_numel(sharer, settings)
                     answers.append((sharer, _answer(basis, matrix.basis_rows(sharer), change, numel, like)))
-        held = {position: self.matrices[position] for position in turn if position in parts}
-        expected = [(m.owner, p, m.answer_numel(rank, settings)) for p, m in held.items() if m.owner != rank]
+        shared = {position: self.matrices[position] for position in turn if position in parts}
+        expected = [(m.owner, p, m.answer_numel(rank, settings)) for p, m in shared.items() if m.owner != rank]
         for position, answer in self.communicator.deliver(answers, expected, like).items():
             if answer[0]:
-                adopted[position] = _unpacked(parts[position], held[position], answer[1:], settings)
+                adopted[position] = _unpacked(parts[position], shared[position], answer[1:], settings)
         for position, (basis, change) in adopted.items():
             take_basis(parts[position].state, settings, basis, change)
 
     def _owned(self, turn: Sequence[int]) -> list[int]:
         return [position for position in turn if self.matrices[position].owner == self.communicator.dp_rank]
 
-    def _assemble_bases(self, turn: Sequence[int], parts: Parts, like: Tensor) -> dict[int, Tensor]:
-        """The whole bases of the matrices that this rank owns and that have one; nothing is sent where all hold P."""
+    def _send_bases(
+        self, turn: Sequence[int], held: Mapping[int, Tensor], like: Tensor, needed: bool
+    ) -> Pending[dict[tuple[int, int], Tensor]]:
+        """Start to send the owners the rows of P that they lack; nothing is sent where all hold P, or none is read."""
         rank = self.communicator.dp_rank
-        held = {position: parts[position].state.basis.to(like.dtype) for position in turn if position in parts}
-        split = [position for position in turn if self.matrices[position].basis_is_split]
+        split = [position for position in turn if needed and self.matrices[position].basis_is_split]
         sent, expected = [], []
         for position in split:
             matrix = self.matrices[position]
@@ -96,14 +99,27 @@ class LowRankRefresh:
                 expected += [(k, (position, k), len(matrix.basis_rows(k)) * matrix.rank) for k in others]
             elif position in held:
                 sent.append((matrix.owner, [held[position]]))
-        arrived = self.communicator.deliver(sent, expected, like, needed=bool(split))
-        assembled = {position: held[position] for position in self._owned(turn) if parts[position].state.has_basis}
-        for position in assembled.keys() & set(split):
-            matrix = self.matrices[position]
-            assembled[position] = like.new_empty(matrix.shape[matrix.side == "right"], matrix.rank)
-            for sharer in matrix.sharers:
-                rows = _rows(assembled[position], matrix.basis_rows(sharer))
-                rows.copy_(held[position] if sharer == rank else arrived[position, sharer].view_as(rows))
+        return self.communicator.start_deliver(sent, expected, like, needed=bool(split))
+
+    def _assemble_bases(
+        self,
+        turn: Sequence[int],
+        parts: Parts,
+        held: Mapping[int, Tensor],
+        arrived: Mapping[tuple[int, int], Tensor],
+    ) -> dict[int, Tensor]:
+        """The whole bases of the matrices that this rank owns, of those that have one and where `held` has it."""
+        rank, assembled = self.communicator.dp_rank, {}
+        for position in self._owned(turn):
+            matrix, own = self.matrices[position], held.get(position)
+            if own is None or not parts[position].state.has_basis:
+                continue
+            assembled[position] = own
+            if matrix.basis_is_split:
+                assembled[position] = own.new_empty(matrix.shape[matrix.side == "right"], matrix.rank)
+                for sharer in matrix.sharers:
+                    rows = _rows(assembled[position], matrix.basis_rows(sharer))
+                    rows.copy_(own if sharer == rank else arrived[position, sharer].view_as(rows))
         return assembled
 
 

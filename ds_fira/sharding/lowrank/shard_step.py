@@ -18,9 +18,10 @@ from ds_fira.core import functional as F
 from ds_fira.core.base_optimizer import adapt, step_factor
 from ds_fira.core.norms import total_square
 from ds_fira.core.residuals import Squares, StepContext
+from ds_fira.core.scalars import Scalar
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState, compute_dtype
-from ds_fira.core.step import Quotient, StepStats, combine, factors, limit, scale
+from ds_fira.core.step import Quotient, factors, limit, scale
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.row_blocks import RowBlock, common, inside
 from ds_fira.sharding.split_matrix import Transfer
@@ -57,8 +58,9 @@ class ShardStep:
         negligible_ratio: a residual norm below this share of |phi * G| is rounding.
         low_rank: R over the region, (r, region) left or (region, r) right; None before `project`.
         grad_sq: squared norms of G's columns or rows over the region, float64.
-        context: of the whole matrix's step; None before `advance`, and where the rank has no use for it.
+        context: of the whole matrix's step; None before `advance`.
         entries: of the entries kept; None before `advance`, and where the rank keeps none.
+        phi: where one factor is for all entries, that; None before `scale`.
     """
 
     plan: LocalShardPlan
@@ -71,6 +73,7 @@ class ShardStep:
     grad_sq: Tensor | None = None
     context: StepContext | None = None
     entries: EntrySteps | None = None
+    phi: Tensor | None = None
     _basis: Tensor | None = field(default=None, repr=False)
 
     def grad_square(self) -> Tensor:
@@ -110,7 +113,7 @@ class ShardStep:
                 block.view(self.grad), self._basis_of(block), state.side, self.settings.matmul_precision
             )
             along = self._along(block)
-            self._entries(self.low_rank, along).add_(part)
+            self.along_entries(self.low_rank, along).add_(part)
             self.grad_sq[along].add_(squares)
 
     def payload(self, transfer: Transfer, values: Tensor, scales: Tensor, over: range) -> tuple[Tensor, Tensor]:
@@ -123,7 +126,7 @@ class ShardStep:
             over: the region, or the entries kept.
         """
         along = inside(transfer.entries, over)
-        return self._entries(values, along), scales[along].to(self.state.dtype)
+        return self.along_entries(values, along), scales[along].to(self.state.dtype)
 
     def unpack(self, transfer: Transfer, arrived: Tensor) -> tuple[Tensor, Tensor]:
         """The two parts of a payload: entries like R, one number for each entry."""
@@ -135,27 +138,29 @@ class ShardStep:
         """Add a borrower's part of R and of the norms to this rank's."""
         values, norms = self.unpack(transfer, arrived)
         along = inside(transfer.entries, self.plan.region)
-        self._entries(self.low_rank, along).add_(values)
+        self.along_entries(self.low_rank, along).add_(values)
         self.grad_sq[along].add_(norms.double().square())
 
-    def complete(self, kept: tuple[Tensor, Tensor] | None, arrived: Mapping[Transfer, Tensor]) -> tuple[Tensor, Tensor]:
+    def complete(
+        self, kept: tuple[Tensor, Tensor] | None, borrowed: Mapping[Transfer, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         """Like R and one number for each entry, over the region: the entries kept and those borrowed put together.
 
         Args:
             kept: of the entries kept; None where this rank keeps none.
-            arrived: the payloads of those borrowed.
+            borrowed: likewise, of those borrowed.
         """
         plan, state = self.plan, self.state
         if kept is not None and plan.kept == plan.region:
             return kept
-        parts = [(transfer.entries, *self.unpack(transfer, payload)) for transfer, payload in arrived.items()]
+        parts = [(transfer.entries, *pair) for transfer, pair in borrowed.items()]
         if kept is not None:
             parts.append((plan.kept, *kept))
         values = torch.zeros_like(self.low_rank)
         scales = torch.zeros(len(plan.region), dtype=state.dtype, device=values.device)
         for entries, part, numbers in parts:
             along = inside(entries, plan.region)
-            self._entries(values, along).copy_(part)
+            self.along_entries(values, along).copy_(part)
             scales[along] = numbers.to(state.dtype)
         return values, scales
 
@@ -168,13 +173,12 @@ class ShardStep:
         """
         state, settings, kept, one = self.state, self.settings, self.plan.kept, self.settings.has_one_factor
         state.step += 1
-        if one or len(kept):
-            bias_correction = step_factor(state.step, settings)
-            self.context = StepContext(state, settings, self.plan.matrix.shape, bias_correction, True)
+        bias_correction = step_factor(state.step, settings)
+        self.context = StepContext(state, settings, self.plan.matrix.shape, bias_correction, True)
         if not len(kept):
             return None
         along = inside(kept, self.plan.region)
-        low_rank, grad_sq = self._entries(self.low_rank, along), self.grad_sq[along]
+        low_rank, grad_sq = self.along_entries(self.low_rank, along), self.grad_sq[along]
         direction, direction_sq, low_rank_sq = adapt(low_rank, state, settings, True)
         squares = settings.residual_form.squares(grad_sq, direction_sq, low_rank_sq, settings)
         self.entries = EntrySteps(low_rank, direction, squares)
@@ -195,10 +199,10 @@ class ShardStep:
         """
         if not self.settings.has_one_factor:
             return squares
-        phi = self.settings.residual_form.factors(sums[1:].split(1), self.context)
+        self.phi = self.settings.residual_form.factors(sums[1:].split(1), self.context)
         if self.entries is not None:
-            self.entries.phi = phi.expand(len(self.plan.kept))
-        return squares * phi.square()
+            self.entries.phi = self.phi.expand(len(self.plan.kept))
+        return squares * self.phi.square()
 
     def kept_residual(self) -> tuple[Tensor, Tensor] | None:
         """R and phi of the entries kept, which `residual_square` needs over the region; None for no entries."""
@@ -217,7 +221,7 @@ class ShardStep:
             total += F.residual_square(
                 block.view(self.grad),
                 self._basis_of(block),
-                self._entries(low_rank, along),
+                self.along_entries(low_rank, along),
                 phi[along].double(),
                 side=self.state.side,
                 alpha=self.settings.inner_alpha,
@@ -226,32 +230,14 @@ class ShardStep:
             )
         return total
 
-    def finish(
-        self, residual_sq: Tensor, scaled_grad_sq: Tensor, low_rank_square: Tensor, grad_square: float
-    ) -> tuple[StepStats, tuple[Tensor, Tensor] | None]:
-        """Lines 14 and 15, alike on all ranks that hold a part.
+    def limit(self, residual_sq: Tensor, scaled_grad_sq: Tensor) -> Scalar | None:
+        """Line 14, alike on all ranks that hold a part: the divisor; the state remembers |S|.
 
         Args:
             residual_sq: |S|^2 of the whole matrix, 0-dim.
             scaled_grad_sq: |phi * G|^2, likewise.
-            low_rank_square: |R|^2, likewise.
-            grad_square: |G|^2, likewise.
-
-        Returns:
-            The numbers of the step of the whole matrix; C and phi of the entries kept, None for no entries.
         """
-        state, settings, entries = self.state, self.settings, self.entries
-        divisor = limit(residual_sq, scaled_grad_sq, state, settings, True, self.negligible_ratio)
-        total = low_rank_square.new_tensor(grad_square)
-        low_rank_sq = low_rank_square.unsqueeze(0)
-        # The ranks that keep the entries record them.
-        stats = StepStats(
-            total, low_rank_sq, lambda: (low_rank_sq, low_rank_sq, 1.0), residual_sq, divisor, total < torch.inf
-        )
-        if entries is None:
-            return stats, None
-        phi, low_rank_update = combine(entries.phi, entries.low_rank, entries.direction, divisor, self.context)
-        return stats, (low_rank_update, torch.zeros_like(entries.squares[0]) if phi is None else phi)
+        return limit(residual_sq, scaled_grad_sq, self.state, self.settings, True, self.negligible_ratio)
 
     def quotient(self) -> Quotient | None:
         """What recorders show of the entries kept; None for no entries."""
@@ -268,7 +254,7 @@ class ShardStep:
             F.apply_update_(
                 block.view(self.weight),
                 block.view(self.grad),
-                *factors(self._basis_of(block), self._entries(low_rank_update, along), side),
+                *factors(self._basis_of(block), self.along_entries(low_rank_update, along), side),
                 None if settings.residual_form.factors is None else phi[along],
                 by_row=side == "right",
                 decay_factor=settings.decay_factor,
@@ -284,7 +270,8 @@ class ShardStep:
         """Where a block lies along the axis of R, in the region."""
         return inside(block.columns if self.state.side == "left" else block.rows, self.plan.region)
 
-    def _entries(self, values: Tensor, along: slice) -> Tensor:
+    def along_entries(self, values: Tensor, along: slice) -> Tensor:
+        """Some entries of a tensor like R: columns on the left, rows on the right."""
         return values[:, along] if self.state.side == "left" else values[along]
 
     def _basis_of(self, block: RowBlock) -> Tensor:

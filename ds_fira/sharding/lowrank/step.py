@@ -1,50 +1,57 @@
 """The low-rank way to step split matrices: what crosses ranks between refreshes is no larger than R.
 
-A step of a param group, on all ranks of the communicator and in this order, each line the phase of `ds_fira.core.step`
-that it stands for:
+A step of a param group, on all ranks of the communicator. Each line is a phase of `ds_fira.core.step`; a collective is
+started where its line begins, and waited for where a later line needs it:
 
-1. sum |G|^2 over the ranks: is the gradient finite, is a refresh due;
-2. where one is due: gradients to the owners, bases back, in rounds of one matrix an owner (lines 4 to 7);
-3. where a matrix is evenly sharded, rows of P to the ranks that work with them, for this step;
-4. parts of R and of the squared norms to the ranks that keep the entries (line 8), which update the moments (9 to 12);
-5. sum |R|^2 and the squares for the limiter (lines 13 and 14);
-6. rarely: R and phi back, and the sum of the residual itself;
-7. C and phi back to the ranks that touch the entries (line 15); every rank updates its own weights (line 16).
+1. where a matrix is evenly sharded, rows of P to the ranks that work with them, for this step;
+2. sum |G|^2 over the ranks: is the gradient finite, is a refresh due;
+3. parts of R and of the squared norms to the ranks that keep the entries (line 8);
+4. behind 2 and 3, where a refresh is due: gradients to the owners, bases back, in rounds of one matrix an owner (lines
+   4 to 7); then 1 and 3 once more for the matrices that have gone through them with their old bases;
+5. the keepers update the moments (9 to 12); sum |R|^2 and the squares for the limiter (13 and 14);
+6. C and phi, or what they are made of, back to the ranks that touch the entries (line 15);
+7. rarely, behind 5: R and phi back, and the sum of the residual itself; then 6 again;
+8. every rank updates its own weights (line 16).
 
-From 3 on, as many matrices go together as `MAX_STEP_NUMEL` allows, so that a step's temporaries do not grow with the
-group. All ranks see the same sums, so step counts, refreshes and the limiter agree on all that hold a part of a matrix
-without being sent. A rank that holds no part takes part in the same collectives. The plan gives all sizes, and what it
-leaves empty is not sent at all.
+2 travels beside 1 or 3, and 6 beside 5 where `answer_form` allows it, so that a step takes two round trips, at stage 3
+three; one after another these were four and five. The matrices of a group go in *turns*, of which two are under way at
+a time (`ds_fira.sharding.lowrank.turn`): one computes while what the other has started travels. A turn has at most
+`MAX_STEP_NUMEL` elements, so a step's temporaries do not grow with the group. Weights and states are the same to the
+bit however matrices are dealt out over turns: no number of a matrix goes by another matrix.
+
+All ranks see the same sums, so step counts, refreshes and the limiter agree on all that hold a part of a matrix without
+being sent. A rank that holds no part takes part in the same collectives. The plan gives all sizes, and what it leaves
+empty is not sent at all. The host waits for its device twice a turn at most: for the sums of 2, once a group, and where
+there is a limiter for those of 5, since both decide which collectives follow.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ds_fira.core import functional as F
 from ds_fira.core.algorithms import Algorithm
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import STEP, MatrixState, allocate_matrices, compute_dtype, state_views
-from ds_fira.core.step import Quotient, StepStats
 from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.lowrank.agreement import Agreement
 from ds_fira.sharding.lowrank.exchange import LowRankExchange
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.refresh import LowRankRefresh
 from ds_fira.sharding.lowrank.shard_step import ShardStep
+from ds_fira.sharding.lowrank.turn import AT_ONCE, GroupStep, ShardStats, Turn, overlapped
 from ds_fira.sharding.plan import split_by_size
 from ds_fira.sharding.refresher import Refresher
-from ds_fira.sharding.split_matrix import GRADIENT_SUMS, LOW_RANK_SUMS, SplitMatrix
+from ds_fira.sharding.split_matrix import SplitMatrix
 
-# Elements of R and of borrowed bases that one rank works on at a time: 64 MiB in float32. A step holds a few as large.
+# Elements of R and of borrowed bases that a turn works on, or one matrix: 64 MiB in float32. A turn holds a few as
+# large, and two turns are under way.
 MAX_STEP_NUMEL = 2**24
-
-# Of one matrix in one step: this rank's plan, the numbers of the whole step, and the `quotient` of the entries that the
-# rank keeps, None where it keeps none.
-ShardStats = tuple[LocalShardPlan, StepStats, Quotient | None]
+# Elements below which a group is not split for the sake of overlap: 4 MiB in float32 travel and are computed in about
+# the time that further collectives take to start.
+MIN_TURN_NUMEL = 2**20
 
 
 class LowRankMatrices:
@@ -75,8 +82,7 @@ class LowRankMatrices:
         ]
         self._refresh = LowRankRefresh(self._matrices, communicator)
         self._exchange = LowRankExchange(self._matrices, communicator)
-        sizes = [(matrix.step_numel(), position) for position, matrix in self._matrices.items()]
-        self._turns = split_by_size(sizes, MAX_STEP_NUMEL)
+        self._turns = turns_of(self._matrices)
 
     def allocate(self, param: Tensor, settings: GroupSettings, algorithm: Algorithm) -> dict[str, Tensor]:
         """Zero state for this rank's parts; the keys of a matrix end in ".cut" and its number among the group's.
@@ -132,16 +138,18 @@ class LowRankMatrices:
             )
             for plan in self.plans
         }
-        totals, due = self._decide(param, parts, state, refresher)
-        # NaN compares as false.
-        finite = {position: total for position, total in totals.items() if total < torch.finfo(dtype).max}
-        possible = [position for position in due if finite.get(position, 0.0) > 0.0]
-        self._refresh.refresh(possible, param, parts, settings, refresher)
-        done: list[ShardStats] = []
-        for turn in self._turns:
-            mine = {position: parts.pop(position) for position in turn if position in parts}
-            done += self._step_together(turn, mine, finite, param, settings)
-        return done
+
+        def is_due(part: ShardStep) -> bool:
+            return bool(refresher.due(state[STEP + _mark(part.plan)], [part], [part.plan.number]))
+
+        def refresh(due: Sequence[int]) -> None:
+            self._refresh.refresh(due, param, parts, settings, refresher)
+
+        positions = list(self._matrices)
+        agreement = Agreement(self.communicator, positions, param, parts, is_due, refresh, dtype)
+        step = GroupStep(self._matrices, self._exchange, agreement, param, settings, parts)
+        overlapped(Turn(turn, step).run() for turn in self._turns)
+        return sorted(step.done, key=lambda stats: stats[0].position)
 
     def _state_of(
         self, plan: LocalShardPlan, state: dict[str, Tensor], algorithm: Algorithm, dtype: torch.dtype
@@ -154,124 +162,26 @@ class LowRankMatrices:
             )
         return state_views(state, plan.matrix.side, _mark(plan), algorithm=algorithm, dtype=dtype)
 
-    def _step_together(
-        self,
-        turn: Sequence[int],
-        parts: dict[int, ShardStep],
-        finite: Mapping[int, float],
-        param: Tensor,
-        settings: GroupSettings,
-    ) -> list[ShardStats]:
-        """Everything but the refresh, for the matrices at some positions; a collective call.
 
-        Args:
-            turn: the positions.
-            parts: this rank's, by position.
-            finite: |G|^2 of every matrix of the group whose gradient is finite.
-            param: the flat parameter.
-            settings: of the param group.
-        """
-        self._exchange.borrow_bases(turn, param, parts)
-        for part in parts.values():
-            part.project()
-        self._exchange.collect(turn, param, parts)
-        stepped = {position: part for position, part in parts.items() if position in finite and part.state.has_basis}
-        rows = {position: row for position, part in stepped.items() if (row := part.advance()) is not None}
-        together = self._sum(turn, param, LOW_RANK_SUMS, rows)
-        found = squares_of(together, [finite.get(position, math.nan) for position in turn], settings)
-        sums, squares = (dict(zip(turn, numbers, strict=True)) for numbers in (together, found))
-        scaled = {position: part.scale(sums[position], squares[position]) for position, part in stepped.items()}
-        exact = self._exact_squares(turn, param, stepped, found, settings)
-        answers, done = {}, []
-        for position, part in stepped.items():
-            residual_sq, scaled_grad_sq = scaled[position]
-            residual_sq = exact.get(position, residual_sq)
-            stats, answers[position] = part.finish(residual_sq, scaled_grad_sq, sums[position][0], finite[position])
-            done.append((part.plan, stats, part.quotient()))
-        arrived = self._exchange.send_back(turn, param, parts, answers)
-        for position, part in parts.items():
-            if position in stepped:
-                part.apply(*part.complete(answers[position], arrived[position]))
-            elif position in finite:
-                part.decay()
-        return done
+def turns_of(matrices: Mapping[int, SplitMatrix]) -> list[list[int]]:
+    """Deal matrices out over turns: of at most `MAX_STEP_NUMEL` elements, and two where their size makes it worth it.
 
-    def _sum(self, positions: Sequence[int], param: Tensor, width: int, rows: dict[int, Sequence[Tensor]]) -> Tensor:
-        """Sum a few float64 of some matrices over all ranks.
-
-        Args:
-            positions: of the matrices.
-            param: gives the device.
-            width: numbers for each matrix.
-            rows: by position, this rank's part of them, 0-dim; nothing is added for the others.
-
-        Returns:
-            The sums, (number of positions, width).
-        """
-        none = torch.zeros(width, dtype=torch.float64, device=param.device)
-        own = [torch.stack(tuple(rows[position])) if position in rows else none for position in positions]
-        return self.communicator.all_reduce(torch.stack(own))
-
-    def _decide(
-        self, param: Tensor, parts: dict[int, ShardStep], state: dict[str, Tensor], refresher: Refresher
-    ) -> tuple[dict[int, float], list[int]]:
-        """|G|^2 of every matrix by position, and the positions whose refresh is due; the same on all ranks."""
-        rows = {}
-        for position, part in parts.items():
-            plan, grad_sq = part.plan, part.grad_square()
-            # The owner decides: by the refresher's bound of its step count, so that few steps read one from a device.
-            due = plan.owns and bool(refresher.due(state[STEP + _mark(plan)], [part], [plan.number]))
-            rows[position] = (grad_sq, torch.full_like(grad_sq, due))
-        found = self._sum(list(self._matrices), param, GRADIENT_SUMS, rows).tolist()
-        totals = {position: total for position, (total, _) in zip(self._matrices, found, strict=True)}
-        return totals, [position for position, (_, due) in zip(self._matrices, found, strict=True) if due]
-
-    def _exact_squares(
-        self,
-        turn: Sequence[int],
-        param: Tensor,
-        stepped: dict[int, ShardStep],
-        squares: Tensor,
-        settings: GroupSettings,
-    ) -> dict[int, Tensor]:
-        """|S|^2 from the residual itself, by position, where the difference of squares has lost its digits.
-
-        Which matrices these are all ranks know from the same sums; where there is none nothing is sent.
-        """
-        if not settings.measures_residual:
-            return {}
-        flags = F.residual_needed(*squares.unbind(1)).tolist()
-        needed = [position for position, flag in zip(turn, flags, strict=True) if flag]
-        if not needed:
-            return {}
-        concerned = {position: stepped[position] for position in needed if position in stepped}
-        kept = {position: part.kept_residual() for position, part in concerned.items()}
-        arrived = self._exchange.send_back(needed, param, concerned, kept)
-        rows = {}
-        for position, part in concerned.items():
-            rows[position] = (part.residual_square(*part.complete(kept[position], arrived[position])),)
-        sums = self._sum(needed, param, 1, rows)
-        return dict(zip(needed, sums[:, 0], strict=True))
-
-
-def squares_of(sums: Tensor, totals: Sequence[float], settings: GroupSettings) -> Tensor:
-    """|S|^2 as the form of the residual has it and |phi * G|^2: as summed, or with phi = 1 from the sums.
-
-    With one scaling factor for a matrix its squares are found without it, so that ranks which hold no part of the
-    matrix know too whether digits are lost.
+    Matrices that borrow rows of P for a step wait for these first, so they have turns of their own; theirs come first.
 
     Args:
-        sums: over all ranks, of what `ShardStep.advance` returns, (k, 3).
-        totals: |G|^2 of the same matrices; NaN where it is not finite.
-        settings: of the param group.
+        matrices: by position.
 
     Returns:
-        (k, 2), float64.
+        The positions in each turn.
     """
-    if not settings.has_one_factor:
-        return sums[:, 1:]
-    total = sums.new_tensor(totals)
-    return torch.stack([settings.residual_form.residual_sq(total, sums[:, 2], settings), total], dim=1)
+    sizes = {position: matrix.step_numel() for position, matrix in matrices.items()}
+    kinds = [[p for p, matrix in matrices.items() if matrix.shares_basis == borrows] for borrows in (True, False)]
+    limit = MAX_STEP_NUMEL
+    if not all(kinds):
+        # At half, and half of the largest, two turns suffice for all.
+        half = (sum(sizes.values()) + max(sizes.values()) + 1) // AT_ONCE
+        limit = min(limit, max(half, MIN_TURN_NUMEL))
+    return [turn for kind in kinds for turn in split_by_size([(sizes[p], p) for p in kind], limit)]
 
 
 def _mark(plan: LocalShardPlan) -> str:

@@ -17,11 +17,21 @@ from ds_fira.core.step import MatrixTask, update
 from ds_fira.core.subspace import basis_shape, low_rank_shape
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.sharding.geometry import MatrixShard, split
+from ds_fira.sharding.lowrank.answer_form import answer_form, low_rank_elements
+from ds_fira.sharding.lowrank.answers import (
+    answer,
+    answer_in_parts,
+    borrowed_answer,
+    squares_of,
+    step_stats,
+    unpack_parts,
+)
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.shard_step import ShardStep
-from ds_fira.sharding.lowrank.step import squares_of
 from ds_fira.sharding.row_blocks import inside, row_blocks, touched_columns
 from ds_fira.sharding.split_matrix import SplitMatrix, plan_split, state_numel
+
+UNLIMITED = GroupSettings(rank=2, limiter="none")
 
 
 def planned(
@@ -91,12 +101,16 @@ def test_blocks_and_transfers_cover_the_matrix(m: int, n: int, begin: int, size:
         sent += sum(
             len(transfer.entries) * matrix.rank for transfer in matrix.basis_transfers(rank) if transfer.keeper == rank
         )
-        assert matrix.low_rank_elements(rank) == sent + 2 * (2 + 3)
+        lent = sum(len(transfer.entries) for transfer in matrix.transfers(rank) if transfer.keeper == rank)
+        # N beside R, and phi in float64; without a limiter C and phi alone.
+        twice = (matrix.rank + 1) * lent if side == "right" else 0
+        assert low_rank_elements(matrix, rank, GroupSettings(rank=2)) == sent + twice + 2 * (2 + 3)
+        assert low_rank_elements(matrix, rank, UNLIMITED) == sent + 2 * (2 + 3)
     assert matrix.borrowed_entries == sum(len(transfer.entries) for transfer in matrix.transfers())
     assert matrix.borrowed_basis_rows == sum(len(transfer.entries) for transfer in matrix.basis_transfers())
     borrowed = 2 * (matrix.rank + 1) * matrix.borrowed_entries + matrix.rank * matrix.borrowed_basis_rows
     sums = len(matrix.sharers) * 2 * (2 + 3)
-    assert sum(matrix.low_rank_elements(rank) for rank in matrix.sharers) == borrowed + sums
+    assert sum(low_rank_elements(matrix, rank, UNLIMITED) for rank in matrix.sharers) == borrowed + sums
     for transfer in matrix.transfers():
         assert keepers[inside(transfer.entries, entries)].eq(transfer.keeper).all()
         assert transfer.borrower != transfer.keeper
@@ -177,20 +191,38 @@ def test_parts_make_the_step_of_the_whole(
             parts[transfer.keeper].add(transfer, torch.cat([tensor.reshape(-1) for tensor in payload]))
         advanced = [part.advance() for part in parts.values()]
         sums = sum(torch.stack(tuple(row)) for row in advanced if row is not None)
-        squares = squares_of(sums.unsqueeze(0), [float(grad.square().sum())], group)[0]
+        total = grad.square().sum()
+        squares = squares_of(sums.unsqueeze(0), total.unsqueeze(0), group)[0]
+        in_parts = answer_form(matrix, group) == "in_parts"
+        sent = {
+            transfer: torch.cat([tensor.reshape(-1) for tensor in answer_in_parts(parts[transfer.keeper], transfer)])
+            for transfer in (matrix.transfers() if in_parts else ())
+        }
         scaled = torch.stack([part.scale(sums, squares) for part in parts.values()])[0]
         kept = {rank: part.kept_residual() for rank, part in parts.items()}
         if exact and group.measures_residual:
             exact_square = sum(part.residual_square(*hand_over(parts, kept, rank)) for rank, part in parts.items())
             torch.testing.assert_close(exact_square, scaled[0])
-        total = float(grad.square().sum())
-        answers = {}
+        answers, divisors = {}, {}
         for rank, part in parts.items():
-            stats, answers[rank] = part.finish(*scaled, sums[0], total)
+            divisors[rank] = part.limit(*scaled)
+            if in_parts:
+                answers[rank] = answer(part, divisors[rank])
+            else:  # a first answer that does not hold leaves what a second one needs
+                doubled = answer(part, None if divisors[rank] is None else 2.0 * divisors[rank], again=True)
+                answers[rank] = answer(part, divisors[rank])
+                assert group.has_limiter or doubled is None or torch.equal(doubled[0], answers[rank][0])
             if part.plan.owns:
-                counted.record(stats, group.residual_scale)
+                counted.record(step_stats(total, sums[0], scaled[0], divisors[rank]), group.residual_scale)
         for rank, part in parts.items():
-            part.apply(*hand_over(parts, answers, rank))
+            if in_parts:
+                borrowed = {
+                    transfer: borrowed_answer(part, unpack_parts(part, transfer, sent[transfer]), divisors[rank])
+                    for transfer in part.plan.borrowed
+                }
+                part.apply(*part.complete(answers[rank], borrowed))
+            else:
+                part.apply(*hand_over(parts, answers, rank))
         for state in states:
             torch.testing.assert_close(state.residual_norm, whole.residual_norm)
         for plan, state in zip(plans, states, strict=True):
@@ -213,5 +245,5 @@ def hand_over(parts: dict[int, ShardStep], kept: dict[int, Any], rank: int) -> t
     for transfer in part.plan.borrowed:
         keeper = parts[transfer.keeper]
         payload = keeper.payload(transfer, *kept[transfer.keeper], keeper.plan.kept)
-        arrived[transfer] = torch.cat([tensor.reshape(-1) for tensor in payload])
+        arrived[transfer] = part.unpack(transfer, torch.cat([tensor.reshape(-1) for tensor in payload]))
     return part.complete(kept[rank], arrived)

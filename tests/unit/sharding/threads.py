@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Barrier
 
 import torch
 from torch import Tensor
 
-from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.comm import Communicator, Pending
 
 SECONDS = 60  # that a rank waits for the others
 
 
 class Threads(Communicator):
-    """One rank: its collectives go over a list that the ranks share, all else is the communicator's."""
+    """One rank: its collectives go over a list that the ranks share, all else is the communicator's.
 
-    def __init__(self, dp_rank: int, barrier: Barrier, box: list[Sequence[Tensor]]) -> None:
+    Attributes:
+        late: whether what is sent is looked at when it is waited for, not when it is started: what is changed in the
+            meantime, as no process may change what a collective still sends, shows in what arrives.
+        started: collectives started.
+        round_trips: those of them that came one after another: one that is started while others travel, whose results
+            nobody has waited for yet, takes no time of its own.
+    """
+
+    def __init__(self, dp_rank: int, barrier: Barrier, box: list[Sequence[Tensor]], late: bool = False) -> None:
         self.dp_rank, self.dp_size = dp_rank, len(box)
-        self.collectives = self.bytes_sent = 0
-        self._barrier, self._box = barrier, box
+        self.collectives = self.bytes_sent = self.started = self.round_trips = 0
+        self._barrier, self._box, self.late = barrier, box, late
 
     def _exchange(self, own: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         self._box[self.dp_rank] = own
@@ -28,16 +36,32 @@ class Threads(Communicator):
         self._barrier.wait(SECONDS)
         return all_of_them
 
-    def all_to_all(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Tensor:
+    def _pending(self, exchange: Callable[[], Tensor]) -> Pending[Tensor]:
+        """What arrives at a time of its own: one round trip after its start."""
+        self.started += 1
+        end = self.round_trips + 1
+        arrived = None if self.late else exchange()
+
+        def wait() -> Tensor:
+            self.round_trips = max(self.round_trips, end)
+            return exchange() if arrived is None else arrived
+
+        return Pending(wait)
+
+    def start_all_to_all(self, sent: Tensor, sent_counts: list[int], received_counts: list[int]) -> Pending[Tensor]:
         """As the communicator's; what is sent is what is expected, and nothing goes to oneself."""
         assert sent_counts[self.dp_rank] == 0
-        received = [pieces[self.dp_rank] for pieces in self._exchange(sent.clone().split(sent_counts))]
-        assert [piece.numel() for piece in received] == received_counts
-        return torch.cat(received)
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+        def exchange() -> Tensor:
+            received = [pieces[self.dp_rank] for pieces in self._exchange(sent.clone().split(sent_counts))]
+            assert [piece.numel() for piece in received] == received_counts
+            return torch.cat(received)
+
+        return self._pending(exchange)
+
+    def start_all_reduce(self, tensor: Tensor) -> Pending[Tensor]:
         """As the communicator's, added up in order of rank."""
-        return sum(other for (other,) in self._exchange((tensor.clone(),)))
+        return self._pending(lambda: sum(other for (other,) in self._exchange((tensor.clone(),))))
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """As the communicator's."""

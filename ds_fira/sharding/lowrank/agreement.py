@@ -1,0 +1,117 @@
+"""What all ranks have to agree on before a moment changes: which gradients are finite, which bases are due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_fira.sharding.comm import Communicator, Pending
+from ds_fira.sharding.lowrank.shard_step import ShardStep
+from ds_fira.sharding.split_matrix import GRADIENT_SUMS
+
+
+class Agreement:
+    """The first sums of a step of a param group. They travel while the first turns project with the bases they have.
+
+    Attributes:
+        settled: whether the sums are known and the bases that were due renewed.
+        totals: |G|^2 of every matrix of the group by position, 0-dim, on the parameter's device; empty before.
+        finite: the positions whose gradients are finite.
+        refreshed: the positions whose bases may have changed in this step.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        positions: Sequence[int],
+        param: Tensor,
+        parts: Mapping[int, ShardStep],
+        is_due: Callable[[ShardStep], bool],
+        refresh: Callable[[Sequence[int]], None],
+        dtype: torch.dtype,
+    ) -> None:
+        """Take what is needed for both; nothing is sent yet.
+
+        Args:
+            communicator: the ranks.
+            positions: of all matrices of the group.
+            param: the flat parameter with its gradient.
+            parts: by position, this rank's.
+            is_due: whether the basis of a matrix that this rank owns is due.
+            refresh: renews the bases at some positions, the same on all ranks; a collective call.
+            dtype: in which the parameter is stepped.
+        """
+        self._communicator, self._positions, self._param = communicator, positions, param
+        self._parts, self._is_due, self._refresh = parts, is_due, refresh
+        self._largest = torch.finfo(dtype).max
+        self._sums: Pending[Tensor] | None = None
+        self._ahead: list[Pending] = []
+        self.settled = False
+        self.totals: dict[int, Tensor] = {}
+        self.finite: set[int] = set()
+        self.refreshed: set[int] = set()
+
+    def start(self) -> None:
+        """Start the sums, unless an earlier turn has."""
+        if self._sums is not None:
+            return
+        rows = {}
+        for position, part in self._parts.items():
+            grad_sq = part.grad_square()
+            # The owner decides: by the refresher's bound of its step count, so that few steps read one from a device.
+            due = part.plan.owns and self._is_due(part)
+            rows[position] = (grad_sq, torch.full_like(grad_sq, due))
+        self._sums = start_sum(self._communicator, self._positions, self._param, GRADIENT_SUMS, rows)
+
+    def watch(self, pending: Pending) -> None:
+        """Keep in mind what travels before the sums are known: it may be made of bases that a refresh replaces."""
+        if not self.settled:
+            self._ahead.append(pending)
+
+    def settle(self) -> None:
+        """Wait for the sums and renew the bases that are due, unless an earlier turn has; the one read by the host."""
+        if self.settled:
+            return
+        sums = self._sums.wait()
+        found = sums.tolist()
+        self.totals = dict(zip(self._positions, sums[:, 0].unbind(), strict=True))
+        # NaN compares as false.
+        self.finite = {p for p, (total, _) in zip(self._positions, found, strict=True) if total < self._largest}
+        possible = [
+            position
+            for position, (total, due) in zip(self._positions, found, strict=True)
+            if due and position in self.finite and total > 0.0
+        ]
+        if possible:
+            for pending in self._ahead:
+                pending.wait()
+            self._refresh(possible)
+        self.refreshed = set(possible)
+        self._ahead.clear()
+        self.settled = True
+
+
+def start_sum(
+    communicator: Communicator,
+    positions: Sequence[int],
+    param: Tensor,
+    width: int,
+    rows: Mapping[int, Sequence[Tensor]],
+) -> Pending[Tensor]:
+    """Start to sum a few float64 of some matrices over all ranks.
+
+    Args:
+        communicator: the ranks.
+        positions: of the matrices.
+        param: gives the device.
+        width: numbers for each matrix.
+        rows: by position, this rank's part of them, 0-dim; nothing is added for the others.
+
+    Returns:
+        The sums, (number of positions, width).
+    """
+    none = torch.zeros(width, dtype=torch.float64, device=param.device)
+    own = [torch.stack(tuple(rows[position])) if position in rows else none for position in positions]
+    return communicator.start_all_reduce(torch.stack(own))
