@@ -22,6 +22,7 @@ between them take either: scales of shape (..., n) or (..., m), and a `Scalar` f
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ NORM_EPS = 1e-8
 # Below this share of |phi * G|^2 the difference of squares has lost too many digits of |S|^2 in float32 (an error of
 # about 5e-7 / share), and |S| is summed from the residual itself.
 EXACT_RESIDUAL_SHARE = 0.01
+# Blocks of N whose squares are formed beside it: each is a small share of the matrix, and they are few calls.
+LOW_RANK_BLOCKS = 8
 
 
 def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32") -> tuple[Tensor, Tensor]:
@@ -50,12 +53,14 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32")
     Returns:
         R = P'G, (r, n), or R = GP, (m, r), in P's dtype; `squared_norms` of G in P's dtype.
     """
-    with matmul_precision(precision):
+    (m, n), r, left = grad.shape, basis.shape[1], side == "left"
+    with matmul_precision(precision, grad.device):
         if grad.dtype == basis.dtype:
-            return (basis.t() @ grad if side == "left" else grad @ basis), squared_norms(grad, side)
-        m, n = grad.shape
-        left = side == "left"
-        low_rank = basis.new_zeros((basis.shape[1], n) if left else (m, basis.shape[1]))
+            low_rank = basis.new_empty((r, n) if left else (m, r))
+            # Until it holds R its memory is free.
+            grad_sq = squared_norms(grad, side, low_rank if left else None)
+            return torch.mm(*((basis.t(), grad) if left else (grad, basis)), out=low_rank), grad_sq
+        low_rank = basis.new_zeros((r, n) if left else (m, r))
         by_blocks = sums_by_blocks(grad)
         if by_blocks:
             grad_sq = torch.zeros(n if left else m, dtype=torch.float64)
@@ -100,14 +105,35 @@ def adam_direction_(
     Returns:
         N, and `squared_norms` of N and of R.
     """
-    beta1, beta2 = betas
-    exp_avg.mul_(beta1).add_(low_rank, alpha=1.0 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(low_rank, low_rank, value=1.0 - beta2)
-    denominator = exp_avg_sq.sqrt().add_(eps)
-    if eps < torch.finfo(denominator.dtype).tiny:
-        denominator.masked_fill_(denominator == 0.0, math.inf)
-    direction = torch.div(exp_avg, denominator, out=denominator)
-    return direction, squared_norms(direction, side), squared_norms(low_rank, side)
+    low_rank, direction, left = low_rank.contiguous(), torch.empty_like(exp_avg), side == "left"
+    # Until it holds N its memory is free.
+    low_rank_sq = squared_norms(low_rank, side, direction if left else None)
+    # One pass: Adam's step of size -1 from zero, so late that nothing is left of its bias correction, is N itself.
+    torch._fused_adam_(
+        [direction.zero_()],
+        [low_rank],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [_late(direction.device)],
+        lr=-1.0,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    if eps < torch.finfo(direction.dtype).tiny:
+        direction.masked_fill_(exp_avg_sq == 0.0, 0.0)
+    scratch = direction.new_empty(-(-direction.shape[0] // LOW_RANK_BLOCKS), direction.shape[1]) if left else None
+    return direction, squared_norms(direction, side, scratch), low_rank_sq
+
+
+@cache
+def _late(device: torch.device) -> Tensor:
+    """A step count for torch's fused Adam at which beta^t is zero."""
+    return torch.full((), math.inf, device=device)
 
 
 def bias_correction(step: Tensor | int, betas: tuple[float, float]) -> Scalar:
@@ -159,7 +185,7 @@ def residual_square(
         return total
     rows_of, columns = (basis, low_rank) if side == "left" else (low_rank, basis.t())
     by_row = side == "right" and phi.shape[-1] > 1
-    with matmul_precision(precision):
+    with matmul_precision(precision, grad.device):
         for rows in row_slices(grad.shape[0], 2 * basis.element_size() / grad.element_size()):
             residual = torch.addmm(grad[rows].to(basis.dtype), rows_of[rows], columns, alpha=-alpha)
             sums = squared_norms(residual, side)
@@ -231,7 +257,7 @@ def apply_update_(
     """
     by_row = by_row and phi is not None and phi.numel() > 1
     scale = phi.unsqueeze(1) if by_row else phi
-    with matmul_precision(precision):
+    with matmul_precision(precision, grad.device):
         if weight.dtype == grad.dtype == left.dtype:
             weight.addmm_(left, right, beta=decay_factor, alpha=-1.0)
             if scale is not None:

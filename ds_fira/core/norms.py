@@ -15,8 +15,10 @@ from ds_fira.core.subspace import Side
 # rows: no temporary comes near the size of a large matrix, and a block stays in cache.
 BLOCK_SHARE = 1 / 32
 MIN_BLOCK_ROWS = 8
-# Elements up to which a matrix, or a block of one, is summed up in float64: there it costs less than the calls.
+# Elements up to which a matrix is summed up in float64: there it costs less than the calls.
 SMALL_MATRIX = 2**13
+# Elements of a block whose squares are formed at once where there is memory for them: they stay in the cache of a core.
+CACHED_BLOCK = 2**18
 
 
 def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:
@@ -55,12 +57,18 @@ def reduced_squares(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=dim, dtype=dtype).double().square()
 
 
-def squared_norms(matrix: Tensor, side: Side) -> Tensor:
+def squared_norms(matrix: Tensor, side: Side, scratch: Tensor | None = None) -> Tensor:
     """|G_j|^2 of every column (left, n values) or of every row (right, m values), in float64; R's likewise.
 
     On a CPU squares are summed in the matrix's dtype inside a block of rows (left) or a row (right), and in float64
     from there on; in a small matrix in float64 throughout. Elsewhere one reduction sums a column or row in the matrix's
     dtype. A sum that is not finite says that the matrix holds NaN, infinity or elements whose squares overflow.
+
+    Args:
+        matrix: (m, n).
+        side: the projected side.
+        scratch: (k, n) of the matrix's dtype, whose values are not needed; squares may be formed in it, as many rows at
+            once as it has and a cache holds, so that fewer calls sum a matrix.
     """
     if not sums_by_blocks(matrix):
         return reduced_squares(matrix, 0 if side == "left" else 1, matrix.dtype)
@@ -68,9 +76,13 @@ def squared_norms(matrix: Tensor, side: Side) -> Tensor:
         return matrix.double().square().sum(0 if side == "left" else 1)
     if side == "right":
         return reduced_squares(matrix, 1, matrix.dtype)
+    rows = summed_rows(matrix.shape)
+    if scratch is None or len(scratch) < rows:
+        scratch = matrix.new_empty(rows, matrix.shape[1])
+    scratch = scratch[: max(rows, CACHED_BLOCK // matrix.shape[1])]
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for block in matrix.split(summed_rows(matrix.shape)):
-        total += (block.double() if block.numel() <= SMALL_MATRIX else block).square().sum(0)
+    for block in matrix.split(len(scratch)):
+        total += torch.mul(block, block, out=scratch[: len(block)]).sum(0)
     return total
 
 

@@ -30,29 +30,35 @@ class Rounding(NamedTuple):
 #   tf32      1e-5 and 3.3e-4; 1.4e-3 and 1.5e-3 where operands are cut to it, as torch's own products on a GPU may do
 #   bfloat16  of operands that are rounded by up to 2^-9 up to 8e-3, and 2.7e-3
 ROUNDING = {"float32": Rounding(1e-4, 1e-4), "tf32": Rounding(2e-3, 2e-3), "bfloat16": Rounding(1e-2, 5e-3)}
-# What a setting means to torch's backends: (CUDA, oneDNN on the CPU). The CPU has no TF32 units worth asking for, and
+# By the device, a backend of torch and what a setting means to it. The CPU has no TF32 units worth asking for, and
 # torch's CUDA products of float32 matrices know nothing between TF32 and bfloat16 operands.
-_BACKENDS = {"float32": ("ieee", "ieee"), "tf32": ("tf32", "ieee"), "bfloat16": ("tf32", "bf16")}
+_BACKENDS = {
+    "cuda": (torch.backends.cuda.matmul, {"float32": "ieee", "tf32": "tf32", "bfloat16": "tf32"}),
+    "cpu": (torch.backends.mkldnn.matmul, {"float32": "ieee", "tf32": "ieee", "bfloat16": "bf16"}),
+}
 
 
 @contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str, device: torch.device | None = None) -> Iterator[None]:
     """Let torch multiply float32 matrices in `precision`, whatever the user has set for the model's own products.
 
     Args:
         precision: "float32", "tf32" (on the CPU the same) or "bfloat16" (TF32 in torch's own products on CUDA; the
             Triton kernels take it at its word).
+        device: where the products are made: looking at one backend takes half the time. None for all.
     """
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = cuda.fp32_precision, cpu.fp32_precision
-    if before == _BACKENDS[precision]:
-        yield
-        return
-    cuda.fp32_precision, cpu.fp32_precision = _BACKENDS[precision]
+    changed = []
+    for kind, (backend, meanings) in _BACKENDS.items():
+        if device is None or device.type == kind:
+            before, wanted = backend.fp32_precision, meanings[precision]
+            if before != wanted:
+                backend.fp32_precision = wanted
+                changed.append((backend, before))
     try:
         yield
     finally:
-        cuda.fp32_precision, cpu.fp32_precision = before
+        for backend, before in changed:
+            backend.fp32_precision = before
 
 
 def negligible_ratio(dtype: torch.dtype, precision: str) -> float:

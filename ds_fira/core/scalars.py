@@ -6,6 +6,7 @@ The formulas of `ds_fira.core.functional` take either, so that each is written o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ Scalar = Tensor | float
 def scalar(value: Tensor, host: bool) -> Scalar:
     """A number of each matrix in float64: for one matrix on the host, else a tensor on its device."""
     return float(value) if host else value.double()
+
+
+def scalars(values: Tensor, host: bool) -> Sequence[Scalar]:
+    """Several numbers of each matrix, float64, along the first dimension: read at once on the host."""
+    return values.tolist() if host else values.unbind(0)
 
 
 def is_finite(sum_of_squares: Scalar, dtype: torch.dtype) -> Tensor | bool:

@@ -33,7 +33,7 @@ from ds_fira.core.base_optimizer import adapt, step_factor
 from ds_fira.core.matrix_slice import MatrixSlice
 from ds_fira.core.norms import total_square
 from ds_fira.core.residuals import Squares, StepContext
-from ds_fira.core.scalars import Scalar, is_finite, over_entries, over_matrix, scalar, store_scalar_, where
+from ds_fira.core.scalars import Scalar, is_finite, over_entries, over_matrix, scalar, scalars, store_scalar_, where
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
 
@@ -171,8 +171,8 @@ def scale(grad_sq: Tensor, squares: Squares, context: StepContext) -> tuple[Tens
         zero = 0.0 * context.bias_correction
         return None, zero, zero
     phi = form.factors(squares, context)
-    weights = phi.square()
-    scaled_grad_sq, scaled_sq = (scalar((weights * sq).sum(-1), host) for sq in (grad_sq, squares[1]))
+    scaled = torch.stack((grad_sq, squares[1])).mul_(phi.square())
+    scaled_grad_sq, scaled_sq = scalars(scaled.sum(-1), host)
     return phi, form.residual_sq(scaled_grad_sq, scaled_sq, context.settings), scaled_grad_sq
 
 

@@ -22,8 +22,12 @@ SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096)]
 LAUNCHES = 4
 
 
+# What makes a tensor without a launch.
+MEMORY = (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
+
+
 class Launches(TorchDispatchMode):
-    """Counts the operations that make a tensor, views apart, and the elements of the largest that they make."""
+    """Counts the operations that make a tensor, views and bare memory apart, and the elements of the largest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +35,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not func.is_view:
+        if isinstance(result, torch.Tensor) and not func.is_view and func not in MEMORY:
             self.count += 1
             self.largest = max(self.largest, result.numel())
         return result
