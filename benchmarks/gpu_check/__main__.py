@@ -26,15 +26,16 @@ from typing import Any, NoReturn
 
 from benchmarks.gpu_check import wheels
 from benchmarks.gpu_check.processes import last_lines, run, shortened
-from benchmarks.gpu_check.stage import ABOUT, NO_DEVICE
+from benchmarks.gpu_check.stage import ABOUT, FAULTS, NO_DEVICE
 from benchmarks.gpu_check.stages import STAGES, Stage
 from benchmarks.gpu_check.summary import write_summary
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS, LOG = "results.jsonl", "log.txt"
 LIMIT = 560.0
-# A stage that would have fewer seconds than this is not begun.
-LEAST = 8.0
+# A stage that would have fewer seconds than this is not begun; what one leaves, a later one may use up to so many times
+# its own.
+LEAST, MOST_EXTENDED = 8.0, 2.0
 # A rehearsal's stages take as long as slow cores need, and a hang still ends.
 REHEARSAL_LIMIT, REHEARSAL_FACTOR = 1800.0, 6.0
 
@@ -97,16 +98,26 @@ class Driver:
         command += ["--out", str(self.out), "--work", str(self.work)]
         return [*command, "--rehearse"] if self.rehearsal else command
 
-    def run(self, stage: Stage) -> str:
-        """Run one stage; how it ended: "done", "failed", "stopped" at its limit, or "skipped"."""
-        limit = stage.limit * (REHEARSAL_FACTOR if self.rehearsal else 1.0)
+    def limit_of(self, stage: Stage, later: Sequence[Stage]) -> float:
+        """Seconds for a stage: its own, and up to as many again of what those before it have left to all."""
+        factor = REHEARSAL_FACTOR if self.rehearsal else 1.0
+        own, due = factor * stage.limit, factor * sum(each.limit for each in later)
         left = self._ends - time.monotonic()
+        return min(left, max(own, min(MOST_EXTENDED * own, left - due)))
+
+    def run(self, stage: Stage, later: Sequence[Stage] = ()) -> str:
+        """Run one stage; how it ended: "done", "failed", "stopped" at its limit, or "skipped".
+
+        Args:
+            stage: to run.
+            later: those that follow, whose time is theirs.
+        """
+        limit = self.limit_of(stage, later)
         missing = [name for name in stage.needs if not self._has(name)]
         if missing:
             return self._ended(stage, "skipped", 0.0, f"{', '.join(missing)} cannot be imported")
-        if left < min(LEAST, limit):
-            return self._ended(stage, "skipped", 0.0, f"{max(0.0, left):.0f} s are left of the time for all stages")
-        limit = min(limit, left)
+        if limit < LEAST:
+            return self._ended(stage, "skipped", 0.0, f"{max(0.0, limit):.0f} s are left of the time for all stages")
         print(f"stage {stage.number}, {stage.name}: {stage.says} (at most {limit:.0f} s)", flush=True)
         output = self.work / "output.txt"
         ended = run(self.command(stage, limit), limit, output, self.environment, REPOSITORY)
@@ -115,6 +126,10 @@ class Driver:
             _stop("there is no CUDA device here; --rehearse runs every stage on the CPU at small sizes")
         if ended.status is None:
             return self._ended(stage, "stopped", ended.seconds, f"not over after {limit:.0f} s: {last_lines(output)}")
+        if ended.status == FAULTS:
+            return self._ended(
+                stage, "failed", ended.seconds, "some of it is not as it should be, the rest is measured"
+            )
         if ended.status:
             return self._ended(stage, "failed", ended.seconds, f"status {ended.status}: {last_lines(output)}")
         return self._ended(stage, "done", ended.seconds, "")
@@ -171,8 +186,9 @@ def main() -> None:
         driver = Driver(out, work, args.limit, args.rehearse, environment_of(args, work / "site"))
         for name, fault in wheels.install(args.wheels, work / "site").items():
             facts = {"reason": fault} if fault else {}
-            driver.record(None, "packages", name, float(not fault), "installed or not", **facts)
-        ends = [driver.run(stage) for stage in STAGES if stage.number in args.stages]
+            driver.record(None, "packages", name, float(not fault), "complete or not", **facts)
+        chosen = [stage for stage in STAGES if stage.number in args.stages]
+        ends = [driver.run(stage, chosen[place + 1 :]) for place, stage in enumerate(chosen)]
     except KeyboardInterrupt:
         print("launch/gpu_check.sh: interrupted; what is measured is kept", file=sys.stderr)
         sys.exit(130)

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from benchmarks.common import seconds
 from benchmarks.gpu_check.record import SEED, Check
+from benchmarks.gpu_check.warm_up import compile_kernels, jobs
 from ds_fira import FiraAdam
 from ds_fira.core import functional, kernels
 from ds_fira.core.subspace import Side, projection_side
@@ -61,6 +62,8 @@ def measure(check: Check) -> None:
     """Every shape at every rank and precision, most telling first."""
     if check.rehearsal:
         kernels.interpret_on_cpu(True)
+    with check.attempt("compilation"):
+        compile_kernels(check, jobs(check))
     # torch.empty then gives NaN: an element that no program writes shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     ranks = check.sizes.ranks[: 1 if check.rehearsal else 2]

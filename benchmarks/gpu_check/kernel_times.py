@@ -10,6 +10,7 @@ from benchmarks.gpu_check.ceilings import copy_rate, product_rate
 from benchmarks.gpu_check.kernel_table import KernelCase, Operands, cases, elementwise, others
 from benchmarks.gpu_check.record import Check
 from benchmarks.gpu_check.timing import device_seconds
+from benchmarks.gpu_check.warm_up import compile_kernels, jobs
 from ds_fira.core import kernels
 
 # Rows x columns x depth, warps and stages that compile without spilled registers, beside the ones in use.
@@ -25,6 +26,8 @@ def measure(check: Check) -> None:
     """The rank of most interest first, then the other ranks, then the tiles."""
     if check.rehearsal:
         kernels.interpret_on_cpu(True)
+    with check.attempt("compilation"):
+        compile_kernels(check, jobs(check, VARIANTS))
     ceilings = {"copy": copy_rate(check)}
     ceilings |= {precision: product_rate(check, precision) for precision in ("float32", "tf32", "bfloat16")}
     shapes, ranks = check.sizes.shapes, check.sizes.ranks

@@ -11,7 +11,7 @@ from benchmarks.speed.step import peer_steps, stepper
 
 PEERS = ["fira", "galore", "apollo", "AdamW"]
 # The first step of fira and of GaLore is an exact decomposition. Matrices in turn, with their ranks.
-CASES = (((4096, 4096), 256), ((2048, 5461), 512), ((4096, 4096), 1024))
+CASES = (((2048, 5461), 512), ((4096, 4096), 256), ((4096, 4096), 1024))
 REHEARSED = (((32, 80), 8),)
 NEEDS = 9.0
 

@@ -9,8 +9,8 @@ from benchmarks.speed.training import VARIANTS, train
 
 STEPS, REHEARSED_STEPS = 100, 4
 NEEDS = 14.0
-# The file of a rehearsal's text.
-TEXT = "README.md"
+# A rehearsal's text.
+TEXTS = "docs/*.md"
 
 
 def measure(check: Check) -> None:
@@ -19,15 +19,15 @@ def measure(check: Check) -> None:
     arguments = ["--steps", str(steps), "--cache-dir", str(check.work / "cache")]
     if check.rehearsal:
         text = check.work / "text.txt"
-        text.write_text((REPOSITORY / TEXT).read_text())
+        text.write_text("\n\n".join(page.read_text() for page in sorted(REPOSITORY.glob(TEXTS))))
         arguments += ["--data", str(text), "--vocab-size", "512", "--seq-length", "32", "--hidden-size", "32"]
-        arguments += ["--layers", "1", "--heads", "2", "--batch-size", "2", "--rank"]
+        arguments += ["--layers", "1", "--heads", "2", "--batch-size", "2"]
     found: dict[str, float] = {}
     for name in ("FiraAdam", "AdamW"):
         if check.enough("tokens per second", 1.0 if check.rehearsal else NEEDS, optimizer=name):
             with check.attempt("tokens per second", optimizer=name):
-                own = [*arguments, "8"] if name == "FiraAdam" else arguments[:-1]
-                found[name] = _train(check, name, own if check.rehearsal else arguments, steps)
+                rank = ["--rank", "8"] if check.rehearsal and name == "FiraAdam" else []
+                found[name] = _train(check, name, [*arguments, *rank], steps)
     if len(found) == 2:
         check.record("ratio to AdamW", found["FiraAdam"] / found["AdamW"], "ratio", steps=steps)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 # From the driver's clock: importing torch is a part of the stage's time.
 STARTED = time.time()
-# Exit statuses: the stage has failed in part; there is no GPU, and this is no rehearsal.
-FAILED, NO_DEVICE = 1, 3
+# Exit statuses: there is no GPU, and this is no rehearsal; some measurements were not made, or not as they should be.
+NO_DEVICE, FAULTS = 3, 4
 # What the driver puts beside its own lines.
 ABOUT = "about.json"
 
@@ -52,7 +52,7 @@ def main() -> int:
         kept.write_text(json.dumps(about()))
     module, _, function = args.entry.partition(":")
     getattr(importlib.import_module(module), function)(check)
-    return FAILED if check.failures else 0
+    return FAULTS if check.failures else 0
 
 
 if __name__ == "__main__":

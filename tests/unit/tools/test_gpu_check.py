@@ -65,8 +65,8 @@ def test_a_stage_that_fails_or_hangs_is_recorded_and_the_next_goes_on(
     monkeypatch.setattr(driver, "LEAST", 0.1)
     table = [
         Stage(0, "failing", "", 20.0, "print('at work'); raise ValueError('the reason')"),
-        Stage(1, "hanging", "", 2.0, HANGING),
-        Stage(2, "slow", "", 2.0, SLOW),
+        Stage(1, "hanging", "", 1.0, HANGING),
+        Stage(2, "slow", "", 1.0, SLOW),
         Stage(3, "lacking", "", 20.0, "", ("a_module_that_is_nowhere",)),
         Stage(4, "fine", "", 20.0, "print('all well')"),
     ]
@@ -94,6 +94,16 @@ def test_no_stage_begins_when_the_time_is_up(tmp_path: Path) -> None:
     assert not (tmp_path / driver.LOG).exists()
 
 
+def test_what_a_stage_leaves_a_later_one_may_use(tmp_path: Path) -> None:
+    """And no stage takes the time of those behind it."""
+    first, second, third = (Stage(number, "", "", limit, "") for number, limit in enumerate((30.0, 40.0, 50.0)))
+    check = Bare(tmp_path, tmp_path, 130.0, False, {})
+    limits = [check.limit_of(first, (second, third)), check.limit_of(second, (third,)), check.limit_of(third, ())]
+    assert limits == pytest.approx([40.0, 80.0, 100.0], abs=1.0)
+    check = Bare(tmp_path, tmp_path, 45.0, False, {})
+    assert [check.limit_of(first, (second,)), check.limit_of(third, ())] == pytest.approx([30.0, 45.0], abs=1.0)
+
+
 def test_a_long_output_loses_its_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "output.txt"
     output.write_bytes(b"a" * 100 + b"b" * 100 + b"c" * 100)
@@ -105,7 +115,7 @@ def test_a_long_output_loses_its_middle(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_table_of_stages() -> None:
     """Numbered as they run, inside the time of all, each with a function that is there and takes a `Check`."""
     assert [stage.number for stage in STAGES] == list(range(len(STAGES)))
-    assert sum(stage.limit for stage in STAGES) + 20 <= driver.LIMIT <= 560
+    assert sum(stage.limit for stage in STAGES) + 15 <= driver.LIMIT <= 560
     for stage in STAGES:
         module, _, function = stage.entry.partition(":")
         tree = ast.parse((ROOT / Path(*module.split("."))).with_suffix(".py").read_text())
@@ -198,7 +208,7 @@ def test_wheels_are_of_the_versions_that_the_tests_run_with(tmp_path: Path) -> N
         assert file.read(record).decode().splitlines() == [f"{name},sha256=x,1" for name in kept]
 
 
-def pure_wheel(folder: Path, name: str, tag: str) -> None:
+def pure_wheel(folder: Path, name: str, tag: str, requires: str = "packaging>=1") -> None:
     """A wheel of one empty module."""
     info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(folder / f"{name}-1.0-{tag}.whl", "w") as file:
@@ -216,11 +226,13 @@ def test_a_wheel_that_does_not_fit_keeps_no_other_out(tmp_path: Path) -> None:
     folder.mkdir()
     pure_wheel(folder, "ds_fira_fits", "py3-none-any")
     pure_wheel(folder, "ds_fira_foreign", "cp26-cp26-macosx_10_9_arm64")
-    pure_wheel(folder, "torch", "py3-none-any")  # is there already
+    pure_wheel(folder, "ds_fira_lacks", "py3-none-any", "packaging>=1000")
+    pure_wheel(folder, "torch", "py3-none-any")  # is there in a newer version
     faults = wheels.install(folder, site)
     assert faults["ds_fira_fits-1.0-py3-none-any.whl"] == ""
     assert "is not a supported wheel" in faults["ds_fira_foreign-1.0-cp26-cp26-macosx_10_9_arm64.whl"]
-    assert len(faults) == 2
+    assert faults["ds_fira_lacks-1.0-py3-none-any.whl"].startswith("needs packaging>=1000, not ")
+    assert len(faults) == 3
     assert (site / "ds_fira_fits.py").exists()
     assert not (site / "torch.py").exists()
 
