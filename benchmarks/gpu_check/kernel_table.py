@@ -5,6 +5,7 @@ A kernel that `ds_fira.core.kernels` has and this table lacks is recorded as suc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -148,15 +149,19 @@ def elementwise(of: Operands) -> Iterator[KernelCase]:
     flat, grad = of.weight.view(-1), of.grad.view(-1)
     moments = torch.zeros_like(flat), torch.zeros_like(flat)
     options: dict[str, Any] = {"step": 1, "lr": 1e-9, "betas": BETAS, "eps": 1e-6, "weight_decay": 0.0}
-    param = torch.nn.Parameter(flat)
-    param.grad = grad
-    adamw = torch.optim.AdamW([param], lr=1e-9, fused=True)
+
+    @functools.cache
+    def fused() -> torch.optim.Optimizer:
+        param = torch.nn.Parameter(flat)
+        param.grad = grad
+        return torch.optim.AdamW([param], lr=1e-9, fused=True)
+
     yield KernelCase(
         "adamw_",
         lambda: kernels.adamw_(flat, grad, *moments, **options),
         7.0 * flat.nbytes,
         tiled=False,
-        peer=adamw.step,
+        peer=lambda: fused().step(),
         peer_name="fused AdamW",
     )
 
