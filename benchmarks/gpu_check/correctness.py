@@ -126,7 +126,7 @@ def step(check: Check, shape: tuple[int, int], rank: int, precision: str, share:
         updates.append(param.detach().clone())
     norm = float(optimizer.state[param]["residual_norm"])
     exact = Parameter(torch.zeros(shape, dtype=torch.float64, device=check.device))
-    reference = FiraAdam([exact], matmul_precision="float32", **settings)
+    reference = FiraAdam([exact], matmul_precision=precision, **settings)  # of no effect on float64
     reference.load_state_dict(optimizer.state_dict())
     for key, value in state.items():
         reference.state[exact][key] = value.double() if value.is_floating_point() else value.clone()

@@ -16,7 +16,7 @@ from ds_fira.tools.dry_run import PlannedRun, plan_run
 RANKS = 8
 # Steps from one refresh to the next: more than are made.
 GAP = 10**6
-# For rehearsals: each of its four layers has the matrices of a LLaMA, none of which 8 ranks cut.
+# For rehearsals: of its eight layers no rank of 8 has a part of a matrix.
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,

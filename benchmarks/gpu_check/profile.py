@@ -34,6 +34,8 @@ def measure(check: Check) -> None:
         events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     time_of = (lambda event: event.self_device_time_total) if on_device else (lambda event: event.self_cpu_time_total)
     total = sum(map(time_of, events))
+    if not total:
+        check.record("kernel in two steps", None, "", reason="the profiler sees no kernels here")
     check.record("kernels in two steps", total / 1e3, "ms", calls=sum(event.count for event in events))
     for event in sorted(events, key=time_of, reverse=True)[:MOST]:
         check.record(

@@ -33,7 +33,12 @@ class Question:
 
 
 QUESTIONS = (
-    Question("What the device can do at most", 0, ("copy", "product", "launch of an operation", "launch of a kernel")),
+    Question(
+        "What the device can do at most",
+        0,
+        ("copy", "product", "launch of an operation", "launch of a kernel", "cholesky", "eigh", "svd"),
+        ("precision", "side"),
+    ),
     Question("Do the tests of the kernels pass on a GPU", 1, ("tests passed", "tests failed", "tests skipped")),
     Question(
         "Rounding of the products at full size, against float64",

@@ -18,25 +18,25 @@ WARM_UP, REPEATED = 10, 60
 
 
 def device_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a call on the device, with nothing of it left in the L2 cache; on a CPU of wall time.
+    """Median seconds of a call on the device, with nothing of it left in the L2 cache; on a CPU of one call.
 
     The call has to bear being repeated, some twenty times.
     """
     call()
     once = seconds(call, device)
+    if device.type != "cuda":
+        return once
     if once > SLOW:
         return seconds(call, device)
-    if device.type != "cuda":
-        return statistics.median(seconds(call, device) for _ in range(3))
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=WARM_UP, rep=REPEATED, return_mode="median")) / 1e3
 
 
-def host_seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+def host_seconds(call: Callable[[], object], device: torch.device) -> float:
     """Median seconds until a call returns, with an empty queue before it: what the host does of it."""
     taken = []
-    for _ in range(repeats):
+    for _ in range(5 if device.type == "cuda" else 1):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

@@ -3,9 +3,9 @@
     python -m benchmarks.speed.builds [--arch 80 90 100] [--write docs/performance.md] [--json FILE]
 
 The kernels of `benchmarks/gpu_check/kernel_table.py` are called on tensors without memory, of the sizes of LLaMA 7B,
-and what they would launch is compiled with the tiles, strides and dtypes of that launch; minutes on two cores. Bytes are
-counted in the PTX: those of all loads and stores that a program's threads make, over the elements of what it reads and
-writes. `--write` puts the table between two marks of a page. Not with TRITON_INTERPRET set.
+and what they would launch is compiled with the tiles, strides and dtypes of that launch: minutes on two cores. Bytes
+are counted in the PTX: those of all loads and stores that a program's threads make, over the elements of what it reads
+and writes. `--write` puts the table between two marks of a page. Not with TRITON_INTERPRET set.
 """
 
 from __future__ import annotations
