@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
 from benchmarks.gpu_check.kernel_table import Operands, cases, elementwise, others
+from benchmarks.speed.ptx import traffic
 from ds_fira.core import kernels
 
 ARCHITECTURES = (80, 90, 100)
@@ -50,8 +51,6 @@ ELEMENTS: dict[str, tuple[Callable[[Sizes], int], int, Callable[[Sizes], int], i
     "_adam_direction": (lambda o: o["LINES"] * o["ENTRIES"], 12, lambda o: o["LINES"] * o["ENTRIES"], 12),
     "_adamw": (lambda o: o["BLOCK"], 16, lambda o: o["BLOCK"], 12),
 }
-_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d+))?\.[bfus](\d+)\b")
-_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)\s*[,;]")
 
 
 class Launch(NamedTuple):
@@ -60,16 +59,6 @@ class Launch(NamedTuple):
     kernel: Any
     args: tuple[object, ...]
     options: Sizes
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one thread moves, each instruction once, and the narrowest of its accesses."""
-
-    loaded: int
-    stored: int
-    copied: int
-    narrowest: int
 
 
 @dataclass(frozen=True)
@@ -107,19 +96,6 @@ class Build:
     copied: float | None
     narrowest: int
     tensor_cores: str
-
-
-def traffic(ptx: str) -> Traffic:
-    """Count the loads, stores and asynchronous copies of a thread in a kernel's PTX.
-
-    An access of a single byte is a flag and no part of a tile.
-    """
-    widths: dict[str, list[int]] = {"ld": [], "st": []}
-    for kind, vector, bits in _ACCESS.findall(ptx):
-        widths[kind].append(int(vector or 1) * int(bits) // 8)
-    tiles = [width for width in (*widths["ld"], *widths["st"]) if width > 1]
-    copies = [int(size, 0) for size in _COPY.findall(ptx)]
-    return Traffic(sum(widths["ld"]), sum(widths["st"]), sum(copies), min(tiles, default=0))
 
 
 def specialized(value: object, path: tuple[int, ...], constant: bool, constants: dict, attributes: dict) -> object:
@@ -170,9 +146,7 @@ def compiled(launch: Launch, variant: str, arch: int) -> Build:
     room = [THREADS // threads, REGISTERS // (-(-registers // 8) * 8 * threads), SHARED[arch] // max(1, shared)]
     known, copied = ELEMENTS.get(name), None
     if moved.copied:
-        # Each slice of a pipeline is filled once before the loop, but for the last, which the loop fills.
-        operands = (options["ROWS"] + options["COLUMNS"]) * options["DEPTH"] * settings["num_stages"]
-        copied = moved.copied * threads / operands
+        copied = moved.copied * threads / ((options["ROWS"] + options["COLUMNS"]) * options["DEPTH"])
     return Build(
         kernel=name,
         variant=variant,

@@ -13,24 +13,37 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed, and without it there are no kernels")
 
 from benchmarks.gpu_check import kernel_table
-from benchmarks.speed import builds
+from benchmarks.speed import builds, ptx
 from ds_fira.core import kernels
 
 ROOT = Path(__file__).resolve().parents[3]
 PTX = """
     ld.global.b8 {%rs1}, [ %rd1 + 0 ];
     @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd2 + 0 ];
+    @%p1 bra $L__BB0_4;
+    cp.async.cg.shared.global [ %r10 + 0 ], [ %rd5 + 0 ], 0x10, %r11;
+$L__BB0_2:                              // %outer
     ld.global.L1::evict_last.v2.f32 {%f1, %f2}, [%rd2];
     ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];
+$L__BB0_3:                              // =>This Inner Loop Header: Depth=2
     cp.async.cg.shared.global [ %r10 + 0 ], [ %rd5 + 0 ], 0x10, %r11;
     cp.async.ca.shared.global [ %r10 + 0 ], [ %rd5 + 0 ], 4;
     cp.async.commit_group;
+    @%p2 bra $L__BB0_3;
+    @%p2 bra.uni $L__BB0_2;
+$L__BB0_4:
     @%p3 st.global.b64 [ %rd6 + 0 ], { %rd7 };
 """
 
 
 def test_bytes_of_a_thread() -> None:
-    assert builds.traffic(PTX) == builds.Traffic(loaded=1 + 16 + 8, stored=8, copied=16 + 4, narrowest=8)
+    assert ptx.traffic(PTX) == ptx.Traffic(loaded=1 + 16 + 8, stored=8, copied=16 + 4, narrowest=8)
+
+
+def test_only_loops_without_another_are_innermost() -> None:
+    (loop,) = ptx.innermost(PTX)
+    assert loop.splitlines()[0].startswith("$L__BB0_3")
+    assert loop.splitlines()[-1].endswith("bra $L__BB0_3;")
 
 
 def test_a_page_keeps_what_is_around_the_marks() -> None:
