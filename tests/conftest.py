@@ -31,7 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # Read when Triton is imported: without a GPU the tests of the kernels run in its interpreter.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
-    needs_ranks = not all("unit" in Path(argument.partition("::")[0]).parts for argument in config.args)
+    without_ranks = {"unit", "gpu"}
+    needs_ranks = not all(without_ranks & {*Path(argument.partition("::")[0]).parts} for argument in config.args)
     if needs_ranks and not config.option.collectonly:
         from tests.ranks import preload
 

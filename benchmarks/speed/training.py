@@ -75,7 +75,8 @@ def train(
     command += ["--optimizer", "AdamW"] if settings is None else []
     done = subprocess.run([*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError("\n".join((done.stdout + done.stderr).splitlines()[-15:]))
+        # A launcher that has lost a process adds a page of its own.
+        raise RuntimeError("\n".join((done.stdout + done.stderr).splitlines()[-60:]))
     return json.loads((folder / "summary.json").read_text())
 
 

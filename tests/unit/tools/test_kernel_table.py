@@ -1,0 +1,98 @@
+"""What is counted in a kernel's PTX, and the page that the table of builds is written into."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed, and without it there are no kernels")
+
+from benchmarks.gpu_check import kernel_table
+from benchmarks.speed import builds, ptx
+from ds_fira.core import kernels
+
+ROOT = Path(__file__).resolve().parents[3]
+PTX = """
+    ld.global.b8 {%rs1}, [ %rd1 + 0 ];
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd2 + 0 ];
+    @%p1 bra $L__BB0_4;
+    cp.async.cg.shared.global [ %r10 + 0 ], [ %rd5 + 0 ], 0x10, %r11;
+$L__BB0_2:                              // %outer
+    ld.global.L1::evict_last.v2.f32 {%f1, %f2}, [%rd2];
+    ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];
+$L__BB0_3:                              // =>This Inner Loop Header: Depth=2
+    cp.async.cg.shared.global [ %r10 + 0 ], [ %rd5 + 0 ], 0x10, %r11;
+    cp.async.ca.shared.global [ %r10 + 0 ], [ %rd5 + 0 ], 4;
+    cp.async.commit_group;
+    @%p2 bra $L__BB0_3;
+    @%p2 bra.uni $L__BB0_2;
+$L__BB0_4:
+    @%p3 st.global.b64 [ %rd6 + 0 ], { %rd7 };
+"""
+
+
+def test_bytes_of_a_thread() -> None:
+    assert ptx.traffic(PTX) == ptx.Traffic(loaded=1 + 16 + 8, stored=8, copied=16 + 4, narrowest=8)
+
+
+def test_only_loops_without_another_are_innermost() -> None:
+    (loop,) = ptx.innermost(PTX)
+    assert loop.splitlines()[0].startswith("$L__BB0_3")
+    assert loop.splitlines()[-1].endswith("bra $L__BB0_3;")
+
+
+def test_a_page_keeps_what_is_around_the_marks() -> None:
+    page = f"before\n{builds.BEGIN}\nold\n{builds.END}\nafter"
+    once = builds.written(page, "| new |")
+    assert once == f"before\n{builds.BEGIN}\n\n| new |\n\n{builds.END}\nafter"
+    assert builds.written(once, "| new |") == once
+    with pytest.raises(ValueError, match="names a page without the marks"):
+        builds.written("before\nafter", "| new |")
+    builds.written((ROOT / "docs" / "performance.md").read_text(), "")
+
+
+def test_the_table_is_of_kernels_that_there_are() -> None:
+    """Also what it does not know is told."""
+    assert set(kernel_table.others(set())) <= set(kernels.__all__)
+    assert {"project", "apply_update_"} <= set(kernel_table.others(set()))
+    assert not {"supports", "fault"} & set(kernel_table.others(set()))
+
+
+def build(kernel: str, arch: int, registers: int) -> builds.Build:
+    return builds.Build(kernel, "left", "8 x 8", arch, registers, 0, 2048, 2, 8.0, 4.25, (8, 4), None, 16, "wgmma")
+
+
+def test_one_value_where_architectures_agree() -> None:
+    text = builds.table([build("_update", 80, 128), build("_update", 90, 222), build("_moments", 80, 40)])
+    assert text.splitlines()[2:] == [
+        "| `update`, left | 8 x 8 | 128 / 222 | 0 | 2 | 2 | 8.0, 4.2 (8, 4) | 16 |  | wgmma |",
+        "| `moments`, left | 8 x 8 | 40 | 0 | 2 | 2 | 8.0, 4.2 (8, 4) | 16 |  | wgmma |",
+    ]
+
+
+# Compiles one kernel for the oldest architecture.
+ONE = """
+import json, dataclasses
+from benchmarks.speed.builds import chosen, compiled
+launches = chosen(((4096, 11008),), ("tf32",))
+launch, variant = next(each for each in launches if each[0].kernel.__name__ == "_apply_update")
+print(json.dumps(dataclasses.asdict(compiled(launch, variant, 80))))
+"""
+
+
+@pytest.mark.full
+def test_the_update_moves_what_it_has_to(tmp_path: Path) -> None:
+    """G and W read and W written once, and each element of an operand copied once for a tile."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment = {**kept, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", ONE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["arch"], found["spilled"], found["variant"]) == (80, 0, "left, tf32")
+    assert found["loaded"] == pytest.approx(8.0, rel=0.05)  # and a factor for every column
+    assert (found["stored"], found["copied"], found["narrowest"]) == (4.0, 4.0, 16)
