@@ -82,7 +82,7 @@ def separate(shapes: list[tuple[int, ...]], steps: int = 2, **settings: Any) -> 
 
 
 def partition(shapes: list[tuple[int, int]], fragment: int = 0, steps: int = 2, **settings: Any) -> Counter[str]:
-    """A step of a flat partition of whole matrices, and of one of `fragment` elements under AdamW, after `steps` others."""
+    """A step of a flat partition of matrices, and of one of `fragment` elements under AdamW, after `steps` others."""
     numels = [m * n for m, n in shapes]
     flats = [
         Parameter(torch.randn(size, generator=torch.Generator().manual_seed(0))) for size in (sum(numels), fragment)

@@ -1,8 +1,8 @@
 """Compiles every kernel for a GPU, which takes none, and prints what the assembler says of each: one JSON a line.
 
 Run as `python -m tests.gpu.kernel_builds`, without TRITON_INTERPRET; with `quick` for one side and the tensor cores
-alone, with `sm_80` or `sm_100` for an A100 or a B200 in place of an H100. A step is made on meta tensors of the sizes of a 7B model, and what it would launch is compiled with the tiles,
-strides and dtypes of that launch.
+alone, with `sm_80` or `sm_100` for an A100 or a B200 in place of an H100. A step is made on meta tensors of the sizes
+of a 7B model, and what it would launch is compiled with the tiles, strides and dtypes of that launch.
 """
 
 from __future__ import annotations
