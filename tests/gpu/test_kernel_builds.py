@@ -121,7 +121,7 @@ def test_every_kernel_compiles_ahead_of_time(capability: int, tmp_path: Path) ->
     }
     for build in builds:
         assert build["shared"] <= {80: 163, 90: 227, 100: 227}[capability] * 1024, build
-        # A quotient in float64 may be a call that puts a few registers aside. On a B200 the update in tf32 spills eight.
+        # A quotient in float64 may be a call that puts registers aside. On a B200 the update in tf32 spills eight.
         spills = build["kernel"] in ("_measure", "_combine") or capability == 100
         assert build["spilled"] <= (32 if spills else 0), build
         assert bool(build["mma"]) == (build.get("PRECISION", "float32") != "float32"), build

@@ -41,7 +41,11 @@ def train(kernels: str = "auto", steps: int = 4, **settings: Any) -> tuple[list[
     return [param.detach() for param in params], optimizer
 
 
-@pytest.mark.parametrize("settings", [{}, pytest.param({"state_dtype": "int8"}, marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, *(pytest.param(each, marks=pytest.mark.full) for each in ({"state_dtype": "int8"}, {"residual": "none"}))],
+    ids=str,
+)
 def test_batches_make_the_steps_of_the_torch_functions(settings: dict[str, Any]) -> None:
     """Weights, metrics and recorded factors."""
     starts = [make_weight(shape, seed=i).to(DEVICE) for i, shape in enumerate(SHAPES)]
