@@ -60,7 +60,7 @@ def counted() -> Iterator[Counter[str]]:
         yield mode.names
 
 
-def of_a_step(optimizer: torch.optim.Optimizer, params: list[Parameter], steps: int = 2) -> Counter[str]:
+def of_a_step(optimizer: torch.optim.Optimizer, params: list[Parameter], steps: int) -> Counter[str]:
     """What the step after `steps` others launches."""
     for step in range(steps + 1):
         generator = torch.Generator().manual_seed(step)
@@ -74,15 +74,15 @@ def of_a_step(optimizer: torch.optim.Optimizer, params: list[Parameter], steps: 
     raise AssertionError(steps)
 
 
-def separate(shapes: list[tuple[int, ...]], **settings: Any) -> Counter[str]:
-    """A step of parameters of their own, as alone or at stage 0."""
+def separate(shapes: list[tuple[int, ...]], steps: int = 2, **settings: Any) -> Counter[str]:
+    """A step of parameters of their own, as alone or at stage 0, after `steps` others."""
     params = [Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for shape in shapes]
     groups = [{"params": params, "rank": RANK}]
-    return of_a_step(FiraAdam(groups, update_proj_gap=100, **settings), params)
+    return of_a_step(FiraAdam(groups, update_proj_gap=100, **settings), params, steps)
 
 
-def partition(shapes: list[tuple[int, int]], fragment: int = 0, **settings: Any) -> Counter[str]:
-    """A step of a flat partition of whole matrices, and of one of `fragment` elements under AdamW."""
+def partition(shapes: list[tuple[int, int]], fragment: int = 0, steps: int = 2, **settings: Any) -> Counter[str]:
+    """A step of a flat partition of matrices, and of one of `fragment` elements under AdamW, after `steps` others."""
     numels = [m * n for m, n in shapes]
     flats = [
         Parameter(torch.randn(size, generator=torch.Generator().manual_seed(0))) for size in (sum(numels), fragment)
@@ -96,7 +96,7 @@ def partition(shapes: list[tuple[int, int]], fragment: int = 0, **settings: Any)
         MatrixShard(f"m{i}", shape, sum(numels[:i]), 0, shape[0] * shape[1]) for i, shape in enumerate(shapes)
     )
     optimizer.bind(flats[0], LocalMatrices(whole, tuple(range(len(whole)))))
-    return of_a_step(optimizer, flats[: len(optimizer.param_groups)])
+    return of_a_step(optimizer, flats[: len(optimizer.param_groups)], steps)
 
 
 def cases() -> Iterator[tuple[str, int, Callable[[], Counter[str]]]]:

@@ -221,7 +221,7 @@ def state_views(
     """
 
     def view(key: str) -> Tensor:
-        return state[key + mark][index]
+        return _at(state[key + mark], index)
 
     norm = view(RESIDUAL_NORM) if algorithm.limited else None
     return MatrixState(
@@ -239,10 +239,15 @@ def state_views(
 def stored_moment(state: dict[str, Tensor], key: str, mark: str = "", index: Index = ...) -> Stored:
     """One moment as `ds_fira.core.quantization` stores it, from the keys that begin with `key` and end in `mark`."""
     return {
-        suffix: state[key + suffix + mark][index]
+        suffix: _at(state[key + suffix + mark], index)
         for suffix in (quantization.VALUES, quantization.SCALE)
         if key + suffix + mark in state
     }
+
+
+def _at(tensor: Tensor, index: Index) -> Tensor:
+    """The part of a state at an index; the state itself for ..., of which torch would make a view."""
+    return tensor if index is ... else tensor[index]
 
 
 def _mark(shape: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> str:

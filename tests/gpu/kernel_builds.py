@@ -1,8 +1,8 @@
-"""Compiles every kernel for an H100, which takes no GPU, and prints what the assembler says of each: one JSON a line.
+"""Compiles every kernel for a GPU, which takes none, and prints what the assembler says of each: one JSON a line.
 
 Run as `python -m tests.gpu.kernel_builds`, without TRITON_INTERPRET; with `quick` for one side and the tensor cores
-alone. A step is made on meta tensors of the sizes of a 7B model, and what it would launch is compiled with the tiles,
-strides and dtypes of that launch.
+alone, with `sm_80` or `sm_100` for an A100 or a B200 in place of an H100. A step is made on meta tensors of the sizes
+of a 7B model, and what it would launch is compiled with the tiles, strides and dtypes of that launch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import allocate, matrix_states
 from ds_fira.core.step import MatrixTask
 
-H100 = GPUTarget("cuda", 90, 32)
+TARGET = GPUTarget("cuda", next((size for size in (80, 100) if f"sm_{size}" in sys.argv), 90), 32)
 BETAS = (0.9, 0.999)
 # (m, n, r, side): the two sides of a 7B model's feed-forward layers.
 SHAPES = ((4096, 11008, 512, "left"), (11008, 4096, 512, "right"))
@@ -76,7 +76,7 @@ def compiled(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, *args: An
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     with contextlib.redirect_stdout(log):
         source = ASTSource(kernel, signature, constants, attributes)
-        built = triton.compile(source, target=H100, options={**settings, "enable_fp_fusion": True})
+        built = triton.compile(source, target=TARGET, options={**settings, "enable_fp_fusion": True})
     said = log.getvalue()
     return {
         "kernel": kernel.__name__,
@@ -86,7 +86,7 @@ def compiled(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, *args: An
         "shared": built.metadata.shared,
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "spilled": sum(int(size) for size in re.findall(r"(\d+) bytes spill", said)),
-        "mma": sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)", built.asm["ptx"]))),
+        "mma": sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", built.asm["ptx"]))),
     }
 
 

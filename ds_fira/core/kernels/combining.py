@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ds_fira.core import functional as F
 from ds_fira.core.kernels import numbers as places
+from ds_fira.core.kernels.measuring import Memory
 from ds_fira.core.kernels.moments import LEFT_TILE, RIGHT_TILE
 from ds_fira.core.kernels.numbers import Pair, double, pair
 from ds_fira.core.kernels.tiles import launch, tile
@@ -23,6 +24,7 @@ _DIFFERENCE, _SCALED_GRAD_SQ = map(tl.constexpr, (places.DIFFERENCE, places.SCAL
 _FINITE, _NEEDED, _PREVIOUS = map(tl.constexpr, (places.FINITE, places.NEEDED, places.PREVIOUS))
 _BIAS, _SHARE = map(tl.constexpr, (places.BIAS_CORRECTION, places.SHARE))
 _RESIDUAL_SQ, _DIVISOR = map(tl.constexpr, (places.RESIDUAL_SQ, places.DIVISOR))
+_COUNT, _AVERAGE = map(tl.constexpr, (places.COUNT, places.AVERAGE))
 
 
 class Combining(NamedTuple):
@@ -42,7 +44,7 @@ def launch_combine(
     scales: View,
     numbers: View,
     partial: View,
-    residual_norm: View | None,
+    memory: Memory,
     sizes: tuple[int, int, int, int],
     settings: GroupSettings,
     *,
@@ -58,7 +60,7 @@ def launch_combine(
         scales: float32; phi as `launch_update` takes it.
         numbers: see `ds_fira.core.kernels.numbers`; |S|^2 and the divisor are written.
         partial: |S|^2 from the residual itself as sums of so many programs as `rows` says, float64.
-        residual_norm: |S| of the step before, changed where the gradient is finite; None without a limiter.
+        memory: where the gradient is finite, the step count, |S| to remember and p with one factor change.
         sizes: k, r, the columns (left) or rows (right) of G, and how many sums `partial` has.
         settings: of the param group.
         side: the projected side.
@@ -85,13 +87,14 @@ def launch_combine(
         scales,
         numbers,
         partial,
-        residual_norm,
+        memory,
         lines,
         rank,
         parts,
         combining,
         FULL_RANK=settings.residual_form.factors is not None,
         ONE=settings.has_one_factor,
+        AVERAGED=memory.residual_avg_sq is not None and settings.has_one_factor,
         MEASURES=settings.measures_residual,
         WARMING=settings.residual_warmup > 0,
         OUTSIDE=outside,
@@ -109,13 +112,14 @@ def _combine(
     scales,
     numbers,
     partial,
-    residual_norm,
+    memory,
     lines,
     rank,
     parts,
     settings,
     FULL_RANK: tl.constexpr,
     ONE: tl.constexpr,
+    AVERAGED: tl.constexpr,
     MEASURES: tl.constexpr,
     WARMING: tl.constexpr,
     OUTSIDE: tl.constexpr,
@@ -136,7 +140,8 @@ def _combine(
             total += tl.load(origin(partial, matrix) + start + offsets, mask=offsets < parts - start, other=0.0)
         residual_sq = tl.where(needed, tl.sum(total, axis=0), residual_sq)
     divisor = residual_sq * 0.0 + 1.0
-    if residual_norm is not None:
+    remembered = divisor
+    if memory.residual_norm is not None:
         previous = tl.load(numbers_at + _PREVIOUS)
         norm = tl.sqrt(tl.maximum(residual_sq, 0.0))
         ratio = double(settings.negligible_ratio)
@@ -144,12 +149,17 @@ def _combine(
         gamma = double(settings.gamma)
         growth = tl.maximum(norm / (previous + _NORM_EPS), gamma) / gamma
         divisor = tl.where(counts & (previous != 0.0), growth, divisor)
-        if tl.program_id(0) == 0:
-            norm_at = origin(residual_norm, matrix)
-            tl.store(norm_at, tl.where(counts, norm / divisor, 0.0).to(norm_at.dtype.element_ty))
+        remembered = tl.where(counts, norm / divisor, 0.0)
+    # What they were found from is not read again.
     if tl.program_id(0) == 0:
         tl.store(numbers_at + _RESIDUAL_SQ, residual_sq)
         tl.store(numbers_at + _DIVISOR, divisor)
+        tl.store(origin(memory.step, matrix), tl.load(numbers_at + _COUNT).to(tl.int64))
+        if memory.residual_norm is not None:
+            norm_at = origin(memory.residual_norm, matrix)
+            tl.store(norm_at, remembered.to(norm_at.dtype.element_ty))
+        if AVERAGED:
+            tl.store(origin(memory.residual_avg_sq, matrix), tl.load(numbers_at + _AVERAGE).to(tl.float32))
 
     bias = tl.load(numbers_at + _BIAS)
     inner_alpha = double(settings.inner_alpha)

@@ -24,6 +24,7 @@ _EXACT_SHARE = tl.constexpr(F.EXACT_RESIDUAL_SHARE)
 _GRAD_SQ, _LOW_RANK_SQ, _DIFFERENCE = map(tl.constexpr, (places.GRAD_SQ, places.LOW_RANK_SQ, places.DIFFERENCE))
 _SCALED_GRAD_SQ, _FINITE, _NEEDED = map(tl.constexpr, (places.SCALED_GRAD_SQ, places.FINITE, places.NEEDED))
 _PREVIOUS, _BIAS, _SHARE = map(tl.constexpr, (places.PREVIOUS, places.BIAS_CORRECTION, places.SHARE))
+_COUNT, _AVERAGE = map(tl.constexpr, (places.COUNT, places.AVERAGE))
 
 
 class Squares(NamedTuple):
@@ -65,14 +66,17 @@ def launch_measure(
     side: Side,
     given: bool,
 ) -> None:
-    """Lines 12 and 13: phi and |S|^2 of each matrix, by one program; its step count, and p of a normalized residual.
+    """Lines 12 and 13: phi and |S|^2 of each matrix, by one program, and p of a normalized residual.
+
+    What is one number of a matrix is only read of its memory. The warps of a program read it each for themselves, and
+    one that wrote would be ahead of others; so `launch_combine` writes it.
 
     Args:
         squares: of each column or row.
         phi: factors before the limiter, float64; written, one for each column or row or one for all.
         numbers: written, see `ds_fira.core.kernels.numbers`.
         grad_finite: by the sums of strips.
-        memory: step count and p change where the gradient is finite.
+        memory: of each column or row p changes where the gradient is finite.
         sizes: k, m, n, r.
         settings: of the param group.
         side: the projected side.
@@ -80,6 +84,7 @@ def launch_measure(
     """
     count, m, n, rank = sizes
     lines, form = n if side == "left" else m, settings.residual_form
+    block = tile(lines, BLOCK)
     measuring = Measuring(
         betas=(pair(settings.betas[0]), pair(settings.betas[1])),
         cross=pair(2.0 * settings.inner_alpha - settings.inner_alpha**2),
@@ -108,8 +113,9 @@ def launch_measure(
         LIMITED=settings.has_limiter,
         WARMING=settings.residual_warmup > 0,
         GIVEN=given,
-        BLOCK=tile(lines, BLOCK),
-        num_warps=8,
+        BLOCK=block,
+        # No more threads than columns or rows: an entry of p is read and written by one.
+        num_warps=max(1, min(8, block // 32)),
     )
 
 
@@ -152,7 +158,7 @@ def _factor(
     CORRECTED: tl.constexpr,
     AVERAGED: tl.constexpr,
 ):
-    """Phi from the squares of one line, or of their sums; p changes where it is kept."""
+    """Phi from the squares of one line, or of their sums; and p afterwards."""
     if FORM == "normalized":
         share = first * 0.0 + 1.0
         average = first.to(tl.float32)
@@ -161,17 +167,18 @@ def _factor(
             share = share - power(beta, count)
             before = tl.load(average_at, mask=kept, other=-1.0).to(tl.float64)
             average = tl.where(before < 0.0, share * first, beta * before + (1.0 - beta) * first).to(tl.float32)
-            tl.store(average_at, average, mask=kept)
         # As it is stored: what underflows there is 0, so that phi stays in the range of a float32.
         divisor = tl.where(average > 0.0, average, 1.0).to(tl.float64)
         phi = tl.where(average > 0.0, tl.sqrt(double(settings.elements) * share / divisor), 0.0)
     elif SCALING == "none":
+        average = first
         phi = first * 0.0 + 1.0
     else:
+        average = first
         phi = tl.sqrt(first) / (tl.sqrt(second) + _NORM_EPS)
         if CORRECTED:
             phi = phi * bias
-    return phi
+    return phi, average
 
 
 @triton.jit
@@ -201,7 +208,7 @@ def _measure(
     count = tl.load(step_at)
     if not GIVEN:
         count += finite
-        tl.store(step_at, count)
+    tl.store(numbers_at + _COUNT, count.to(tl.float64))
     # Before the first finite gradient nothing asks for it, but it would be 0 / 0.
     count = tl.maximum(count, 1)
     if GIVEN:
@@ -232,8 +239,12 @@ def _measure(
             second_sum += second
         first = tl.sum(first_sum, axis=0)
         second = tl.sum(second_sum, axis=0)
-        factor = _factor(first, second, average_at, end > 0, count, bias, settings, FORM, SCALING, CORRECTED, AVERAGED)
+        factor, average = _factor(
+            first, second, average_at, end > 0, count, bias, settings, FORM, SCALING, CORRECTED, AVERAGED
+        )
         tl.store(phi_at, factor)
+        if AVERAGED:
+            tl.store(numbers_at + _AVERAGE, average.to(tl.float64))
     low_rank_sum = tl.zeros((BLOCK,), dtype=tl.float64)
     scaled_grad_sum = tl.zeros((BLOCK,), dtype=tl.float64)
     scaled_sum = tl.zeros((BLOCK,), dtype=tl.float64)
@@ -246,10 +257,12 @@ def _measure(
             if ONE:
                 own = factor
             else:
-                own = _factor(
+                own, averages = _factor(
                     upper, lower, average_at + line, kept, count, bias, settings, FORM, SCALING, CORRECTED, AVERAGED
                 )
                 tl.store(phi_at + line, own, mask=kept)
+                if AVERAGED:
+                    tl.store(average_at + line, averages, mask=kept)
             scaled_grad_sum += own * own * grad_sq
             scaled_sum += own * own * lower
     scaled_grad_sq = tl.sum(scaled_grad_sum, axis=0)

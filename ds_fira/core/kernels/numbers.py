@@ -24,6 +24,8 @@ BIAS_CORRECTION = 7  # Adam's, or a rule's factor of the step size
 SHARE = 8  # of its size that the residual has in a warm-up
 RESIDUAL_SQ = 9  # |S|^2 before the limiter, however it was found
 DIVISOR = 10  # the limiter's; 1 without one
+COUNT = 11  # steps made, this one too
+AVERAGE = 12  # p of a normalized residual with one factor
 
 # The same inside a kernel.
 _GRAD_SQ, _LOW_RANK_SQ, _FINITE = (tl.constexpr(place) for place in (GRAD_SQ, LOW_RANK_SQ, FINITE))

@@ -2,9 +2,9 @@
 
     _project            line 8: R, and the norms of G's columns or rows
     _adam_direction     lines 9 to 11: moments, N, and the norms of N and R; `_adam_blocks` before it for 8-bit moments
-    _measure            lines 12 and 13: the step count, phi, |S|^2 as a difference
+    _measure            lines 12 and 13: phi, |S|^2 as a difference
     _residual_square    |S|^2 from the residual, of the matrices whose difference has lost its digits
-    _combine            lines 14 and 15: the limiter, C
+    _combine            lines 14 and 15: the limiter, C; the step count
     _apply_update       line 16: W
 
 The matrices may be tensors of their own. What the kernels need beside them is two allocations; what metrics and
@@ -178,7 +178,7 @@ class _BatchStep:
             scales,
             numbers,
             partial,
-            self.memory.residual_norm,
+            self.memory,
             (self.count, self.rank, self.lines, self.parts),
             settings,
             side=side,

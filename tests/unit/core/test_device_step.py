@@ -33,7 +33,8 @@ def drive(kind: str, kernel: bool, steps: int = 5, spoil: int | None = None, **s
     """Make steps with the same gradients; returns parameters, optimizer, and the optimizer's metrics."""
     settings = {**SETTINGS, "kernels": "auto" if kernel else "off", **settings}
     if kind == "flat":
-        shapes = [(9, 20), (9, 20), (9, 20), (17, 6)]
+        # Not at equal distances, so that a table says where they are.
+        shapes = [(9, 20), (17, 6), (9, 20), (9, 20)]
     else:
         shapes = {"wide": [(9, 20)], "tall": [(17, 6)], "experts": [(9, 20)] * 3, "adamw": [(40, 7)]}[kind]
     weights = [make_weight(shape, seed=i).to(DEVICE) for i, shape in enumerate(shapes)]
@@ -78,6 +79,7 @@ def drive(kind: str, kernel: bool, steps: int = 5, spoil: int | None = None, **s
         ("experts", {"residual": "normalized", "scaling": "matrix", "limiter": "growth"}),
         ("flat", {"residual": "normalized", "residual_beta": 0.0, "residual_warmup": 6}),
         ("flat", {"state_dtype": "bfloat16"}),
+        ("experts", {"state_dtype": "int8"}),
         ("flat", {"proj_type": "reverse_std", "subspace": "gram", "refresh_moments": "rotate", "stagger": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(map(str, value.values())) or "defaults",

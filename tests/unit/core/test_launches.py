@@ -1,0 +1,81 @@
+"""How many operations and kernels a step launches with the kernels; counted in the interpreter, whatever the sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.speed.launches import FEED_FORWARD, HIDDEN, LAYER, partition, separate
+from ds_fira.core.batches import MAX_BATCH
+from tests.grids import once
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.usefixtures("kernels_allowed"),
+    # What the interpreter's NumPy says of zero by zero outside of a matrix.
+    pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning"),
+]
+
+# Of the batch: two allocations, seven kernels, and one more for 8-bit states.
+MOST_OF_A_BATCH = 12
+# Where matrices do not lie at equal distances: the table that says where they are.
+TABLE = 2
+# The step count on the host, its look at it, and the kernel.
+MOST_OF_ADAMW = 4
+WIDE, TALL = (HIDDEN, FEED_FORWARD), (FEED_FORWARD, HIDDEN)
+# Not at equal distances.
+MIXED = [WIDE, TALL, WIDE, WIDE, TALL]
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"scaling": "matrix", "formulation": "paper", "weight_decay": 0.1, "residual_warmup": 9},
+    {"scaling": "none", "limiter": "none", "eps": 0.0},
+    {"residual": "normalized"},
+    {"residual": "normalized", "scaling": "matrix", "limiter": "growth", "residual_beta": 0.0},
+    {"residual": "none"},
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "state_dtype", "form"), once([WIDE, TALL], ["float32", "bfloat16", "int8"], FORMS), ids=str
+)
+def test_a_batch_launches_a_dozen(shape: tuple[int, int], state_dtype: str, form: dict[str, Any]) -> None:
+    names = separate([(2, *shape)], steps=1, state_dtype=state_dtype, **form)
+    assert 6 < names.total() <= MOST_OF_A_BATCH, names
+
+
+def test_a_batch_has_at_most_so_many_matrices() -> None:
+    """Then another batch begins."""
+    names = separate([(MAX_BATCH + 1, 16, 16)], steps=1)
+    assert names["_project"] == names["_apply_update"] == 2
+    assert names.total() <= 2 * MOST_OF_A_BATCH, names
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_matrices_of_their_own_are_batches(state_dtype: str) -> None:
+    """Whose gradients are new in every step: two shapes, so two batches."""
+    names = separate(MIXED, steps=1, state_dtype=state_dtype)
+    assert names["_project"] == 2
+    assert names.total() <= 2 * (MOST_OF_A_BATCH + TABLE) < 0.1 * 73 * len(MIXED), names
+
+
+def test_a_partition_launches_a_batch_for_each_shape() -> None:
+    """Wherever the matrices of a shape lie; and a fragment under AdamW."""
+    names = partition(MIXED, fragment=100, steps=1)
+    assert names["_project"] == 2
+    assert names.total() <= 2 * MOST_OF_A_BATCH + MOST_OF_ADAMW, names
+
+
+@pytest.mark.full
+def test_a_partition_of_7b_launches_a_few() -> None:
+    """28 matrices, as of LLaMA-7B on 8 ranks."""
+    names = partition(LAYER * 4, fragment=100)
+    assert names.total() <= 4 * MOST_OF_A_BATCH + MOST_OF_ADAMW <= 80, names
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_a_parameter_under_adamw_is_one_kernel(state_dtype: str) -> None:
+    """Of 5,000 elements, enough to be stored as the setting says."""
+    names = partition([TALL], fragment=5000, steps=1, state_dtype=state_dtype)
+    assert names["_adamw"] == 1
+    assert names.total() <= MOST_OF_A_BATCH + MOST_OF_ADAMW, names
