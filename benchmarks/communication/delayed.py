@@ -1,6 +1,6 @@
 """A low-rank step over a slow link: round trips one behind the other, and its time, in processes over gloo.
 
-    python -m benchmarks.communication.delayed [--ranks 3] [--delay 20] [--repeats 40] [--before FOLDER] [--json FILE]
+    python -m benchmarks.communication.delayed [--ranks 3] [--delay 20] [--repeats 20] [--before FOLDER] [--json FILE]
 
 Every collective ends `--delay` milliseconds after the last rank has started it, as on a link of that latency and of any
 bandwidth. Several that are under way at the same time do not wait for each other; one that is waited for at once costs
@@ -54,8 +54,6 @@ CASES = [
     ("stage 3, normalized", True, {"residual": "normalized"}, ONE_TURN),
 ]
 GIVEN = {"lr": 0.01, "rank": 8, "update_proj_gap": 10**6}
-# Of the two versions that are compared, each is started so often.
-ROUNDS = 3
 COUNTS = ("collectives", "round_trips")
 TIMES = ("slow", "plain")
 
@@ -244,12 +242,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--delay", type=float, default=20.0, help="milliseconds")
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each of two versions is started")
     parser.add_argument("--before", help="folder of another version, to compare with")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
     own, others = [], []
-    for _ in range(ROUNDS if args.before else 1):
+    for _ in range(args.rounds if args.before else 1):
         own.append(measure(args.ranks, 1e-3 * args.delay, args.repeats))
         if args.before:
             others.append(measure_folder(args.before, args))
