@@ -1,4 +1,4 @@
-"""A low-rank step over a link of some latency, in processes over gloo: what `benchmarks.communication.delayed` shows."""
+"""A low-rank step over a link of some latency, in processes over gloo: `benchmarks.communication.delayed`."""
 
 from __future__ import annotations
 
