@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ds_fira.sharding.lowrank.turn import Turn
 from ds_fira.sharding.refresher import Refresher
 from tests.distributed.zero_jobs import batches, build, config
 
@@ -27,8 +28,8 @@ def fail(folder: str, stage: int, odd: int, where: str, how: str, dtype: str = "
         folder: not used.
         stage: of ZeRO.
         odd: the rank that raises.
-        where: "step", before it; "refresh", as it computes bases; "after", when the step is made; "forward", in the
-            model's own code.
+        where: "step", before it; "refresh", as it computes bases; "travelling", in the step, while a collective that it
+            has started is under way; "after", when the step is made; "forward", in the model's own code.
         how: "dies", by the exception; "caught", the process lives on.
         dtype: of the config.
     """
@@ -46,6 +47,8 @@ def fail(folder: str, stage: int, odd: int, where: str, how: str, dtype: str = "
 
         if where == "refresh":
             Refresher.refresh = raises
+        elif where == "travelling":
+            Turn._answer_early = raises
         elif where == "forward":
             engine.module.norm.register_forward_hook(raises)
         elif where == "after":

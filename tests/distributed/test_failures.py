@@ -22,13 +22,17 @@ CASES = [
     (3, 3, "fp32", 2, "step", "dies"),
     (2, 1, "bf16", 1, "after", "caught"),
     (2, 2, "fp32", 0, "forward", "dies"),
+    (3, 2, "fp32", 1, "travelling", "dies"),
+    (2, 3, "bf16", 1, "travelling", "caught"),
 ]
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("half", [0, 1])
 def test_the_others_end_with_the_sentence_of_the_rank_that_failed(tmp_path: Path, half: int) -> None:
-    """In a refresh, in and behind a step; on rank 0, which holds the store, and the last; caught or not."""
+    """In a refresh, in and behind a step, with a collective under way; on rank 0, which holds the store, and the last;
+    caught or not.
+    """
     runs = []
     for number, (world, stage, dtype, odd, where, how) in enumerate(CASES[half::2]):
         folder = tmp_path / str(number)

@@ -204,10 +204,7 @@ CHANGES = [{}, {"scaling": "matrix"}, {"proj_type": "right"}]
 
 @pytest.mark.parametrize("changed", widest(CHANGES), ids=str)
 def test_a_residual_that_is_rounding(ranks: Pools, changed: dict[str, Any]) -> None:
-    """A gradient inside its new basis: the residual is summed itself, in a few more collectives, and is no history.
-
-    On the left R and phi are sent, the sum is made and the answer sent again. On the right all of it has come.
-    """
+    """A gradient inside its new basis: the residual is summed itself, on the left with R there and C once more."""
     job = {**changed, "alpha": 1.0, "steps": 4, "shapes": FEW}
     ordinary = run(ranks, 3, **job)
     faulty = run(ranks, 3, **job, faults={3: ("layers.2.weight", "rank 1")})
@@ -268,10 +265,8 @@ def test_counted_bytes(ranks: Pools) -> None:
     assert [result["collectives"] for result in results] == [2 * (4 * steps + 3 * refreshes)] * 3
     settings = GroupSettings.of(check_params(params))
     for rank, result in enumerate(results):
-        planned = sum(
-            steps * low_rank_elements(matrix, rank, settings) + refreshes * matrix.refresh_elements(rank, settings)
-            for matrix in low_rank.values()
-        )
+        planned = steps * sum(low_rank_elements(matrix, rank, settings) for matrix in low_rank.values())
+        planned += refreshes * sum(matrix.refresh_elements(rank, settings) for matrix in low_rank.values())
         assert 4 * (planned + refreshes * up[rank]) == result["bytes_sent"]
 
 

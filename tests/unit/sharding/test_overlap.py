@@ -119,7 +119,7 @@ def train(
         ({"alpha": 1.0}, False),
         ({"alpha": 1.0, "refresh_moments": "rotate", "subspace": "gram"}, True),
         ({"scaling": "matrix", "formulation": "paper", "stagger": True}, False),
-        ({"residual": "normalized", "scaling": "matrix", "limiter": "growth", "state_dtype": "int8"}, True),
+        ({"residual": "normalized", "scaling": "matrix", "limiter": "growth"}, True),
         ({"residual": "none"}, True),
         ({"residual": "normalized"}, False),
     ],
