@@ -72,19 +72,6 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
-def rates(device: torch.device) -> tuple[float, float]:
-    """Operations per second of a float32 matrix product as torch is set, and bytes per second of a copy.
-
-    Measured, for the floor that a step cannot go below: bytes over bandwidth plus operations over rate.
-    """
-    size = 4096 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
-    buffer = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
-    target = torch.empty_like(buffer)
-    times = medians({"product": lambda: left @ right, "copy": lambda: target.copy_(buffer)}, 7, device)
-    return 2 * size**3 / times["product"], 8 * buffer.numel() / times["copy"]
-
-
 def save(path: str | None, device: torch.device, **results: Any) -> None:
     """Write results with the device and versions they belong to as JSON; nothing without a path."""
     if path is None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,8 +64,7 @@ class MatrixTask:
         return float(total_square(self.grad, self.state.dtype, self.state.side))
 
 
-@dataclass(frozen=True, slots=True)
-class StepStats:
+class StepStats(NamedTuple):
     """The numbers of one step, for metrics and recorders.
 
     Attributes:

@@ -15,6 +15,7 @@ from ds_fira.core.unprojected import step_unprojected_
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_series import Series, add_batch
 from ds_fira.optim.stateful import Resumable
+from ds_fira.sharding.local_matrices import LocalMatrices
 
 
 class Stepping(Resumable):
@@ -32,13 +33,12 @@ class Stepping(Resumable):
         series: dict[Tensor, list[Series]] = {}
         if self._recording:
             series = {p: self.recorder.low_rank(p, lambda p=p: self._slices(p, group).matrices) for p in params}
-        for param in params:
-            state = self._state_of(param, group)
-            self._matrices(param).bind(state, settings, self.algorithm, compute_dtype(param.dtype))
-        for turn in range(max((self._matrices(param).turns for param in params), default=0)):
-            self._step_whole([p for p in params if turn < self._matrices(p).turns], settings, turn, series)
-        for param in params:
-            matrices = self._matrices(param)
+        members = [(param, self._matrices(param)) for param in params]
+        for param, matrices in members:
+            matrices.bind(self._state_of(param, group), settings, self.algorithm, compute_dtype(param.dtype))
+        for turn in range(max((matrices.turns for _, matrices in members), default=0)):
+            self._step_whole([member for member in members if turn < member[1].turns], settings, turn, series)
+        for param, matrices in members:
             if matrices.low_rank is None:
                 continue
             ratio = self._negligible_ratio(param, settings)
@@ -51,29 +51,32 @@ class Stepping(Resumable):
                     own[matrices.low_rank.plans.index(plan)].add(*entries())
 
     def _step_whole(
-        self, params: list[Tensor], settings: GroupSettings, turn: int, series: dict[Tensor, list[Series]]
+        self,
+        members: list[tuple[Tensor, LocalMatrices]],
+        settings: GroupSettings,
+        turn: int,
+        series: dict[Tensor, list[Series]],
     ) -> None:
         """One turn: gather what is split, refresh what is due, update, give back what was gathered."""
-        tasks: dict[Tensor, list[MatrixTask]] = {}
-        gathered: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
+        tasks: list[list[MatrixTask]] = []
+        gathered: list[Sequence[tuple[Tensor, Tensor]]] = []
         due: list[MatrixTask] = []
-        for param in params:
-            matrices = self._matrices(param)
-            if matrices.exchanges:
-                gathered[param] = matrices.exchanges[turn].to_owners(param, param.grad)
-            ratio = self._negligible_ratio(param, settings)
-            tasks[param] = matrices.tasks(param, turn, gathered.get(param, ()), settings, ratio)
-            due += self._refresher.due(param, tasks[param], matrices.indices, matrices.first_of(turn))
+        for param, matrices in members:
+            pairs = matrices.exchanges[turn].to_owners(param, param.grad) if matrices.exchanges else ()
+            singles = matrices.tasks(param, turn, pairs, settings, self._negligible_ratio(param, settings))
+            due += self._refresher.due(param, singles, matrices.indices, matrices.first_of(turn))
+            gathered.append(pairs)
+            tasks.append(singles)
         self._refresher.refresh(due)
-        for param, singles in tasks.items():
-            # A rule sees one matrix at a time.
-            together = (
-                turn == 0 and settings.rule is None and settings.state_dtype == "float32" and kernels.supports(param)
-            )
-            recorders = series.get(param, [])[self._matrices(param).first_of(turn) :]
-            self._update(self._matrices(param).batches(param, singles) if together else singles, recorders)
-        for param, pairs in gathered.items():
-            self._matrices(param).exchanges[turn].to_holders(param, [weight for weight, _ in pairs])
+        # A rule sees one matrix at a time.
+        may_join = turn == 0 and settings.rule is None and settings.state_dtype == "float32"
+        for (param, matrices), singles in zip(members, tasks, strict=True):
+            together = may_join and kernels.supports(param)
+            recorders = series[param][matrices.first_of(turn) :] if series else ()
+            self._update(matrices.batches(param, singles) if together else singles, recorders)
+        for (param, matrices), pairs in zip(members, gathered, strict=True):
+            if matrices.exchanges:
+                matrices.exchanges[turn].to_holders(param, [weight for weight, _ in pairs])
 
     def _update(self, tasks: list[MatrixTask], series: Sequence[Series]) -> None:
         first = 0
