@@ -4,8 +4,9 @@
     python -m benchmarks.speed.step --partition-of 8 --models 7b [--ranks 256 1024]     # one rank's share
 
 The first form steps every distinct matrix shape of a LLaMA of the paper at the paper's rank, all optimizers in turn
-on the same gradient; the figures are ratios of medians. On a GPU peers are stepped with torch's products in float32,
-their default, and in TF32, which is ours. The second builds the flat partitions that rank 0 of N holds under ZeRO-2
+on the same gradient; the figures are ratios of medians, of processor time with one thread on a CPU, else of wall
+time. On a GPU peers are stepped with torch's products in float32, their default, and in TF32, which is ours.
+The second builds the flat partitions that rank 0 of N holds under ZeRO-2
 and steps them as the engine does, beside fused AdamW on the same flat tensors; the amortised step counts one refresh
 in 200 steps. The floor is measured in turn with the optimizers, of the same shapes: both products, the second one
 accumulated into W, another reading of G, and Adam on R.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
@@ -29,6 +31,8 @@ from ds_fira.core.functional import fused_adam_
 from ds_fira.core.precision import matmul_precision
 from ds_fira.core.subspace import low_rank_shape, projection_side
 
+# Elements under which a step is repeated more often, for it is short.
+SMALL = 2**20
 GAP = 200  # steps from one refresh to the next, for the amortised step
 
 
@@ -113,7 +117,10 @@ def by_shape(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for shape, rank in named[model]:
             steps = {"ds_fira": stepper(lambda p, r: make_ds_fira(p, r, **settings), shape, rank, device)}
             steps |= {**peer_steps(peers, shape, rank, device, precisions), "floor": floor(shape, rank, device)}
-            times = medians(steps, args.repeats, device)
+            # What else a machine runs is no part of a processor's time; with more threads that has waiting in it.
+            clock = time.process_time if device.type == "cpu" and number == 1 else time.perf_counter
+            small = max(1, SMALL // (shape[0] * shape[1]))
+            times = medians(steps, args.repeats * small, device, clock)
             del steps
             rows.append({"threads": number, "model": model, "shape": shape, "rank": rank, "seconds": times})
             ratios = "".join(f"{times['ds_fira'] / times[name]:>16.2f}" for name in columns)
