@@ -17,8 +17,8 @@ BLOCK_SHARE = 1 / 32
 MIN_BLOCK_ROWS = 8
 # Elements up to which a matrix is summed up in float64: there it costs less than the calls.
 SMALL_MATRIX = 2**13
-# Elements, for each thread, of a block whose squares are formed at once where there is memory for them: they stay in the
-# cache of a core, and threads wait for each other at the end of every block.
+# Elements, for each thread, of a block whose squares are formed at once where there is memory for them: they stay in
+# the cache of a core, and threads wait for each other at the end of every block.
 CACHED_BLOCK = 2**18
 
 
