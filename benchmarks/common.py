@@ -47,42 +47,34 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {"device": device_name(device), "python": platform.python_version(), "versions": versions}
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's queue included."""
+def seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one call by a clock, the device's queue included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def medians(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+def medians(
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of every call, taken in turn, so that a noisy machine is unfair to none."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            taken[name].append(seconds(call, device))
+            taken[name].append(seconds(call, device, clock))
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def geometric_mean(values: Iterable[float]) -> float:
     """The exponential of the mean logarithm."""
     return math.exp(statistics.fmean(math.log(value) for value in values))
-
-
-def rates(device: torch.device) -> tuple[float, float]:
-    """Operations per second of a float32 matrix product as torch is set, and bytes per second of a copy.
-
-    Measured, for the floor that a step cannot go below: bytes over bandwidth plus operations over rate.
-    """
-    size = 4096 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
-    buffer = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
-    target = torch.empty_like(buffer)
-    times = medians({"product": lambda: left @ right, "copy": lambda: target.copy_(buffer)}, 7, device)
-    return 2 * size**3 / times["product"], 8 * buffer.numel() / times["copy"]
 
 
 def save(path: str | None, device: torch.device, **results: Any) -> None:

@@ -1,14 +1,15 @@
 """Time of one optimizer step without a refresh beside its peers, in one run on one device.
 
-    python -m benchmarks.speed.step [--models small 60m 130m 350m 1b] [--peers fira AdamW ...] [--json FILE]
+    python -m benchmarks.speed.step [--models small 60m 130m 350m 1b] [--peers fira AdamW ...] [--threads 1 2]
     python -m benchmarks.speed.step --partition-of 8 --models 7b [--ranks 256 1024]     # one rank's share
 
 The first form steps every distinct matrix shape of a LLaMA of the paper at the paper's rank, all optimizers in turn
-on the same gradient; the figures are ratios of medians. On a GPU peers are stepped with torch's products in float32,
-their default, and in TF32, which is ours. The second builds the flat partitions that rank 0 of N holds under ZeRO-2
+on the same gradient; the figures are ratios of medians, of processor time with one thread on a CPU, else of wall
+time. On a GPU peers are stepped with torch's products in float32, their default, and in TF32, which is ours.
+The second builds the flat partitions that rank 0 of N holds under ZeRO-2
 and steps them as the engine does, beside fused AdamW on the same flat tensors; the amortised step counts one refresh
-in 200 steps. The floor is the bytes that a step must move (gradient read twice, weight read and written, states) over
-the bandwidth of a copy, plus its matrix products over the rate of one, both measured in the run.
+in 200 steps. The floor is measured in turn with the optimizers, of the same shapes: both products, the second one
+accumulated into W, another reading of G, and Adam on R.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 
-from benchmarks.common import default_device, device_name, geometric_mean, medians, rates, save, seconds
+from benchmarks.common import default_device, device_name, geometric_mean, medians, save, seconds
 from benchmarks.communication.partition import LLAMAS, llama_shapes, plan_llama_run, rank_partition
 from benchmarks.peers import PEERS, available, make_ds_fira
+from ds_fira.core.functional import fused_adam_
 from ds_fira.core.precision import matmul_precision
 from ds_fira.core.subspace import low_rank_shape, projection_side
 
+# Elements under which a step is repeated more often, for it is short.
+SMALL = 2**20
 GAP = 200  # steps from one refresh to the next, for the amortised step
 
 
@@ -67,14 +73,26 @@ def step_and_refresh(optimizer: torch.optim.Optimizer, repeats: int, device: tor
     return step, max(0.0, first - step)
 
 
-def floor_seconds(shape: tuple[int, int], rank: int, flops: float, bandwidth: float) -> float:
-    """What a float32 step of one matrix cannot go below at the measured rates."""
-    m, n = shape
-    a, b = low_rank_shape(shape, rank, projection_side(shape, "std", "released"))
-    r = min(rank, m, n)
-    # G twice, W both ways; both moments both ways, R and C both ways, the basis twice.
-    moved = 4 * (4 * m * n + 8 * a * b + 2 * r * min(m, n))
-    return moved / bandwidth + 4 * m * n * r / flops
+def floor(shape: tuple[int, int], rank: int, device: torch.device) -> Callable[[], object]:
+    """A function that does what no float32 step of one matrix can do without, and nothing between.
+
+    That is two products, of which each reads G or reads and writes W, Adam on R, and G once more, for its part of the
+    update or for the residual's norm.
+    """
+    left = projection_side(shape, "std", "released") == "left"
+    grad, weight = (torch.randn(shape, device=device) for _ in range(2))
+    basis = torch.linalg.qr(torch.randn(min(shape), min(rank, *shape), device=device))[0].contiguous()
+    low_rank, update, exp_avg, exp_avg_sq = (
+        torch.zeros(low_rank_shape(shape, rank, "left" if left else "right"), device=device) for _ in range(4)
+    )
+
+    def work() -> None:
+        torch.mm(*((basis.t(), grad) if left else (grad, basis)), out=low_rank)
+        torch.linalg.vector_norm(grad)
+        fused_adam_(update, low_rank, exp_avg, exp_avg_sq, step_size=1e-3, betas=(0.9, 0.999), eps=1e-6)
+        weight.addmm_(*((basis, update) if left else (update, basis.t())), alpha=-1e-3)
+
+    return work
 
 
 def by_shape(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -82,28 +100,46 @@ def by_shape(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     peers, reasons = available(args.peers, device)
     for name, reason in reasons.items():
         print(f"{name} does not run here: {reason}")
-    flops, bandwidth = rates(device)
-    print(f"product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.1f} GB/s")
     # On a GPU ours multiply in TF32 by default, and torch does not.
     precisions = ("float32", "tf32") if device.type == "cuda" else ("float32",)
     columns = [name + mark for name in peers for mark in ("", " tf32")[: len(precisions)]]
-    print(f"{'model':6}{'shape':>14}{'rank':>6}{'/ floor':>9}" + "".join(f"{'/ ' + name:>16}" for name in columns))
+    print(
+        f"{'threads':>7} {'model':6}{'shape':>14}{'rank':>6}{'/ floor':>9}"
+        + "".join(f"{'/ ' + n:>16}" for n in columns)
+    )
     rows: list[dict[str, Any]] = []
     settings = {"state_dtype": args.state_dtype, "matmul_precision": args.matmul_precision, "subspace": "randomized"}
     named = {"small": [((128, 128), 32), ((512, 512), 128)]}
     named |= {model: [(shape, LLAMAS[model][4]) for shape in llama_shapes(model)] for model in LLAMAS}
-    for model in args.models:
+    threads = args.threads or [torch.get_num_threads()]
+    for number, model in product(threads, args.models):
+        torch.set_num_threads(number)
         for shape, rank in named[model]:
             steps = {"ds_fira": stepper(lambda p, r: make_ds_fira(p, r, **settings), shape, rank, device)}
-            steps |= peer_steps(peers, shape, rank, device, precisions)
-            times = medians(steps, args.repeats, device)
+            steps |= {**peer_steps(peers, shape, rank, device, precisions), "floor": floor(shape, rank, device)}
+            # What else a machine runs is no part of a processor's time; with more threads that has waiting in it.
+            clock = time.process_time if device.type == "cpu" and number == 1 else time.perf_counter
+            small = max(1, SMALL // (shape[0] * shape[1]))
+            times = medians(steps, args.repeats * small, device, clock)
             del steps
-            floor = floor_seconds(shape, rank, flops, bandwidth)
-            rows.append({"model": model, "shape": shape, "rank": rank, "seconds": times, "floor_seconds": floor})
+            rows.append({"threads": number, "model": model, "shape": shape, "rank": rank, "seconds": times})
             ratios = "".join(f"{times['ds_fira'] / times[name]:>16.2f}" for name in columns)
-            print(f"{model:6}{shape[0]:>8} x{shape[1]:>5}{rank:>5}{times['ds_fira'] / floor:>9.2f}{ratios}", flush=True)
-    means = {name: geometric_mean(row["seconds"]["ds_fira"] / row["seconds"][name] for row in rows) for name in columns}
-    print(f"{'geometric mean':35}" + "".join(f"{means[name]:>16.2f}" for name in columns))
+            over = times["ds_fira"] / times["floor"]
+            print(
+                f"{number:7} {model:6}{shape[0]:>8} x{shape[1]:>5}{rank:>5}{over:>9.2f}{ratios}",
+                flush=True,
+            )
+    means = {
+        f"{number} threads": {
+            name: geometric_mean(
+                row["seconds"]["ds_fira"] / row["seconds"][name] for row in rows if row["threads"] == number
+            )
+            for name in ("floor", *columns)
+        }
+        for number in threads
+    }
+    for name, found in means.items():
+        print(f"{'geometric mean, ' + name:34}{found['floor']:>9.2f}" + "".join(f"{found[n]:>16.2f}" for n in columns))
     return {"settings": settings, "rows": rows, "ratio_geometric_means": means, "not_run": reasons}
 
 
@@ -160,6 +196,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["60m", "130m", "350m", "1b"], choices=["small", *LLAMAS])
     parser.add_argument("--peers", nargs="*", default=["fira", "AdamW"], choices=list(PEERS))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="of a CPU, one table each")
     parser.add_argument("--partition-of", type=int, metavar="N", help="step one rank's share of N under ZeRO-2 instead")
     parser.add_argument(
         "--ranks", type=int, nargs="+", help="subspace ranks for --partition-of, instead of the paper's"

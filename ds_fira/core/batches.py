@@ -77,8 +77,8 @@ def together(tasks: Sequence[MatrixTask]) -> list[list[int]]:
     batches: list[list[int]] = []
     latest: dict[Hashable, list[int]] = {}
     for position, task in enumerate(tasks):
-        alone = task.settings.rule is not None or not task.state.has_basis
-        if alone or not kernels.supports(task.places()[0].tensor):
+        alone = task.settings.rule is not None or not kernels.supports(task.places()[0].tensor)
+        if alone or not task.state.has_basis:
             batches.append([position])
             continue
         kind = _kind(task)

@@ -37,6 +37,8 @@ NORM_EPS = 1e-8
 # Below this share of |phi * G|^2 the difference of squares has lost too many digits of |S|^2 in float32 (an error of
 # about 5e-7 / share), and |S| is summed from the residual itself.
 EXACT_RESIDUAL_SHARE = 0.01
+# An eps below it does not keep a step finite where no gradient has been: the smallest normal number of float32.
+NO_EPS = torch.finfo(torch.float32).tiny
 # Blocks of N whose squares are formed beside it: each is a small share of the matrix, and they are few calls.
 LOW_RANK_BLOCKS = 8
 
@@ -56,10 +58,12 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32")
     (m, n), r, left = grad.shape, basis.shape[1], side == "left"
     with matmul_precision(precision, grad.device):
         if grad.dtype == basis.dtype:
-            low_rank = basis.new_empty((r, n) if left else (m, r))
+            if not left:
+                return grad @ basis, squared_norms(grad, side)
+            low_rank = basis.new_empty(r, n)
             # Until it holds R its memory is free.
-            grad_sq = squared_norms(grad, side, low_rank if left else None)
-            return torch.mm(*((basis.t(), grad) if left else (grad, basis)), out=low_rank), grad_sq
+            grad_sq = squared_norms(grad, side, low_rank)
+            return torch.mm(basis.t(), grad, out=low_rank), grad_sq
         low_rank = basis.new_zeros((r, n) if left else (m, r))
         by_blocks = sums_by_blocks(grad)
         if by_blocks:
@@ -108,15 +112,43 @@ def adam_direction_(
     low_rank, direction, left = low_rank.contiguous(), torch.empty_like(exp_avg), side == "left"
     # Until it holds N its memory is free.
     low_rank_sq = squared_norms(low_rank, side, direction if left else None)
-    # One pass: Adam's step of size -1 from zero, so late that nothing is left of its bias correction, is N itself.
+    # A step of size -1 from zero is N itself.
+    fused_adam_(direction.zero_(), low_rank, exp_avg, exp_avg_sq, step_size=-1.0, betas=betas, eps=eps)
+    if eps < NO_EPS:
+        direction.masked_fill_(exp_avg_sq == 0.0, 0.0)
+    scratch = direction.new_empty(-(-direction.shape[0] // LOW_RANK_BLOCKS), direction.shape[1]) if left else None
+    return direction, squared_norms(direction, side, scratch), low_rank_sq
+
+
+def fused_adam_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step_size: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """W <- W - step_size * M / (sqrt(V) + eps) with the moments updated before, in one pass of torch's fused Adam.
+
+    Args:
+        param: W, contiguous as all are, of one dtype; updated.
+        grad: G.
+        exp_avg: M, updated.
+        exp_avg_sq: V, updated.
+        step_size: what Adam's bias correction is already in.
+        betas: decay rates of the moments.
+        eps: added to sqrt(V); with 0, an element that has had no gradient becomes NaN.
+    """
     torch._fused_adam_(
-        [direction.zero_()],
-        [low_rank],
+        [param],
+        [grad],
         [exp_avg],
         [exp_avg_sq],
         [],
-        [_late(direction.device)],
-        lr=-1.0,
+        [_late(param.device)],
+        lr=step_size,
         beta1=betas[0],
         beta2=betas[1],
         weight_decay=0.0,
@@ -124,15 +156,11 @@ def adam_direction_(
         amsgrad=False,
         maximize=False,
     )
-    if eps < torch.finfo(direction.dtype).tiny:
-        direction.masked_fill_(exp_avg_sq == 0.0, 0.0)
-    scratch = direction.new_empty(-(-direction.shape[0] // LOW_RANK_BLOCKS), direction.shape[1]) if left else None
-    return direction, squared_norms(direction, side, scratch), low_rank_sq
 
 
 @cache
 def _late(device: torch.device) -> Tensor:
-    """A step count for torch's fused Adam at which beta^t is zero."""
+    """A step count at which nothing is left of a bias correction: beta^t is zero."""
     return torch.full((), math.inf, device=device)
 
 

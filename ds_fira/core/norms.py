@@ -17,7 +17,8 @@ BLOCK_SHARE = 1 / 32
 MIN_BLOCK_ROWS = 8
 # Elements up to which a matrix is summed up in float64: there it costs less than the calls.
 SMALL_MATRIX = 2**13
-# Elements of a block whose squares are formed at once where there is memory for them: they stay in the cache of a core.
+# Elements, for each thread, of a block whose squares are formed at once where there is memory for them: they stay in
+# the cache of a core, and threads wait for each other at the end of every block.
 CACHED_BLOCK = 2**18
 
 
@@ -79,7 +80,7 @@ def squared_norms(matrix: Tensor, side: Side, scratch: Tensor | None = None) -> 
     rows = summed_rows(matrix.shape)
     if scratch is None or len(scratch) < rows:
         scratch = matrix.new_empty(rows, matrix.shape[1])
-    scratch = scratch[: max(rows, CACHED_BLOCK // matrix.shape[1])]
+    scratch = scratch[: max(rows, CACHED_BLOCK * torch.get_num_threads() // matrix.shape[1])]
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
     for block in matrix.split(len(scratch)):
         total += torch.mul(block, block, out=scratch[: len(block)]).sum(0)

@@ -6,8 +6,7 @@ mantissa, the exponent of float32) or to bfloat16 (7 bits). Sums stay in float32
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from typing import NamedTuple
 
 import torch
@@ -32,33 +31,38 @@ class Rounding(NamedTuple):
 ROUNDING = {"float32": Rounding(1e-4, 1e-4), "tf32": Rounding(2e-3, 2e-3), "bfloat16": Rounding(1e-2, 5e-3)}
 # By the device, a backend of torch and what a setting means to it. The CPU has no TF32 units worth asking for, and
 # torch's CUDA products of float32 matrices know nothing between TF32 and bfloat16 operands.
-_BACKENDS = {
-    "cuda": (torch.backends.cuda.matmul, {"float32": "ieee", "tf32": "tf32", "bfloat16": "tf32"}),
-    "cpu": (torch.backends.mkldnn.matmul, {"float32": "ieee", "tf32": "ieee", "bfloat16": "bf16"}),
-}
+_BACKENDS = (
+    ("cuda", torch.backends.cuda.matmul, {"float32": "ieee", "tf32": "tf32", "bfloat16": "tf32"}),
+    ("cpu", torch.backends.mkldnn.matmul, {"float32": "ieee", "tf32": "ieee", "bfloat16": "bf16"}),
+)
 
 
-@contextmanager
-def matmul_precision(precision: str, device: torch.device | None = None) -> Iterator[None]:
+class matmul_precision(ContextDecorator):
     """Let torch multiply float32 matrices in `precision`, whatever the user has set for the model's own products.
+
+    A class, as a step enters it twice for every matrix, and a generator takes twice the time.
 
     Args:
         precision: "float32", "tf32" (on the CPU the same) or "bfloat16" (TF32 in torch's own products on CUDA; the
             Triton kernels take it at its word).
-        device: where the products are made: looking at one backend takes half the time. None for all.
+        device: where the products are made, so that one backend is looked at; None for all.
     """
-    changed = []
-    for kind, (backend, meanings) in _BACKENDS.items():
-        if device is None or device.type == kind:
-            before, wanted = backend.fp32_precision, meanings[precision]
-            if before != wanted:
-                backend.fp32_precision = wanted
-                changed.append((backend, before))
-    try:
-        yield
-    finally:
-        for backend, before in changed:
-            backend.fp32_precision = before
+
+    def __init__(self, precision: str, device: torch.device | None = None) -> None:
+        kind = None if device is None else device.type
+        self._wanted = [(backend, meanings[precision]) for name, backend, meanings in _BACKENDS if kind in (None, name)]
+        self._before: list[list[str]] = []  # one for each block entered: as a decorator it may be entered again inside
+
+    def __enter__(self) -> None:
+        self._before.append([backend.fp32_precision for backend, _ in self._wanted])
+        self._set([wanted for _, wanted in self._wanted])
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self._before.pop())
+
+    def _set(self, values: list[str]) -> None:
+        for (backend, _), value in zip(self._wanted, values, strict=True):
+            backend.fp32_precision = value
 
 
 def negligible_ratio(dtype: torch.dtype, precision: str) -> float:

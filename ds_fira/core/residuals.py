@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:  # the settings read this table
 Squares = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class StepContext:
+class StepContext(NamedTuple):
     """What the phases of a step know of the matrix, or of the k of one shape, that is stepped.
 
     Attributes:

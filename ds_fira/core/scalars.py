@@ -13,6 +13,8 @@ from torch import Tensor
 
 # A number of one matrix: plain, or a 0-dim tensor; of a batch of k matrices a tensor (k,).
 Scalar = Tensor | float
+# Of the dtypes in which a step is computed; looked up for every matrix.
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
 def scalar(value: Tensor, host: bool) -> Scalar:
@@ -27,7 +29,7 @@ def scalars(values: Tensor, host: bool) -> Sequence[Scalar]:
 
 def is_finite(sum_of_squares: Scalar, dtype: torch.dtype) -> Tensor | bool:
     """Whether a sum of squares is finite in `dtype`, and with it every element that went into it."""
-    return sum_of_squares < torch.finfo(dtype).max
+    return sum_of_squares < LARGEST[dtype]
 
 
 def where(condition: Tensor | bool, first: Scalar, second: Scalar) -> Scalar:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.optim.adamw import adamw
 
+from ds_fira.core import functional as F
 from ds_fira.core import kernels, quantization
 from ds_fira.core.base_optimizer import advance, store
 from ds_fira.core.quantization import Stored
@@ -150,39 +150,21 @@ def _fused_adamw_(
     """Torch's fused Adam, then decay, on (param, grad, M, V), 1-D; all but the gradient are updated.
 
     torch divides by sqrt(V) / sqrt(1 - beta2^t) + eps where the released code has (sqrt(V) + eps) / sqrt(1 - beta2^t):
-    the same with another eps.
+    so its own correction is left out.
     """
     # With eps = 0 it would divide zero by zero where no gradient has been.
-    before = tensors[0].clone() if eps < torch.finfo(tensors[0].dtype).tiny else None
+    before = tensors[0].clone() if eps < F.NO_EPS else None
     size = tensors[0].numel()
     lanes = FUSED_BYTES // tensors[0].element_size()
-    even = size - size % lanes
-    _fused_adam_(tuple(tensor[:even] for tensor in tensors), step=step, lr=lr, betas=betas, eps=eps)
+    even, step_size = size - size % lanes, lr * F.bias_correction(step, betas)
+    if even:
+        F.fused_adam_(*(tensor[:even] for tensor in tensors), step_size=step_size, betas=betas, eps=eps)
     if even < size:
         padded = tuple(pad(tensor[even:], (0, even + lanes - size)) for tensor in tensors)
-        _fused_adam_(padded, step=step, lr=lr, betas=betas, eps=eps)
+        F.fused_adam_(*padded, step_size=step_size, betas=betas, eps=eps)
         for padded_part, tensor in zip(padded, tensors, strict=True):
             tensor[even:] = padded_part[: size - even]
     if before is not None:
         tensors[0].copy_(torch.where(tensors[3] == 0.0, before, tensors[0]))
     if decay_factor != 1.0:
         tensors[0].mul_(decay_factor)
-
-
-def _fused_adam_(tensors: tuple[Tensor, ...], *, step: int, lr: float, betas: tuple[float, float], eps: float) -> None:
-    if tensors[0].numel() == 0:
-        return
-    adamw(
-        *([tensor] for tensor in tensors),
-        max_exp_avg_sqs=[],
-        # The function counts this step itself.
-        state_steps=[torch.full((), step - 1.0, device=tensors[0].device)],
-        fused=True,
-        amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=0.0,
-        eps=eps / (1.0 - betas[1] ** step) ** 0.5,
-        maximize=False,
-    )

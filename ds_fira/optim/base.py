@@ -239,16 +239,18 @@ class LowRankOptimizer(Stepping):
     def _step_group(self, group: ParamGroup) -> None:
         settings = GroupSettings.of(group)
         params = [param for param in group["params"] if param.grad is not None]
-        for param in params:
-            _require_dense(param, self.algorithm.name)
         if not params:
             return
+        projected, rest = [], []
+        for param in params:
+            _require_dense(param, self.algorithm.name)
+            (projected if self._projects(param, group) else rest).append(param)
         number = self.metrics.count_step(params[0])
         self._recording = self.recorder is not None and self.recorder.due(number)
         if self._recording and self.communicator is None:
             self.recorder.watch_alone(self.param_groups)
-        self._step_projected([param for param in params if self._projects(param, group)], group, settings)
-        for param in [param for param in params if not self._projects(param, group)]:
+        self._step_projected(projected, group, settings)
+        for param in rest:
             self._step_unprojected(param, group, settings)
             if self._recording:
                 self.recorder.full_rank(param, settings, self.state[param])

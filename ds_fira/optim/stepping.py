@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ds_fira.core import kernels
@@ -14,6 +16,7 @@ from ds_fira.core.unprojected import step_unprojected_
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_series import Series, add_batch
 from ds_fira.optim.stateful import Resumable
+from ds_fira.sharding.local_matrices import LocalMatrices
 
 
 class Stepping(Resumable):
@@ -31,13 +34,12 @@ class Stepping(Resumable):
         series: dict[Tensor, list[Series]] = {}
         if self._recording:
             series = {p: self.recorder.low_rank(p, lambda p=p: self._slices(p, group).matrices) for p in params}
-        for param in params:
-            state = self._state_of(param, group)
-            self._matrices(param).bind(state, settings, self.algorithm, compute_dtype(param.dtype))
-        for turn in range(max((self._matrices(param).turns for param in params), default=0)):
-            self._step_whole([p for p in params if turn < self._matrices(p).turns], settings, turn, series)
-        for param in params:
-            matrices = self._matrices(param)
+        members = [(param, self._matrices(param)) for param in params]
+        for param, matrices in members:
+            matrices.bind(self._state_of(param, group), settings, self.algorithm, compute_dtype(param.dtype))
+        for turn in range(max((matrices.turns for _, matrices in members), default=0)):
+            self._step_whole([member for member in members if turn < member[1].turns], settings, turn, series)
+        for param, matrices in members:
             if matrices.low_rank is None:
                 continue
             ratio = self._negligible_ratio(param, settings)
@@ -50,35 +52,38 @@ class Stepping(Resumable):
                     own[matrices.low_rank.plans.index(plan)].add(*entries())
 
     def _step_whole(
-        self, params: list[Tensor], settings: GroupSettings, turn: int, series: dict[Tensor, list[Series]]
+        self,
+        members: list[tuple[Tensor, LocalMatrices]],
+        settings: GroupSettings,
+        turn: int,
+        series: dict[Tensor, list[Series]],
     ) -> None:
         """One turn: gather what is split, refresh what is due, update, give back what was gathered."""
-        tasks: dict[Tensor, list[MatrixTask]] = {}
-        gathered: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
+        tasks: list[list[MatrixTask]] = []
+        gathered: list[Sequence[tuple[Tensor, Tensor]]] = []
         due: list[MatrixTask] = []
-        for param in params:
-            matrices = self._matrices(param)
-            if matrices.exchanges:
-                gathered[param] = matrices.exchanges[turn].to_owners(param, param.grad)
-            ratio = self._negligible_ratio(param, settings)
-            tasks[param] = matrices.tasks(param, turn, gathered.get(param, ()), settings, ratio)
-            due += self._refresher.due(param, tasks[param], matrices.indices, matrices.first_of(turn))
+        for param, matrices in members:
+            pairs = matrices.exchanges[turn].to_owners(param, param.grad) if matrices.exchanges else ()
+            singles = matrices.tasks(param, turn, pairs, settings, self._negligible_ratio(param, settings))
+            due += self._refresher.due(param, singles, matrices.indices, matrices.first_of(turn))
+            gathered.append(pairs)
+            tasks.append(singles)
         self._refresher.refresh(due)
-        self._update(tasks, turn, series)
-        for param, pairs in gathered.items():
-            self._matrices(param).exchanges[turn].to_holders(param, [weight for weight, _ in pairs])
-
-    def _update(self, tasks: dict[Tensor, list[MatrixTask]], turn: int, series: dict[Tensor, list[Series]]) -> None:
-        """Step the matrices of a turn, and tell metrics and recorders of each."""
         recorders: list[Series] = []
         if self._recording:
-            for param, own in tasks.items():
-                first = self._matrices(param).first_of(turn)
-                recorders += series[param][first : first + len(own)]
-        every = [task for own in tasks.values() for task in own]
-        for positions, stats in update_together(every):
+            for (param, matrices), singles in zip(members, tasks, strict=True):
+                first = matrices.first_of(turn)
+                recorders += series[param][first : first + len(singles)]
+        self._update([task for singles in tasks for task in singles], recorders)
+        for (param, matrices), pairs in zip(members, gathered, strict=True):
+            if matrices.exchanges:
+                matrices.exchanges[turn].to_holders(param, [weight for weight, _ in pairs])
+
+    def _update(self, tasks: list[MatrixTask], recorders: list[Series]) -> None:
+        """Step the matrices of a turn, and tell metrics and recorders, if any, of each."""
+        for positions, stats in update_together(tasks):
             if stats is not None:
-                self.metrics.record(stats, every[positions[0]].settings.residual_scale)
+                self.metrics.record(stats, tasks[positions[0]].settings.residual_scale)
                 if recorders:
                     add_batch([recorders[position] for position in positions], stats)
 
