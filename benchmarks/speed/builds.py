@@ -78,7 +78,7 @@ class Build:
         stored: bytes by element that it stores.
         least: both that it cannot do without.
         copied: bytes by element of a product's operands that go to shared memory.
-        narrowest: bytes of its narrowest load or store of a tile.
+        wide: the share of the bytes loaded and stored that goes in units of 16.
         tensor_cores: the instruction that multiplies.
     """
 
@@ -94,7 +94,7 @@ class Build:
     stored: float | None
     least: tuple[int, int] | None
     copied: float | None
-    narrowest: int
+    wide: float
     tensor_cores: str
 
 
@@ -160,7 +160,7 @@ def compiled(launch: Launch, variant: str, arch: int) -> Build:
         stored=moved.stored * threads / known[2](options) if known else None,
         least=(known[1], known[3]) if known else None,
         copied=copied,
-        narrowest=moved.narrowest,
+        wide=moved.wide,
         tensor_cores=", ".join(sorted(set(re.findall(r"\b(wgmma|mma\.sync|tcgen05)\b", ptx)))),
     )
 
@@ -198,7 +198,7 @@ def table(builds: list[Build]) -> str:
         "programs",
         "read, written, B (least)",
     ]
-    columns += ["narrowest, B", "copied, B", "products"]
+    columns += ["wide", "copied, B", "products"]
     said = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     rows: dict[tuple[str, str], list[Build]] = {}
     for build in builds:
@@ -209,7 +209,7 @@ def table(builds: list[Build]) -> str:
         said.append(
             f"| {name} | {of_row[0].tile} | {each(lambda b: b.registers)} | {each(lambda b: b.spilled)} "
             f"| {each(lambda b: round(b.shared / 1024))} | {each(lambda b: b.resident)} | {each(_bytes)} "
-            f"| {each(lambda b: b.narrowest)} | {each(lambda b: '' if b.copied is None else f'{b.copied:.1f}')} "
+            f"| {each(lambda b: f'{b.wide:.0%}')} | {each(lambda b: '' if b.copied is None else f'{b.copied:.1f}')} "
             f"| {each(lambda b: b.tensor_cores)} |"
         )
     return "\n".join(said)
