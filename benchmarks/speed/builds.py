@@ -77,7 +77,8 @@ class Build:
         loaded: bytes by element that a program loads by itself; None where nobody has said what an element is.
         stored: bytes by element that it stores.
         least: both that it cannot do without.
-        copied: bytes by element of a product's operands that go to shared memory.
+        copied: bytes by element of a product's operands that go to shared memory in one turn of its loop; None where
+            that loop is more than one block.
         wide: the share of the bytes loaded and stored that goes in units of 16.
         tensor_cores: the instruction that multiplies.
     """
@@ -209,7 +210,7 @@ def table(builds: list[Build]) -> str:
         said.append(
             f"| {name} | {of_row[0].tile} | {each(lambda b: b.registers)} | {each(lambda b: b.spilled)} "
             f"| {each(lambda b: round(b.shared / 1024))} | {each(lambda b: b.resident)} | {each(_bytes)} "
-            f"| {each(lambda b: f'{b.wide:.0%}')} | {each(lambda b: '' if b.copied is None else f'{b.copied:.1f}')} "
+            f"| {each(lambda b: f'{b.wide:.0%}')} | {each(_copied)} "
             f"| {each(lambda b: b.tensor_cores)} |"
         )
     return "\n".join(said)
@@ -219,6 +220,12 @@ def _bytes(build: Build) -> str:
     if build.least is None:
         return ""
     return f"{build.loaded:.1f}, {build.stored:.1f} ({build.least[0]}, {build.least[1]})"
+
+
+def _copied(build: Build) -> str:
+    if not build.tensor_cores:
+        return ""
+    return "-" if build.copied is None else f"{build.copied:.1f}"
 
 
 def _once(values: list[str]) -> str:

@@ -72,8 +72,8 @@ def build(kernel: str, arch: int, registers: int) -> builds.Build:
 def test_one_value_where_architectures_agree() -> None:
     text = builds.table([build("_update", 80, 128), build("_update", 90, 222), build("_moments", 80, 40)])
     assert text.splitlines()[2:] == [
-        "| `update`, left | 8 x 8 | 128 / 222 | 0 | 2 | 2 | 8.0, 4.2 (8, 4) | 50% |  | wgmma |",
-        "| `moments`, left | 8 x 8 | 40 | 0 | 2 | 2 | 8.0, 4.2 (8, 4) | 50% |  | wgmma |",
+        "| `update`, left | 8 x 8 | 128 / 222 | 0 | 2 | 2 | 8.0, 4.2 (8, 4) | 50% | - | wgmma |",
+        "| `moments`, left | 8 x 8 | 40 | 0 | 2 | 2 | 8.0, 4.2 (8, 4) | 50% | - | wgmma |",
     ]
 
 
