@@ -49,7 +49,7 @@ ELEMENTS: dict[str, tuple[Callable[[Sizes], int], int, Callable[[Sizes], int], i
     "_apply_update": (lambda o: o["ROWS"] * o["COLUMNS"], 8, lambda o: o["ROWS"] * o["COLUMNS"], 4),
     "_residual_square": (lambda o: o["ROWS"] * o["COLUMNS"], 4, lambda o: o["ROWS"] * o["COLUMNS"], 0),
     "_adam_direction": (lambda o: o["LINES"] * o["ENTRIES"], 12, lambda o: o["LINES"] * o["ENTRIES"], 12),
-    "_adamw": (lambda o: o["BLOCK"], 16, lambda o: o["BLOCK"], 12),
+    "_adamw": (lambda o: o["BLOCK"] * o.get("LINES", 1), 16, lambda o: o["BLOCK"] * o.get("LINES", 1), 12),
 }
 
 
