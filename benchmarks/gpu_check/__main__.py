@@ -37,7 +37,7 @@ LIMIT = 560.0
 # its own.
 LEAST, MOST_EXTENDED = 8.0, 2.0
 # A rehearsal's stages take as long as slow cores need, and a hang still ends.
-REHEARSAL_LIMIT, REHEARSAL_FACTOR = 1800.0, 6.0
+REHEARSAL_LIMIT, REHEARSAL_FACTOR = 3600.0, 15.0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -13,11 +13,14 @@ from benchmarks.gpu_check.timing import device_seconds
 from benchmarks.gpu_check.warm_up import compile_kernels, jobs
 from ds_fira.core import kernels
 
-# Rows x columns x depth, warps and stages that compile without spilled registers, beside the ones in use.
+# Rows x columns x depth, warps and stages, beside the ones in use: those that compile for an H100 without a spilled
+# register (`benchmarks/speed/builds.py`). Of 64 rows a multiprocessor has room for two programs.
 VARIANTS = {
-    "tf32": ((128, 128, 32, 8, 4), (128, 256, 32, 8, 3), (64, 128, 32, 4, 4)),
-    "bfloat16": ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 4)),
+    "tf32": ((64, 128, 32, 4, 4), (128, 128, 32, 8, 4), (128, 256, 32, 8, 3)),
+    "bfloat16": ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 256, 32, 8, 3)),
 }
+# The update, whose W and G take registers too, has no room for tiles as wide as this.
+TOO_WIDE = 256
 # Seconds that a size takes, its compilations not counted; and with the variants of its tiles.
 NEEDS, NEEDS_VARIANTS = 3.0, 8.0
 
@@ -70,7 +73,8 @@ def _variants(check: Check, shape: tuple[int, int], rank: int, ceilings: dict[st
                 return
             with tiles_of(precision, sizes):
                 for case in cases(operands, precision):
-                    if case.name != "residual_square":  # has a tile of its own
+                    # The exact sum of the residual has a tile of its own.
+                    if case.name == "project" or (case.name == "apply_update_" and sizes[1] < TOO_WIDE):
                         _record(check, case, ceilings, precision=precision, tile=list(sizes), peer=False, **facts)
 
 

@@ -49,7 +49,7 @@ ELEMENTS: dict[str, tuple[Callable[[Sizes], int], int, Callable[[Sizes], int], i
     "_apply_update": (lambda o: o["ROWS"] * o["COLUMNS"], 8, lambda o: o["ROWS"] * o["COLUMNS"], 4),
     "_residual_square": (lambda o: o["ROWS"] * o["COLUMNS"], 4, lambda o: o["ROWS"] * o["COLUMNS"], 0),
     "_adam_direction": (lambda o: o["LINES"] * o["ENTRIES"], 12, lambda o: o["LINES"] * o["ENTRIES"], 12),
-    "_adamw": (lambda o: o["BLOCK"], 16, lambda o: o["BLOCK"], 12),
+    "_adamw": (lambda o: o["BLOCK"] * o.get("LINES", 1), 16, lambda o: o["BLOCK"] * o.get("LINES", 1), 12),
 }
 
 
@@ -77,8 +77,9 @@ class Build:
         loaded: bytes by element that a program loads by itself; None where nobody has said what an element is.
         stored: bytes by element that it stores.
         least: both that it cannot do without.
-        copied: bytes by element of a product's operands that go to shared memory.
-        narrowest: bytes of its narrowest load or store of a tile.
+        copied: bytes by element of a product's operands that go to shared memory in one turn of its loop; None where
+            that loop is more than one block.
+        wide: the share of the bytes loaded and stored that goes in units of 16.
         tensor_cores: the instruction that multiplies.
     """
 
@@ -94,7 +95,7 @@ class Build:
     stored: float | None
     least: tuple[int, int] | None
     copied: float | None
-    narrowest: int
+    wide: float
     tensor_cores: str
 
 
@@ -160,7 +161,7 @@ def compiled(launch: Launch, variant: str, arch: int) -> Build:
         stored=moved.stored * threads / known[2](options) if known else None,
         least=(known[1], known[3]) if known else None,
         copied=copied,
-        narrowest=moved.narrowest,
+        wide=moved.wide,
         tensor_cores=", ".join(sorted(set(re.findall(r"\b(wgmma|mma\.sync|tcgen05)\b", ptx)))),
     )
 
@@ -198,7 +199,7 @@ def table(builds: list[Build]) -> str:
         "programs",
         "read, written, B (least)",
     ]
-    columns += ["narrowest, B", "copied, B", "products"]
+    columns += ["wide", "copied, B", "products"]
     said = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     rows: dict[tuple[str, str], list[Build]] = {}
     for build in builds:
@@ -209,7 +210,7 @@ def table(builds: list[Build]) -> str:
         said.append(
             f"| {name} | {of_row[0].tile} | {each(lambda b: b.registers)} | {each(lambda b: b.spilled)} "
             f"| {each(lambda b: round(b.shared / 1024))} | {each(lambda b: b.resident)} | {each(_bytes)} "
-            f"| {each(lambda b: b.narrowest)} | {each(lambda b: '' if b.copied is None else f'{b.copied:.1f}')} "
+            f"| {each(lambda b: f'{b.wide:.0%}')} | {each(_copied)} "
             f"| {each(lambda b: b.tensor_cores)} |"
         )
     return "\n".join(said)
@@ -219,6 +220,12 @@ def _bytes(build: Build) -> str:
     if build.least is None:
         return ""
     return f"{build.loaded:.1f}, {build.stored:.1f} ({build.least[0]}, {build.least[1]})"
+
+
+def _copied(build: Build) -> str:
+    if not build.tensor_cores:
+        return ""
+    return "-" if build.copied is None else f"{build.copied:.1f}"
 
 
 def _once(values: list[str]) -> str:

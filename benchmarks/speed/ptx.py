@@ -9,6 +9,8 @@ _ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d+))?\.[bfus](\d+)
 _LABEL = re.compile(r"^(\$L__BB\w+):")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L__BB\w+)")
 _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)\s*[,;]")
+# Bytes of the widest access.
+WIDEST = 16
 
 
 @dataclass(frozen=True)
@@ -19,33 +21,40 @@ class Traffic:
         loaded: from memory.
         stored: to memory.
         copied: from memory to shared memory in one turn of an innermost loop; pipelines are filled before it.
-        narrowest: of its loads and stores.
+        wide: the share of loaded and stored bytes that goes in units of 16, the most that an instruction takes.
     """
 
     loaded: int
     stored: int
     copied: int
-    narrowest: int
+    wide: float
 
 
 def traffic(ptx: str) -> Traffic:
     """Count the loads, stores and asynchronous copies of a thread in a kernel's PTX.
 
-    An access of a single byte is a flag and no part of a tile.
+    An access of a single byte is a flag, one of a single float64 a sum; neither is part of a tile.
     """
     widths: dict[str, list[int]] = {"ld": [], "st": []}
     for kind, vector, bits in _ACCESS.findall(ptx):
-        widths[kind].append(int(vector or 1) * int(bits) // 8)
-    tiles = [width for width in (*widths["ld"], *widths["st"]) if width > 1]
+        if vector or bits not in ("8", "64"):
+            widths[kind].append(int(vector or 1) * int(bits) // 8)
+    every = [*widths["ld"], *widths["st"]]
+    wide = sum(width for width in every if width == WIDEST) / sum(every) if every else 0.0
     copies = [int(size, 0) for loop in innermost(ptx) for size in _COPY.findall(loop)]
-    return Traffic(sum(widths["ld"]), sum(widths["st"]), sum(copies), min(tiles, default=0))
+    return Traffic(sum(widths["ld"]), sum(widths["st"]), sum(copies), wide)
 
 
 def innermost(ptx: str) -> list[str]:
-    """The texts of the loops that hold no other loop: from a label to a branch back to it."""
+    """The texts of the loops of one block: from a label to a branch back to it, without a label between.
+
+    A compiler makes one of the inner loop of a product. Around it blocks may stand in any order.
+    """
+    loops, begin, label = [], 0, ""
     lines = ptx.splitlines()
-    labels = {match[1]: number for number, line in enumerate(lines) if (match := _LABEL.match(line))}
-    back = [(labels[match[1]], number) for number, line in enumerate(lines) if (match := _BRANCH.search(line))]
-    loops = [(first, last) for first, last in back if first <= last]
-    inner = [loop for loop in loops if not any(loop[0] <= a and b <= loop[1] for a, b in loops if (a, b) != loop)]
-    return ["\n".join(lines[first : last + 1]) for first, last in inner]
+    for number, line in enumerate(lines):
+        if match := _LABEL.match(line):
+            begin, label = number, match[1]
+        elif (match := _BRANCH.search(line)) and match[1] == label:
+            loops.append("\n".join(lines[begin : number + 1]))
+    return loops

@@ -238,7 +238,7 @@ def test_a_wheel_that_does_not_fit_keeps_no_other_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_every_stage_is_rehearsed(tmp_path: Path) -> None:
     """On the CPU, kernels interpreted, over gloo: nothing of a stage runs for the first time on a rented machine."""
     pytest.importorskip("triton", reason="Triton is not installed, and without it there are no kernels")
