@@ -47,23 +47,28 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {"device": device_name(device), "python": platform.python_version(), "versions": versions}
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's queue included."""
+def seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call by a clock, wall time by default, the device's queue included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def medians(calls: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+def medians(
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of every call, taken in turn, so that a noisy machine is unfair to none."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            taken[name].append(seconds(call, device))
+            taken[name].append(seconds(call, device, clock))
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
