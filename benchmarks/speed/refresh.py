@@ -102,7 +102,9 @@ def times(earlier: Tensor, grad: Tensor, rank: int, repeats: int) -> dict[tuple[
     s, b = sorted(grad.shape)
     result = {}
     for (method, start), value in taken.items():
-        plan = iteration(s, b, rank, start in ("warm", "rotated"), start != "rotated", folds=speed == 1.0)
+        plan = iteration(
+            s, b, rank, start in ("warm", "rotated"), start != "rotated", folds=speed == 1.0 and device.type == "cpu"
+        )
         costs = operations(s, b, plan, device.type, speed)
         way = "exact" if method == "gram" else cheapest(s, b, plan, device.type, speed)
         floor = costs[way] / rate if method in ("gram", "randomized") else math.nan

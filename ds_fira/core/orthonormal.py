@@ -29,7 +29,7 @@ def spread(rows: Tensor) -> Tensor:
     columns = rows.mT.contiguous()
     gram, norms = _unit_gram(columns)
     gram.diagonal(dim1=-2, dim2=-1).add_(rows.shape[-2] * torch.finfo(rows.dtype).eps)
-    return _solve(gram, columns.mul_(norms)).mT
+    return _solve(gram, columns * norms).mT
 
 
 def orthonormal(rows: Tensor) -> Tensor:
@@ -51,13 +51,14 @@ def orthonormal(rows: Tensor) -> Tensor:
     gram = _lower_gram(result)
     off = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).tril().abs().amax(dim=(-2, -1))
     lost = off.flatten().tolist()
-    # Not `>=`, for a block whose factor does not exist has lost NaN.
-    broken = [place for place, value in enumerate(lost) if not value < LOST_ORTHOGONALITY]
-    if len(broken) < len(lost) and (max(lost) > ORTHONORMAL or rows.dtype == torch.float64):
+    sound = [value for value in lost if value < LOST_ORTHOGONALITY]
+    if sound and (max(sound) > ORTHONORMAL or rows.dtype == torch.float64):
         result = _solve(gram, result)
     blocks, found = (tensor.view(-1, *columns.shape[-2:]) for tensor in (columns, result))
-    for place in broken:
-        found[place] = _householder(blocks[place])
+    for place, value in enumerate(lost):
+        # Not `>=`, for a block whose factor does not exist has lost NaN.
+        if not value < LOST_ORTHOGONALITY:
+            found[place] = _householder(blocks[place])
     return result.mT
 
 

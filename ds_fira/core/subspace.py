@@ -108,7 +108,8 @@ def compute_basis(
             subspace by block power iteration.
         previous: the basis in use, of the shape of what is returned, a start for "randomized"; the other methods do
             without.
-        strict: whether "randomized" multiplies in float32 even where the device is faster in bfloat16.
+        strict: whether "randomized" multiplies with the whole gradient in float32 even where the device is faster in
+            bfloat16, or with a sketch.
         ordered: whether the columns have to be singular or Ritz vectors. "randomized" is cheaper where any orthonormal
             basis of the subspace will do, as for moments that are rotated, and it has a previous one.
 

@@ -11,8 +11,9 @@ over- or underflows; the division goes to a block or a low-rank factor, never to
 the singular values below sqrt(eps) of the largest (3e-4 in float32), whose share of the energy is below rounding.
 
 The iteration may multiply with X in bfloat16, where the device has units for it: what it looks for is a subspace, and
-rounding 2^-9 of every element at random moves little energy out of it (docs/design.md has the figures). Everything of
-the block's size stays in float32.
+rounding 2^-9 of every element at random moves little energy out of it (docs/design.md has the figures). A CPU without
+such units may multiply with a sketch of X that has fewer columns (`fold`). Everything of the block's size stays in
+float32.
 
 Nothing here waits for the device, except `orthonormal`, once, to learn whether its cheap way succeeded, and `eigh`,
 which reads its error code.
@@ -83,7 +84,8 @@ def randomized_basis(
         grad: (d, k), float32 or float64, finite; or several, (n, d, k).
         rank: r <= min(d, k).
         previous: (d, r), the basis in use, or (n, d, r); None for a cold start.
-        strict: whether to multiply in the gradient's own dtype even where bfloat16 is faster.
+        strict: whether to multiply with the gradient itself and in its own dtype, even where bfloat16 or a sketch of it
+            is faster.
         ordered: whether Ritz vectors are asked for; a cold start gives them in any case.
 
     Returns:
@@ -94,8 +96,10 @@ def randomized_basis(
     """
     x, long = _short(grad)
     s, b = x.shape[-2:]
-    speed = 1.0 if strict or x.dtype != torch.float32 or not fast_bfloat16(x.device) else BFLOAT16_SPEED
-    plan = iteration(s, b, rank, previous is not None, ordered, folds=speed == 1.0 and not long)
+    exact = strict or x.dtype != torch.float32
+    speed = 1.0 if exact or not fast_bfloat16(x.device) else BFLOAT16_SPEED
+    folds = speed == 1.0 and not exact and not long and x.device.type == "cpu"
+    plan = iteration(s, b, rank, previous is not None, ordered, folds)
     way = cheapest(s, b, plan, x.device.type, speed)
     if way == "exact":
         return gram_basis(grad, rank)

@@ -89,6 +89,19 @@ def test_orthonormal_handles_any_block(rows: int, columns: int, seed: int, expon
     assert (unit - q.double() @ (q.double().t() @ unit)).abs().max() <= 1e-3
 
 
+def test_a_block_that_breaks_down_leaves_the_others_of_its_batch_alone() -> None:
+    """One has equal rows, one has none but zeros in a row, and two need the second pass."""
+    blocks = torch.randn(4, 8, 50, generator=torch.Generator().manual_seed(0))
+    blocks[0, 3] = blocks[0, 5]
+    blocks[2, 6] = 0.0
+    for place in (1, 3):
+        blocks[place, 1] = blocks[place, 0] + 0.02 * blocks[place, 1]
+    together = orthonormal.orthonormal(blocks)
+    for block, found in zip(blocks, together, strict=True):
+        assert orthonormality(found.t()) <= 1e-6
+        assert (found - orthonormal.orthonormal(block)).abs().max() <= 1e-5
+
+
 def test_cholesky_and_householder_agree_on_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     block = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     cheap = orthonormal.orthonormal(block.t()).t()

@@ -115,6 +115,37 @@ def test_it_finds_what_the_old_basis_is_blind_to(iterated: str) -> None:
     assert relative_energy(grad, follow(grad, 75, "left", previous), "left") >= 0.95
 
 
+def test_a_sketch_is_for_fast_products_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the strict precision, nor for float64; nor for the long side, whose basis half a product ends."""
+    monkeypatch.setattr(subspace_solvers, "cheapest", lambda *_: "direct")
+    monkeypatch.setattr(subspace_solvers, "fast_bfloat16", lambda _: False)
+    folded, fold = [], subspace_solvers.fold
+    monkeypatch.setattr(subspace_solvers, "fold", lambda x, k, inverse: folded.append(k) or fold(x, k, inverse))
+    grad, previous = drifted((90, 250), RANK, "left")
+    fast = follow(grad, RANK, "left", previous)
+    assert folded == [45, 125]
+    strict = compute_basis(grad, RANK, "left", "randomized", previous, strict=True, ordered=False)
+    follow(grad.double(), RANK, "left", previous.double())
+    follow(grad, RANK, "right", drifted((90, 250), RANK, "right")[1])
+    assert folded == [45, 125]
+    assert relative_energy(grad, strict, "left") > relative_energy(grad, fast, "left")
+
+
+def test_a_sketch_has_the_gram_matrix_on_average() -> None:
+    """Over the signs of many columns XSS'X' is XX'; no column is left out, and the scale is taken off."""
+    # A part that all columns share, which sums without signs would count four times.
+    x = gradient((6, 4000), decay=0.9, dtype=torch.float64) + 4000**-0.5
+    sketch = subspace_solvers.fold(x, 1000, torch.full((1, 1), 0.5, dtype=torch.float64))
+    # 12,000 products of columns of square norm 1 / 2000 with random signs: five standard deviations. Without signs it
+    # is 3.
+    assert (sketch @ sketch.t() * 4.0 - x @ x.t()).abs().max() <= 5 * 12_000**0.5 / 2000
+    single = torch.zeros(5, 4000)
+    single[3, 3777] = 8.0
+    assert torch.equal(
+        subspace_solvers.fold(single, 1000, torch.tensor([[0.5]])).abs().nonzero(), torch.tensor([[3, 777]])
+    )
+
+
 def test_columns_keep_near_their_places(iterated: str) -> None:
     """As an orthogonal iteration does: a basis of the same subspace is returned column by column."""
     grad = gradient((90, 119), decay=0.9)
