@@ -48,7 +48,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Time of one call by a clock, the device's queue included."""
+    """Seconds of one call by a clock, wall time by default, the device's queue included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = clock()

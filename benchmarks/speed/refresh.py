@@ -6,9 +6,12 @@ FOLDER holds the gradients, or gets them (`benchmarks/quality/gradients.py`). En
 basis of the rank can have, the least and the mean over the weights of a shape and over the kept steps. A cold start has
 no basis; a warm one starts from the method's own basis at the kept step before.
 
+"rotated" is a warm start whose basis need not be ordered, as with `refresh_moments = "rotate"`.
+
 Times are taken in turn on the last gradient of each shape, the svd's over the method's: quote ratios, for machines are
-noisy. The floor is the method's operations at the rate measured for G'P; it counts an eigendecomposition as
-`ds_fira/core/subspace_solvers.py` does.
+noisy. On a CPU they are the processor's seconds, which other programs stretch less than the clock's. The floor is the
+method's operations at the rate measured for G'P; it counts an eigendecomposition as `ds_fira/core/iteration_plan.py`
+does. The last column is what one refresh in 200 steps adds to each, in steps of fused AdamW on that weight.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +30,12 @@ from torch import Tensor
 from benchmarks.common import device_name, medians, save
 from benchmarks.communication.partition import LLAMAS
 from benchmarks.quality.gradients import RUNS, snapshots
-from ds_fira.core import subspace_solvers
+from ds_fira.core.iteration_plan import BFLOAT16_SPEED, cheapest, fast_bfloat16, iteration, operations
 from ds_fira.core.subspace import Side, compute_basis, projection_side
 
+# Steps from one refresh to the next, by default.
+GAP = 200
+WAYS = (("gram", ""), ("randomized", "cold"), ("randomized", "warm"), ("randomized", "rotated"))
 Key = tuple[tuple[int, int], int, str, str]  # shape, rank, method, start
 
 
@@ -47,10 +54,11 @@ def energies(grads: list[Tensor], ranks: list[int]) -> dict[Key, list[float]]:
     """Relative energies of one weight's gradients at successive kept steps."""
     found: dict[Key, list[float]] = defaultdict(list)
     warm: dict[int, Tensor] = {}
+    rotated: dict[int, Tensor] = {}
     for grad in grads:
         shape, side = (grad.shape[0], grad.shape[1]), side_of(grad)
-        short = grad.double() if grad.shape[0] <= grad.shape[1] else grad.t().double()
-        spectrum = torch.linalg.eigvalsh(short @ short.t()).flip(0)
+        short = grad if grad.shape[0] <= grad.shape[1] else grad.t()
+        spectrum = torch.linalg.eigvalsh(short @ short.t()).flip(0).double()
         for rank in ranks:
             optimum = float(spectrum[:rank].sum())
             found[shape, rank, "gram", ""].append(energy(grad, compute_basis(grad, rank, side, "gram")) / optimum)
@@ -59,6 +67,11 @@ def energies(grads: list[Tensor], ranks: list[int]) -> dict[Key, list[float]]:
             if rank in warm:
                 cold = compute_basis(grad, rank, side, "randomized", warm[rank])
                 found[shape, rank, "randomized", "warm"].append(energy(grad, cold) / optimum)
+                basis = compute_basis(grad, rank, side, "randomized", rotated[rank], ordered=False)
+                found[shape, rank, "randomized", "rotated"].append(energy(grad, basis) / optimum)
+                rotated[rank] = basis
+            else:
+                rotated[rank] = cold
             warm[rank] = cold
     return found
 
@@ -70,11 +83,16 @@ def times(
     side, device = side_of(grad), grad.device
     previous = compute_basis(earlier, rank, side, "randomized")
     factor = torch.ones(grad.shape[1] if side == "right" else grad.shape[0], rank, device=device)
+    weight = torch.nn.Parameter(torch.zeros_like(grad))
+    weight.grad = grad
+    adamw = torch.optim.AdamW([weight], lr=1e-3, fused=True)
     works: dict[tuple[str, str], Callable[[], object]] = {
         ("svd", ""): lambda: compute_basis(grad, rank, side, "svd"),
         ("gram", ""): lambda: compute_basis(grad, rank, side, "gram"),
         ("randomized", "cold"): lambda: compute_basis(grad, rank, side, "randomized"),
         ("randomized", "warm"): lambda: compute_basis(grad, rank, side, "randomized", previous),
+        ("randomized", "rotated"): lambda: compute_basis(grad, rank, side, "randomized", previous, ordered=False),
+        ("AdamW", ""): adamw.step,
         ("product", ""): lambda: factor.t() @ grad if side == "left" else grad @ factor,
     }
     if not exact:
@@ -82,17 +100,18 @@ def times(
     for key, work in works.items():
         if key[0] != "svd" or device.type == "cuda":
             work()  # the first call is slower
-    taken = medians(works, repeats, device)
+    taken = medians(works, repeats, device, clock=time.perf_counter if device.type == "cuda" else time.process_time)
     rate = 2.0 * grad.numel() * rank / taken.pop(("product", ""))
-    speed = subspace_solvers.BFLOAT16_SPEED if subspace_solvers.fast_bfloat16(device) else 1.0
+    speed = BFLOAT16_SPEED if fast_bfloat16(device) else 1.0
     s, b = sorted(grad.shape)
-    width = subspace_solvers.block_width(s, rank)
     result = {}
     for (method, start), value in taken.items():
-        products = subspace_solvers.WARM_PRODUCTS if start == "warm" else subspace_solvers.COLD_PRODUCTS
-        costs = subspace_solvers.operations(s, b, width, products, device.type, speed)
-        way = "exact" if method == "gram" else subspace_solvers.cheapest(s, b, width, products, device.type, speed)
-        floor = math.nan if method == "svd" else costs[way] / rate
+        plan = iteration(
+            s, b, rank, start in ("warm", "rotated"), start != "rotated", folds=speed == 1.0 and device.type == "cpu"
+        )
+        costs = operations(s, b, plan, device.type, speed)
+        way = "exact" if method == "gram" else cheapest(s, b, plan, device.type, speed)
+        floor = costs[way] / rate if method in ("gram", "randomized") else math.nan
         result[method, start] = {"seconds": value, "floor_seconds": floor}
     return result
 
@@ -116,8 +135,8 @@ def main() -> None:
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if args.device == "auto" else args.device)
     print(f"{device_name(device)}, torch {torch.__version__}, float32")
-    print(f"{'model':6}{'shape':>12}{'rank':>6}  {'method':11}{'start':6}{'least energy':>13}{'mean':>8}", end="")
-    print(f"{'svd / method':>14}{'floor / time':>14}")
+    print(f"{'model':6}{'shape':>12}{'rank':>6}  {'method':11}{'start':8}{'least energy':>13}{'mean':>8}", end="")
+    print(f"{'svd / method':>14}{'floor / time':>14}{'/ 200 AdamW':>14}")
     rows = []
     for model in args.models:
         kept = {
@@ -130,8 +149,7 @@ def main() -> None:
             series = [grads[weight] for grads in kept.values()]
             shape = (series[0].shape[0], series[0].shape[1])
             if args.no_energies:
-                ways = (("gram", ""), ("randomized", "cold"), ("randomized", "warm"))
-                found |= {(shape, LLAMAS[model][4], method, start): [math.nan] for method, start in ways}
+                found |= {(shape, LLAMAS[model][4], method, start): [math.nan] for method, start in WAYS}
             else:
                 for key, values in energies(series, ranks_of(model)).items():
                     found[key] += values
@@ -143,13 +161,15 @@ def main() -> None:
             if shape in timed and rank == LLAMAS[model][4]:
                 row |= timed[shape][method, start]
                 row["speed"] = timed[shape]["svd", ""]["seconds"] / row["seconds"]
+                row["share_of_adamw"] = row["seconds"] / GAP / timed[shape]["AdamW", ""]["seconds"]
             rows.append(row)
-            print(f"{model:6}{shape[0]:>6} x{shape[1]:>4}{rank:>6}  {method:11}{start:6}", end="")
+            print(f"{model:6}{shape[0]:>6} x{shape[1]:>4}{rank:>6}  {method:11}{start:8}", end="")
             print(f"{row['least_energy']:>13.5f}{row['mean_energy']:>8.5f}", end="")
-            print(f"{row['speed']:>14.1f}{row['floor_seconds'] / row['seconds']:>14.2f}" if "speed" in row else "")
+            floor = f"{row['speed']:>14.1f}{row['floor_seconds'] / row['seconds']:>14.2f}" if "speed" in row else ""
+            print(floor + (f"{row['share_of_adamw']:>14.3f}" if floor else ""))
     means = {}
     for model in args.models:
-        for method, start in (("gram", ""), ("randomized", "cold"), ("randomized", "warm")):
+        for method, start in WAYS:
             speeds = [
                 row["speed"]
                 for row in rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,11 +30,64 @@ def new_basis(task: MatrixTask) -> Tensor | None:
     Raises:
         RuntimeError: the decomposition failed, see `solver_failed`.
     """
+    return basis_of(task.grad, task.state, task.settings, _previous(task)) if _has_subspace(task) else None
+
+
+def new_bases(tasks: Sequence[MatrixTask]) -> list[Tensor | None]:
+    """The bases of matrices that go together (`goes_with`), by batched products and decompositions.
+
+    Args:
+        tasks: matrices, one each, of one shape, side and param group, that all have a basis or all have none.
+
+    Returns:
+        For each its basis; None for a gradient that is zero or not finite. They are those of `new_basis` but for the
+        rounding of batched products, and for what that turns inside a subspace.
+
+    Raises:
+        RuntimeError: the decomposition of one of them failed, or there was no memory for all, see `solver_failed`.
+    """
+    with_subspace = {place: task for place, task in enumerate(tasks) if _has_subspace(task)}
+    if len(with_subspace) < 2:
+        return [new_basis(task) for task in tasks]
+    chosen = list(with_subspace.values())
+    state, settings = chosen[0].state, chosen[0].settings
+    olds = [old for task in chosen if (old := _previous(task)) is not None]
+    previous = torch.stack(olds) if olds else None
+    found = _solver(state, settings)(torch.stack([task.grad.to(state.dtype) for task in chosen]), previous=previous)
+    found = _aligned(found, previous, settings)
+    bases = dict(zip(with_subspace, found, strict=True))
+    return [bases.get(place) for place in range(len(tasks))]
+
+
+def goes_with(task: MatrixTask) -> tuple[object, ...]:
+    """Equal for matrices whose bases `new_bases` can compute together."""
+    state, grad = task.state, task.grad
+    return grad.shape, grad.dtype, grad.device, state.side, state.dtype, state.has_basis, id(task.settings)
+
+
+def _has_subspace(task: MatrixTask) -> bool:
     grad_square = task.grad_square()
-    if grad_square == 0.0 or not is_finite(grad_square, task.state.dtype):
-        return None
-    state = task.state
-    return basis_of(task.grad, state, task.settings, state.basis.to(state.dtype) if state.has_basis else None)
+    return grad_square != 0.0 and is_finite(grad_square, task.state.dtype)
+
+
+def _previous(task: MatrixTask) -> Tensor | None:
+    return task.state.basis.to(task.state.dtype) if task.state.has_basis else None
+
+
+def _solver(state: MatrixState, settings: GroupSettings) -> Callable[..., Tensor]:
+    return functools.partial(
+        compute_basis,
+        rank=settings.rank,
+        side=state.side,
+        method=settings.subspace,
+        strict=settings.matmul_precision == "float32",
+        # Moments that are rotated go into whatever basis of the subspace there is.
+        ordered=settings.refresh_moments != "rotate",
+    )
+
+
+def _aligned(basis: Tensor, previous: Tensor | None, settings: GroupSettings) -> Tensor:
+    return basis if previous is None or settings.subspace == "svd" else align_signs(basis, previous)
 
 
 def basis_of(grad: Tensor, state: MatrixState, settings: GroupSettings, previous: Tensor | None) -> Tensor:
@@ -51,11 +105,10 @@ def basis_of(grad: Tensor, state: MatrixState, settings: GroupSettings, previous
     Raises:
         RuntimeError: the decomposition failed, see `solver_failed`.
     """
-    strict = settings.matmul_precision == "float32"
-    compute = functools.partial(compute_basis, rank=settings.rank, side=state.side, method=settings.subspace)
+    compute = _solver(state, settings)
     basis, reason = None, ""
     try:
-        basis = compute(grad.to(state.dtype), previous=previous, strict=strict)
+        basis = compute(grad.to(state.dtype), previous=previous)
     except RuntimeError as error:
         if grad.device.type == "cpu" or not solver_failed(error):
             raise
@@ -64,9 +117,9 @@ def basis_of(grad: Tensor, state: MatrixState, settings: GroupSettings, previous
     if basis is None:
         _tell_of_the_cpu(grad.device, reason)
         start = None if previous is None else previous.cpu()
-        found = compute(grad.cpu().to(state.dtype), previous=start, strict=strict)
+        found = compute(grad.cpu().to(state.dtype), previous=start)
         basis = grad.new_empty(found.shape, dtype=found.dtype).copy_(found)
-    return basis if previous is None or settings.subspace == "svd" else align_signs(basis, previous)
+    return _aligned(basis, previous, settings)
 
 
 def solver_failed(error: RuntimeError) -> bool:

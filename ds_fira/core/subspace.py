@@ -86,39 +86,49 @@ def refresh_offset(index: int, update_proj_gap: int) -> int:
 
 @matmul_precision("float32")
 def compute_basis(
-    grad: Tensor, rank: int, side: Side, method: str, previous: Tensor | None = None, strict: bool = False
+    grad: Tensor,
+    rank: int,
+    side: Side,
+    method: str,
+    previous: Tensor | None = None,
+    strict: bool = False,
+    ordered: bool = True,
 ) -> Tensor:
-    """The basis of the dominant subspace of a gradient (line 5 of Algorithm 1).
+    """The basis of the dominant subspace of a gradient (line 5 of Algorithm 1), or of k of one shape at once.
 
     Its products are in float32 whatever the user has set for the model's (TF32 would leave columns orthonormal to 3e-4
     only), but for those that "randomized" makes in bfloat16 on purpose.
 
     Args:
-        grad: (m, n), finite and not zero.
+        grad: (m, n) or (k, m, n), finite and not zero.
         rank: the rank asked for; r = min(rank, m, n) columns come back.
         side: "left" for the left singular vectors, "right" for the right ones.
         method: "svd", the exact decomposition, called as the released code calls it, so that the signs agree; "gram",
             the same vectors up to their signs from the Gram matrix of the smaller side; "randomized", an approximate
             subspace by block power iteration.
-        previous: the basis in use, (m, r) or (n, r), a start for "randomized"; the other methods do without.
-        strict: whether "randomized" multiplies in float32 even where the device is faster in bfloat16.
+        previous: the basis in use, of the shape of what is returned, a start for "randomized"; the other methods do
+            without.
+        strict: whether "randomized" multiplies with the whole gradient in float32 even where the device is faster in
+            bfloat16, or with a sketch.
+        ordered: whether the columns have to be singular or Ritz vectors. "randomized" is cheaper where any orthonormal
+            basis of the subspace will do, as for moments that are rotated, and it has a previous one.
 
     Returns:
-        (m, r) or (n, r) in float32 (float64 for a float64 gradient), contiguous, orthonormal columns, in falling order
-        of their singular or Ritz values.
+        (m, r) or (n, r), behind k where there are k, in float32 (float64 for a float64 gradient), contiguous,
+        orthonormal columns, `ordered` in falling order of their singular or Ritz values.
 
     Raises:
         torch.linalg.LinAlgError: the decomposition did not converge or is not finite.
     """
-    r = effective_rank((grad.shape[0], grad.shape[1]), rank)
+    r = effective_rank((grad.shape[-2], grad.shape[-1]), rank)
     matrix = grad if grad.dtype == torch.float64 else grad.float()
     if method == "svd":
         u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-        basis = u[:, :r].contiguous() if side == "left" else vh[:r].t().contiguous()
+        basis = u[..., :r].contiguous() if side == "left" else vh[..., :r, :].mT.contiguous()
     elif method == "gram":
-        basis = gram_basis(matrix if side == "left" else matrix.t(), r)
+        basis = gram_basis(matrix if side == "left" else matrix.mT, r)
     elif method == "randomized":
-        basis = randomized_basis(matrix if side == "left" else matrix.t(), r, previous, strict)
+        basis = randomized_basis(matrix if side == "left" else matrix.mT, r, previous, strict, ordered)
     else:
         raise ValueError(f"the method {method!r} is none of 'svd', 'gram', 'randomized'")
     # A sum is finite where all elements are, for they are at most 1.
@@ -134,13 +144,13 @@ def align_signs(basis: Tensor, previous: Tensor) -> Tensor:
     and a turned column would meet a first moment of the opposite sign.
 
     Args:
-        basis: (d, r), a new basis.
-        previous: (d, r), the one in use.
+        basis: (d, r), a new basis, or (k, d, r).
+        previous: of the same shape, the one in use.
 
     Returns:
-        (d, r), equal to `basis` up to the signs of its columns.
+        Equal to `basis` up to the signs of its columns.
     """
-    overlap = (basis * previous).sum(dim=0)
+    overlap = (basis * previous).sum(dim=-2, keepdim=True)
     return basis * torch.where(overlap < 0, -1.0, 1.0).to(basis.dtype)
 
 

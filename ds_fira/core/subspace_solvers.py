@@ -11,8 +11,9 @@ over- or underflows; the division goes to a block or a low-rank factor, never to
 the singular values below sqrt(eps) of the largest (3e-4 in float32), whose share of the energy is below rounding.
 
 The iteration may multiply with X in bfloat16, where the device has units for it: what it looks for is a subspace, and
-rounding 2^-9 of every element at random moves little energy out of it (docs/design.md has the figures). Everything of
-the block's size stays in float32.
+rounding 2^-9 of every element at random moves little energy out of it (docs/design.md has the figures). A CPU without
+such units may multiply with a sketch of X that has fewer columns (`fold`). Everything of the block's size stays in
+float32.
 
 Nothing here waits for the device, except `orthonormal`, once, to learn whether its cheap way succeeded, and `eigh`,
 which reads its error code.
@@ -20,33 +21,26 @@ which reads its error code.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ds_fira.core.iteration_plan import (
+    BFLOAT16_SPEED,
+    OVERSAMPLING,
+    STRIP,
+    Iteration,
+    cheapest,
+    fast_bfloat16,
+    iteration,
+)
+from ds_fira.core.orthonormal import orthonormal, spread
+
 SEED = 0
 TINY = torch.finfo(torch.float32).tiny
-# Columns beyond the rank that the iteration carries; cut off by Rayleigh-Ritz at its end. Low ranks get as many again,
-# up to a block of WIDE columns, for there the spectrum of a gradient is flat and a wide block does more than another
-# product (a gradient of 2048 x 2048, rank 128, two warm products: 0.9875 of the energy with 32, 0.9986 with 128).
-OVERSAMPLING, WIDE = 32, 256
-# Products with XX' after a warm and after a cold start, the one of Rayleigh-Ritz included.
-WARM_PRODUCTS, COLD_PRODUCTS = 2, 3
-# Sizes s up to which the exact way is the cheaper one whatever the rank: it has the fewest calls.
-SMALL_SIDE = 256
-# A symmetric eigendecomposition in multiples of s^3 operations of a matrix product. Measured on one CPU core: 10 to 17
-# for s = 512 to 2048. On a GPU it is dominated by latency; the value there is an estimate.
-EIGH_COST = {"cpu": 15.0, "cuda": 400.0}
-# The Gram matrix is built from blocks of so many columns of X, in strips of so many rows.
-BLOCK, STRIP = 1024, 256
-# How much faster products in bfloat16 are where the device has units for them; measured with AMX on one CPU core.
-BFLOAT16_SPEED = 4.0
-# Off-diagonal elements that one Cholesky pass may leave in all; rounding alone leaves about a tenth of it.
-ORTHONORMAL = 5e-6
-# Off-diagonal elements that the first Cholesky pass may leave for the second to remove.
-LOST_ORTHOGONALITY = 1e-2
+# The Gram matrix is built from blocks of so many columns of X.
+BLOCK = 1024
 
 
 def gram_basis(grad: Tensor, rank: int) -> Tensor:
@@ -64,12 +58,14 @@ def gram_basis(grad: Tensor, rank: int) -> Tensor:
     """
     x, long = _short(grad)
     inverse = _inverse_scale(grad)
-    top = torch.linalg.eigh(gram_matrix(x, inverse))[1][:, -rank:].flip(1)
-    return orthonormal(across(top.t() * inverse, x)).t().contiguous() if long else top.contiguous()
+    top = torch.linalg.eigh(gram_matrix(x, inverse))[1][..., -rank:].flip(-1)
+    return orthonormal(across(top.mT * inverse, x)).mT.contiguous() if long else top.contiguous()
 
 
-def randomized_basis(grad: Tensor, rank: int, previous: Tensor | None = None, strict: bool = False) -> Tensor:
-    """The dominant subspace by block power iteration, in Ritz vectors of falling order.
+def randomized_basis(
+    grad: Tensor, rank: int, previous: Tensor | None = None, strict: bool = False, ordered: bool = True
+) -> Tensor:
+    """The dominant subspace by block power iteration, in Ritz vectors of falling order or any orthonormal basis of it.
 
     Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.3: a start of r vectors and more (the previous
     basis and a Gaussian sketch, or the sketch alone), two or three products with XX' with an orthonormalization between
@@ -77,27 +73,34 @@ def randomized_basis(grad: Tensor, rank: int, previous: Tensor | None = None, st
     power step too. The sketch beside the previous basis finds directions that are new in this gradient. The seed is
     fixed: equal arguments give equal bits on one machine.
 
+    Where the order does not matter and the rank is large enough (`iteration`), a block of r vectors is made orthonormal
+    behind the last product, and that is all: the orthogonal iteration that SOAP (arXiv 2409.11321) makes of an old
+    eigenbasis. Its columns stay near their places, as the vectors of the old basis do.
+
     X'Q comes before X(X'Q), or A is formed first, whichever takes fewer operations; and where A with its
     eigendecomposition takes fewer still, that exact result is given.
 
     Args:
-        grad: (d, k), float32 or float64, finite.
+        grad: (d, k), float32 or float64, finite; or several, (n, d, k).
         rank: r <= min(d, k).
-        previous: (d, r), the basis in use; None for a cold start.
-        strict: whether to multiply in the gradient's own dtype even where bfloat16 is faster.
+        previous: (d, r), the basis in use, or (n, d, r); None for a cold start.
+        strict: whether to multiply with the gradient itself and in its own dtype, even where bfloat16 or a sketch of it
+            is faster.
+        ordered: whether Ritz vectors are asked for; a cold start gives them in any case.
 
     Returns:
-        (d, r), orthonormal.
+        (d, r) or (n, d, r), orthonormal.
 
     Raises:
         torch.linalg.LinAlgError: an eigendecomposition failed.
     """
     x, long = _short(grad)
-    s, b = x.shape
-    speed = 1.0 if strict or x.dtype != torch.float32 or not fast_bfloat16(x.device) else BFLOAT16_SPEED
-    width = block_width(s, rank)
-    products = COLD_PRODUCTS if previous is None else WARM_PRODUCTS
-    way = cheapest(s, b, width, products, x.device.type, speed)
+    s, b = x.shape[-2:]
+    exact = strict or x.dtype != torch.float32
+    speed = 1.0 if exact or not fast_bfloat16(x.device) else BFLOAT16_SPEED
+    folds = speed == 1.0 and not exact and not long and x.device.type == "cpu"
+    plan = iteration(s, b, rank, previous is not None, ordered, folds)
+    way = cheapest(s, b, plan, x.device.type, speed)
     if way == "exact":
         return gram_basis(grad, rank)
     inverse = _inverse_scale(grad)
@@ -105,144 +108,113 @@ def randomized_basis(grad: Tensor, rank: int, previous: Tensor | None = None, st
         # A power of two is exact to multiply with in bfloat16 too, and then nothing is left to scale.
         x = x.bfloat16().mul_(inverse)
         inverse = torch.ones_like(inverse)
-    rows = start(x, inverse, width, previous, long)
+    rows = start(x, inverse, plan, previous, long)
     multiply = _product(x, inverse, form_gram=way == "gram")
-    for _ in range(products - 1):
-        rows = spread(multiply(rows).to(grad.dtype))
-    image = multiply(rows).to(grad.dtype)
-    ritz = torch.linalg.eigh(rows @ image.t())[1][:, -rank:].flip(1)
-    basis = ritz.t() @ image
+
+    def product(columns: int, rows: Tensor) -> Tensor:
+        if columns == b or way == "gram":
+            return multiply(rows).to(grad.dtype)
+        return _product(fold(x, columns, inverse), torch.ones_like(inverse))(rows)
+
+    for columns in plan.columns[:-1]:
+        rows = spread(product(columns, rows))
+    if plan.ritz:
+        rows = ritz_vectors(rows, multiply, rank)
+        if long:
+            # Orthogonal but for rounding, so their lengths are all that has to go before the product.
+            rows = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=TINY)
+    elif not long:
+        rows = product(plan.columns[-1], rows)
     if long:
-        # They are orthogonal but for rounding, so their lengths are all that has to go before the product.
-        lengths = torch.linalg.vector_norm(basis, dim=1, keepdim=True).clamp(min=TINY)
-        basis = across(basis * (inverse / lengths), x).to(basis.dtype)
-    return orthonormal(basis).t().contiguous()
+        # The other half of this product was made at the start where there is no Rayleigh-Ritz.
+        rows = across(rows * inverse, x).to(grad.dtype)
+    return orthonormal(rows).mT.contiguous()
 
 
-@functools.cache
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices much faster than float32 ones: AMX on a CPU, tensor cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # torch tells what a CPU can do from 2.10 on.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
+def start(x: Tensor, inverse: Tensor, plan: Iteration, previous: Tensor | None, long: bool) -> Tensor:
+    """The first block, (..., width, s), on the short side.
 
-
-def block_width(s: int, rank: int) -> int:
-    """Vectors of the iterated block."""
-    return min(rank + max(OVERSAMPLING, min(rank, WIDE - rank)), s)
-
-
-def operations(s: int, b: int, width: int, products: int, device_type: str, speed: float = 1.0) -> dict[str, float]:
-    """Operations, in those of a float32 product, of "exact" (A and eigh), "gram" (A, then AQ) and "direct" iteration.
-
-    Products with X in the iteration count 1 / `speed`; above 1 they are made in bfloat16.
+    It is the previous basis and XO for a Gaussian O, or XO alone. A block that has to stay as wide as the basis is the
+    previous basis with a Gaussian of norm 1 added to its last vectors, which hold the least. By these a direction that
+    the basis is blind to gets into the products, that amplify it by the square of its singular value.
     """
-    eigh = EIGH_COST.get(device_type, EIGH_COST["cuda"])
-    form = s * s * b * (1.0 + min(1.0, STRIP / s))
-    # Orthonormalizations, Rayleigh-Ritz, and the sketch beside or before the first block.
-    rest = width * width * (eigh * width + (6 + 3 * products) * s) + 2 * s * b * OVERSAMPLING
-    costs = {"exact": form + eigh * s**3, "direct": products * 4 * s * b * width / speed + rest}
-    if speed == 1.0:
-        # Rounded to bfloat16, A would lose the smaller ones of the wanted directions.
-        costs["gram"] = form + products * 2 * s * s * width + rest
-    return costs
-
-
-def cheapest(s: int, b: int, width: int, products: int, device_type: str, speed: float = 1.0) -> str:
-    """The key of `operations` that takes the fewest; the exact way for every small matrix."""
-    costs = operations(s, b, width, products, device_type, speed)
-    return "exact" if s <= SMALL_SIDE else min(costs, key=costs.__getitem__)
-
-
-def start(x: Tensor, inverse: Tensor, width: int, previous: Tensor | None, long: bool) -> Tensor:
-    """The first block, (width, s): the previous basis on the short side and XO for a Gaussian O, or XO alone."""
+    s, b = x.shape[-2:]
     generator = torch.Generator(device=x.device).manual_seed(SEED)
-    known = 0 if previous is None else previous.shape[1]
-    omega = torch.randn(width - known, x.shape[1], generator=generator, dtype=inverse.dtype, device=x.device)
-    sketch = spread(back(omega * inverse, x).to(omega.dtype)) if width > known else omega.new_zeros(0, x.shape[0])
-    if previous is None:
-        return sketch
-    kept = previous.to(inverse.dtype)
-    if long:
-        return torch.cat([spread(back(kept.t() * inverse, x).to(kept.dtype)), sketch])
-    # Only a factor of the first product, so X's dtype will do.
-    return torch.cat([kept.to(x.dtype).t(), sketch.to(x.dtype)])
+    options = {"generator": generator, "dtype": inverse.dtype, "device": x.device}
+    found = []
+    if previous is not None:
+        kept = previous.to(inverse.dtype).mT
+        kept = spread(back(kept * inverse, x).to(kept.dtype)) if long else kept
+        if not plan.ritz:
+            noise = torch.randn(max(1, min(plan.width // 4, OVERSAMPLING)), s, **options) / s**0.5
+            kept = torch.cat([kept[..., : -len(noise), :], kept[..., -len(noise) :, :] + noise], dim=-2)
+        found.append(kept)
+    known = 0 if previous is None else previous.shape[-1]
+    if plan.width > known:
+        omega = torch.randn(plan.width - known, b, **options)
+        found.append(spread(back(omega * inverse, x).to(omega.dtype)))
+    return torch.cat(found, dim=-2)
+
+
+def fold(x: Tensor, columns: int, inverse: Tensor) -> Tensor:
+    """X S * inverse, (..., s, columns): a count sketch, column j added to column j modulo `columns` with a random sign.
+
+    XSS'X' is XX' on average (Clarkson and Woodruff, STOC 2013), and every column of X is in it. A gradient has many
+    more columns than a subspace needs to be found; the signs have a fixed seed.
+    """
+    b = x.shape[-1]
+    generator = torch.Generator(device=x.device).manual_seed(SEED)
+    signs = torch.randint(0, 2, (b,), generator=generator, device=x.device).to(x.dtype).mul_(2.0).sub_(1.0) * inverse
+    folded = x[..., :columns] * signs[..., :columns]
+    for first in range(columns, b, columns):
+        part = x[..., first : first + columns]
+        folded[..., : part.shape[-1]].addcmul_(part, signs[..., first : first + columns])
+    return folded
+
+
+def ritz_vectors(rows: Tensor, multiply: Callable[[Tensor], Tensor], rank: int) -> Tensor:
+    """Rayleigh-Ritz: A times the Ritz vectors of A in the span of the rows, (..., rank, s), in falling order."""
+    image = multiply(rows).to(rows.dtype)
+    ritz = torch.linalg.eigh(rows @ image.mT)[1][..., -rank:].flip(-1)
+    return ritz.mT @ image
 
 
 def gram_matrix(x: Tensor, inverse: Tensor) -> Tensor:
-    """XX' * inverse^2, (s, s), one triangle computed and mirrored; temporaries of s x 1024."""
-    s, b = x.shape
-    gram = x.new_zeros(s, s)
+    """XX' * inverse^2, (..., s, s), one triangle computed and mirrored; temporaries of s x 1024."""
+    s, b = x.shape[-2:]
+    gram = x.new_zeros(*x.shape[:-1], s)
     for first in range(0, b, BLOCK):
-        part = x[:, first : first + BLOCK] * inverse
+        part = x[..., first : first + BLOCK] * inverse
         for top in range(0, s, STRIP):
-            gram[top : top + STRIP, top:].addmm_(part[top : top + STRIP], part[top:].t())
+            strip, rest = gram[..., top : top + STRIP, top:], part[..., top:, :].mT
+            add = strip.addmm_ if x.ndim == 2 else strip.baddbmm_
+            add(part[..., top : top + STRIP, :], rest)
     for top in range(0, s, STRIP):
         end = top + STRIP
-        gram[end:, top:end] = gram[top:end, end:].t()
+        gram[..., end:, top:end] = gram[..., top:end, end:].mT
         # A product of a block with itself is not symmetric to the bit on every CPU.
-        block = gram[top:end, top:end]
-        block.copy_(block.triu() + block.triu(1).t())
+        block = gram[..., top:end, top:end]
+        block.copy_(block.triu() + block.triu(1).mT)
     return gram
-
-
-def spread(rows: Tensor) -> Tensor:
-    """Rows of the same span, roughly orthonormal: one pass of shifted Cholesky-QR, which cannot break down.
-
-    Between two products the rows only have to stay apart. The shift (Fukaya et al., SIAM J. Sci. Comput. 42, 2020)
-    bounds how much a direction that is lost in rounding is blown up.
-    """
-    gram, norms = _unit_gram(rows)
-    gram.diagonal().add_(rows.shape[0] * torch.finfo(rows.dtype).eps)
-    return _solve(gram, rows * norms)
-
-
-def orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal rows of the same span: Cholesky-QR once or twice, or Householder where that broke down.
-
-    Householder gives orthonormal rows of any block, a rank-deficient one too. Its signs are made those of the
-    Cholesky way, a positive diagonal of R.
-    """
-    gram, norms = _unit_gram(rows)
-    result = _solve(gram, rows * norms)
-    gram = result @ result.t()
-    left = float((gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).abs().amax())
-    if left < LOST_ORTHOGONALITY and (left > ORTHONORMAL or rows.dtype == torch.float64):
-        result = _solve(gram, result)
-    if left < LOST_ORTHOGONALITY:
-        return result
-    q, triangle = torch.linalg.qr(rows.t())
-    return (q * torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(q.dtype)).t()
 
 
 def across(rows: Tensor, x: Tensor) -> Tensor:
     """Rows of the short side, (w, s), to those of the long one, (w, b), W X, in X's dtype."""
-    rows = rows.to(x.dtype)
+    if rows.dtype != x.dtype:
+        rows = rows.to(x.dtype, memory_format=torch.contiguous_format)
     # Where X is a transposed view, the product of the two as they lie in memory is the transpose.
-    return rows @ x if x.stride(1) == 1 else (x.t() @ rows.t()).t().contiguous()
+    return rows @ x if x.stride(-1) == 1 else (x.mT @ rows.mT).mT
 
 
 def back(rows: Tensor, x: Tensor) -> Tensor:
     """Rows of the long side, (w, b), to those of the short one, (w, s), W X', in X's dtype."""
-    return rows.to(x.dtype, memory_format=torch.contiguous_format) @ x.t()
+    if x.dtype == torch.bfloat16:
+        return rows.to(x.dtype, memory_format=torch.contiguous_format) @ x.mT
+    # As columns, in which `orthonormal` works; in float32 it costs the same.
+    return (x @ rows.mT).mT
 
 
-def _unit_gram(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrix of the normalized rows, and the inverse norms, (w, 1); rows of small norm keep their digits."""
-    gram = rows @ rows.t()
-    norms = gram.diagonal().clamp(min=torch.finfo(rows.dtype).tiny).rsqrt()
-    return gram.mul_(norms).mul_(norms.unsqueeze(1)), norms.unsqueeze(1)
-
-
-def _solve(gram: Tensor, rows: Tensor) -> Tensor:
-    """L^-1 W for the Cholesky factor L of a Gram matrix; not finite where that does not exist."""
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    return torch.linalg.solve_triangular(factor, rows, upper=False)
-
-
-def _product(x: Tensor, inverse: Tensor, form_gram: bool) -> Callable[[Tensor], Tensor]:
+def _product(x: Tensor, inverse: Tensor, form_gram: bool = False) -> Callable[[Tensor], Tensor]:
     if form_gram:
         gram = gram_matrix(x, inverse)
         return lambda rows: rows @ gram
@@ -253,14 +225,20 @@ def _product(x: Tensor, inverse: Tensor, form_gram: bool) -> Callable[[Tensor], 
 
 def _short(grad: Tensor) -> tuple[Tensor, bool]:
     """X, and whether the wanted basis lies on its long side."""
-    long = grad.shape[0] > grad.shape[1]
-    return (grad.t() if long else grad), long
+    long = grad.shape[-2] > grad.shape[-1]
+    return (grad.mT if long else grad), long
 
 
 def _inverse_scale(grad: Tensor) -> Tensor:
-    """A power of two near 1 / max|G|, 0-dim: exact to multiply with, where the product does not underflow."""
+    """A power of two near 1 / max|G|, (..., 1, 1): exact to multiply with, where the product does not underflow."""
     # A transposed view would be copied.
-    low, high = torch.aminmax(grad if grad.is_contiguous() else grad.t())
+    flat = (grad if grad.is_contiguous() else grad.mT).flatten(-2)
+    # Along a dimension torch takes ten times as long on a CPU.
+    low, high = (
+        (extreme.view(1) for extreme in torch.aminmax(flat))
+        if grad.ndim == 2
+        else torch.aminmax(flat, dim=-1, keepdim=True)
+    )
     exponent = torch.frexp(torch.maximum(high, -low)).exponent
     limit = 126 if grad.dtype == torch.float32 else 1022
-    return torch.ldexp(torch.ones((), dtype=grad.dtype, device=grad.device), -exponent.clamp(-limit, limit))
+    return torch.ldexp(torch.ones_like(high), -exponent.clamp(-limit, limit)).unsqueeze(-1)

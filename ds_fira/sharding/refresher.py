@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ds_fira.core.basis import adopt_basis, new_basis, solver_failed
+from ds_fira.core.basis import adopt_basis, goes_with, new_bases, new_basis, solver_failed
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
 from ds_fira.core.step import MatrixTask
@@ -20,6 +20,81 @@ from ds_fira.sharding.comm import Communicator
 
 # Seconds of exact decompositions in one process after which a user is told of faster ways.
 SLOW_SECONDS = 30.0
+# Seconds that a GPU takes for an exact decomposition in float32, over (smaller side)^2 x larger side: about 10 minutes
+# are published for the 224 matrices of a LLaMA 7B. An estimate; it says what is coming, nothing is decided by it.
+GPU_SVD_SECONDS = 2.3e-11
+# From so many seconds a matrix on, a user is told before a GPU decomposes it.
+LONG_SVD_SECONDS = 0.1
+# Matrices whose bases a GPU computes together at most, and bytes of their gradients, of which that makes a copy.
+MAX_BATCH, MAX_BATCH_BYTES = 8, 2**28
+
+
+def svd_seconds(device_type: str, shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """Estimated seconds of one exact decomposition on a GPU; 0 on other devices, where time itself is taken.
+
+    Args:
+        device_type: "cpu", "cuda" and so on.
+        shape: (m, n).
+        dtype: in which it is decomposed; float64 counts twice.
+    """
+    if device_type != "cuda":
+        return 0.0
+    return GPU_SVD_SECONDS * min(shape) ** 2 * max(shape) * (2.0 if dtype == torch.float64 else 1.0)
+
+
+def svd_warning(
+    device_type: str, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, settings: GroupSettings
+) -> str | None:
+    """What a user is told before exact decompositions that will take long on a GPU; None where there is nothing to say.
+
+    Args:
+        device_type: "cpu", "cuda" and so on.
+        shapes: (m, n) of the matrices that are about to be decomposed.
+        dtype: in which they are decomposed.
+        settings: of their param group.
+    """
+    seconds = [svd_seconds(device_type, shape, dtype) for shape in shapes]
+    if settings.subspace != "svd" or max(seconds, default=0.0) < LONG_SVD_SECONDS:
+        return None
+    longest = max(range(len(shapes)), key=seconds.__getitem__)
+    m, n = shapes[longest]
+    return (
+        f"subspace = 'svd' now decomposes {len(shapes)} of a param group's matrices exactly on a GPU, up to {m} x {n}: "
+        f"about {seconds[longest]:.1f} s for the largest and {sum(seconds):.0f} s in all by an estimate, and again "
+        f"every {settings.update_proj_gap} steps, for every group; subspace = 'randomized' is many times faster at the "
+        "same loss (docs/performance.md)."
+    )
+
+
+def batch_limit(device_type: str, subspace: str, grad_bytes: int) -> int:
+    """How many matrices of one shape get their bases together, by batched products and one batched decomposition.
+
+    On a CPU, which works on one matrix at a time in any case, one: a batch would only cost memory. On a GPU a small
+    decomposition or factor is all latency, and a batch of them takes about as long as one. "svd" stays the released
+    code's call.
+
+    Args:
+        device_type: "cpu", "cuda" and so on.
+        subspace: the method.
+        grad_bytes: of one gradient in the dtype in which it is decomposed; a batch holds a copy of them all.
+    """
+    if device_type == "cpu" or subspace == "svd":
+        return 1
+    return max(1, min(MAX_BATCH, MAX_BATCH_BYTES // grad_bytes))
+
+
+def batches(due: Sequence[MatrixTask]) -> list[list[MatrixTask]]:
+    """Matrices whose bases are computed together, in the order in which the first of each is due."""
+    groups: dict[tuple[object, ...], list[MatrixTask]] = {}
+    for task in due:
+        groups.setdefault(goes_with(task), []).append(task)
+    result = []
+    for group in groups.values():
+        first = group[0]
+        size = first.grad.numel() * first.state.dtype.itemsize
+        limit = batch_limit(first.grad.device.type, first.settings.subspace, size)
+        result += [group[start : start + limit] for start in range(0, len(group), limit)]
+    return result
 
 
 class RefreshListener(Protocol):
@@ -94,12 +169,24 @@ class Refresher:
         """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all."""
         if not due:
             return
+        shapes = [(task.grad.shape[0], task.grad.shape[1]) for task in due]
+        self.announce(shapes, due[0].weight.device, due[0].state.dtype, due[0].settings)
         with self.listener.refreshing(due[0].weight.device):
             if self.replicas is None:
-                for task in due:
-                    self._adopt(task, self._new_basis(task))
+                for batch in batches(due):
+                    for task, basis in zip(batch, self._new_bases(batch), strict=True):
+                        self._adopt(task, basis)
             else:
                 self._refresh_replicas(due, self.replicas)
+
+    def announce(
+        self, shapes: Sequence[tuple[int, int]], device: torch.device, dtype: torch.dtype, settings: GroupSettings
+    ) -> None:
+        """Tell the user once, before they start, of exact decompositions that will take long; see `svd_warning`."""
+        message = None if self._told else svd_warning(device.type, shapes, dtype, settings)
+        if message is not None:
+            self._told = True
+            warnings.warn(f"{self._name}: {message}", stacklevel=6)
 
     def _refresh_replicas(self, due: list[MatrixTask], communicator: Communicator) -> None:
         # In rounds of one matrix a rank: all ranks compute at once, and none holds more than one new basis.
@@ -115,6 +202,16 @@ class Refresher:
                     packed[1:] = mine.reshape(-1)
                 packed = communicator.broadcast(packed, rank)
                 self._adopt(task, packed[1:].view_as(basis) if packed[0] else None)
+
+    def _new_bases(self, batch: list[MatrixTask]) -> list[Tensor | None]:
+        """The bases of matrices that go together; where that fails, each is tried for itself."""
+        if len(batch) > 1:
+            try:
+                return new_bases(batch)
+            except RuntimeError as error:
+                if not solver_failed(error):
+                    raise
+        return [self._new_basis(task) for task in batch]
 
     def _new_basis(self, task: MatrixTask) -> Tensor | None:
         """The basis of a task's gradient, None where there is none to be had."""

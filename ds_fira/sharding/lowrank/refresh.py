@@ -45,6 +45,8 @@ class LowRankRefresh:
         """
         if not due:
             return
+        owned = [self.matrices[position].shape for position in self._owned(due)]
+        refresher.announce(owned, param.device, empty_like_state(param).dtype, settings)
         # In turns of one matrix an owner: all owners compute at once, and none holds more than one whole gradient.
         with refresher.listener.refreshing(param.device):
             for turn in owner_turns([(self.matrices[position], position) for position in due], limit=1):
