@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.speed.launches import FEED_FORWARD, HIDDEN, LAYER, partition, separate
+from benchmarks.speed.launches import FEED_FORWARD, HIDDEN, LAYER, counted, partition, separate
+from ds_fira.core import kernels, quantization
+from ds_fira.core.algorithms import FIRA_ADAM
 from ds_fira.core.batches import MAX_BATCH
+from ds_fira.core.settings import GroupSettings
+from ds_fira.core.state import allocate, matrix_states, state_views
+from ds_fira.core.step import MatrixTask, update
 from tests.grids import once
+from tests.unit.core.kernel_cases import random, random_basis
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -79,3 +86,34 @@ def test_a_parameter_under_adamw_is_one_kernel(state_dtype: str) -> None:
     names = partition([TALL], fragment=5000, steps=1, state_dtype=state_dtype)
     assert names["_adamw"] == 1
     assert names.total() <= MOST_OF_A_BATCH + MOST_OF_ADAMW, names
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+def test_one_task_of_a_batch_is_its_matrices(state_dtype: str) -> None:
+    """Tensors with a leading dimension, as one task: the bits of the matrices by themselves, at a batch's launches."""
+    count, settings = 3, GroupSettings(rank=4, state_dtype=state_dtype)
+    results = []
+    for batched in (True, False):
+        weight, grad = random(count, *TALL, seed=5), random(count, *TALL)
+        state = allocate(weight, [TALL] * count, settings, True)
+        state["basis"].copy_(random_basis((count,), HIDDEN, 4))
+        state["refresh_step"].zero_()
+        views = matrix_states(state, [TALL] * count, settings, True, FIRA_ADAM)
+        if batched:
+            # Found out by a launch, once, and a table that all steps share.
+            assert kernels.supports(weight)
+            for stored in views[0].moments.values():
+                quantization.read(stored)
+            task = MatrixTask(weight, grad, state_views(state, "right", index=slice(0, count)), settings, 1e-4)
+            with counted() as names:
+                stats = update(task)
+            assert 6 < names.total() <= MOST_OF_A_BATCH, names
+            assert stats.residual_sq.shape == stats.limiter_divisor.shape == stats.grad_finite.shape == (count,)
+            assert stats.low_rank_sq.shape == (count, TALL[0])
+        else:
+            for index, view in enumerate(views):
+                update(MatrixTask(weight[index], grad[index], view, settings, 1e-4))
+        results.append([weight, *state.values()])
+    for together, alone in zip(*results, strict=True):
+        assert torch.equal(together, alone)
+    assert not torch.equal(results[0][0], random(count, *TALL, seed=5))
