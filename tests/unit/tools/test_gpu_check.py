@@ -272,7 +272,7 @@ def test_every_stage_is_rehearsed(tmp_path: Path) -> None:
     for question in QUESTIONS:
         missing = {what for what in question.what if (question.stage, what) not in answered} - of_the_device
         assert not missing, question.text
-    for found in lines:
+    for found in (each for each in lines if each["stage"] is not None):
         assert {"device", "versions", "commit", "source", "seed", "unit", "rehearsal"} <= found.keys(), found
     assert {path.name for path in tmp_path.iterdir()} == {
         driver.RESULTS,
