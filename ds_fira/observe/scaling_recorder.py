@@ -180,7 +180,7 @@ class ScalingRecorder:
             if one.place is not None and one.fragment is not None:
                 shared[:, one.place] = squares(one)
         if used:
-            shared = self._channel.all_reduce(shared)
+            shared = self._channel.start_all_reduce(shared).wait()
         for one in [one for one in watched if one.series is not None]:
             direction_sq, grad_sq = squares(one) if one.place is None else shared[:, one.place]
             one.series.open(self._step).add(direction_sq, grad_sq, bias_correction, grad_sq.sum().isfinite())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,16 @@ def test_two_runs_of_the_example_leave_the_same_files(tmp_path: Path) -> None:
 
 
 def test_a_hundred_steps_leave_objects_and_ranks_as_they_were(ranks: Pools) -> None:
-    """The short form of `python -m benchmarks.quality.soak`: an object kept in each step would be 100 in 100 steps."""
+    """The short form of `python -m benchmarks.quality.soak`: an object kept in each step would be 20 in each interval.
+
+    What jobs before it have left in these processes may go in one of them, which must hide nothing in the other.
+    """
     settings = {"steps": 100, "warm_up": 60, "read_every": 20, "save_every": 60, "check_every": 25}
     for found in ranks.run(2, "soak", "benchmarks.quality.soak", **settings):
         assert found["equal"]
         assert found["refreshes"] == 3 * -(-100 // 20)
-        assert abs(found["objects_per_step"]) < 0.5, found["readings"]
+        counts = [count for _, _, count in found["readings"]]
+        assert max(later - earlier for earlier, later in pairwise(counts)) < 10, found["readings"]
 
 
 @pytest.mark.full
