@@ -58,7 +58,7 @@ def test_a_batch_has_at_most_so_many_matrices() -> None:
     assert names.total() <= 2 * MOST_OF_A_BATCH, names
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("state_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full), "int8"])
 def test_matrices_of_their_own_are_batches(state_dtype: str) -> None:
     """Whose gradients are new in every step: two shapes, so two batches."""
     names = separate(MIXED, steps=1, state_dtype=state_dtype)
@@ -80,7 +80,7 @@ def test_a_partition_of_7b_launches_a_few() -> None:
     assert names.total() <= 4 * MOST_OF_A_BATCH + MOST_OF_ADAMW <= 80, names
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("state_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full), "int8"])
 def test_a_parameter_under_adamw_is_one_kernel(state_dtype: str) -> None:
     """Of 5,000 elements, enough to be stored as the setting says."""
     names = partition([TALL], fragment=5000, steps=1, state_dtype=state_dtype)
