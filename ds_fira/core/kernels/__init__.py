@@ -1,14 +1,16 @@
 """The full-size operations of a step as fused Triton kernels, for float32, bfloat16 and float16 tensors on a GPU.
 
-Each function does what the torch function of the same name in `ds_fira.core.functional` does, on one matrix (m, n) or
-on a batch (k, m, n) of equal shapes, without a synchronization with the host, and gives the same bits on every run.
+`step_together` makes the whole step of some matrices alike, of which `ds_fira.core.kernels.step` lists the
+kernels. Each of the other functions does what the torch function of the same name in `ds_fira.core.functional` does, on
+one matrix (m, n) or on a batch (k, m, n) of equal shapes. All do it without a synchronization with the host, and give
+the same bits on every run.
 Triton is imported when a kernel is first asked for, so that this package can be imported where there is none.
 
     project            R and the squared norms of G's columns or rows in one pass over G
     adam_direction_    moments, direction and the squared norms of direction and R
     residual_square    |phi * (G - a P R)|^2 from the residual itself, without forming it
     apply_update_      the update of W in one pass over G and W
-    adamw_             AdamW on any fragment of a parameter
+    adamw_             AdamW on any fragment of a parameter; `stored_adamw_` with moments of any `state_dtype`
 """
 
 from __future__ import annotations
