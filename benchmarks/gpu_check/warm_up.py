@@ -67,7 +67,7 @@ def _compile(job: Job, rehearsal: bool) -> None:
 
     from benchmarks.common import default_device
     from benchmarks.gpu_check.kernel_table import Operands, cases, elementwise
-    from benchmarks.gpu_check.kernel_times import tiles_of
+    from benchmarks.gpu_check.kernel_times import tiles_of, varied
     from ds_fira import FiraAdam
     from ds_fira.core import kernels
 
@@ -77,7 +77,8 @@ def _compile(job: Job, rehearsal: bool) -> None:
     if job.tile is not None:
         with tiles_of(job.precision, job.tile):
             for case in cases(operands, job.precision):
-                case.call()
+                if varied(case, job.tile):
+                    case.call()
     else:
         for case in (*cases(operands, job.precision), *elementwise(operands)):
             case.call()

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed, and without it there are no kernels")
 
+from benchmarks.common import default_device
 from benchmarks.gpu_check import kernel_table
 from benchmarks.speed import builds, ptx
 from ds_fira.core import kernels
@@ -63,6 +65,42 @@ def test_the_table_is_of_kernels_that_there_are() -> None:
     assert set(kernel_table.others(set())) <= set(kernels.__all__)
     assert {"project", "apply_update_"} <= set(kernel_table.others(set()))
     assert not {"supports", "fault"} & set(kernel_table.others(set()))
+
+
+def test_the_table_knows_every_kernel() -> None:
+    """On both sides; what a whole step has beside the other cases is compiled with them, once for a side."""
+    operands = kernel_table.Operands.random(2, (48, 32), 8, torch.device("meta"))
+    named = {case.name for case in (*kernel_table.cases(operands, "tf32"), *kernel_table.elementwise(operands))}
+    assert kernel_table.others(named) == []
+    found = [(launch.kernel.__name__, variant) for launch, variant in builds.chosen(precisions=("tf32",))]
+    assert len(found) == len(set(found))
+    for side in ("left", "right"):
+        variants = {name: variant for name, variant in found if variant.startswith(side)}
+        assert variants["_project"] == f"{side}, tf32"
+        assert variants["_adam_direction"] == variants["_combine"] == side
+        assert variants["_measure"] == f"{side}, scaled"
+        assert set(variants) == {
+            "_project",
+            "_adam_direction",
+            "_measure",
+            "_residual_square",
+            "_combine",
+            "_apply_update",
+        }
+    assert [variant for name, variant in found if name == "_adamw"] == ["", "blocks"]
+
+
+@pytest.mark.usefixtures("kernels_allowed")
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+def test_a_case_may_be_called_again_and_again(shape: tuple[int, int]) -> None:
+    """Finite numbers, and weights, 0.02 in size, that hardly move: a time is measured over many calls."""
+    operands = kernel_table.Operands.random(2, shape, 4, default_device())
+    before = operands.weight.clone()
+    for case in (*kernel_table.cases(operands, "float32"), *kernel_table.elementwise(operands)):
+        for _ in range(2):
+            case.call()
+        assert case.moved > 0
+    assert torch.allclose(operands.weight, before, rtol=0.0, atol=2e-5)
 
 
 def build(kernel: str, arch: int, registers: int) -> builds.Build:
