@@ -85,7 +85,9 @@ def _compile(job: Job, rehearsal: bool) -> None:
         for weight in (operands.weight, operands.weight[0]):
             param = torch.nn.Parameter(weight)
             param.grad = operands.grad if weight.dim() == 3 else operands.grad[0]
-            optimizer = FiraAdam([param], rank=job.rank, subspace="randomized", matmul_precision=job.precision)
+            # A group with a rank of its own: one without takes tensors of three dimensions for no weights.
+            group = {"params": [param], "rank": job.rank}
+            optimizer = FiraAdam([group], subspace="randomized", matmul_precision=job.precision)
             for _ in range(2):
                 optimizer.step()
     if torch.cuda.is_available():
