@@ -115,25 +115,27 @@ def test_one_value_where_architectures_agree() -> None:
     ]
 
 
-# Compiles one kernel for the oldest architecture.
-ONE = """
+# Compiles two kernels for the oldest architecture.
+TWO = """
 import json, dataclasses
 from benchmarks.speed.builds import chosen, compiled
-launches = chosen(((4096, 11008),), ("tf32",))
-launch, variant = next(each for each in launches if each[0].kernel.__name__ == "_apply_update")
-print(json.dumps(dataclasses.asdict(compiled(launch, variant, 80))))
+launches = list(chosen(((4096, 11008),), ("tf32",)))
+for name in ("_apply_update", "_adamw"):
+    launch, variant = next(each for each in launches if each[0].kernel.__name__ == name)
+    print(json.dumps(dataclasses.asdict(compiled(launch, variant, 80))))
 """
 
 
 @pytest.mark.full
 def test_the_update_moves_what_it_has_to(tmp_path: Path) -> None:
-    """G and W read and W written once, and each element of an operand copied once for a tile."""
+    """G and W read and W written once, and each element of an operand copied once for a tile; AdamW by 16 bytes."""
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment = {**kept, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", ONE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", TWO], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found, adamw = (json.loads(line) for line in done.stdout.splitlines()[-2:])
     assert (found["arch"], found["spilled"], found["variant"]) == (80, 0, "left, tf32")
     assert found["loaded"] == pytest.approx(8.0, rel=0.05)  # and a factor for every column
     assert (found["stored"], found["copied"]) == (4.0, 4.0)
     assert found["wide"] > 0.9
+    assert (adamw["loaded"], adamw["stored"], adamw["wide"], adamw["spilled"]) == (16.0, 12.0, 1.0, 0)
