@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fira.core import kernels
-from ds_fira.core.precision import matmul_precision
+from ds_fira.core import kernels, quantization
+from ds_fira.core.algorithms import FIRA_ADAM
+from ds_fira.core.precision import matmul_precision, negligible_ratio
+from ds_fira.core.settings import GroupSettings
+from ds_fira.core.state import allocate, matrix_states
+from ds_fira.core.step import MatrixTask
 from ds_fira.core.subspace import Side, projection_side
 
 BETAS = (0.9, 0.999)
@@ -30,6 +34,7 @@ class KernelCase:
         moved: bytes that it has to read and write, each tensor once.
         operations: of its products.
         tiled: whether its tiles depend on the precision of the products.
+        ranked: whether a rank makes a difference, and a side; AdamW knows neither.
         peer: what torch has for the same, None where it has nothing.
         peer_name: of that.
     """
@@ -39,6 +44,7 @@ class KernelCase:
     moved: float
     operations: float = 0.0
     tiled: bool = True
+    ranked: bool = True
     peer: Callable[[], object] | None = None
     peer_name: str = ""
 
@@ -73,6 +79,19 @@ class Operands:
             finite=torch.ones(count, dtype=torch.bool, device=device),
             side=side,
         )
+
+    def tasks(self, precision: str) -> list[MatrixTask]:
+        """The step of all k, a learning rate at which W stays as it is however often it is made."""
+        count, *shape = self.weight.shape
+        group = GroupSettings(rank=self.basis.shape[-1], proj_type=self.side, matmul_precision=precision, lr=1e-9)
+        shapes = [(shape[0], shape[1])] * count
+        state = allocate(self.weight, shapes, group, batched=True)
+        states = matrix_states(state, shapes, group, True, FIRA_ADAM, dtype=torch.float32)
+        for place, each in enumerate(states):
+            each.basis.copy_(self.basis[place])
+        matrices = zip(self.weight, self.grad, states, strict=True)
+        ratio = negligible_ratio(self.grad.dtype, group.matmul_precision)
+        return [MatrixTask(*each, group, ratio) for each in matrices]
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -134,6 +153,14 @@ def cases(of: Operands, precision: str) -> Iterator[KernelCase]:
         peer=cublas_back,
         peer_name="cuBLAS bmm, without G",
     )
+    tasks = of.tasks(precision)
+    yield KernelCase(
+        "step_together",
+        lambda: kernels.step_together(tasks),
+        # G in both products, R, M, V, N and C, the basis in both.
+        4 * full + 11 * low + 2 * of.basis.nbytes,
+        2 * operations,
+    )
 
 
 def elementwise(of: Operands) -> Iterator[KernelCase]:
@@ -161,8 +188,21 @@ def elementwise(of: Operands) -> Iterator[KernelCase]:
         lambda: kernels.adamw_(flat, grad, *moments, **options),
         7.0 * flat.nbytes,
         tiled=False,
+        ranked=False,
         peer=lambda: fused().step(),
         peer_name="fused AdamW",
+    )
+    like: dict[str, Any] = {"dtype": torch.float32, "device": flat.device}
+    first, second = (quantization.allocate(flat.shape, (), "int8", signed=signed, **like) for signed in (True, False))
+    coded = sum(part.nbytes for stored in (first, second) for part in stored.values())
+    yield KernelCase(
+        "stored_adamw_",
+        lambda: kernels.stored_adamw_(flat, grad, first, second, **options),
+        3.0 * flat.nbytes + 2.0 * coded,
+        tiled=False,
+        ranked=False,
+        peer=lambda: fused().step(),
+        peer_name="fused AdamW, moments in float32",
     )
 
 

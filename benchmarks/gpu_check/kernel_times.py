@@ -59,7 +59,7 @@ def _size(check: Check, shape: tuple[int, int], rank: int, ceilings: dict[str, f
             _record(check, case, ceilings, precision=precision, **facts)
     for case in elementwise(operands):
         named.add(case.name)
-        if rank == check.sizes.ranks[0] or case.name != "adamw_":
+        if rank == check.sizes.ranks[0] or case.ranked:
             _record(check, case, ceilings, **facts)
     return named
 
@@ -73,8 +73,7 @@ def _variants(check: Check, shape: tuple[int, int], rank: int, ceilings: dict[st
                 return
             with tiles_of(precision, sizes):
                 for case in cases(operands, precision):
-                    # The exact sum of the residual has a tile of its own.
-                    if case.name == "project" or (case.name == "apply_update_" and sizes[1] < TOO_WIDE):
+                    if varied(case, sizes):
                         _record(check, case, ceilings, precision=precision, tile=list(sizes), peer=False, **facts)
 
 
@@ -92,6 +91,11 @@ def _record(check: Check, case: KernelCase, ceilings: dict[str, float], peer: bo
             beside = device_seconds(case.peer, check.device)
             found |= {"of cuBLAS": beside / taken, "peer": case.peer_name, "peer us": beside * 1e6}
         check.record("time", taken * 1e6, "us", kernel=case.name, **facts, **found)
+
+
+def varied(case: KernelCase, sizes: tuple[int, int, int, int, int]) -> bool:
+    """Whether a kernel is measured with such a tile; the exact sum of the residual has one of its own."""
+    return case.name == "project" or (case.name == "apply_update_" and sizes[1] < TOO_WIDE)
 
 
 @contextmanager

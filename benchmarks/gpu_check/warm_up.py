@@ -67,7 +67,7 @@ def _compile(job: Job, rehearsal: bool) -> None:
 
     from benchmarks.common import default_device
     from benchmarks.gpu_check.kernel_table import Operands, cases, elementwise
-    from benchmarks.gpu_check.kernel_times import tiles_of
+    from benchmarks.gpu_check.kernel_times import tiles_of, varied
     from ds_fira import FiraAdam
     from ds_fira.core import kernels
 
@@ -77,14 +77,17 @@ def _compile(job: Job, rehearsal: bool) -> None:
     if job.tile is not None:
         with tiles_of(job.precision, job.tile):
             for case in cases(operands, job.precision):
-                case.call()
+                if varied(case, job.tile):
+                    case.call()
     else:
         for case in (*cases(operands, job.precision), *elementwise(operands)):
             case.call()
         for weight in (operands.weight, operands.weight[0]):
             param = torch.nn.Parameter(weight)
             param.grad = operands.grad if weight.dim() == 3 else operands.grad[0]
-            optimizer = FiraAdam([param], rank=job.rank, subspace="randomized", matmul_precision=job.precision)
+            # A group with a rank of its own: one without takes tensors of three dimensions for no weights.
+            group = {"params": [param], "rank": job.rank}
+            optimizer = FiraAdam([group], subspace="randomized", matmul_precision=job.precision)
             for _ in range(2):
                 optimizer.step()
     if torch.cuda.is_available():

@@ -142,11 +142,13 @@ def compiled(launch: Launch, variant: str, arch: int) -> Build:
         target = GPUTarget("cuda", arch, 32)
         built = triton.compile(source, target=target, options={**settings, "enable_fp_fusion": True})
     said, ptx = log.getvalue(), built.asm["ptx"]
-    registers, threads = int(re.findall(r"Used (\d+) registers", said)[-1]), 32 * settings["num_warps"]
+    registers, threads = int(re.findall(r"Used (\d+) registers", said)[-1]), 32 * settings.get("num_warps", 4)
     shared, moved, name = built.metadata.shared, traffic(ptx), launch.kernel.__name__
     room = [THREADS // threads, REGISTERS // (-(-registers // 8) * 8 * threads), SHARED[arch] // max(1, shared)]
-    known, copied = ELEMENTS.get(name), None
-    if moved.copied:
+    # What moves is known of moments in float32.
+    known = ELEMENTS.get(name) if options.get("FORM", "plain") == "plain" else None
+    copied = None
+    if moved.copied and "DEPTH" in options:
         copied = moved.copied * threads / ((options["ROWS"] + options["COLUMNS"]) * options["DEPTH"])
     return Build(
         kernel=name,
@@ -162,28 +164,39 @@ def compiled(launch: Launch, variant: str, arch: int) -> Build:
         least=(known[1], known[3]) if known else None,
         copied=copied,
         wide=moved.wide,
-        tensor_cores=", ".join(sorted(set(re.findall(r"\b(wgmma|mma\.sync|tcgen05)\b", ptx)))),
+        tensor_cores=", ".join(sorted(set(re.findall(r"\b(wgmma(?=\.mma_async)|mma\.sync|tcgen05(?=\.mma))", ptx)))),
     )
 
 
 def chosen(shapes: tuple[tuple[int, int], ...] = SHAPES, precisions: tuple[str, ...] = PRECISIONS) -> Iterator[tuple]:
     """Every launch of the table of kernels, with its variant."""
     named: set[str] = set()
+    built: set[tuple[str, str]] = set()
     for place, shape in enumerate(shapes):
         operands = Operands.random(1, shape, RANK, torch.device("meta"))
-        calls = [
-            (f"{operands.side}, {precision}", case) for precision in precisions for case in cases(operands, precision)
-        ]
-        calls += [(operands.side, case) for case in elementwise(operands)]
-        for variant, case in calls:
+        side = operands.side
+        calls = [(f"{side}, {precision}", case) for precision in precisions for case in cases(operands, precision)]
+        calls += [(side, case) for case in elementwise(operands)]
+        # Of a whole step's kernels, those that no other case has.
+        for variant, case in sorted(calls, key=lambda call: call[1].name == "step_together"):
             named.add(case.name)
+            if not case.ranked and place > 0:
+                continue
             with recorded() as found:
                 case.call()
-            # AdamW knows no sides.
-            if case.name != "adamw_" or place == 0:
-                yield from ((launch, "" if case.name == "adamw_" else variant) for launch in found)
+            for launch in found:
+                name, whole = launch.kernel.__name__, case.name == "step_together"
+                if not (whole and (name, side) in built):
+                    yield launch, _variant(launch, side if whole else variant if case.ranked else "")
+                built.add((name, side))
     for name in others(named):
         print(f"{name}: benchmarks/gpu_check/kernel_table.py has no case of it")
+
+
+def _variant(launch: Launch, of: str) -> str:
+    """With the form of the moments where it is not the plain one, or that of the residual."""
+    form = launch.options.get("FORM", "plain")
+    return of if form == "plain" else ", ".join(filter(None, (of, form)))
 
 
 def table(builds: list[Build]) -> str:

@@ -62,9 +62,11 @@ class Assumptions:
         turned_tf32: the share of its rate that a projection keeps in TF32, whose operands are copied to shared memory
             word by word, into conflicting banks, where they are not contiguous along the sum.
         turned_bfloat16: the same in bfloat16, whose operands are loaded as float32.
-        passes: over R between the two products: moments and N read and write 6, C 5.
+        passes: over R between the two products: moments and N read and write 6, C 3.
         norm_reads: of G out of L2 for its norms, which overlap with nothing.
-        launches: of one batch of matrices, as an interpreter counts them (`tests/unit/core/test_device_step.py`).
+        launches: of one batch of matrices, as an interpreter counts them (`benchmarks/speed/launches.py`): seven
+            kernels and two allocations.
+        rest: launches of a step beside those of its batches: AdamW's kernel, its count and a look at it.
         gap: seconds from one launch to the next on the device, where its kernel is short.
         host: seconds of the host for a launch.
     """
@@ -72,9 +74,10 @@ class Assumptions:
     tile: int = 128
     turned_tf32: float = 0.45
     turned_bfloat16: float = 0.65
-    passes: float = 11.0
+    passes: float = 9.0
     norm_reads: float = 1.0
-    launches: float = 75.0
+    launches: float = 9.0
+    rest: float = 3.0
     gap: float = 2.4e-6
     host: float = 10e-6
 
@@ -164,7 +167,7 @@ def predict(share: Share, rank: int, precision: str, card: Card, given: Assumpti
     update = _product_rate(card, precision, given.tile, given.tile)
     norms = given.norm_reads * full / card.l2
     adamw_bytes = ADAMW_BYTES * float(share.adamw_elements)
-    launches = given.launches * len(share.batches) + 1
+    launches = given.launches * len(share.batches) + given.rest
     phases = (
         Phase("project", full + low, operations, 1, max((full + low) / card.bandwidth, operations / project) + norms),
         Phase("moments, C", given.passes * low, 0.0, 2, given.passes * low / card.bandwidth),
@@ -195,7 +198,7 @@ def share_of(model: str, ranks: int, rank: int) -> Share:
         ValueError: a partition boundary cuts a matrix, whose step needs other ranks.
     """
     from benchmarks.communication.partition import plan_llama_run
-    from ds_fira.sharding.local_matrices import MAX_BATCH
+    from ds_fira.core.batches import MAX_BATCH
 
     batches, adamw = [], 0
     for group in plan_llama_run(model, ranks, rank=rank).groups:

@@ -7,22 +7,15 @@ of a 7B model, and what it would launch is compiled with the tiles, strides and 
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import json
-import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
-from unittest import mock
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import mangle_type
 
+from benchmarks.speed.builds import Launch, compiled, recorded
 from ds_fira.core import kernels, quantization
 from ds_fira.core.algorithms import FIRA_ADAM
 from ds_fira.core.batches import SlicedTask
@@ -31,7 +24,7 @@ from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import allocate, matrix_states
 from ds_fira.core.step import MatrixTask
 
-TARGET = GPUTarget("cuda", next((size for size in (80, 100) if f"sm_{size}" in sys.argv), 90), 32)
+CAPABILITY = next((size for size in (80, 100) if f"sm_{size}" in sys.argv), 90)
 BETAS = (0.9, 0.999)
 # (m, n, r, side): the two sides of a 7B model's feed-forward layers.
 SHAPES = ((4096, 11008, 512, "left"), (11008, 4096, 512, "right"))
@@ -50,44 +43,14 @@ FORMS = (
     {"residual": "normalized", "residual_beta": 0.0},
     {"residual": "none"},
 )
-HOMES = ("adamw", "combining", "measuring", "moments", "numbers", "projection", "residual", "update")
 
 
-def specialized(value: object, path: tuple[int, ...], constant: bool, constants: dict, attributes: dict) -> object:
-    """The type of an argument, or of each part of one that is a tuple; what a launch knows of its value is added."""
-    if isinstance(value, tuple):
-        parts = [specialized(part, (*path, i), constant, constants, attributes) for i, part in enumerate(value)]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if constant or (isinstance(value, int) and value == 1):
-        constants[path] = value
-        return "constexpr"
-    if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-        attributes[path] = [["tt.divisibility", 16]]
-    return mangle_type(value)
-
-
-def compiled(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, *args: Any, **options: Any) -> dict[str, Any]:
-    """Compile what `launch` with these arguments would run; the name, and the assembler's numbers."""
-    settings = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
-    signature, constants, attributes = {}, {}, {}
-    for place, (name, value) in enumerate(zip(kernel.arg_names, (*args, *options.values()), strict=True)):
-        signature[name] = specialized(value, (place,), name in options, constants, attributes)
-    log = io.StringIO()
-    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-    with contextlib.redirect_stdout(log):
-        source = ASTSource(kernel, signature, constants, attributes)
-        built = triton.compile(source, target=TARGET, options={**settings, "enable_fp_fusion": True})
-    said = log.getvalue()
-    return {
-        "kernel": kernel.__name__,
-        "grid": grid,
-        **{key: value for key, value in options.items() if isinstance(value, (str, int))},
-        **settings,
-        "shared": built.metadata.shared,
-        "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
-        "spilled": sum(int(size) for size in re.findall(r"(\d+) bytes spill", said)),
-        "mma": sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", built.asm["ptx"]))),
-    }
+def built(launches: list[Launch]) -> Iterator[dict[str, Any]]:
+    """What the compiler makes of each launch, with the constants that it is made for; the list is empty then."""
+    for launch in launches:
+        constants = {key: value for key, value in launch.options.items() if isinstance(value, (str, int))}
+        yield {**asdict(compiled(launch, "", CAPABILITY)), **constants}
+    launches.clear()
 
 
 def tasks_of(
@@ -115,31 +78,24 @@ def tasks_of(
 
 def builds(shapes: tuple = SHAPES, dtypes: tuple = DTYPES, forms: tuple = FORMS) -> Iterator[dict[str, Any]]:
     """Every kernel's build, for every shape and choice of dtypes; then every form of residual."""
-    found: list[dict[str, Any]] = []
-    record = lambda *args, **options: found.append(compiled(*args, **options))  # noqa: E731
-    with contextlib.ExitStack() as stack:
-        for home in HOMES:
-            module = importlib.import_module(f"ds_fira.core.kernels.{home}")
-            stack.enter_context(mock.patch.object(module, "launch", record))
+    with recorded() as found:
         for shape in shapes:
             for choice in dtypes:
                 stats = kernels.step_together(tasks_of(shape, *choice))
                 stats.add_to_(torch.empty(4, dtype=torch.float64, device="meta"), 1.0)
-                yield from found
-                found.clear()
+                yield from built(found)
         # What differs from form to form is small.
         for form in forms:
             small = (64, 96, 16, shapes[0][3])
             kernels.step_together(tasks_of(small, *dtypes[0], **form))
-            yield from found
-            found.clear()
+            yield from built(found)
         flat, size = torch.empty(2**20, device="meta"), (2**20,)
         step = {"step": 1, "lr": 0.1, "betas": BETAS, "eps": 1e-6, "weight_decay": 0.0}
         for state_dtype in ("float32", "bfloat16", "int8"):
             kept = {"dtype": torch.float32, "device": "meta"}
             moments = [quantization.allocate(size, (), state_dtype, signed=signed, **kept) for signed in (True, False)]
             kernels.stored_adamw_(flat.bfloat16(), flat, *moments, **step)
-        yield from found
+        yield from built(found)
 
 
 if __name__ == "__main__":

@@ -124,4 +124,4 @@ def test_every_kernel_compiles_ahead_of_time(capability: int, tmp_path: Path) ->
         # A quotient in float64 may be a call that puts registers aside. On a B200 the update in tf32 spills eight.
         spills = build["kernel"] in ("_measure", "_combine") or capability == 100
         assert build["spilled"] <= (32 if spills else 0), build
-        assert bool(build["mma"]) == (build.get("PRECISION", "float32") != "float32"), build
+        assert bool(build["tensor_cores"]) == (build.get("PRECISION", "float32") != "float32"), build

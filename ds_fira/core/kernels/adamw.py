@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fira.core.kernels.moments import adam, shares_of
-from ds_fira.core.kernels.stored import Moment, load_blocks, moment, parts, store_blocks, store_rounded
+from ds_fira.core.kernels.stored import Moment, encoded, load_blocks, moment, parts, store_blocks
 from ds_fira.core.kernels.tiles import launch, rounded
 from ds_fira.core.kernels.views import View
 from ds_fira.core.quantization import BLOCK, Stored
@@ -131,6 +131,8 @@ def _adamw(
 ):
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     at = line[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    # The mask of every load and store: one that depends on the gradient would move each element by itself. What is not
+    # kept is written back as it was read, bit by bit.
     inside = at < numel
     gradient = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     # False for NaN, for infinity, and for a square that overflows.
@@ -150,11 +152,17 @@ def _adamw(
         scale_at = exp_avg_sq.scale.data + line
         store_blocks(sq_at, scale_at, exp_avg_sq.tables, average_sq, at, seed + 1, inside, line_inside)
     else:
-        average = tl.load(avg_at, mask=kept, other=0.0).to(tl.float32)
-        average_sq = tl.load(sq_at, mask=kept, other=0.0).to(tl.float32)
-        average, average_sq, quotient = adam(average, average_sq, gradient, kept, shares, eps)
-        store_rounded(avg_at, average, at, seed.to(tl.int64), kept, FORM == "noisy")
-        store_rounded(sq_at, average_sq, at, seed.to(tl.int64) + 1, kept, FORM == "noisy")
-    value = tl.load(param + at, mask=kept, other=0.0).to(tl.float32)
-    value = (value - step_size * quotient) * decay_factor
-    tl.store(param + at, rounded(value, param.dtype.element_ty), mask=kept)
+        before = tl.load(avg_at, mask=inside, other=0.0)
+        before_sq = tl.load(sq_at, mask=inside, other=0.0)
+        average, average_sq, quotient = adam(
+            before.to(tl.float32), before_sq.to(tl.float32), gradient, kept, shares, eps
+        )
+        seed = seed.to(tl.int64)
+        average = encoded(average, at, seed, before.dtype, FORM == "noisy")
+        average_sq = encoded(average_sq, at, seed + 1, before_sq.dtype, FORM == "noisy")
+        tl.store(avg_at, tl.where(kept, average, before), mask=inside)
+        tl.store(sq_at, tl.where(kept, average_sq, before_sq), mask=inside)
+    value_before = tl.load(param + at, mask=inside, other=0.0)
+    value = (value_before.to(tl.float32) - step_size * quotient) * decay_factor
+    value = tl.where(kept, rounded(value, value_before.dtype), value_before)
+    tl.store(param + at, value, mask=inside)

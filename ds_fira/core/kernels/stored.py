@@ -74,14 +74,21 @@ def noise_at(place, seed):
 
 
 @triton.jit
-def store_rounded(at, value, place, seed, mask, NOISY: tl.constexpr):
-    """Store float32 values in their tensor's dtype: to the nearest, or bfloat16 stochastically."""
+def encoded(value, place, seed, dtype: tl.constexpr, NOISY: tl.constexpr):
+    """Float32 values in the dtype of a moment: to the nearest, or bfloat16 stochastically."""
     if NOISY:
         bits = tl.clamp(value, -_BFLOAT16_MAX, _BFLOAT16_MAX).to(tl.int32, bitcast=True)
         bits = (bits + noise_at(place, seed) + 0x8000) & -0x10000
-        tl.store(at, bits.to(tl.float32, bitcast=True).to(at.dtype.element_ty), mask=mask)
+        value = bits.to(tl.float32, bitcast=True).to(dtype)
     else:
-        tl.store(at, rounded(value, at.dtype.element_ty), mask=mask)
+        value = rounded(value, dtype)
+    return value
+
+
+@triton.jit
+def store_rounded(at, value, place, seed, mask, NOISY: tl.constexpr):
+    """Store float32 values as `encoded` makes them."""
+    tl.store(at, encoded(value, place, seed, at.dtype.element_ty, NOISY), mask=mask)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ds_fira.core import kernels
+from ds_fira.core.quantization import VALUES
 from tests.unit.core.kernel_cases import (
     BETAS,
     CASES,
@@ -107,6 +108,32 @@ def test_adamw_leaves_bad_elements() -> None:
     for index in (0, 2, 3):
         assert torch.equal(tensors[index][bad], before[index][bad])
         assert torch.equal(tensors[index][~bad], rest[index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_adamw_writes_back_the_bits_of_bad_elements(dtype: torch.dtype, noisy: bool) -> None:
+    """Whatever parameter and moments hold there: infinity, a NaN with a payload, a zero with a sign."""
+    moment_dtype = torch.bfloat16 if noisy else dtype
+    tensors = [random(2048, seed=seed).to(kind) for seed, kind in ((5, dtype), (2, moment_dtype), (3, moment_dtype))]
+    tensors[2].abs_()
+    grad, bits = random(2048), {2: torch.int16, 4: torch.int32}
+    bad = torch.arange(2048, device=DEVICE) % 7 == 3
+    grad[bad] = torch.tensor([math.nan, math.inf, -math.inf, 1e30], device=DEVICE).repeat(512)[: int(bad.sum())]
+    for tensor in tensors:
+        tensor[3:2048:35], tensor[10:2048:35], tensor[17:2048:35] = math.inf, -0.0, math.nan
+        tensor.view(bits[tensor.element_size()])[17:2048:35] += 5
+    before = copies(*tensors)
+    settings: dict[str, Any] = {"step": 3, "lr": 0.01, "betas": BETAS, "eps": 1e-6, "weight_decay": 0.1}
+    param, *moments = tensors
+    if noisy:
+        kernels.stored_adamw_(param, grad, *({VALUES: moment} for moment in moments), **settings)
+    else:
+        kernels.adamw_(param, grad, *moments, **settings)
+    for tensor, old in zip(tensors, before, strict=True):
+        same = tensor.view(bits[tensor.element_size()]) == old.view(bits[tensor.element_size()])
+        assert same[bad].all()
+        assert not same[~bad].all()
 
 
 def test_adamw_names_what_does_not_fit() -> None:

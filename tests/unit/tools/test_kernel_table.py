@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed, and without it there are no kernels")
 
+from benchmarks.common import default_device
 from benchmarks.gpu_check import kernel_table
 from benchmarks.speed import builds, ptx
 from ds_fira.core import kernels
@@ -65,6 +67,42 @@ def test_the_table_is_of_kernels_that_there_are() -> None:
     assert not {"supports", "fault"} & set(kernel_table.others(set()))
 
 
+def test_the_table_knows_every_kernel() -> None:
+    """On both sides; what a whole step has beside the other cases is compiled with them, once for a side."""
+    operands = kernel_table.Operands.random(2, (48, 32), 8, torch.device("meta"))
+    named = {case.name for case in (*kernel_table.cases(operands, "tf32"), *kernel_table.elementwise(operands))}
+    assert kernel_table.others(named) == []
+    found = [(launch.kernel.__name__, variant) for launch, variant in builds.chosen(precisions=("tf32",))]
+    assert len(found) == len(set(found))
+    for side in ("left", "right"):
+        variants = {name: variant for name, variant in found if variant.startswith(side)}
+        assert variants["_project"] == f"{side}, tf32"
+        assert variants["_adam_direction"] == variants["_combine"] == side
+        assert variants["_measure"] == f"{side}, scaled"
+        assert set(variants) == {
+            "_project",
+            "_adam_direction",
+            "_measure",
+            "_residual_square",
+            "_combine",
+            "_apply_update",
+        }
+    assert [variant for name, variant in found if name == "_adamw"] == ["", "blocks"]
+
+
+@pytest.mark.usefixtures("kernels_allowed")
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+def test_a_case_may_be_called_again_and_again(shape: tuple[int, int]) -> None:
+    """Finite numbers, and weights, 0.02 in size, that hardly move: a time is measured over many calls."""
+    operands = kernel_table.Operands.random(2, shape, 4, default_device())
+    before = operands.weight.clone()
+    for case in (*kernel_table.cases(operands, "float32"), *kernel_table.elementwise(operands)):
+        for _ in range(2):
+            case.call()
+        assert case.moved > 0
+    assert torch.allclose(operands.weight, before, rtol=0.0, atol=2e-5)
+
+
 def build(kernel: str, arch: int, registers: int) -> builds.Build:
     return builds.Build(kernel, "left", "8 x 8", arch, registers, 0, 2048, 2, 8.0, 4.25, (8, 4), None, 0.5, "wgmma")
 
@@ -77,25 +115,27 @@ def test_one_value_where_architectures_agree() -> None:
     ]
 
 
-# Compiles one kernel for the oldest architecture.
-ONE = """
+# Compiles two kernels for the oldest architecture.
+TWO = """
 import json, dataclasses
 from benchmarks.speed.builds import chosen, compiled
-launches = chosen(((4096, 11008),), ("tf32",))
-launch, variant = next(each for each in launches if each[0].kernel.__name__ == "_apply_update")
-print(json.dumps(dataclasses.asdict(compiled(launch, variant, 80))))
+launches = list(chosen(((4096, 11008),), ("tf32",)))
+for name in ("_apply_update", "_adamw"):
+    launch, variant = next(each for each in launches if each[0].kernel.__name__ == name)
+    print(json.dumps(dataclasses.asdict(compiled(launch, variant, 80))))
 """
 
 
 @pytest.mark.full
 def test_the_update_moves_what_it_has_to(tmp_path: Path) -> None:
-    """G and W read and W written once, and each element of an operand copied once for a tile."""
+    """G and W read and W written once, and each element of an operand copied once for a tile; AdamW by 16 bytes."""
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment = {**kept, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", ONE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", TWO], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found, adamw = (json.loads(line) for line in done.stdout.splitlines()[-2:])
     assert (found["arch"], found["spilled"], found["variant"]) == (80, 0, "left, tf32")
     assert found["loaded"] == pytest.approx(8.0, rel=0.05)  # and a factor for every column
     assert (found["stored"], found["copied"]) == (4.0, 4.0)
     assert found["wide"] > 0.9
+    assert (adamw["loaded"], adamw["stored"], adamw["wide"], adamw["spilled"]) == (16.0, 12.0, 1.0, 0)
