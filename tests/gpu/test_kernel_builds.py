@@ -54,6 +54,7 @@ def _python(*arguments: str, **environment: str) -> str:
     ).stdout
 
 
+@pytest.mark.full
 def test_importing_the_package_does_not_import_triton() -> None:
     code = "import sys, ds_fira.core.kernels; print('triton' in sys.modules)"
     assert _python("-c", code).split()[-1] == "False"

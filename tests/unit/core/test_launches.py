@@ -58,7 +58,9 @@ def test_a_batch_has_at_most_so_many_matrices() -> None:
     assert names.total() <= 2 * MOST_OF_A_BATCH, names
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full), "int8"])
+@pytest.mark.parametrize(
+    "state_dtype", [*(pytest.param(each, marks=pytest.mark.full) for each in ("float32", "bfloat16")), "int8"]
+)
 def test_matrices_of_their_own_are_batches(state_dtype: str) -> None:
     """Whose gradients are new in every step: two shapes, so two batches."""
     names = separate(MIXED, steps=1, state_dtype=state_dtype)
@@ -88,7 +90,7 @@ def test_a_parameter_under_adamw_is_one_kernel(state_dtype: str) -> None:
     assert names.total() <= MOST_OF_A_BATCH + MOST_OF_ADAMW, names
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("state_dtype", [pytest.param("float32", marks=pytest.mark.full), "int8"])
 def test_one_task_of_a_batch_is_its_matrices(state_dtype: str) -> None:
     """Tensors with a leading dimension, as one task: the bits of the matrices by themselves, at a batch's launches."""
     count, settings = 3, GroupSettings(rank=4, state_dtype=state_dtype)

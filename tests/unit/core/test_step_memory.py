@@ -53,7 +53,7 @@ def test_bfloat16_weights_are_stepped_in_blocks() -> None:
     assert beyond <= 0.06 * shape[0] * shape[1] * 2
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", pytest.param("int8", marks=pytest.mark.full)])
 def test_adamw_holds_blocks_alone(state_dtype: str) -> None:
     """An embedding: nothing in float32, decoded blocks of both moments where they are compressed."""
     shape = (12000, 512)

@@ -270,7 +270,7 @@ def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kernels_allowed")
-@pytest.mark.parametrize("kind", ["flat", "experts", "adamw"])
+@pytest.mark.parametrize("kind", [pytest.param("flat", marks=pytest.mark.full), "experts", "adamw"])
 def test_kernels_record_the_same(kind: str) -> None:
     """Batches of matrices, decided on the device, with one gradient that is not finite."""
     pytest.importorskip("triton")
