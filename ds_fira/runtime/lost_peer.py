@@ -75,6 +75,8 @@ class Peers:
     _raised: threading.Event = field(default_factory=threading.Event)
     _ending: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
+    # A read of what is still to be told would keep it out of the store for good: both use one client.
+    _telling: threading.Lock = field(default_factory=threading.Lock)
     _aborted: bool = False
 
     def start(self) -> None:
@@ -116,8 +118,9 @@ class Peers:
             return
         self._own.add(place)
         with contextlib.suppress(Exception):  # the store may be gone, and the error that is being raised counts
-            number = self.store.add("failures", 1)
-            self.store.set(f"failure/{number}", json.dumps([self.rank, place, sentence]))
+            with self._telling:
+                number = self.store.add("failures", 1)
+                self.store.set(f"failure/{number}", json.dumps([self.rank, place, sentence]))
             wait_a_moment(self.store, f"known/{number}", (listening or self.group.size()) - 1)
 
     def settle(self, error: Exception, place: str | None, doing: str, name: str) -> None:
@@ -142,7 +145,8 @@ class Peers:
     def _watch(self, seen: int) -> None:
         while not self._ending.wait(POLL):
             try:
-                count = self.store.add("failures", 0)
+                with self._telling:
+                    count = self.store.add("failures", 0)
                 while seen < count:
                     seen += 1
                     failure = Failure(*json.loads(self.store.get(f"failure/{seen}")))
