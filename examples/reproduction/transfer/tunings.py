@@ -26,6 +26,8 @@ SET = "news"
 SUBSPACE = "randomized"
 # Of prompt and answer, which leaves 18 of the article's beginning: a core takes two seconds for a hundred tokens.
 TOKENS = 24
+# The longer fine-tuning: subspaces that last longer, the same share of warm-up.
+LONGER = {"steps": 200, "gap": 50, "warmup": 20}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +69,8 @@ class Tuning:
 
 
 def tunings() -> list[Tuning]:
-    """What is trained, in the order of its importance."""
-    rates = [
+    """What is trained, by importance: a short length for the rates, a longer one for the comparison."""
+    short = [
         (BEFORE, 0.0),
         ("preset", 0.01),
         ("fira", 1e-4),
@@ -76,6 +78,9 @@ def tunings() -> list[Tuning]:
         ("full", 4e-5),
         ("galore", 2e-4),
         ("preset", 0.005),
+    ]
+    long = [*short[1:], ("fira", 4e-4), ("lora", 1.6e-3), ("full", 1e-5)]
+    rest = [
         ("preset_at_once", 0.01),
         ("fira", 4e-4),
         ("full", 1e-5),
@@ -87,4 +92,8 @@ def tunings() -> list[Tuning]:
         ("preset_all", 0.01),
         ("preset_all", 0.00125),
     ]
-    return [Tuning(method=method, lr=rate) for method, rate in rates]
+    return [
+        Tuning(method=method, lr=rate, **length)
+        for rates, length in ((short, {}), (long, LONGER), (rest, {}))
+        for method, rate in rates
+    ]
