@@ -26,10 +26,13 @@ def main(argv: list[str] | None = None) -> None:
     while argv and argv[0].startswith("--local_rank"):
         passed_on.append(argv.pop(0))
     if not argv or argv[0] in ("-h", "--help"):
-        sys.exit("usage: deepspeed --module ds_fira.run SCRIPT [ARGUMENTS]")
+        # Not a status that launch/run.sh would start again on.
+        print("usage: deepspeed --module ds_fira.run SCRIPT [ARGUMENTS]", file=sys.stderr)
+        sys.exit(0 if argv else 2)
     script = Path(argv.pop(0))
     if not script.is_file():
-        sys.exit(f"ds_fira.run: {script} is not a file; give the path of a training script.")
+        print(f"ds_fira.run: {script} is not a file; give the path of a training script.", file=sys.stderr)
+        sys.exit(2)
     skip_shared_memory_op()
     sys.argv = [str(script), *passed_on, *argv]
     # As python does for a script, so that it can import what lies beside it.

@@ -19,7 +19,7 @@ import torch
 import transformers
 from pretraining import options as command_line
 from pretraining import report
-from pretraining.arguments import stop
+from pretraining.arguments import FAILED, stop
 from pretraining.documents import DataError
 from pretraining.finish import final_figures, save_model
 from pretraining.loop import train
@@ -59,7 +59,7 @@ def main() -> None:
         summary = train(engine, data, options, history)
     except DataError as error:
         data.close()
-        stop(str(error), engine)
+        stop(str(error), engine, FAILED)
     data.close()
     if summary is None:
         ds_fira.shutdown(engine)

@@ -17,7 +17,7 @@ extras=examples
 case "${1:-}" in
   "") ;;
   --test) extras=test,examples ;;
-  *) fail "unknown argument $1; the only one is --test" ;;
+  *) echo "launch/setup.sh: error: unknown argument $1; the only one is --test" >&2; exit 2 ;;
 esac
 
 python=${PYTHON:-python3}

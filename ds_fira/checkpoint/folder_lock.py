@@ -24,7 +24,7 @@ import secrets
 import socket
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ds_fira.checkpoint.manifest import write_file
@@ -107,7 +107,7 @@ class FolderLock:
             "namespace": namespace(),
             "pid": self.process,
             "started": started(self.process),
-            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
     def take(self) -> None:

@@ -101,3 +101,18 @@ def shutdown(engine: DeepSpeedEngine | None = None) -> None:
         dist.barrier()
         lost_peer.stop()  # before the process that holds the store may end
         torch.distributed.destroy_process_group()
+
+
+def backends() -> tuple[str, ...]:
+    """The backends for collectives that torch was built with."""
+    known = {
+        "nccl": torch.distributed.is_nccl_available,
+        "gloo": torch.distributed.is_gloo_available,
+        "mpi": torch.distributed.is_mpi_available,
+    }
+    return tuple(name for name, is_there in known.items() if is_there())
+
+
+def engine_backend() -> str:
+    """The backend that DeepSpeed's engines take on this machine."""
+    return str(get_accelerator().communication_backend_name())

@@ -63,12 +63,14 @@ class PlannedGroup:
 
     Attributes:
         settings: of the group, defaults filled in.
+        names: of its parameters in the module.
         shapes: of its parameters.
         buffer: of its parameters.
         layout: of projected groups, None for AdamW's, and for those whose rank saves nothing.
     """
 
     settings: ParamGroup
+    names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     buffer: FlatBuffer
     layout: GroupLayout | None = None
@@ -154,6 +156,7 @@ def plan_run(
     sharded = zero_stage > 0
     drafts: list[tuple[PlannedGroup, list[dict[int, MatrixShard]]]] = []
     records = []
+    named = {id(param): name for name, param in module.named_parameters()}
     groups = build_groups(module, module.parameters(), settings, zero_stage, ranks, method)
     preset = values_of(take_mark(groups, settings, method.name))
     defaults = {**preset, **group_defaults(settings), **method.group_values}
@@ -163,12 +166,13 @@ def plan_run(
         shapes = tuple(tuple(param.shape) for param in group["params"])
         buffer = FlatBuffer.of(map(math.prod, shapes), ranks, zero_stage)
         matrices = []
-        for index, shape in enumerate(shapes):
-            records.append(ParamRecord.of("", shape, own))
+        names = tuple(named[id(param)] for param in group["params"])
+        for index, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+            records.append(ParamRecord.of(name, shape, own))
             if is_projected(shape, own):
-                whole = matrices_of(f"matrix {len(records)}", shape)
+                whole = matrices_of(name, shape)
                 matrices += [buffer.fragments(index, matrix) for matrix in whole]
-        drafts.append((PlannedGroup(own, shapes, buffer), matrices))
+        drafts.append((PlannedGroup(own, names, shapes, buffer), matrices))
     layouts = plan_groups(
         [(matrices, group.partition_size) for group, matrices in drafts],
         ranks if sharded else 1,

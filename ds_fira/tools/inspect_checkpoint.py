@@ -1,4 +1,4 @@
-"""`python -m ds_fira checkpoint FOLDER`: what is saved there, whether it is complete, and where it can go on.
+"""`ds-fira checkpoint FOLDER`: what is saved there, whether it is complete, and where it can go on.
 
 Nothing that stands in a file is run, and there is no switch for it: what cannot be read so is told as a fault.
 """
@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from ds_fira.checkpoint.safe_load import UnsafeFileError
 from ds_fira.checkpoint.tag_folder import in_order, read_latest
 from ds_fira.core import quantization
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
+from ds_fira.tools.commands import Answer, add
 
 # Settings of the projected groups that a resumed run has to keep, and those it may change.
 SHOWN = ("rank", "proj_type", "formulation", "update_proj_gap", "alpha", "subspace", "state_dtype")
@@ -41,22 +41,22 @@ Nothing that stands in a file is run.
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Add the sub-command to argparse's `commands`."""
-    parser = commands.add_parser(
+    parser = add(
+        commands,
         "checkpoint",
+        run,
         help="what a checkpoint folder holds, and whether it is complete",
         description="Lists the checkpoints of a folder, the one that load_checkpoint takes first.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="as given to engine.save_checkpoint")
     parser.add_argument("--tag", help="only this one, and all of its states: what they are, whether they are finite")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print what the arguments ask for; gives the exit status.
+def run(args: argparse.Namespace) -> Answer:
+    """What the arguments ask for.
 
     Raises:
         ValueError: there is no checkpoint.
@@ -73,21 +73,20 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         raise ValueError(f"{where} holds no checkpoint; name another folder.")
     if args.json:
-        print(json.dumps(_plain(found), indent=2))
+        text = json.dumps(_plain(found), indent=2)
     else:
-        print("\n".join(printable(line) for entry in found for line in lines(entry)))
+        text = "\n".join(printable(line) for entry in found for line in lines(entry))
     fine = all(entry["fault"] is None and entry.get("states", {"finite": True})["finite"] for entry in found)
-    return FINE if fine else FAULTY
+    return Answer(text, FINE if fine else FAULTY)
 
 
 @contextlib.contextmanager
 def _data_only() -> Iterator[None]:
-    """What libraries print goes to stderr, and no class that one of them trusts is taken from a file."""
+    """No class that a library trusts is taken from a file."""
     trusted = get_safe_globals()
     clear_safe_globals()
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
         add_safe_globals(trusted)
 

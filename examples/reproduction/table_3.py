@@ -18,7 +18,6 @@ import hashlib
 import importlib.metadata
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -279,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
             partial=options.partial,
         )
     except ValueError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        parser.error(str(error))
     results = json.loads(json.dumps(results))
     if not options.quick:
         options.results.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`python -m ds_fira checkpoint`: its exit status and standard output are an interface."""
+"""`ds-fira checkpoint`: its exit status and standard output are an interface."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, capsys: pytest.Capt
     }.items():
         assert main(["report", str(tmp_path / name)]) == 2
         told = capsys.readouterr()
-        assert re.fullmatch(rf"python -m ds_fira report: [^\n]*{said}[^\n]*\.\n", told.err)
+        assert re.fullmatch(rf"ds-fira report: [^\n]*{said}[^\n]*\.\n", told.err)
         assert told.out == ""
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from ds_fira import run as runner
+from ds_fira.__main__ import main
 from tests.programs import run_command
+
+QUIET: dict[str, str | None] = {"DS_ACCELERATOR": None}
 
 
 def test_estimate_as_a_program(tmp_path: Path) -> None:
@@ -24,3 +28,48 @@ def test_estimate_as_a_program(tmp_path: Path) -> None:
     assert written["methods"]["Fira"]["fits"] is True
     assert len(written["methods"]["Fira"]["by_rank"]) == 8
     assert written["state_saving"] == pytest.approx(0.611, abs=5e-4)
+
+
+def test_standard_output_is_data(tmp_path: Path) -> None:
+    """On a machine that says nothing of its accelerator, where libraries talk: one JSON document and no more."""
+    told = run_command(["doctor", "llama_60m", "--model", "llama_60m", "--gpus", "2", "--json"], tmp_path, QUIET)
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout)
+    assert found["trains"] is True
+    refused = run_command(["doctor", "zero3_auto", "--model", "llama_60m", "--gpus", "2", "--json"], tmp_path, QUIET)
+    assert refused.returncode == 2
+    assert "for the Hugging Face Trainer" in json.loads(refused.stdout)["refusals"][0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nothing"],
+        ["estimate", "--model"],
+        ["report", "nowhere"],
+        ["checkpoint", "nowhere"],
+        ["config", "nothing"],
+        ["doctor", "zero2", "--model", "llama_60m"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_input_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every command; nothing is on standard output."""
+    try:
+        status = main(arguments)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1].startswith("ds-fira")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing.py"]])
+def test_a_script_that_is_not_there_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`ds_fira.run`: launch/run.sh starts nothing again on this status."""
+    with pytest.raises(SystemExit) as ended:
+        runner.main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

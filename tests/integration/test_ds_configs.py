@@ -14,6 +14,7 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from ds_fira.engine.deepspeed.config_keys import NotedConfig
 from ds_fira.optim.presets import PRESETS, ModelSize, transferred_scale
 from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import check_params
@@ -27,43 +28,11 @@ STEPS = 3
 MODULE = "tests.integration.config_jobs"
 
 
-class Recorder(dict):
-    """A config that notes which of its keys are read: DeepSpeed passes over a key that it does not know."""
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        super().__init__({key: Recorder(v) if isinstance(v, dict) else v for key, v in content.items()})
-        self.read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As of a dict."""
-        self.read.add(key)
-        return super().get(key, default)
-
-    def __iter__(self) -> Any:  # has `f(**recorder)` ask for every key, rather than copy the dict
-        return super().__iter__()
-
-    def unread(self, prefix: str = "") -> list[str]:
-        """Names of the keys that nothing has asked for."""
-        names = [prefix + key for key in self if key not in self.read]
-        for key in self.read & set(self):
-            value = super().__getitem__(key)
-            if isinstance(value, Recorder):
-                names += value.unread(f"{prefix}{key}.")
-        return sorted(names)
-
-
 def unread_keys(content: dict[str, Any]) -> list[str]:
     """Keys of a config that DeepSpeed never reads, and so silently ignores."""
-    recorder = Recorder(copy.deepcopy(content))
-    DeepSpeedConfig(recorder)
-    # Blocks that are passed on whole to what refuses a name it does not know: FiraAdam, a scheduler, pydantic models.
-    blocks = ("optimizer.params", "scheduler.params", "zero_optimization.offload_optimizer")
-    passed_on = tuple(f"{block}." for block in (*blocks, "zero_optimization.offload_param"))
-    return [name for name in recorder.unread() if not name.startswith(passed_on)]
+    noted = NotedConfig(content)
+    DeepSpeedConfig(noted)
+    return sorted(noted.unread())
 
 
 def shrunk(content: dict[str, Any]) -> dict[str, Any]:

@@ -60,13 +60,26 @@ def build_optimizer(
     configure: Callable[..., torch.optim.Optimizer], engine: DeepSpeedEngine, model_parameters: Iterable[object]
 ) -> torch.optim.Optimizer:
     """`_configure_basic_optimizer`: makes an optimizer of this package from the config."""
-    kind = TYPES.get(engine.optimizer_name())
-    if kind is None:
+    if engine.optimizer_name() not in TYPES:
         return configure(engine, model_parameters)
+    return make_optimizer(engine, model_parameters, dist.get_world_size(group=engine.seq_data_parallel_group))
+
+
+def make_optimizer(engine: DeepSpeedEngine, model_parameters: Iterable[object], dp_size: int) -> LowRankOptimizer:
+    """The optimizer of this package that the config names; makes no step before `attach`.
+
+    Args:
+        engine: with its config and its module.
+        model_parameters: parameters, (name, parameter) pairs or param groups.
+        dp_size: ranks that ZeRO partitions over.
+
+    Raises:
+        ValueError: a setting, the module or a parameter is refused.
+    """
+    kind = TYPES[engine.optimizer_name()]
     unsupported.refuse_unsupported_module(engine, kind.algorithm.name)
     given = grouped(model_parameters)
     settings = checked_params(engine, given)
-    dp_size = dist.get_world_size(group=engine.seq_data_parallel_group)
     groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)
     whole_training = ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints", "kernels")
     optimizer = kind(groups, **group_defaults(settings), **{key: settings[key] for key in whole_training})

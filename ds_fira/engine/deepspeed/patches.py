@@ -120,6 +120,7 @@ TEMPORARY = (
     ("DeepSpeedEngine", "_copy_recovery_script", "save_load.save"),  # into the staging folder
     ("DeepSpeedEngine", "_get_all_ckpt_names", "save_load.load"),  # one model file for every rank
     ("DeepSpeedEngine", "load_module_state_dict", "save_load.load"),  # weights that other ranks saved
+    ("deepspeed.comm", "get_rank", "rehearsal"),  # 0, where no rank has started
     ("torch", "load", "checkpoint.safe_load"),  # runs no code of a file that DeepSpeed reads
 )
 

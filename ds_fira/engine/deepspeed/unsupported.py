@@ -73,10 +73,19 @@ def refuse_unsupported(engine: DeepSpeedEngine, name: str) -> None:
     Raises:
         ValueError: names the setting, its value and what to use instead.
     """
+    for sentence in unsupported_settings(engine, name):
+        raise ValueError(sentence)
+
+
+def unsupported_settings(engine: DeepSpeedEngine, name: str) -> list[str]:
+    """Everything in an engine's config that low-rank states do not support, a sentence each.
+
+    Args:
+        engine: its config has been read.
+        name: of the optimizer.
+    """
     refused = {**_refused(engine, name), **_without_effect(engine), **_refused_before_0_19(engine)}
-    for sentence, is_set in refused.items():
-        if is_set:
-            raise ValueError(f"{name}: {sentence}")
+    return [f"{name}: {sentence}" for sentence, is_set in refused.items() if is_set]
 
 
 def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:

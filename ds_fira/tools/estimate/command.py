@@ -1,4 +1,4 @@
-"""`python -m ds_fira estimate`."""
+"""`ds-fira estimate`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import get_args
 
 from ds_fira.core.settings import meaning_of
 from ds_fira.optim.settings import Settings
+from ds_fira.tools.commands import Answer
+from ds_fira.tools.commands import add as add_command
 from ds_fira.tools.estimate.cards import CARDS, Available, card_memory
 from ds_fira.tools.estimate.compute import Estimate, estimate
 from ds_fira.tools.estimate.methods import METHODS
@@ -28,20 +30,21 @@ SETTINGS: dict[str, dict[str, object] | None] = {
     "max_group_bytes": {"type": int},
 }
 EXAMPLES = """examples:
-  python -m ds_fira estimate --model llama_1b --rank 512 --gpus 8 --zero-stage 2 --gpu-memory a100-40
-  python -m ds_fira estimate --model my_model/config.json --rank 128 --dtype bf16 --offload --json estimate.json
-  python -m ds_fira estimate --paper
+  ds-fira estimate --model llama_1b --rank 512 --gpus 8 --zero-stage 2 --gpu-memory a100-40
+  ds-fira estimate --model my_model/config.json --rank 128 --dtype bf16 --offload --json estimate.json
+  ds-fira estimate --paper
 """
 
 
 def register(commands: argparse._SubParsersAction) -> None:
     """Add the sub-command to argparse's `commands`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "estimate",
+        run,
         help="memory per GPU of AdamW, GaLore, LoRA and Fira, before training",
         description="Bytes per GPU by category, for AdamW, GaLore, LoRA and Fira under ZeRO 0, 1 or 2, at one rank.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--paper", action="store_true", help="print the paper's Table 2 beside its formula's instead")
@@ -69,17 +72,15 @@ def register(commands: argparse._SubParsersAction) -> None:
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--gpu-memory", help=f"GiB, or a card: {', '.join(CARDS)}")
     add("--json", type=Path, metavar="FILE", help="also write everything in bytes to this file")
-    parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print the estimate.
+def run(args: argparse.Namespace) -> Answer:
+    """The estimate.
 
     Raises:
         ValueError: an argument is not legal; one sentence.
     """
     found, available = (None, None) if args.paper else _estimate(args)
-    print("\n".join(paper_lines() if found is None else estimate_lines(found, available)))
     if args.json is not None:
         numbers = paper_json() if found is None else estimate_json(found, available)
         try:
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--json = {str(args.json)!r} cannot be written ({error.strerror}); give another file."
             ) from None
+    return Answer("\n".join(paper_lines() if found is None else estimate_lines(found, available)))
 
 
 def _estimate(args: argparse.Namespace) -> tuple[Estimate, Available | None]:

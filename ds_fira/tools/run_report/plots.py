@@ -1,4 +1,4 @@
-"""A page of plots of one run or several, from their csv files: `python -m ds_fira report RUN_FOLDER [-o page.html]`.
+"""A page of plots of one run or several, from their csv files: `ds-fira report RUN_FOLDER [-o page.html]`.
 
 One HTML file with the plots inside, which opens anywhere. `docs/monitoring.md` says what the figures are.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ds_fira.tools.commands import Answer, add
 from ds_fira.tools.run_report.run_csv import Run, read_runs
 
 PAGE = "report.html"
@@ -95,7 +96,7 @@ def _draw(
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to argparse's `commands`."""
-    parser = commands.add_parser("report", help="a page of plots of a run, from its csv files", description=__doc__)
+    texts = {"help": "a page of plots of a run, from its csv files", "description": __doc__}
+    parser = add(commands, "report", lambda args: Answer(str(write_page(args.runs, args.output))), **texts)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="output folder of a run")
     parser.add_argument("-o", "--output", type=Path, help=f"the page (default: {PAGE} in the first folder)")
-    parser.set_defaults(run=lambda args: print(write_page(args.runs, args.output)))

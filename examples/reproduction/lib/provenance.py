@@ -42,7 +42,7 @@ def stamp() -> dict[str, Any]:
         },
         "device": device_name(default_device()),
         "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -1,4 +1,4 @@
-"""`python -m ds_fira estimate`: its formulas by hand, its command, its errors."""
+"""`ds-fira estimate`: its formulas by hand, its command, its errors."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_wrong_arguments_end_in_one_sentence(
     assert main(["estimate", *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0
-    assert error.startswith("python -m ds_fira estimate: ")
+    assert error.startswith("ds-fira estimate: ")
     assert re.search(words, error), error
 
 
