@@ -92,7 +92,7 @@ def launch_update(
         precision: as in `apply_update_`.
     """
     count, m, n, rank = sizes
-    shaped = tiles(precision).within(m, n, rank, weight, grad, left, right)
+    shaped = tiles("update", precision).within(m, n, rank, weight, grad, left, right)
     launch(
         _apply_update,
         (triton.cdiv(m, shaped.rows) * triton.cdiv(n, shaped.columns), count),
