@@ -58,7 +58,7 @@ class Tiles(NamedTuple):
 TILES = {
     "project": {
         "float32": Tiles(rows=128, columns=64, depth=16, warps=8, stages=3),
-        "tf32": Tiles(rows=128, columns=128, depth=32, warps=8, stages=3),
+        "tf32": Tiles(rows=128, columns=256, depth=32, warps=8, stages=3),
         "bfloat16": Tiles(rows=128, columns=256, depth=32, warps=8, stages=3),
     },
     "update": {
