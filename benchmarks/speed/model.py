@@ -38,8 +38,9 @@ class Assumptions:
         turned_tf32: the share of its rate that a projection keeps in TF32, whose operands are copied to shared memory
             word by word, into conflicting banks, where they are not contiguous along the sum.
         turned_bfloat16: the same in bfloat16, to which G is converted on its way.
-        overlapped: the share of the update's reads and writes of G and W that goes on beside the products of another
-            program of the same multiprocessor, which has room for two.
+        overlapped_tf32: the share of the update's reads and writes of G and W, or of its products where they take less,
+            that goes on beside another program of the same multiprocessor; an H100 has room for one.
+        overlapped_bfloat16: the same in bfloat16, where it has room for two.
         passes: over R in float32 between the two products: moments and N read and write 6, C 3.
         norm_reads: of G out of L2 for its norms alone; none, where the programs of the product sum them.
         launches: of one batch of matrices, as an interpreter counts them (`benchmarks/speed/launches.py`): seven
@@ -53,7 +54,8 @@ class Assumptions:
     rounded: int = 1
     turned_tf32: float = 0.45
     turned_bfloat16: float = 0.65
-    overlapped: float = 0.5
+    overlapped_tf32: float = 0.0
+    overlapped_bfloat16: float = 0.5
     passes: float = 9.0
     norm_reads: float = 0.0
     launches: float = 9.0
@@ -64,6 +66,10 @@ class Assumptions:
     def turned(self, precision: str) -> float:
         """The share of its rate that a projection keeps."""
         return self.turned_tf32 if precision == "tf32" else self.turned_bfloat16
+
+    def overlapped(self, precision: str) -> float:
+        """The share of the update's shorter half that the other one hides."""
+        return self.overlapped_tf32 if precision == "tf32" else self.overlapped_bfloat16
 
     def tile_of(self, product: str, precision: str) -> tuple[int, int]:
         """Rows and columns of the tile of "project" or "update"."""
@@ -170,7 +176,7 @@ def predict(share: Share, rank: int, precision: str, card: Card, given: Assumpti
     launches = (given.launches + 2 * rounds) * len(share.batches) + given.rest
     # The product's program reads W and G behind its last slice.
     moving, multiplying = 3 * full / card.bandwidth, operations / update
-    hidden = given.overlapped * min(moving, multiplying)
+    hidden = given.overlapped(precision) * min(moving, multiplying)
     phases = (
         Phase("project", full + low, operations, 1, max((full + low) / card.bandwidth, operations / project) + norms),
         Phase("moments, P, C", between, 0.0, 2 + rounds, between / card.bandwidth),
