@@ -91,8 +91,10 @@ def project(check: Check, shape: tuple[int, int], rank: int, precision: str) -> 
     side: Side = projection_side(shape, "std", "released")
     grad = gradient(shape, rank, SHARES[0], check.device, 1)
     basis = _orthonormal(shape[0] if side == "left" else shape[1], rank, check.device)
-    low_rank, grad_sq = kernels.project(grad, basis, side, precision)
-    again, grad_sq_again = kernels.project(grad, basis, side, precision)
+    # As a step hands it over.
+    given = basis.bfloat16() if precision == "bfloat16" else basis
+    low_rank, grad_sq = kernels.project(grad, given, side, precision)
+    again, grad_sq_again = kernels.project(grad, given, side, precision)
     exact, exact_sq = functional.project(grad.double(), basis.double(), side, "float32")
     error = relative(low_rank, exact)
     check.holds("error of R", error, bound(check, "error of R", precision), **facts)

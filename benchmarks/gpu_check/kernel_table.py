@@ -93,20 +93,21 @@ class Operands:
         ratio = negligible_ratio(self.grad.dtype, group.matmul_precision)
         return [MatrixTask(*each, group, ratio) for each in matrices]
 
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Of the product that goes back into W, small enough that W stays as it is however often it is made."""
-        small = self.low_rank * 1e-9
-        return (self.basis, small) if self.side == "left" else (small, self.basis.mT)
+        small, basis = (self.low_rank * 1e-9).to(dtype), self.basis.to(dtype)
+        return (basis, small) if self.side == "left" else (small, basis.mT)
 
 
 def cases(of: Operands, precision: str) -> Iterator[KernelCase]:
     """Every kernel of the table on these operands, products in `precision`."""
     full, low = of.grad.nbytes, of.low_rank.nbytes
     operations = 2.0 * of.grad.numel() * of.basis.shape[-1]
-    left, right = of.factors
+    # P and C as a step hands them over: rounded once where products are in bfloat16.
     half = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    left, right = of.factors(half)
     basis, grad, low_rank = (tensor.to(half) for tensor in (of.basis, of.grad, of.low_rank))
+    carried, cast = low_rank.nbytes, of.basis.nbytes + basis.nbytes if half == torch.bfloat16 else 0
     turned = basis.mT if of.side == "left" else None
 
     @matmul_precision("tf32" if precision == "bfloat16" else precision)
@@ -119,8 +120,8 @@ def cases(of: Operands, precision: str) -> Iterator[KernelCase]:
 
     yield KernelCase(
         "project",
-        lambda: kernels.project(of.grad, of.basis, of.side, precision),
-        full + low + of.basis.nbytes,
+        lambda: kernels.project(of.grad, basis, of.side, precision),
+        full + low + basis.nbytes,
         operations,
         peer=cublas_project,
         peer_name="cuBLAS bmm, without the norms",
@@ -138,7 +139,7 @@ def cases(of: Operands, precision: str) -> Iterator[KernelCase]:
             grad_finite=of.finite,
             precision=precision,
         ),
-        3 * full + low + of.basis.nbytes,
+        3 * full + carried + basis.nbytes,
         operations,
         peer=cublas_back,
         peer_name="cuBLAS bmm, without G and W",
@@ -146,9 +147,9 @@ def cases(of: Operands, precision: str) -> Iterator[KernelCase]:
     yield KernelCase(
         "residual_square",
         lambda: kernels.residual_square(
-            of.grad, of.basis, of.low_rank, of.phi, side=of.side, alpha=1.0, needed=of.finite, precision=precision
+            of.grad, basis, of.low_rank, of.phi, side=of.side, alpha=1.0, needed=of.finite, precision=precision
         ),
-        full + low + of.basis.nbytes,
+        full + low + basis.nbytes,
         operations,
         peer=cublas_back,
         peer_name="cuBLAS bmm, without G",
@@ -157,8 +158,8 @@ def cases(of: Operands, precision: str) -> Iterator[KernelCase]:
     yield KernelCase(
         "step_together",
         lambda: kernels.step_together(tasks),
-        # G in both products, R, M, V, N and C, the basis in both.
-        4 * full + 11 * low + 2 * of.basis.nbytes,
+        # G in both products, R, M, V and N, C written and read, the basis in both.
+        4 * full + 9 * low + 2 * carried + 2 * basis.nbytes + cast,
         2 * operations,
     )
 

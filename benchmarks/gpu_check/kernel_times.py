@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from benchmarks.gpu_check.ceilings import copy_rate, product_rate
 from benchmarks.gpu_check.kernel_table import KernelCase, Operands, cases, elementwise, others
@@ -14,10 +16,10 @@ from benchmarks.gpu_check.warm_up import compile_kernels, jobs
 from ds_fira.core import kernels
 
 # Rows x columns x depth, warps and stages, beside the ones in use: those that compile for an H100 without a spilled
-# register (`benchmarks/speed/builds.py`). Of 64 rows a multiprocessor has room for two programs.
+# register (`benchmarks/speed/builds.py`).
 VARIANTS = {
-    "tf32": ((64, 128, 32, 4, 4), (128, 128, 32, 8, 4), (128, 256, 32, 8, 3)),
-    "bfloat16": ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 256, 32, 8, 3)),
+    "tf32": ((64, 128, 32, 4, 3), (128, 128, 32, 8, 3), (128, 128, 32, 8, 4)),
+    "bfloat16": ((64, 128, 64, 4, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3)),
 }
 # The update, whose W and G take registers too, has no room for tiles as wide as this.
 TOO_WIDE = 256
@@ -103,9 +105,7 @@ def tiles_of(precision: str, sizes: tuple[int, int, int, int, int]) -> Iterator[
     """Other tiles for the products of a precision."""
     from ds_fira.core.kernels import tiles
 
-    before = tiles.TILES[precision]
-    tiles.TILES[precision] = tiles.Tiles(*sizes)
-    try:
+    with contextlib.ExitStack() as stack:
+        for product in ("project", "update"):
+            stack.enter_context(mock.patch.dict(tiles.TILES[product], {precision: tiles.Tiles(*sizes)}))
         yield
-    finally:
-        tiles.TILES[precision] = before

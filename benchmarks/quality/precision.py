@@ -1,17 +1,21 @@
 """What the precision of the matrix products does to an update and to the limiter, against float64.
 
     python -m benchmarks.quality.precision [--models 60m 350m] [--json FILE]
+    python -m benchmarks.quality.precision --folder FOLDER [--models 60m 1b]     # on gradients of real training
 
 One step of a matrix whose subspace and moments are those of a few steps before, for each `matmul_precision`: the error
-of the weight change, of the residual norm |S| that the limiter compares, and of the captured energy, all relative to
-the same step in float64. All but float32 is emulated: operands rounded to 10 bits of mantissa, or 7 for bfloat16,
-products and sums in float32. Tensor cores by themselves cut TF32 operands off, which "tf32, cut" shows; the kernels
-round them before.
+of R, of the residual S, of the weight change, of the residual norm |S| that the limiter compares, and of the captured
+energy, all relative to the same step in float64. All but float32 is emulated: operands rounded to 10 bits of mantissa,
+or 7 for bfloat16, products and sums in float32; P and C are rounded to bfloat16 in memory, to the same numbers. Tensor
+cores by themselves cut TF32 operands off, which "tf32, cut" shows; the kernels round them before. Real gradients are
+those of `benchmarks.quality.gradients`, made in FOLDER where they are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +47,7 @@ def rounded(tensor: Tensor, bits: int, how: str = "rounded") -> Tensor:
 def step(
     grads: list[Tensor], basis: Tensor, kept_bits: tuple[int, str], dtype: torch.dtype, side: str
 ) -> dict[str, Tensor]:
-    """The last of some steps with one basis: weight change, |S|^2 and captured energy."""
+    """The last of some steps with one basis: R, S, weight change, |S|^2 and captured energy."""
     kept = basis.to(dtype)
     exp_avg = exp_avg_sq = torch.zeros(())
     for count, gradient in enumerate(grads, 1):
@@ -61,24 +65,34 @@ def step(
     square = F.difference_of_squares(*((phi.square() * sq).sum(-1) for sq in (grad_sq, low_rank_sq)), ALPHA)
     scale = phi.to(dtype)
     across = scale.unsqueeze(0 if side == "left" else 1)
-    carried = ALPHA * (direction - low_rank * across)
-    if dtype != torch.float64:
-        operand, carried = rounded(kept, *kept_bits), rounded(carried, *kept_bits)
-    change = grad * across + (operand @ carried if side == "left" else carried @ operand.t())
-    return {"change": change, "square": square, "energy": low_rank_sq.sum() / grad_sq.sum()}
+
+    def back(inner: Tensor) -> Tensor:
+        inner = inner if dtype == torch.float64 else rounded(inner, *kept_bits)
+        return operand @ inner if side == "left" else inner @ operand.t()
+
+    # As kernels have it, S is never formed but for C, whose product holds all of it that is not phi * G.
+    change = grad * across + back(ALPHA * (direction - low_rank * across))
+    residual = grad * across - back(ALPHA * low_rank * across)
+    energy = low_rank_sq.sum() / grad_sq.sum()
+    return {"R": low_rank, "S": residual, "change": change, "square": square, "energy": energy}
 
 
-def compare(shape: tuple[int, int], rank: int, grad_dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
-    """Errors of every precision for one shape; gradients share a decaying spectrum, as real ones do, and drift."""
+def synthetic(shape: tuple[int, int], device: torch.device) -> list[Tensor]:
+    """Gradients that share a decaying spectrum, as real ones do, and drift."""
     generator = torch.Generator(device).manual_seed(0)
-    side = projection_side(shape, "std", "released")
     m, n = shape
     inner = min(m, n)
     left, right = (torch.randn(size, inner, generator=generator, device=device) for size in (m, n))
     spectrum = torch.arange(1, inner + 1, device=device) ** -0.7
     common = (left * spectrum) @ right.t()
     noise = common.norm() / (m * n) ** 0.5
-    grads = [common + noise * torch.randn(shape, generator=generator, device=device) for _ in range(5)]
+    return [common + noise * torch.randn(shape, generator=generator, device=device) for _ in range(5)]
+
+
+def compare(grads: list[Tensor], rank: int, grad_dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Errors of every precision for one matrix, whose basis is that of the first of its gradients."""
+    shape = (grads[0].shape[0], grads[0].shape[1])
+    side = projection_side(shape, "std", "released")
     grads = [grad.to(grad_dtype).float() for grad in grads]
     basis = compute_basis(grads[0], rank, side, "gram")
     exact = step(grads, basis, OPERANDS["float32"], torch.float64, side)
@@ -91,6 +105,8 @@ def compare(shape: tuple[int, int], rank: int, grad_dtype: torch.dtype, device: 
                 "rank": rank,
                 "gradient": str(grad_dtype).removeprefix("torch."),
                 "matmul_precision": precision,
+                "low_rank_error": float((found["R"] - exact["R"]).norm() / exact["R"].norm()),
+                "residual_error": float((found["S"] - exact["S"]).norm() / exact["S"].norm()),
                 "update_error": float((found["change"] - exact["change"]).norm() / exact["change"].norm()),
                 "residual_norm_error": float((found["square"] / exact["square"]).sqrt() - 1.0),
                 "energy_error": float(found["energy"] / exact["energy"] - 1.0),
@@ -102,25 +118,44 @@ def compare(shape: tuple[int, int], rank: int, grad_dtype: torch.dtype, device: 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["60m", "350m"], choices=list(LLAMAS))
+    parser.add_argument("--models", nargs="+", choices=list(LLAMAS), help="60m 350m, or 60m of real gradients")
+    parser.add_argument("--folder", type=Path, help="where gradients of real training are kept, or made")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
     device = default_device()
     print(device_name(device))
-    print(f"{'shape':>14}{'rank':>6}{'gradient':>10}{'precision':>11}{'update':>10}{'|S|':>11}{'energy':>11}")
+    print(
+        f"{'shape':>14}{'rank':>6}{'gradient':>10}{'precision':>11}{'R':>10}{'S':>10}{'update':>10}{'|S|':>11}{'energy':>11}"
+    )
     rows = []
-    for model in args.models:
-        for shape in llama_shapes(model):
+    for model in args.models or (["60m"] if args.folder else ["60m", "350m"]):
+        for name, grads in matrices(model, args.folder, device):
             for grad_dtype in DTYPES.values():
-                found = compare(shape, LLAMAS[model][4], grad_dtype, device)
+                found = [{"matrix": name, **row} for row in compare(grads, LLAMAS[model][4], grad_dtype)]
                 rows += found
                 for row in found:
+                    m, n = row["shape"]
+                    errors = "".join(
+                        f"{row[key]:>10.1e}" for key in ("low_rank_error", "residual_error", "update_error")
+                    )
                     print(
-                        f"{shape[0]:>8} x{shape[1]:>5}{row['rank']:>5}{row['gradient']:>10}"
-                        f"{row['matmul_precision']:>11}"
-                        f"{row['update_error']:>10.1e}{row['residual_norm_error']:>11.1e}{row['energy_error']:>11.1e}"
+                        f"{m:>8} x{n:>5}{row['rank']:>5}{row['gradient']:>10}{row['matmul_precision']:>11}{errors}"
+                        f"{row['residual_norm_error']:>11.1e}{row['energy_error']:>11.1e}  {name}",
+                        flush=True,
                     )
     save(args.json, device, rows=rows)
+
+
+def matrices(model: str, folder: Path | None, device: torch.device) -> Iterator[tuple[str, list[Tensor]]]:
+    """Gradients of every shape of a model, or of weights that were trained, in the order of their steps."""
+    if folder is None:
+        yield from (("", synthetic(shape, device)) for shape in llama_shapes(model))
+        return
+    from benchmarks.quality.gradients import snapshots
+
+    kept = snapshots(model, folder)
+    steps = sorted(kept)
+    yield from ((name, [kept[step][name].to(device) for step in steps]) for name in kept[steps[0]])
 
 
 if __name__ == "__main__":

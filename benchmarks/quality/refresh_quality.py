@@ -18,6 +18,7 @@ import math
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,15 +42,19 @@ def schedule(step: int, steps: int) -> float:
     return LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def final_loss(data: TextData, way: str, rank: int, gap: int, seed: int, args: argparse.Namespace) -> float:
-    """Validation loss, in nats per token, at the end of one run."""
+def final_loss(data: TextData, seed: int, args: argparse.Namespace, **settings: Any) -> float:
+    """Validation loss, in nats per token, at the end of one run.
+
+    Args:
+        data: to train and to validate on.
+        seed: of weights and batches.
+        args: `layers`, `steps` and `batch_size`.
+        settings: of the optimizer's projected matrices.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    subspace, moments = way.split(", ")
     torch.manual_seed(seed)
     model = llama(HIDDEN, INTERMEDIATE, args.layers, HEADS, VOCAB_SIZE).to(device)
-    groups = ds_fira.param_groups(
-        model, rank=rank, alpha=0.25, update_proj_gap=gap, subspace=subspace, refresh_moments=moments
-    )
+    groups = ds_fira.param_groups(model, alpha=0.25, **settings)
     optimizer = ds_fira.FiraAdam(groups, lr=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, args.steps))
     batches = training_batches(data, args.batch_size, seed)
@@ -90,7 +95,9 @@ def main() -> None:
             reference: list[float] = []
             for way in args.ways:
                 start = time.perf_counter()
-                losses = [final_loss(data, way, rank, gap, seed, args) for seed in args.seeds]
+                subspace, moments = way.split(", ")
+                settings = {"rank": rank, "update_proj_gap": gap, "subspace": subspace, "refresh_moments": moments}
+                losses = [final_loss(data, seed, args, **settings) for seed in args.seeds]
                 reference = losses if way == REFERENCE else reference
                 differences = [loss - other for loss, other in zip(losses, reference, strict=False)]
                 seconds = (time.perf_counter() - start) / len(losses)

@@ -45,7 +45,9 @@ Sizes = dict[str, Any]
 # Of what a program loads and stores by itself, not through shared memory: the elements, and the bytes of each that it
 # cannot do without.
 ELEMENTS: dict[str, tuple[Callable[[Sizes], int], int, Callable[[Sizes], int], int]] = {
-    "_project": (lambda o: o["ROWS"] * o["DEPTH"], 4, lambda o: o["ROWS"] * o["COLUMNS"], 4),
+    "_cast": (lambda o: o["ROWS"] * o["COLUMNS"], 4, lambda o: o["ROWS"] * o["COLUMNS"], 2),
+    # G goes through shared memory, which is counted by itself.
+    "_project": (lambda o: o["ROWS"] * o["DEPTH"], 0, lambda o: o["ROWS"] * o["COLUMNS"], 4),
     "_apply_update": (lambda o: o["ROWS"] * o["COLUMNS"], 8, lambda o: o["ROWS"] * o["COLUMNS"], 4),
     "_residual_square": (lambda o: o["ROWS"] * o["COLUMNS"], 4, lambda o: o["ROWS"] * o["COLUMNS"], 0),
     "_adam_direction": (lambda o: o["LINES"] * o["ENTRIES"], 12, lambda o: o["LINES"] * o["ENTRIES"], 12),

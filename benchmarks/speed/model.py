@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from benchmarks.speed.cards import CARDS, Card, measured_card
 
 # A prediction is refuted where it is off by more than this share of what is measured.
 TOLERANCE = 0.35
@@ -26,56 +28,36 @@ PRECISIONS = ("tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Card:
-    """What a device can do.
-
-    Attributes:
-        bandwidth: bytes per second, read and written, of a large copy.
-        l2: bytes per second out of the L2 cache.
-        products: operations per second of large products by precision.
-        source: what of this is measured.
-    """
-
-    bandwidth: float
-    l2: float
-    products: dict[str, float]
-    source: str
-
-
-ASSUMED = "assumed: four fifths of the data sheet's rates or a little more"
-CARDS = {
-    "a100": Card(1.75e12, 4.0e12, {"tf32": 1.25e14, "bfloat16": 2.5e14}, ASSUMED),
-    "h100": Card(3.0e12, 5.5e12, {"tf32": 4.0e14, "bfloat16": 8.0e14}, ASSUMED),
-    "h200": Card(
-        4.3e12, 5.5e12, {"tf32": 4.0e14, "bfloat16": 7.9e14}, "copy and bfloat16 products as one H200 made them"
-    ),
-    "b200": Card(6.8e12, 9.0e12, {"tf32": 9.0e14, "bfloat16": 1.8e15}, ASSUMED),
-}
-
-
-@dataclass(frozen=True)
 class Assumptions:
     """What the prediction takes for granted; the names are those of options.
 
     Attributes:
-        tile: rows and columns of the tile of a product; operands come from L2 once for each.
+        tile: rows and columns of the tile of a product, whose operands come from L2 once for each; 0 for the tiles of
+            `ds_fira.core.kernels.tiles`.
+        rounded: 1 where a step rounds P and C for products in bfloat16 once, 0 where each program does for itself.
         turned_tf32: the share of its rate that a projection keeps in TF32, whose operands are copied to shared memory
             word by word, into conflicting banks, where they are not contiguous along the sum.
-        turned_bfloat16: the same in bfloat16, whose operands are loaded as float32.
-        passes: over R between the two products: moments and N read and write 6, C 3.
-        norm_reads: of G out of L2 for its norms, which overlap with nothing.
+        turned_bfloat16: the same in bfloat16, to which G is converted on its way.
+        overlapped_tf32: the share of the update's reads and writes of G and W, or of its products where they take less,
+            that goes on beside another program of the same multiprocessor; an H100 has room for one.
+        overlapped_bfloat16: the same in bfloat16, where it has room for two.
+        passes: over R in float32 between the two products: moments and N read and write 6, C 3.
+        norm_reads: of G out of L2 for its norms alone; none, where the programs of the product sum them.
         launches: of one batch of matrices, as an interpreter counts them (`benchmarks/speed/launches.py`): seven
-            kernels and two allocations.
+            kernels and two allocations; in bfloat16 one of each more.
         rest: launches of a step beside those of its batches: AdamW's kernel, its count and a look at it.
         gap: seconds from one launch to the next on the device, where its kernel is short.
         host: seconds of the host for a launch.
     """
 
-    tile: int = 128
+    tile: int = 0
+    rounded: int = 1
     turned_tf32: float = 0.45
     turned_bfloat16: float = 0.65
+    overlapped_tf32: float = 0.0
+    overlapped_bfloat16: float = 0.5
     passes: float = 9.0
-    norm_reads: float = 1.0
+    norm_reads: float = 0.0
     launches: float = 9.0
     rest: float = 3.0
     gap: float = 2.4e-6
@@ -84,6 +66,21 @@ class Assumptions:
     def turned(self, precision: str) -> float:
         """The share of its rate that a projection keeps."""
         return self.turned_tf32 if precision == "tf32" else self.turned_bfloat16
+
+    def overlapped(self, precision: str) -> float:
+        """The share of the update's shorter half that the other one hides."""
+        return self.overlapped_tf32 if precision == "tf32" else self.overlapped_bfloat16
+
+    def tile_of(self, product: str, precision: str) -> tuple[int, int]:
+        """Rows and columns of the tile of "project" or "update"."""
+        from ds_fira.core.kernels.tiles import tiles
+
+        shaped = tiles(product, precision)
+        return (self.tile, self.tile) if self.tile else (shaped.rows, shaped.columns)
+
+    def rounds(self, precision: str) -> bool:
+        """Whether P and C are read as they are multiplied, in two bytes."""
+        return bool(self.rounded) and precision == "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -106,6 +103,10 @@ class Share:
     def low_rank_elements(self, rank: int) -> int:
         """Of R, whose long side is the matrix's longer one."""
         return sum(k * min(rank, m, n) * max(m, n) for k, m, n in self.batches)
+
+    def basis_elements(self, rank: int) -> int:
+        """Of P, whose long side is the matrix's shorter one."""
+        return sum(k * min(rank, m, n) * min(m, n) for k, m, n in self.batches)
 
     def operations(self, rank: int) -> float:
         """Of one of the two products."""
@@ -161,18 +162,25 @@ def predict(share: Share, rank: int, precision: str, card: Card, given: Assumpti
         given: what is taken for granted.
     """
     full, low = 4.0 * share.elements, 4.0 * share.low_rank_elements(rank)
-    operations = share.operations(rank)
-    # Of a tile's edges only the shorter one shrinks with the rank.
-    project = _product_rate(card, precision, given.tile, min(given.tile, rank)) * given.turned(precision)
-    update = _product_rate(card, precision, given.tile, given.tile)
+    operations, rounds = share.operations(rank), given.rounds(precision)
+    # Bytes of an element of P and C in the products' programs.
+    width = 2 if rounds else 4
+    rows, columns = given.tile_of("project", precision)
+    # Of a tile's edges only that of the rank shrinks with it.
+    project = _product_rate(card, precision, (rows, 4), (min(columns, rank), width)) * given.turned(precision)
+    rows, columns = given.tile_of("update", precision)
+    update = _product_rate(card, precision, (rows, width), (columns, width))
     norms = given.norm_reads * full / card.l2
+    between = (given.passes - 0.5 * rounds) * low + 6.0 * rounds * share.basis_elements(rank)
     adamw_bytes = ADAMW_BYTES * float(share.adamw_elements)
-    launches = given.launches * len(share.batches) + given.rest
+    launches = (given.launches + 2 * rounds) * len(share.batches) + given.rest
+    # The product's program reads W and G behind its last slice.
+    moving, multiplying = 3 * full / card.bandwidth, operations / update
+    hidden = given.overlapped(precision) * min(moving, multiplying)
     phases = (
         Phase("project", full + low, operations, 1, max((full + low) / card.bandwidth, operations / project) + norms),
-        Phase("moments, C", given.passes * low, 0.0, 2, given.passes * low / card.bandwidth),
-        # The product's program reads W and G behind its last slice, with nothing to overlap.
-        Phase("update", 3 * full, operations, 1, 3 * full / card.bandwidth + operations / update),
+        Phase("moments, P, C", between, 0.0, 2 + rounds, between / card.bandwidth),
+        Phase("update", 3 * full, operations, 1, moving + multiplying - hidden),
         Phase("small operations", 0.0, 0.0, launches, launches * given.gap),
         Phase("AdamW's part", adamw_bytes, 0.0, 1, adamw_bytes / card.bandwidth),
     )
@@ -185,9 +193,9 @@ def predict(share: Share, rank: int, precision: str, card: Card, given: Assumpti
     )
 
 
-def _product_rate(card: Card, precision: str, rows: int, columns: int) -> float:
-    """Operations per second of tiles whose float32 operands come from L2, each for rows x columns of the result."""
-    each_byte = 2.0 * rows * columns / (4.0 * (rows + columns))
+def _product_rate(card: Card, precision: str, rows: tuple[int, int], columns: tuple[int, int]) -> float:
+    """Operations per second of tiles whose operands come from L2, each of some rows or columns of so many bytes."""
+    each_byte = 2.0 * rows[0] * columns[0] / (rows[0] * rows[1] + columns[0] * columns[1])
     return min(card.products[precision], each_byte * card.l2)
 
 
@@ -212,18 +220,6 @@ def share_of(model: str, ranks: int, rank: int) -> Share:
             together = shapes[first : first + MAX_BATCH]
             batches.append((len(together), *together[0]))
     return Share(tuple(batches), adamw)
-
-
-def measured_card(lines: Iterable[dict[str, Any]], instead: Card) -> Card:
-    """The ceilings that stage 0 of the check has measured; what it lacks stays as it is."""
-    found: dict[str, float] = {}
-    for line in lines:
-        if line["stage"] == 0 and line["value"] is not None:
-            found |= {"copy": line["value"]} if line["what"] == "copy" else {}
-            found |= {line["precision"]: line["value"]} if line["what"] == "product" else {}
-    products = {name: found.get(name, rate / 1e12) * 1e12 for name, rate in instead.products.items()}
-    bandwidth = found.get("copy", instead.bandwidth / 1e12) * 1e12
-    return replace(instead, bandwidth=bandwidth, products=products, source="copy and products measured; L2 assumed")
 
 
 def measured_steps(lines: Iterable[dict[str, Any]], what: str) -> dict[tuple[int, str], float]:

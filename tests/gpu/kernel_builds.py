@@ -31,6 +31,7 @@ SHAPES = ((4096, 11008, 512, "left"), (11008, 4096, 512, "right"))
 # Precision of the products, dtype of the weight, dtype of the gradient, dtype of the states, whether scattered.
 DTYPES = (
     ("bfloat16", torch.bfloat16, torch.bfloat16, "int8", True),
+    ("bfloat16", torch.float32, torch.float32, "float32", False),
     ("tf32", torch.float32, torch.float32, "float32", False),
     ("float32", torch.float32, torch.float32, "bfloat16", True),
 )
@@ -99,5 +100,5 @@ def builds(shapes: tuple = SHAPES, dtypes: tuple = DTYPES, forms: tuple = FORMS)
 
 
 if __name__ == "__main__":
-    for build in builds(SHAPES[:1], DTYPES[:2], FORMS[:3]) if "quick" in sys.argv else builds():
+    for build in builds(SHAPES[:1], DTYPES[:3], FORMS[:3]) if "quick" in sys.argv else builds():
         print(json.dumps(build), flush=True)

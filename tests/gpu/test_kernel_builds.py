@@ -31,7 +31,7 @@ def test_where_the_kernels_are_usable() -> None:
     assert kernels.supports(random(2, 2, dtype=torch.float16)[:0])
     assert not kernels.supports(random(2, 2).double())
     assert not kernels.supports(torch.empty(2, 2, device="meta"))
-    assert not kernels.supports(torch.empty(1, device=DEVICE).as_strided((1, 1), (2**24, 1)))
+    assert not kernels.supports(torch.empty(1, device=DEVICE).as_strided((1, 1), (2**23, 1)))
     kernels.interpret_on_cpu(False)
     assert not kernels.supports(torch.zeros(2, 2))
 
@@ -110,6 +110,7 @@ def test_every_kernel_compiles_ahead_of_time(capability: int, tmp_path: Path) ->
     lines = _python("-m", "tests.gpu.kernel_builds", "quick", target, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
     builds = [json.loads(line) for line in lines if line.startswith("{")]
     assert {build["kernel"] for build in builds} == {
+        "_cast",
         "_project",
         "_adam_blocks",
         "_adam_direction",
@@ -122,7 +123,6 @@ def test_every_kernel_compiles_ahead_of_time(capability: int, tmp_path: Path) ->
     }
     for build in builds:
         assert build["shared"] <= {80: 163, 90: 227, 100: 227}[capability] * 1024, build
-        # A quotient in float64 may be a call that puts registers aside. On a B200 the update in tf32 spills eight.
-        spills = build["kernel"] in ("_measure", "_combine") or capability == 100
-        assert build["spilled"] <= (32 if spills else 0), build
+        # Around a call, such as that of a quotient in float64, four registers may be put aside.
+        assert build["spilled"] <= (16 if build["kernel"] == "_measure" else 0), build
         assert bool(build["tensor_cores"]) == (build.get("PRECISION", "float32") != "float32"), build

@@ -56,8 +56,8 @@ _HOMES = {
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Older devices have neither bfloat16 products nor TF32.
 _LEAST_CAPABILITY = (8, 0)
-# Inside a tile of 128 rows or columns offsets are 32-bit numbers.
-_MOST_STRIDE = 2**24 - 1
+# Inside a tile of 256 rows or columns offsets are 32-bit numbers.
+_MOST_STRIDE = 2**23 - 1
 
 _cpu_allowed = False
 _switched_off: ContextVar[bool] = ContextVar("_switched_off", default=False)
@@ -106,7 +106,7 @@ def supports(tensor: Tensor) -> bool:
 
     Returns:
         True for float32, bfloat16 and float16 on an NVIDIA GPU of compute capability 8.0 or newer where a kernel
-        compiles and runs, and rows of fewer than 2^24 elements; on the CPU only after `interpret_on_cpu(True)`. False
+        compiles and runs, and rows of fewer than 2^23 elements; on the CPU only after `interpret_on_cpu(True)`. False
         for everything else, float64 included, and for all where the kernels are `switched` off.
     """
     if _switched_off.get() or tensor.dtype not in _DTYPES or max(tensor.stride()[-2:], default=1) > _MOST_STRIDE:

@@ -12,7 +12,7 @@ from ds_fira.core.kernels import numbers as places
 from ds_fira.core.kernels.measuring import Memory
 from ds_fira.core.kernels.moments import LEFT_TILE, RIGHT_TILE
 from ds_fira.core.kernels.numbers import Pair, double, pair
-from ds_fira.core.kernels.tiles import launch, tile
+from ds_fira.core.kernels.tiles import launch, rounded, tile
 from ds_fira.core.kernels.views import View, origin
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.subspace import Side
@@ -40,6 +40,7 @@ class Combining(NamedTuple):
 def launch_combine(
     low_rank: View,
     direction: View,
+    carried: View,
     phi: View,
     scales: View,
     numbers: View,
@@ -55,7 +56,8 @@ def launch_combine(
 
     Args:
         low_rank: R, float32.
-        direction: N, float32; C afterwards.
+        direction: N, float32.
+        carried: C, float32 or rounded to bfloat16; may be where N is.
         phi: factors before the limiter, float64.
         scales: float32; phi as `launch_update` takes it.
         numbers: see `ds_fira.core.kernels.numbers`; |S|^2 and the divisor are written.
@@ -83,6 +85,7 @@ def launch_combine(
         low_rank.data,
         low_rank._replace(rows=rows, columns=columns),
         direction,
+        carried,
         phi,
         scales,
         numbers,
@@ -108,6 +111,7 @@ def launch_combine(
 def _combine(
     low_rank,
     direction,
+    carried,
     phi,
     scales,
     numbers,
@@ -188,16 +192,17 @@ def _combine(
             factors = tl.load(origin(phi, matrix) + line + line_offsets, mask=line_inside, other=0.0)
             scale = (factors * residual_factor).to(tl.float32)
             tl.store(origin(scales, matrix) + line + line_offsets, scale, mask=line_inside)
-    # Both are stored alike.
+    # All three are stored alike.
     at = line_offsets[:, None] * low_rank.rows + entry_offsets[None, :] * low_rank.columns
     corner = line.to(tl.int64) * low_rank.rows
     low = origin(low_rank, matrix)
-    out = origin(direction, matrix)
+    normalized = origin(direction, matrix)
+    out = origin(carried, matrix)
     for start in range(0, rank, ENTRIES):
         inside = line_inside[:, None] & (entry_offsets < rank - start)[None, :]
-        value = tl.load(out + corner + at, mask=inside, other=0.0) * factor.to(tl.float32)
+        value = tl.load(normalized + corner + at, mask=inside, other=0.0) * factor.to(tl.float32)
         if FULL_RANK:
             inner = inner_alpha.to(tl.float32) * scale[:, None]
             value -= inner * tl.load(low + corner + at, mask=inside, other=0.0)
-        tl.store(out + corner + at, value, mask=inside)
+        tl.store(out + corner + at, rounded(value, out.dtype.element_ty), mask=inside)
         corner += ENTRIES * low_rank.columns

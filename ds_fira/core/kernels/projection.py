@@ -73,8 +73,8 @@ def launch_project(
     lines, depth = (n, m) if side == "left" else (m, n)
     if side == "left":
         grad, low_rank = (view._replace(rows=view.columns, columns=view.rows) for view in (grad, low_rank))
-    shaped = tiles(precision).within(lines, rank, depth, grad, basis, low_rank)
-    programs = triton.cdiv(lines, shaped.rows) * (triton.cdiv(rank, shaped.columns) + 1)
+    shaped = tiles("project", precision).within(lines, rank, depth, grad, basis, low_rank)
+    programs = triton.cdiv(lines, shaped.rows) * triton.cdiv(rank, shaped.columns)
     launch(
         _project,
         (programs, count),
@@ -94,7 +94,7 @@ def launch_project(
 
 def strips(lines: int, precision: str) -> int:
     """How many strips of G, of `lines` columns (left) or rows (right), there are sums of squares of."""
-    return triton.cdiv(lines, tile(lines, tiles(precision).rows))
+    return triton.cdiv(lines, tile(lines, tiles("project", precision).rows))
 
 
 @triton.jit
@@ -114,27 +114,14 @@ def _project(
 ):
     matrix = tl.program_id(1).to(tl.int64)
     # The programs of one strip of G stand side by side, so that the strip comes from memory once and then from L2.
-    # The last of them sums the squares: that is no burden on the products, and as much work as one of them.
     blocks = tl.cdiv(rank, COLUMNS)
-    block = tl.program_id(0) % (blocks + 1)
-    line = tl.program_id(0) // (blocks + 1) * ROWS
+    block = tl.program_id(0) % blocks
+    line = tl.program_id(0) // blocks * ROWS
     line_offsets = tl.arange(0, ROWS)
     depth_offsets = tl.arange(0, DEPTH)
     line_inside = line + line_offsets < lines
     grad_at = origin(grad, matrix) + line.to(tl.int64) * grad.rows
     grad_at = grad_at + (line_offsets[:, None] * grad.rows + depth_offsets[None, :] * grad.columns)
-
-    if block == blocks:
-        squares = tl.zeros((ROWS,), dtype=tl.float64)
-        for start in range(0, depth, DEPTH):
-            inside = line_inside[:, None] & (depth_offsets < depth - start)[None, :]
-            values = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
-            squares += tl.sum(values * values, axis=1).to(tl.float64)
-            grad_at += DEPTH * grad.columns
-        tl.store(origin(grad_sq, matrix) + line + line_offsets, squares, mask=line_inside)
-        if strip_sq is not None:
-            tl.store(origin(strip_sq, matrix) + line // ROWS, tl.sum(squares, axis=0))
-        return
 
     column = block * COLUMNS
     column_offsets = tl.arange(0, COLUMNS)
@@ -142,12 +129,21 @@ def _project(
     basis_at = origin(basis, matrix) + column.to(tl.int64) * basis.columns
     basis_at = basis_at + (depth_offsets[:, None] * basis.rows + column_offsets[None, :] * basis.columns)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    # Each program sums them, of which the first of a strip tells them: a branch would stand in the pipeline's way.
+    squares = tl.zeros((ROWS, DEPTH), dtype=tl.float32)
     for start in range(0, depth, DEPTH):
         inside = depth_offsets < depth - start
         grad_tile = tl.load(grad_at, mask=line_inside[:, None] & inside[None, :], other=0.0)
         basis_tile = tl.load(basis_at, mask=inside[:, None] & column_inside[None, :], other=0.0)
         total = dot(grad_tile, basis_tile, total, PRECISION)
+        values = grad_tile.to(tl.float32)
+        squares += values * values
         grad_at += DEPTH * grad.columns
         basis_at += DEPTH * basis.rows
     low_at, inside = tile_at(low_rank, matrix, line, column, lines, rank, ROWS, COLUMNS)
     tl.store(low_at, total, mask=inside)
+    if block == 0:
+        sums = tl.sum(squares.to(tl.float64), axis=1)
+        tl.store(origin(grad_sq, matrix) + line + line_offsets, sums, mask=line_inside)
+        if strip_sq is not None:
+            tl.store(origin(strip_sq, matrix) + line // ROWS, tl.sum(sums, axis=0))

@@ -13,8 +13,6 @@ from ds_fira.core.subspace import Side
 
 # Programs of one matrix: enough to fill the device, and soon over where the sum is not needed.
 PROGRAMS = 256
-# A loop over tiles around a loop over the rank spills the registers of a larger tile.
-LARGEST_TILE = 64
 
 
 def residual_square(
@@ -72,7 +70,7 @@ def programs(m: int, n: int, precision: str) -> int:
 
 
 def _tiles(m: int, n: int, rank: int, precision: str) -> Tiles:
-    return tiles(precision)._replace(rows=LARGEST_TILE, columns=LARGEST_TILE).within(m, n, rank)
+    return tiles("residual", precision).within(m, n, rank)
 
 
 def launch_residual_square(

@@ -1,5 +1,6 @@
 """The step of k matrices of one shape by kernels: `ds_fira.core.step.update` where the device decides everything.
 
+    _cast               P in bfloat16, where products are and P is not stored so
     _project            line 8: R, and the norms of G's columns or rows
     _adam_direction     lines 9 to 11: moments, N, and the norms of N and R; `_adam_blocks` before it for 8-bit moments
     _measure            lines 12 and 13: phi, |S|^2 as a difference
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ds_fira.core.base_optimizer import adapt, step_factor
 from ds_fira.core.kernels import numbers as places
+from ds_fira.core.kernels.casting import launch_cast
 from ds_fira.core.kernels.combining import launch_combine
 from ds_fira.core.kernels.finite import Finite
 from ds_fira.core.kernels.measuring import Memory, Squares, launch_measure
@@ -125,6 +127,13 @@ class _BatchStep:
         device = weight.tensor.device
         self.singles.allocate(torch.float32, device)
         self.doubles.allocate(torch.float64, device)
+        # What products in bfloat16 read many times, P and C, is rounded to it once.
+        self.halves, half = Room(), precision == "bfloat16"
+        self.casts_basis = half and self.state.basis.dtype != torch.bfloat16
+        self.rounded_basis = self.halves.reserve(count, self.casts_basis * self.rank * (self.m + self.n - self.lines))
+        self.carried = self.halves.reserve(count, half * self.rank * self.lines)
+        if half:
+            self.halves.allocate(torch.bfloat16, device)
 
     def make(self) -> BatchStats:
         """Lines 8 to 16."""
@@ -135,6 +144,11 @@ class _BatchStep:
         squares = Squares(*(self.doubles.view(place) for place in self.squares))
         strip_sq, numbers = self.doubles.view(self.strip_sq), self.doubles.view(self.numbers)
         grad_finite = Finite(None, strip_sq, self.strips)
+        carried = self.halves.view(self.carried, self.shape[1], 1) if precision == "bfloat16" else direction
+        if self.casts_basis:
+            basis = self.halves.view(self.rounded_basis, self.rank, 1)
+            launch_cast(self.basis, basis, (self.count, self.m + self.n - self.lines, self.rank))
+            self.basis = basis
         launch_project(self.grad, self.basis, low_rank, squares.grad, strip_sq, sizes, side, precision)
         if rule is None:
             launch_adam(
@@ -174,6 +188,7 @@ class _BatchStep:
         launch_combine(
             low_rank,
             direction,
+            carried,
             phi,
             scales,
             numbers,
@@ -187,7 +202,7 @@ class _BatchStep:
         launch_update(
             self.weight,
             self.grad,
-            *self._factors(direction),
+            *self._factors(carried),
             None if settings.residual_form.factors is None else scales,
             numbers._replace(start=numbers.start + places.FINITE),
             sizes,

@@ -56,22 +56,39 @@ class Tiles(NamedTuple):
 
 # Products in float32 run on the plain units, whose operands pass through registers: a deeper slice spills them.
 TILES = {
-    "float32": Tiles(rows=128, columns=64, depth=16, warps=8, stages=3),
-    "tf32": Tiles(rows=128, columns=128, depth=32, warps=8, stages=3),
-    "bfloat16": Tiles(rows=128, columns=128, depth=32, warps=8, stages=3),
+    "project": {
+        "float32": Tiles(rows=128, columns=64, depth=16, warps=8, stages=3),
+        "tf32": Tiles(rows=128, columns=256, depth=32, warps=8, stages=3),
+        "bfloat16": Tiles(rows=128, columns=256, depth=32, warps=8, stages=3),
+    },
+    "update": {
+        "float32": Tiles(rows=128, columns=64, depth=16, warps=8, stages=3),
+        "tf32": Tiles(rows=128, columns=128, depth=32, warps=8, stages=3),
+        "bfloat16": Tiles(rows=128, columns=128, depth=64, warps=8, stages=3),
+    },
+    # A loop over tiles around a loop over the rank spills the registers of a larger tile.
+    "residual": {
+        "float32": Tiles(rows=64, columns=64, depth=16, warps=8, stages=3),
+        "tf32": Tiles(rows=64, columns=64, depth=32, warps=8, stages=3),
+        "bfloat16": Tiles(rows=64, columns=64, depth=32, warps=8, stages=3),
+    },
 }
 
 
-def tiles(precision: str) -> Tiles:
+def tiles(product: str, precision: str) -> Tiles:
     """The tiles of a product in `precision`.
+
+    Args:
+        product: "project", "update" or "residual".
+        precision: "float32", "tf32" or "bfloat16".
 
     Raises:
         ValueError: no such precision.
     """
-    if precision not in TILES:
-        legal = ", ".join(repr(name) for name in TILES)
+    if precision not in TILES[product]:
+        legal = ", ".join(repr(name) for name in TILES[product])
         raise ValueError(f"precision = {precision!r} is not legal; choose one of {legal}.")
-    return TILES[precision]
+    return TILES[product][precision]
 
 
 def tile(size: int, most: int) -> int:

@@ -92,7 +92,7 @@ def launch_update(
         precision: as in `apply_update_`.
     """
     count, m, n, rank = sizes
-    shaped = tiles(precision).within(m, n, rank, weight, grad, left, right)
+    shaped = tiles("update", precision).within(m, n, rank, weight, grad, left, right)
     launch(
         _apply_update,
         (triton.cdiv(m, shaped.rows) * triton.cdiv(n, shaped.columns), count),
@@ -136,6 +136,41 @@ def _apply_update(
         return
     row, column = tile_corner(tl.program_id(0), m, n, ROWS, COLUMNS)
     update = product(left, right, matrix, row, column, m, n, rank, PRECISION, ROWS, COLUMNS, DEPTH)
+    # By quarters of the tile, for W and G of all of it have no room in registers beside the product.
+    HALF: tl.constexpr = COLUMNS // 2
+    QUARTER: tl.constexpr = COLUMNS // 4
+    one, two = _halves(update, ROWS, HALF)
+    first, second = _halves(one, ROWS, QUARTER)
+    third, fourth = _halves(two, ROWS, QUARTER)
+    _write(weight, grad, phi, first, matrix, row, column, m, n, decay_factor, BY_ROW, ROWS, QUARTER)
+    _write(weight, grad, phi, second, matrix, row, column + QUARTER, m, n, decay_factor, BY_ROW, ROWS, QUARTER)
+    _write(weight, grad, phi, third, matrix, row, column + HALF, m, n, decay_factor, BY_ROW, ROWS, QUARTER)
+    _write(weight, grad, phi, fourth, matrix, row, column + HALF + QUARTER, m, n, decay_factor, BY_ROW, ROWS, QUARTER)
+
+
+@triton.jit
+def _halves(values, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """The left and the right half of a tile of (ROWS, 2 HALF)."""
+    return tl.split(tl.permute(tl.reshape(values, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _write(
+    weight,
+    grad,
+    phi,
+    update,
+    matrix,
+    row,
+    column,
+    m,
+    n,
+    decay_factor,
+    BY_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The tile of W that begins at (row, column), with the product that belongs there."""
     if phi is not None:
         scale = load_scale(phi, matrix, row, column, m, n, BY_ROW, ROWS, COLUMNS)
         update += scale * load_tile(grad, matrix, row, column, m, n, ROWS, COLUMNS)

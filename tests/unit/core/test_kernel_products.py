@@ -67,6 +67,27 @@ def test_projection_in_a_lower_precision(side: str, precision: str, dtype: torch
 
 
 @pytest.mark.parametrize("side", SIDES)
+def test_factors_rounded_beforehand_give_the_same_bits(side: str) -> None:
+    """As those that a program rounds for itself."""
+    grad, basis = random(150, 139), random_basis((), 150 if side == "left" else 139, 20)
+    phi = random(139 if side == "left" else 150, seed=4)
+    (low_rank, grad_sq), half = kernels.project(grad, basis, side, "bfloat16"), basis.bfloat16()
+    assert not torch.equal(basis, half.float())
+    for before, after in zip((low_rank, grad_sq), kernels.project(grad, half, side, "bfloat16"), strict=True):
+        assert torch.equal(before, after)
+    factors = [[p, r] if side == "left" else [r, p.mT] for p, r in ((basis, low_rank), (half, low_rank.bfloat16()))]
+    options: dict[str, Any] = {"precision": "bfloat16", "needed": flag((), True), "side": side, "alpha": 1.0}
+    squares = [kernels.residual_square(grad, p, low_rank, phi, **options) for p in (basis, half)]
+    assert torch.equal(*squares)
+    weights = []
+    for left, right in factors:
+        weights.append(random(150, 139, seed=5))
+        options = {"by_row": side == "right", "decay_factor": 0.5, "grad_finite": flag((), True)}
+        kernels.apply_update_(weights[-1], grad, left, right, phi, precision="bfloat16", **options)
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("side", SIDES)
 def test_a_gradient_with_strides(side: str) -> None:
     """A transposed gradient, and every second row and third column of one."""
     for grad in (random(53, 37).t(), random(74, 159)[::2, ::3]):

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning"),
 ]
 
-# Of the batch: two allocations, seven kernels, and one more for 8-bit states.
+# Of the batch: two allocations, seven kernels, and one more for 8-bit states; two more where products are in bfloat16.
 MOST_OF_A_BATCH = 12
 # Where matrices do not lie at equal distances: the table that says where they are.
 TABLE = 2
@@ -48,6 +48,14 @@ FORMS: list[dict[str, Any]] = [
 )
 def test_a_batch_launches_a_dozen(shape: tuple[int, int], state_dtype: str, form: dict[str, Any]) -> None:
     names = separate([(2, *shape)], steps=1, state_dtype=state_dtype, **form)
+    assert 6 < names.total() <= MOST_OF_A_BATCH, names
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_products_in_bfloat16_round_the_basis_once(state_dtype: str) -> None:
+    """One kernel and an allocation more, for all products and all matrices; none where it is stored so."""
+    names = separate([(2, *WIDE)], steps=1, state_dtype=state_dtype, matmul_precision="bfloat16")
+    assert names["_cast"] == (state_dtype == "float32")
     assert 6 < names.total() <= MOST_OF_A_BATCH, names
 
 

@@ -101,6 +101,36 @@ def test_rounding_to_tf32_leaves_no_nan_finite() -> None:
 
 
 @pytest.mark.usefixtures("kernels_allowed")
+@pytest.mark.parametrize("shape", [(24, 40), pytest.param((40, 24), marks=pytest.mark.full)])
+def test_rounding_p_and_c_once_gives_the_bits_of_rounding_them_in_every_program(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole steps, one of a gradient in the subspace, whose |S| is summed from the residual."""
+    pytest.importorskip("triton")
+    from ds_fira.core.kernels.views import Room
+
+    allocate, asked = Room.allocate, []
+    ended = []
+    for once in (True, False):
+        if not once:
+            # In memory of float32 P and C stay as they are.
+            def kept(room: Room, dtype: torch.dtype, device: torch.device) -> None:
+                asked.append(dtype)
+                allocate(room, torch.float32 if dtype == torch.bfloat16 else dtype, device)
+
+            monkeypatch.setattr(Room, "allocate", kept)
+        param = nn.Parameter(random(*shape, seed=5))
+        optimizer = FiraAdam([param], rank=4, lr=0.1, matmul_precision="bfloat16")
+        for grad in (random(shape[0], 2) @ random(2, shape[1]), random(*shape)):
+            param.grad = grad
+            optimizer.step()
+        ended.append([param.detach(), *optimizer.state[param].values()])
+    assert asked.count(torch.bfloat16) == 2
+    for before, after in zip(*ended, strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.usefixtures("kernels_allowed")
 def test_rounding_in_tf32_is_no_history_of_the_limiter() -> None:
     """Kernels that round to TF32 leave 3e-4 of |phi * G|; remembered, that would hold the next real residual back."""
     pytest.importorskip("triton")

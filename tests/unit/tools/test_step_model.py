@@ -41,7 +41,9 @@ def test_bytes_and_operations() -> None:
 )
 def test_an_independent_count_of_the_same_step(rank: int, precision: str, ms: float) -> None:
     """Made phase by phase from the compiled kernels, before there was this model, with what a batch launched then."""
-    then = Assumptions(passes=11.0, launches=75.0, rest=1.0)
+    then = Assumptions(
+        tile=128, rounded=0, overlapped_bfloat16=0.0, norm_reads=1.0, passes=11.0, launches=75.0, rest=1.0
+    )
     assert predict(SHARE, rank, precision, H100, then).seconds * 1e3 == pytest.approx(ms, rel=0.05)
 
 
@@ -57,6 +59,37 @@ def test_what_limits_each_phase() -> None:
     # Five batches of nine, and three.
     slow_host = predict(SHARE, 64, "tf32", H100, Assumptions(host=1e-3))
     assert slow_host.seconds == slow_host.host == pytest.approx(0.048)
+
+
+def test_factors_in_bfloat16() -> None:
+    """Half the bytes out of L2, so twice the rate where that is the limit; P read and written once, C in two bytes."""
+    free = {"tile": 128, "overlapped_bfloat16": 0.0}
+    endless = replace(H100, bandwidth=1e18)
+    before, after = (
+        predict(SHARE, 1024, "bfloat16", endless, Assumptions(**free, rounded=rounded)) for rounded in (0, 1)
+    )
+    assert of(before, "update").seconds == pytest.approx(2 * of(after, "update").seconds, rel=1e-3)
+    # Of a projection's operands G stays in four bytes: 4 + 2 of 4 + 4.
+    assert of(after, "project").seconds == pytest.approx(0.75 * of(before, "project").seconds, rel=1e-3)
+    moved = of(after, "moments, P, C").moved - of(before, "moments, P, C").moved
+    assert moved == 6 * 1024 * 28 * 4096 - 2 * SHARE.low_rank_elements(1024)
+    assert of(after, "small operations").launches == of(before, "small operations").launches + 2 * 5
+
+
+def test_what_the_update_moves_beside_its_products() -> None:
+    """All of it, or none."""
+    by_share = [
+        of(predict(SHARE, 256, "tf32", H100, Assumptions(overlapped_tf32=share)), "update") for share in (0.0, 1.0)
+    ]
+    moving = by_share[0].moved / H100.bandwidth
+    assert by_share[1].seconds == pytest.approx(max(moving, by_share[0].seconds - moving))
+
+
+def test_tiles_are_those_of_the_kernels() -> None:
+    given, tiles = Assumptions(), pytest.importorskip("ds_fira.core.kernels.tiles").TILES
+    for product, by_precision in tiles.items():
+        for precision, tile in by_precision.items():
+            assert given.tile_of(product, precision) == (tile.rows, tile.columns)
 
 
 def test_measured_ceilings_and_a_verdict(
