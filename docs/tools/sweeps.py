@@ -1,4 +1,4 @@
-"""The plots of docs/choosing.md, from the tables of docs/transfer.md and docs/reproduction.md: no figure is typed twice.
+"""The plots of docs/choosing.md, from the tables of docs/transfer.md and docs/reproduction.md.
 
 python docs/tools/sweeps.py
 """
