@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ds_fira.core.algorithms import algorithm_of
+from ds_fira.core.algorithms import KEY, algorithm_of
 from ds_fira.optim.settings import check_params
 from tests.integration.page_blocks import FOLDERS, PAGES, ROOT, Block, blocks, commands, fault, is_command, spans
-from tests.programs import run_code, run_command
+from tests.programs import Forked, run_command
 
 PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./*{{}},-]+")
 NAME = re.compile(r"ds_fira(?:\.\w+)+")
@@ -69,8 +69,10 @@ def test_python_runs(page: str, tmp_path: Path) -> None:
     code = [IMPORTS, GIVEN] if page in WITH_ENGINE else [IMPORTS]
     # As lines of the page, for a traceback to name the block.
     code += [f"exec(compile({block.text!r}, {str(block)!r}, 'exec'))" for block in of("python") if block.page == page]
-    alone = {"RANK": None, "WORLD_SIZE": None, "LOCAL_RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None}
-    ended = run_code("\n".join(code), [], tmp_path, variables={"PYTHONPATH": str(ROOT), **alone})
+    script = tmp_path / "train.py"
+    script.write_text("\n".join(code))
+    # With what a launcher tells the one rank that it starts.
+    (ended,) = Forked(str(script), [], tmp_path, ranks=1).wait()
     assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
 
 
@@ -80,7 +82,7 @@ def test_json_is_legal(block: Block) -> None:
     config = json.loads(block.text if block.text.startswith("{") else f"{{{block.text}}}")
     if "optimizer" in config:
         optimizer = config["optimizer"]
-        check_params(optimizer["params"], algorithm=algorithm_of(optimizer["type"]))
+        check_params(optimizer["params"], algorithm=algorithm_of({KEY: optimizer["type"]}))
     if block.text.startswith("{"):
         assert "gradient_clipping" in config, "DeepSpeed clips at 1.0 where it is missing"
 
