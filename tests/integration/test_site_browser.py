@@ -67,7 +67,7 @@ def browse(page: str, profile: Path, *options: str) -> str:
         *options,
         page,
     ]
-    ended = subprocess.run([*command, *options, page], capture_output=True, text=True, timeout=280)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
