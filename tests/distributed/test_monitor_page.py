@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import os
 import re
 import shutil
 import sys
@@ -10,9 +12,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import torch
 
 from ds_fira.__main__ import main
+from ds_fira.observe.run_record import FILE, Start, add_start, read_starts, without_secrets
+from ds_fira.tools.run_report.drawing import smoothed, window
 from ds_fira.tools.run_report.plots import write_page
 from ds_fira.tools.run_report.run_csv import read_runs
 from tests.distributed.test_monitor import PARAMS, SHAPES, monitored, read
@@ -93,6 +99,125 @@ def test_page_of_a_run(written: Path) -> None:
     assert cells["refreshes"] == str(2 * len(SHAPES))
     assert cells["training loss, last"] == f"{read(written, 'Train/Samples/train_loss')[-1][1]:.3f}"
     assert cells["refresh time"].endswith(" s")
+    captions = dict(zip(page.found["h2"], page.found["figcaption"], strict=True))
+    assert "no more than gamma (1.01) allows, 1 % in a step" in " ".join(captions["Residual norm"].split())
+    assert "update_proj_gap (3)" in " ".join(captions["Captured energy"].split())
+    assert 'subspace = "randomized" in place of svd' in " ".join(captions["Refresh time"].split())
+
+
+def test_the_run_says_what_it_is(written: Path) -> None:
+    """Settings as they act, the configuration, ranks, device and versions: in the file, and on the page."""
+    (start,) = read_starts(written / "run")
+    assert (start["step"], start["samples"], start["ranks"], start["samples_per_step"]) == (0, 0, 2, 4)
+    assert start["optimizer"] == "FiraAdam"
+    assert start["settings"]["rank"] == [PARAMS["rank"]]
+    assert start["settings"]["limiter"] == ["growth"]
+    assert start["config"]["optimizer"]["params"]["update_proj_gap"] == PARAMS["update_proj_gap"]
+    assert start["projected_matrices"] == len(SHAPES)
+    assert start["environment"]["torch"].startswith(torch.__version__.partition("+")[0])
+    page = Page(write_page([written]))
+    cells = dict(zip(page.found["th"], page.found["td"], strict=True))
+    assert cells["rank"] == str(PARAMS["rank"])
+    assert (cells["ZeRO stage"], cells["precision"], cells["ranks"], cells["started at step"]) == (
+        "2",
+        "fp32",
+        "2",
+        "0",
+    )
+    assert cells["device"] == start["environment"]["device"]
+    assert "&#34;update_proj_gap&#34;: 3" in (written / "report.html").read_text()
+
+
+def other_run(written: Path, folder: Path, **settings: list[object]) -> Path:
+    """A copy of a run that says it had other settings."""
+    shutil.copytree(written, folder)
+    record = json.loads((folder / "run" / FILE).read_text())
+    record["starts"][-1]["settings"] |= settings
+    (folder / "run" / FILE).write_text(json.dumps(record))
+    return folder
+
+
+def test_runs_with_other_settings_are_told_apart(written: Path, tmp_path: Path) -> None:
+    """Captions name each run's value, the table says which rows differ; a run without a record says so."""
+    other, silent = other_run(written, tmp_path / "other", gamma=[1.02]), tmp_path / "silent"
+    shutil.copytree(written, silent)
+    (silent / "run" / FILE).unlink()
+    path = write_page([written, other], tmp_path / "page.html")
+    page, html = Page(path), path.read_text()
+    captions = dict(zip(page.found["h2"], page.found["figcaption"], strict=True))
+    assert f"gamma (1.01 in {written.name}, 1.02 in other)" in captions["Limiter"]
+    assert "% in a step" not in captions["Residual norm"]
+    assert re.findall(r'<tr class="differs"><th>(.*?)</th>', html) == ["gamma"]
+    assert html.count("<p><span") == len(page.plots), "each plot has a key of the runs"
+    page = Page(write_page([written, silent], tmp_path / "page.html"))
+    assert "1.01 in " in (tmp_path / "page.html").read_text()
+    assert page.found["td"].count("not recorded") > 10
+    write_page([silent], tmp_path / "page.html")
+    assert "no fira_run.json" in (tmp_path / "page.html").read_text()
+
+
+def test_a_phone_shows_the_page(written: Path) -> None:
+    """No table is wider than the screen but inside a box that scrolls, and plots are as wide as the screen at most."""
+    html = write_page([written]).read_text()
+    assert html.count("<table>") == html.count('<div class="box"><table>') == 2
+    assert html.count("<pre>") == html.count('<div class="box"><pre>') == 1
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert ".box { overflow-x: auto;" in style
+    assert "minmax(min(100%, 500px), 1fr)" in style
+    assert not re.search(r"[{;]\s*(min-)?width: \d{3,}px", style)
+    assert 'name="viewport" content="width=device-width' in html
+
+
+def test_the_limiter_is_smoothed_over_a_gap(written: Path, tmp_path: Path) -> None:
+    """At 100% behind each refresh and low before the next, its running mean lies between, and the text says so."""
+    shutil.copytree(written, tmp_path / "run")
+    rows = [f"{4 * step},{1.0 if step % 3 == 1 else 0.0}\n" for step in range(1, 31)]
+    (tmp_path / "run" / "run" / "Train_Fira_limiter_share.csv").write_text("step,limiter_share\n" + "".join(rows))
+    (run,) = read_runs(tmp_path / "run")
+    assert window(run, "limiter_share") == PARAMS["update_proj_gap"] == 3
+    assert smoothed(np.array(run.series["limiter_share"].y), 3)[1:-1] == pytest.approx(1 / 3)
+    assert smoothed(np.array([2.0, 4.0, np.nan]), 3).tolist() == [3.0, 3.0, 4.0]
+    page = Page(write_page([tmp_path / "run"]))
+    captions = dict(zip(page.found["h2"], page.found["figcaption"], strict=True))
+    assert "strong the mean over a whole gap" in captions["Limiter"]
+    run.starts = []
+    assert window(run, "limiter_share") is None, "without a record no gap is known"
+
+
+def test_a_resumed_run_adds_a_start(written: Path, tmp_path: Path) -> None:
+    """Each has its settings; one from the same step or earlier replaces what it makes again."""
+    start: Start = read_starts(written / "run")[0]
+    for step in (0, 300, 600, 300):
+        add_start(tmp_path, {**start, "step": step, "ranks": step + 1})
+    assert [(each["step"], each["ranks"]) for each in read_starts(tmp_path)] == [(0, 1), (300, 301)]
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    # What another program left under the name does not stop a training.
+    (tmp_path / FILE).write_text("[]")
+    add_start(tmp_path, start)
+    assert read_starts(tmp_path) == [start]
+
+
+def test_no_key_is_written_down() -> None:
+    config = {"comet": {"api_key": "abc", "project": "fira"}, "data": [{"hub_token": "x", "tokens": 7}]}
+    hidden = {"comet": {"api_key": "hidden", "project": "fira"}, "data": [{"hub_token": "hidden", "tokens": 7}]}
+    assert without_secrets(config) == hidden
+
+
+@pytest.mark.parametrize(
+    "name", ["$x_{", "_private", "a\nb", "läuft 跑", os.fsdecode(b"\xff run"), "[a-z]*", "<i>&amp;"]
+)
+def test_odd_names_of_runs(written: Path, tmp_path: Path, name: str) -> None:
+    """A folder may be called anything: the page shows it, alone and beside another run of the same name."""
+    first, second = tmp_path / "one" / name, tmp_path / "two" / name
+    for folder in (first, second):
+        folder.parent.mkdir()
+        shutil.copytree(written, folder)
+    page = Page(write_page([first], tmp_path / "page.html"))
+    assert page.found["td"][0] == os.fsencode(name).decode(errors="replace")
+    page = Page(write_page([first, second, second], tmp_path / "page.html"))
+    labels = page.found["td"][:3]
+    assert len(set(labels)) == 3
+    assert labels[2] == f"{labels[1]} (2)"
 
 
 def test_the_plots_show_the_files(written: Path, tmp_path: Path) -> None:
@@ -162,6 +287,11 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, capsys: pytest.Capt
     for name, text in (("broken", "step,lr\n4,0.1,7\n"), ("words", "step,lr\n4,high\n")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "Train_Samples_lr.csv").write_text(text)
+    for name in ("waiting", "still", "record"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "Train_Samples_lr.csv").write_text("step,lr\n" + "0,0.1\n" * (name != "waiting"))
+    (tmp_path / "still" / "history.csv").write_text(HISTORY)
+    (tmp_path / "record" / FILE).write_text("{}")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "history.csv").write_text(HISTORY)
     (tmp_path / "bare" / "Train_Fira_grad_norm.csv").write_text("step,grad_norm\n4,1.0\n")
@@ -170,6 +300,9 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, capsys: pytest.Capt
         "empty": "holds no csv files of a run",
         "broken": "line 2 is '4,0.1,7'",
         "words": "line 2 is '4,high'",
+        "waiting": "has written no values yet",
+        "still": "has steps of 0 samples",
+        "record": "cannot be read as the record of a run: it has another shape",
         "bare": "has no Train_Samples_lr.csv",
     }.items():
         assert main(["report", str(tmp_path / name)]) == 2

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.loss_scale import loss_scale
+from ds_fira.engine.deepspeed.run_start import record_start
 from ds_fira.observe.metrics import Totals
 from ds_fira.optim.base import LowRankOptimizer
 
@@ -153,6 +154,7 @@ def _hook_of(engine: DeepSpeedEngine) -> MonitorHook | None:
         interval = engine.steps_per_print()
         # accelerate sets infinity, to keep DeepSpeed from printing.
         interval = 1 if interval is None or math.isinf(interval) else int(interval)
+        record_start(engine, interval)
         vars(engine)[_HOOK] = MonitorHook(engine.basic_optimizer, engine.monitor.write_events, interval)
     return vars(engine)[_HOOK]
 

@@ -6,25 +6,22 @@ One HTML file with the plots inside, which opens anywhere. `docs/monitoring.md` 
 from __future__ import annotations
 
 import argparse
-import base64
 import functools
-import io
+import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ds_fira.tools.commands import Answer, add
-from ds_fira.tools.run_report.run_csv import Run, read_runs
+from ds_fira.tools.run_report import drawing, facts
+from ds_fira.tools.run_report.run_csv import Run, read_runs, shown, shown_whole
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 # Okabe and Ito's, told apart by colour-blind eyes too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-# More refreshes than this are not marked: the matrices refresh at every step or nearly (`stagger`).
-MAX_MARKS = 60
-# Of so many values and more of these series, a running mean is drawn over them; what jumps at a refresh has none.
-SMOOTHED_FROM, NOISY = 100, ("train_loss", "grad_norm")
 
 
 def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -35,9 +32,11 @@ def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
         output: the HTML file; `report.html` in the first folder where it is None.
 
     Raises:
-        ValueError: a folder holds no run, or matplotlib or jinja2 is missing; one sentence.
+        ValueError: a folder holds no run with values, or matplotlib or jinja2 is missing; one sentence.
     """
-    runs = [run for folder in folders for run in read_runs(folder)]
+    found = [(run, folder) for folder in folders for run in read_runs(folder)]
+    runs = [run for run, _ in found]
+    distinct(runs, [folder for _, folder in found])
     # Samples compare runs of different batch sizes; a history alone knows only steps.
     if not all(run.in_samples for run in runs):
         runs = [run.in_steps() for run in runs]
@@ -47,51 +46,40 @@ def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
         import jinja2
 
         template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True)
-        page = template.render(runs=runs, draw=functools.partial(_draw, runs), mean=np.mean)
+        page = template.render(
+            runs=runs,
+            facts=facts.rows(runs),
+            records=[(run, json.dumps(run.starts[-1]["config"], indent=2)) for run in runs if run.starts],
+            setting=functools.partial(facts.setting, runs),
+            growth=facts.growth(runs),
+            smoothed=lambda name: any(drawing.window(run, name) for run in runs),
+            draw=functools.partial(drawing.draw, runs),
+            mean=np.mean,
+        )
     except ImportError as error:
         name = str(error.name).partition(".")[0]
         raise ValueError(f"{name} is missing, which makes the page; pip install matplotlib jinja2.") from error
     output = folders[0] / PAGE if output is None else output
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    output.write_text(page, encoding="utf-8", errors="replace")
     return output
 
 
-def _draw(
-    runs: Sequence[Run], title: str, unit: str, events: Sequence[str], scale: str = "linear", exp: bool = False
-) -> str | None:
-    """One plot as SVG in base64; None where no run has data. Arguments as in the template, which calls it."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+def distinct(runs: Sequence[Run], folders: Sequence[Path]) -> None:
+    """Give runs of one name the folders that they were asked for by, and a number where these are the same too.
 
-    if not any(name in run.series for run in runs for name in events):
-        return None
-    with rc_context({"svg.hashsalt": title, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(6.6, 3.5), layout="constrained")
-        axes = figure.add_subplot(xlabel="samples" if runs[0].in_samples else "optimizer steps", ylabel=unit)
-        for run, name in [(run, name) for run in runs for name in events if name in run.series]:
-            x, y = np.array(run.series[name].x), np.array(run.series[name].y)
-            y = np.exp(np.minimum(y, 700.0)) if exp else y
-            line = functools.partial(axes.plot, color=run.color)
-            if name == "validation_loss" or (name == "refresh_seconds" and np.count_nonzero(y) <= MAX_MARKS):
-                line(x[y > 0], y[y > 0], "o", markeredgecolor="white", zorder=3)
-            elif name == "refreshes" and np.count_nonzero(y) <= MAX_MARKS:
-                line(x[y > 0], 0.0 * y[y > 0], "^", clip_on=False)
-            elif name != "refreshes":
-                noisy = name in NOISY and len(x) >= SMOOTHED_FROM
-                line(x, y, alpha=0.3 if noisy else 1.0)
-                if noisy:
-                    half = len(x) // 100
-                    line(x[half:-half], np.convolve(y, np.ones(2 * half + 1) / (2 * half + 1), "valid"))
-        if len(runs) > 1:
-            keys = [axes.plot([], [], color=run.color, linewidth=3, label=run.label)[0] for run in runs]
-            figure.legend(handles=keys, loc="outside upper right", ncols=4, frameon=False)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_yscale("log" if scale == "log" else "linear")
-        axes.set_ylim(bottom=0.0 if scale == "from 0" else None)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return base64.b64encode(file.getvalue()).decode()
+    Args:
+        runs: whose labels change.
+        folders: of each run, the one that was given.
+    """
+    labels = [run.label for run in runs]
+    for run, folder in zip(runs, folders, strict=True):
+        if labels.count(run.label) > 1:
+            run.label = shown_whole(folder if run.label == shown(folder.resolve()) else folder / run.label)
+    seen: Counter[str] = Counter()
+    for run in runs:
+        seen[run.label] += 1
+        run.label += f" ({seen[run.label]})" if seen[run.label] > 1 else ""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
