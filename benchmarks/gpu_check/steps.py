@@ -8,6 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from benchmarks.common import seconds
+from benchmarks.gpu_check.graphs import capture_and_replay
 from benchmarks.gpu_check.partition import partition
 from benchmarks.gpu_check.record import Check
 from benchmarks.gpu_check.timing import device_seconds, host_seconds, launches, peak_beyond
@@ -28,7 +29,7 @@ NEEDS = 6.0
 
 
 def measure(check: Check) -> None:
-    """AdamW first, then the ranks, then precisions and states."""
+    """AdamW first, then the ranks, then precisions and states, and a step in a CUDA graph."""
     if check.rehearsal:
         kernels.interpret_on_cpu(True)
     peer = None
@@ -45,6 +46,9 @@ def measure(check: Check) -> None:
         if check.enough("step", NEEDS if check.device.type == "cuda" else 1.0, **facts):
             with check.attempt("step", **facts):
                 _fira(check, peer, facts)
+    if check.enough("replay of a step", NEEDS):
+        with check.attempt("replay of a step"):
+            capture_and_replay(check)
 
 
 def _adamw(check: Check) -> float:

@@ -58,6 +58,9 @@ QUESTIONS = (
     Question("Its time on the device", 4, ("step", "fused AdamW"), ("rank", "precision", "states", "kernels")),
     Question("Its time on the host", 4, ("host time of a step",), ("rank", "precision", "states", "kernels")),
     Question("Its launches", 4, ("launches of a step",), ("rank", "precision", "states", "kernels")),
+    Question(
+        "Its time in a CUDA graph", 4, ("replay of a step", "host time of a replay", "the same bits"), ("matrices",)
+    ),
     Question("Its memory beyond weights, gradients and states", 4, ("peak beyond",), ("rank", "precision", "states")),
     Question("The step beside fira, GaLore and APOLLO", 5, ("ds_fira / peer",), ("peer", "shape", "rank")),
     Question("Time of a refresh", 6, ("refresh",), ("method", "start", "shape", "rank")),

@@ -18,6 +18,7 @@ TESTS = (
     "tests/unit/core/test_device_sums.py",
     "tests/unit/core/test_kernel_moments.py",
     "tests/unit/core/test_kernel_products.py",
+    "tests/unit/optim/test_capture.py",
     "tests/gpu/test_kernel_builds.py",
 )
 REHEARSED = ("tests/gpu/test_gpu.py", "tests/unit/core/test_kernel_moments.py")

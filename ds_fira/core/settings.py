@@ -6,6 +6,7 @@ them as attributes of one frozen `GroupSettings`, which `GroupSettings.of` makes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -70,12 +71,14 @@ def remedy_of(field: FieldInfo) -> str:
 class GroupSettings(BaseModel):
     """Every setting that a param group may have for itself, checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, arbitrary_types_allowed=True
+    )
 
     lr: Annotated[float, BeforeValidator(one_number)] = setting(
         1e-3, "give a learning rate of at least 0, such as 0.01", ge=0.0
     )
-    """learning rate; a tensor of one element is read in every step"""
+    """learning rate; a tensor of one element is read in every step, with `capturable` on its device"""
     betas: tuple[Beta, Beta] = setting(
         (0.9, 0.999), "give two numbers from 0 up to but not including 1, such as [0.9, 0.999]"
     )
@@ -140,7 +143,13 @@ class GroupSettings(BaseModel):
     """whether a matrix whose rank is at or above its smaller side is projected, as the released code does, though its
     states are then larger; else it is stepped unprojected, with lr x alpha
     """
+    capturable: StrictBool = setting(False)
+    """whether a CUDA graph can capture the steps between refreshes, of an optimizer without an engine, whose `replay`
+    makes them (docs/performance.md)
+    """
     rule: Rule | None = Field(None, exclude=True, repr=False)
+    # Where the kernels read the learning rate of a capturable group, whatever `lr` says.
+    lr_tensor: Tensor | None = Field(None, exclude=True, repr=False)
 
     @classmethod
     def of(cls, group: Mapping[str, object]) -> GroupSettings:
@@ -153,7 +162,10 @@ class GroupSettings(BaseModel):
         algorithm = algorithm_of(group)
         values = {name: group.get(name, default) for name, default in {**_DEFAULTS, **algorithm.fixed}.items()}
         if isinstance(values["lr"], Tensor):
-            values["lr"] = float(values["lr"])
+            # The host must not wait for it where a step reads it on the device; `learning_rate` does when it is asked.
+            on_device = values["capturable"]
+            values["lr_tensor"] = values["lr"] if on_device else None
+            values["lr"] = math.nan if on_device else float(values["lr"])
         values["betas"] = tuple(values["betas"])
         kind = algorithm.rule
         if kind is not None:
@@ -195,7 +207,12 @@ class GroupSettings(BaseModel):
     @property
     def decay_factor(self) -> float:
         """The share of a weight that decoupled weight decay leaves in one step, 1 - lr * weight_decay."""
-        return 1.0 - self.lr * self.weight_decay
+        return 1.0 - self.learning_rate * self.weight_decay
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate, which the host waits for where it lies on a device."""
+        return self.lr if self.lr_tensor is None else float(self.lr_tensor)
 
     @property
     def has_one_factor(self) -> bool:
@@ -235,7 +252,7 @@ class GroupSettings(BaseModel):
         return None
 
 
-# The names of the settings; `rule` is an algorithm's base optimizer, no setting.
-GROUP_FIELDS = tuple(name for name in GroupSettings.model_fields if name != "rule")
+# The names of the settings; `rule` is an algorithm's base optimizer and `lr_tensor` a place, no settings.
+GROUP_FIELDS = tuple(name for name in GroupSettings.model_fields if name not in ("rule", "lr_tensor"))
 _DEFAULTS = {name: GroupSettings.model_fields[name].default for name in GROUP_FIELDS}
 _DEFAULT_SETTINGS = GroupSettings()

@@ -207,7 +207,7 @@ def combine(
     """
     state, settings, bias_correction = context.state, context.settings, context.bias_correction
     outside, inner_alpha = settings.alpha_is_outside, settings.inner_alpha
-    step_size = settings.lr * settings.decay_factor * (settings.alpha if outside else bias_correction)
+    step_size = settings.learning_rate * settings.decay_factor * (settings.alpha if outside else bias_correction)
     factor = step_size * (bias_correction if outside else inner_alpha)
     low_rank_update = direction.mul_(over_matrix(factor, state.dtype))
     if phi is None:

@@ -34,16 +34,20 @@ def step_unprojected_(
         param: updated.
         grad: of the same shape.
         moments: its states by name, of its shape, as `ds_fira.core.quantization` stores them.
-        step: this step's count, from 1, on the CPU; rounds bfloat16 and 8-bit moments too.
+        step: this step's count, from 1, on the CPU; rounds bfloat16 and 8-bit moments too. Of a capturable group, which
+            the kernels must take, the count before, on the device, where it is advanced.
         settings: of the param group.
         dtype: in which the step is computed.
     """
     rule, alpha = settings.rule, 1.0 if settings.rank is None else settings.alpha
     compressed = any(stored[quantization.VALUES].dtype != dtype for stored in moments.values())
     # A rule whose elements see each other is given the parameter as it is; all else goes by blocks of elements.
-    at_once, count = rule is not None and not rule.elementwise, int(step)
-    arguments = {"step": count, "lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
-    arguments |= {"weight_decay": settings.weight_decay, "alpha": alpha}
+    at_once = rule is not None and not rule.elementwise
+    arguments = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay, "alpha": alpha}
+    if settings.capturable:
+        arguments |= {"step": step, "lr": settings.lr_tensor}
+    else:
+        arguments |= {"step": int(step), "lr": settings.lr}
     if rule is None and kernels.supports(param):
         # A kernel reads every element once, and decodes and encodes what it reads.
         value, slope = (each if each.is_contiguous() else each.contiguous() for each in (param, grad))
@@ -59,7 +63,7 @@ def step_unprojected_(
             adamw_(weight, slope, values[EXP_AVG], values[EXP_AVG_SQ], **arguments)
         else:
             _advance_by_rule_(weight, slope.to(dtype), values, step, settings, alpha)
-        store(stored, values, count, start)
+        store(stored, values, arguments["step"], start)
     if not at_once and not param.is_contiguous():
         param.copy_(flat.view(param.shape))
 
@@ -89,7 +93,7 @@ def _advance_by_rule_(
         return
     before = {} if all_finite else {name: value.clone() for name, value in states.items()}
     moved = advance(settings.rule, grad if all_finite else torch.where(finite, grad, 0.0), states, step)
-    size = settings.lr * alpha * float(settings.rule.step_size(step))
+    size = settings.learning_rate * alpha * float(settings.rule.step_size(step))
     value = param.to(grad.dtype).sub(moved.mul_(size)).mul_(settings.decay_factor)
     if not all_finite:
         value = torch.where(finite, value, param.to(grad.dtype))

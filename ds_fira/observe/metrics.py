@@ -99,6 +99,10 @@ class StepMetrics:
         self._steps[param] = self._steps.get(param, 0) + 1
         return self._steps_before + self._steps[param]
 
+    def next_step(self, param: Tensor) -> int:
+        """The number that `count_step` will give."""
+        return self._steps_before + self._steps.get(param, 0) + 1
+
     def count_refresh(self) -> None:
         """Count one new basis."""
         self.refreshes += 1

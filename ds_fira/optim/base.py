@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from ds_fira.core import kernels
 from ds_fira.core.algorithms import KEY
+from ds_fira.core.capture import capturing
 from ds_fira.core.selection import numel_of, shape_of
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import EngineAttachment
+from ds_fira.optim.capturing import Capturing, refuse_capturable
 from ds_fira.optim.constructor import Params, bind, documented, signature_of
 from ds_fira.optim.param_groups import by_kind, group_defaults
 from ds_fira.optim.presets import PRESET, preset_in, preset_mark, projected_matrices, take_mark, values_of
@@ -34,14 +36,13 @@ from ds_fira.optim.settings import (
     without_torch_options,
 )
 from ds_fira.optim.state_size import ParamRecord
-from ds_fira.optim.stepping import Stepping
 from ds_fira.sharding.comm import is_first_process
 from ds_fira.sharding.geometry import matrices_of
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, warn_of_costly_ranks
 from ds_fira.sharding.refresher import Refresher
 
 
-class LowRankOptimizer(Stepping):
+class LowRankOptimizer(Capturing):
     """What the optimizers of this package have in common: low-rank states for matrices, and the same for the rest.
 
     Param groups with a `rank` are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
@@ -107,6 +108,7 @@ class LowRankOptimizer(Stepping):
         self._recording = False
         self.metrics = StepMetrics()
         self._forget_attachment()
+        self._forget_captures()
         self._refresher = Refresher(self.metrics, self.algorithm.name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -118,6 +120,8 @@ class LowRankOptimizer(Stepping):
         for group in self.param_groups:
             # Of version 0.1.0, which projected at any rank.
             group.setdefault(PROJECT_FULL_RANK, True)
+            # Of 0.1.0 and its successors, which knew of no graph.
+            group.setdefault("capturable", False)
             upgraded = self.algorithm.upgraded(group)
             group.clear()
             group.update(upgraded)
@@ -151,7 +155,9 @@ class LowRankOptimizer(Stepping):
         if "rank" in own and own["rank"] is None:
             del param_group["rank"]
         super().add_param_group(param_group)
+        self._forget_captures()
         group = self.param_groups[-1]
+        refuse_capturable(settings, group["params"], where, self.algorithm, self.kernels)
         if PRESET in group:
             group[PRESET] = {name: value for name, value in group[PRESET].items() if name not in own}
         # Kept apart from the group, whose values a scheduler or the user may change in the course of a run.
@@ -200,6 +206,11 @@ class LowRankOptimizer(Stepping):
         Args:
             flat: whether the engine makes each param group one flat tensor, which has to be of one kind.
         """
+        if any(group["capturable"] for group in self.param_groups):
+            raise ValueError(
+                f"{self.algorithm.name}: capturable = True is not supported inside an engine, whose step has the host "
+                "read norms and loss scales; remove it."
+            )
         self.suspended = True
         if flat:
             self.separate()
@@ -223,7 +234,7 @@ class LowRankOptimizer(Stepping):
             The closure's loss, None without one.
 
         Raises:
-            ValueError: a gradient is sparse.
+            ValueError: a gradient is sparse; or a CUDA graph captures the step, which cannot be captured.
         """
         loss = None
         if closure is not None:
@@ -232,28 +243,12 @@ class LowRankOptimizer(Stepping):
         if self.suspended:
             return loss
         with kernels.switched(self.kernels):
-            for group in self.param_groups:
-                self._step_group(group)
+            if capturing():
+                self._capture_step()
+            else:
+                for group, params, settings in self._groups_to_step():
+                    self._step_group(group, params, settings)
         return loss
-
-    def _step_group(self, group: ParamGroup) -> None:
-        settings = GroupSettings.of(group)
-        params = [param for param in group["params"] if param.grad is not None]
-        if not params:
-            return
-        projected, rest = [], []
-        for param in params:
-            _require_dense(param, self.algorithm.name)
-            (projected if self._projects(param, group) else rest).append(param)
-        number = self.metrics.count_step(params[0])
-        self._recording = self.recorder is not None and self.recorder.due(number)
-        if self._recording and self.communicator is None:
-            self.recorder.watch_alone(self.param_groups)
-        self._step_projected(projected, group, settings)
-        for param in rest:
-            self._step_unprojected(param, group, settings)
-            if self._recording:
-                self.recorder.full_rank(param, settings, self.state[param])
 
     @property
     def inventory(self) -> Sequence[ParamRecord]:
@@ -266,11 +261,3 @@ class LowRankOptimizer(Stepping):
     def replicated(self) -> bool:
         """Whether other ranks hold the same parameters and states."""
         return self._refresher.replicas is not None
-
-
-def _require_dense(param: Tensor, name: str) -> None:
-    if param.grad.is_sparse or param.grad.layout != torch.strided:
-        raise ValueError(
-            f"{name}: the gradient of a parameter of shape {tuple(param.shape)} has layout {param.grad.layout}, "
-            "which has no low-rank form here; build the embedding with sparse=False."
-        )

@@ -17,7 +17,7 @@ from ds_fira.sharding.plan import split_by_size, split_evenly
 from ds_fira.sharding.projection import is_projected
 
 # Settings that concern what is not projected too.
-SHARED = ("lr", "betas", "eps", "weight_decay")
+SHARED = ("lr", "betas", "eps", "weight_decay", "capturable")
 
 
 def param_groups(

@@ -75,7 +75,6 @@ TORCH_OPTIONS = {
     "maximize": "remove it, and minimize the loss times -1",
     "foreach": "remove it, parameters are stepped one at a time",
     "fused": "remove it, the kernels are fused wherever they can be",
-    "capturable": "remove it, a step cannot be captured in a CUDA graph",
     "differentiable": "remove it, autograd does not go through a step",
 }
 # Settings that go: the value that does without, and why.

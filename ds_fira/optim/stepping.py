@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ds_fira.core import kernels
 from ds_fira.core.batches import update_together
+from ds_fira.core.capture import capturing, refuse_if_capturing
 from ds_fira.core.precision import negligible_ratio
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, compute_dtype, stored_moment
 from ds_fira.core.step import MatrixTask
 from ds_fira.core.unprojected import step_unprojected_
 from ds_fira.observe.metrics import StepMetrics
+from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.observe.scaling_series import Series, add_batch
 from ds_fira.optim.stateful import Resumable
 from ds_fira.sharding.local_matrices import LocalMatrices
@@ -27,7 +30,27 @@ class Stepping(Resumable):
     """
 
     metrics: StepMetrics
+    recorder: ScalingRecorder | None
     _recording: bool
+
+    def _step_group(self, group: ParamGroup, params: list[Tensor], settings: GroupSettings) -> None:
+        """Step the parameters of a group, those that have a gradient."""
+        projected, rest = [], []
+        for param in params:
+            _require_dense(param, self.algorithm.name)
+            (projected if self._projects(param, group) else rest).append(param)
+        # A capture computes nothing, so it is no step.
+        number = self.metrics.next_step(params[0]) if capturing() else self.metrics.count_step(params[0])
+        self._recording = self.recorder is not None and self.recorder.due(number)
+        if self._recording:
+            refuse_if_capturing("the scaling factors of this step are to be recorded", "make it without a capture")
+        if self._recording and self.communicator is None:
+            self.recorder.watch_alone(self.param_groups)
+        self._step_projected(projected, group, settings)
+        for param in rest:
+            self._step_unprojected(param, group, settings)
+            if self._recording:
+                self.recorder.full_rank(param, settings, self.state[param])
 
     def _step_projected(self, params: list[Tensor], group: ParamGroup, settings: GroupSettings) -> None:
         """Step the matrices of a group: those stepped whole, in as many turns as they are gathered; then the rest."""
@@ -96,6 +119,20 @@ class Stepping(Resumable):
 
     def _step_unprojected(self, param: Tensor, group: ParamGroup, settings: GroupSettings) -> None:
         state = self._state_of(param, group)
-        state[STEP] += 1
+        # The host counts, but for a capturable group the kernel does. A loaded state may have its count elsewhere.
+        home = param.device if settings.capturable else torch.device("cpu")
+        if state[STEP].device != home:
+            refuse_if_capturing("a count of steps is not on the device yet", "make a step without a capture first")
+            state[STEP] = state[STEP].to(home)
+        if not settings.capturable:
+            state[STEP] += 1
         moments = {name: stored_moment(state, name) for name in self.algorithm.states}
         step_unprojected_(param, param.grad, moments, state[STEP], settings, compute_dtype(param.dtype))
+
+
+def _require_dense(param: Tensor, name: str) -> None:
+    if param.grad.is_sparse or param.grad.layout != torch.strided:
+        raise ValueError(
+            f"{name}: the gradient of a parameter of shape {tuple(param.shape)} has layout {param.grad.layout}, "
+            "which has no low-rank form here; build the embedding with sparse=False."
+        )

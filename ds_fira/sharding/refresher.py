@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_fira.core.basis import adopt_basis, goes_with, new_bases, new_basis, solver_failed
+from ds_fira.core.capture import capturing, refuse_if_capturing
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
 from ds_fira.core.step import MatrixTask
@@ -152,18 +153,32 @@ class Refresher:
             indices: of all matrices of the parameter, their numbers in the model.
             first: the place of the first of `tasks` among all.
         """
-        bounds = self._bounds.setdefault(param, [None] * len(indices))
-        found = []
-        for row, task in enumerate(tasks, first):
-            gap, offset = task.settings.update_proj_gap, task.settings.refresh_offset_of(indices[row])
-            last = task.state.last_refresh
-            bound = bounds[row]
-            if bound is None or refresh_due(bound, last, gap, offset):
-                bound = int(task.state.step)
-                if refresh_due(bound, last, gap, offset):
-                    found.append(task)
-            bounds[row] = bound + 1
+        found = [task for row, task in enumerate(tasks, first) if self._is_due(param, row, task, indices)]
+        if not capturing():
+            self.count(param, range(first, first + len(tasks)))
         return found
+
+    def any_due(self, param: Tensor, tasks: Sequence[Stepped], indices: Sequence[int]) -> bool:
+        """Whether one of all matrices of a parameter needs a new basis before its next step, which is not counted."""
+        return any(self._is_due(param, row, task, indices) for row, task in enumerate(tasks))
+
+    def count(self, param: Tensor, rows: Iterable[int]) -> None:
+        """Count a step of some matrices of a parameter, by their places among all; `due` has been asked of each."""
+        bounds = self._bounds[param]
+        for row in rows:
+            bounds[row] += 1
+
+    def _is_due(self, param: Tensor, row: int, task: Stepped, indices: Sequence[int]) -> bool:
+        bounds = self._bounds.setdefault(param, [None] * len(indices))
+        gap, offset = task.settings.update_proj_gap, task.settings.refresh_offset_of(indices[row])
+        last = task.state.last_refresh
+        if bounds[row] is not None and not refresh_due(bounds[row], last, gap, offset):
+            return False
+        refuse_if_capturing(
+            "a refresh of the subspace may be due", "make that step without a capture, and capture the next"
+        )
+        bounds[row] = int(task.state.step)
+        return refresh_due(bounds[row], last, gap, offset)
 
     def refresh(self, due: list[MatrixTask]) -> None:
         """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all."""

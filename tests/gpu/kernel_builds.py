@@ -43,6 +43,8 @@ FORMS = (
     {"residual": "normalized", "scaling": "matrix", "limiter": "growth"},
     {"residual": "normalized", "residual_beta": 0.0},
     {"residual": "none"},
+    # A capturable step reads its learning rate on the device.
+    {"lr_tensor": torch.empty((), device="meta")},
 )
 
 
@@ -92,10 +94,13 @@ def builds(shapes: tuple = SHAPES, dtypes: tuple = DTYPES, forms: tuple = FORMS)
             yield from built(found)
         flat, size = torch.empty(2**20, device="meta"), (2**20,)
         step = {"step": 1, "lr": 0.1, "betas": BETAS, "eps": 1e-6, "weight_decay": 0.0}
+        count, rate = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(1, device="meta")
+        on_device = {**step, "step": count, "lr": rate}
         for state_dtype in ("float32", "bfloat16", "int8"):
             kept = {"dtype": torch.float32, "device": "meta"}
             moments = [quantization.allocate(size, (), state_dtype, signed=signed, **kept) for signed in (True, False)]
-            kernels.stored_adamw_(flat.bfloat16(), flat, *moments, **step)
+            for counted in (step, on_device):
+                kernels.stored_adamw_(flat.bfloat16(), flat, *moments, **counted)
         yield from built(found)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ds_fira.core.kernels.moments import adam, shares_of
+from ds_fira.core.kernels.rates import adamw_sizes, launch_adamw_sizes, rate
 from ds_fira.core.kernels.stored import Moment, encoded, load_blocks, moment, parts, store_blocks
 from ds_fira.core.kernels.tiles import launch, rounded
 from ds_fira.core.kernels.views import View
@@ -67,14 +66,18 @@ def stored_adamw_(
     exp_avg: Stored,
     exp_avg_sq: Stored,
     *,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     alpha: float = 1.0,
 ) -> None:
-    """`adamw_` on moments as `ds_fira.core.quantization` stores them; their noise goes by the step and the place."""
+    """`adamw_` on moments as `ds_fira.core.quantization` stores them; their noise goes by the step and the place.
+
+    With the count of the steps before and the learning rate in tensors on the device, nothing of the step is the
+    host's: the count is advanced there, and no argument of a launch changes from step to step.
+    """
     first, second = (moment(stored, [View(part, 0) for part in parts(stored)]) for stored in (exp_avg, exp_avg_sq))
     form = first.form(noisy=True)
     _launch_adamw(param, grad, (first, second), form, step, lr, betas, eps, weight_decay, alpha)
@@ -85,14 +88,20 @@ def _launch_adamw(
     grad: Tensor,
     moments: tuple[Moment, Moment],
     form: str,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     alpha: float,
 ) -> None:
     numel = param.numel()
+    if isinstance(step, Tensor):
+        sizes = launch_adamw_sizes(step, rate(0.0, lr), betas, weight_decay, alpha)
+        seed, step_size, decay_factor = 0, 0.0, 0.0
+    else:
+        sizes, seed = None, 2 * step
+        step_size, decay_factor = adamw_sizes(step, lr, betas, weight_decay, alpha)
     launch(
         _adamw,
         (triton.cdiv(numel, LINES * BLOCK),),
@@ -101,9 +110,10 @@ def _launch_adamw(
         grad,
         *moments,
         numel,
-        2 * step,
-        lr * alpha * math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step),
-        1.0 - lr * weight_decay,
+        seed,
+        step_size,
+        decay_factor,
+        sizes,
         shares_of(betas),
         float(eps),
         FORM=form,
@@ -123,6 +133,7 @@ def _adamw(
     seed,
     step_size,
     decay_factor,
+    sizes,
     shares,
     eps,
     FORM: tl.constexpr,
@@ -138,6 +149,10 @@ def _adamw(
     # False for NaN, for infinity, and for a square that overflows.
     kept = inside & (gradient * gradient < float("inf"))
     gradient = tl.where(kept, gradient, 0.0)
+    if sizes is not None:
+        step_size = tl.load(sizes).to(tl.float32)
+        decay_factor = tl.load(sizes + 1).to(tl.float32)
+        seed = 2 * tl.load(sizes + 2).to(tl.int64)
     avg_at = exp_avg.elements.data + at
     sq_at = exp_avg_sq.elements.data + at
     if FORM == "blocks":

@@ -12,6 +12,7 @@ from ds_fira.core.kernels import numbers as places
 from ds_fira.core.kernels.measuring import Memory
 from ds_fira.core.kernels.moments import LEFT_TILE, RIGHT_TILE
 from ds_fira.core.kernels.numbers import Pair, double, pair
+from ds_fira.core.kernels.rates import Rate, learning_rate, rate_of
 from ds_fira.core.kernels.tiles import launch, rounded, tile
 from ds_fira.core.kernels.views import View, origin
 from ds_fira.core.settings import GroupSettings
@@ -23,6 +24,7 @@ _NORM_EPS = tl.constexpr(F.NORM_EPS)
 _DIFFERENCE, _SCALED_GRAD_SQ = map(tl.constexpr, (places.DIFFERENCE, places.SCALED_GRAD_SQ))
 _FINITE, _NEEDED, _PREVIOUS = map(tl.constexpr, (places.FINITE, places.NEEDED, places.PREVIOUS))
 _BIAS, _SHARE = map(tl.constexpr, (places.BIAS_CORRECTION, places.SHARE))
+_DECAY = tl.constexpr(places.DECAY)
 _RESIDUAL_SQ, _DIVISOR = map(tl.constexpr, (places.RESIDUAL_SQ, places.DIVISOR))
 _COUNT, _AVERAGE = map(tl.constexpr, (places.COUNT, places.AVERAGE))
 
@@ -30,7 +32,9 @@ _COUNT, _AVERAGE = map(tl.constexpr, (places.COUNT, places.AVERAGE))
 class Combining(NamedTuple):
     """Numbers of the param group."""
 
-    step_size: Pair  # lr and what goes with it, without the bias correction
+    lr: Rate
+    weight_decay: Pair
+    outer_alpha: Pair  # of the whole update
     inner_alpha: Pair
     residual_scale: Pair
     gamma: Pair
@@ -60,7 +64,7 @@ def launch_combine(
         carried: C, float32 or rounded to bfloat16; may be where N is.
         phi: factors before the limiter, float64.
         scales: float32; phi as `launch_update` takes it.
-        numbers: see `ds_fira.core.kernels.numbers`; |S|^2 and the divisor are written.
+        numbers: see `ds_fira.core.kernels.numbers`; |S|^2, the divisor and the share that decay leaves are written.
         partial: |S|^2 from the residual itself as sums of so many programs as `rows` says, float64.
         memory: where the gradient is finite, the step count, |S| to remember and p with one factor change.
         sizes: k, r, the columns (left) or rows (right) of G, and how many sums `partial` has.
@@ -69,10 +73,12 @@ def launch_combine(
         negligible_ratio: a residual norm below this share of |phi * G| is rounding.
     """
     count, rank, lines, parts = sizes
-    most, outside = LEFT_TILE if side == "left" else RIGHT_TILE, settings.alpha_is_outside
+    most = LEFT_TILE if side == "left" else RIGHT_TILE
     shape = (tile(lines, most[0]), tile(rank, most[1]))
     combining = Combining(
-        step_size=pair(settings.lr * settings.decay_factor * (settings.alpha if outside else 1.0)),
+        lr=rate_of(settings),
+        weight_decay=pair(settings.weight_decay),
+        outer_alpha=pair(settings.alpha if settings.alpha_is_outside else 1.0),
         inner_alpha=pair(settings.inner_alpha),
         residual_scale=pair(settings.residual_scale),
         gamma=pair(settings.gamma),
@@ -100,7 +106,7 @@ def launch_combine(
         AVERAGED=memory.residual_avg_sq is not None and settings.has_one_factor,
         MEASURES=settings.measures_residual,
         WARMING=settings.residual_warmup > 0,
-        OUTSIDE=outside,
+        OUTSIDE=settings.alpha_is_outside,
         LINES=shape[0],
         ENTRIES=shape[1],
         num_warps=4,
@@ -154,10 +160,13 @@ def _combine(
         growth = tl.maximum(norm / (previous + _NORM_EPS), gamma) / gamma
         divisor = tl.where(counts & (previous != 0.0), growth, divisor)
         remembered = tl.where(counts, norm / divisor, 0.0)
+    lr = learning_rate(settings.lr)
+    decay = 1.0 - lr * double(settings.weight_decay)
     # What they were found from is not read again.
     if tl.program_id(0) == 0:
         tl.store(numbers_at + _RESIDUAL_SQ, residual_sq)
         tl.store(numbers_at + _DIVISOR, divisor)
+        tl.store(numbers_at + _DECAY, decay)
         tl.store(origin(memory.step, matrix), tl.load(numbers_at + _COUNT).to(tl.int64))
         if memory.residual_norm is not None:
             norm_at = origin(memory.residual_norm, matrix)
@@ -167,7 +176,7 @@ def _combine(
 
     bias = tl.load(numbers_at + _BIAS)
     inner_alpha = double(settings.inner_alpha)
-    step_size = double(settings.step_size)
+    step_size = lr * decay * double(settings.outer_alpha)
     if OUTSIDE:
         factor = step_size * bias
     else:

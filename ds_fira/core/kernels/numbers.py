@@ -26,6 +26,7 @@ RESIDUAL_SQ = 9  # |S|^2 before the limiter, however it was found
 DIVISOR = 10  # the limiter's; 1 without one
 COUNT = 11  # steps made, this one too
 AVERAGE = 12  # p of a normalized residual with one factor
+DECAY = 13  # the share of a weight that weight decay leaves
 
 # The same inside a kernel.
 _GRAD_SQ, _LOW_RANK_SQ, _FINITE = (tl.constexpr(place) for place in (GRAD_SQ, LOW_RANK_SQ, FINITE))

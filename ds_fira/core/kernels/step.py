@@ -206,7 +206,7 @@ class _BatchStep:
             None if settings.residual_form.factors is None else scales,
             numbers._replace(start=numbers.start + places.FINITE),
             sizes,
-            settings.decay_factor,
+            numbers._replace(start=numbers.start + places.DECAY),
             by_row=by_row,
             precision=precision,
         )

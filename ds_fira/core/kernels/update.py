@@ -72,7 +72,7 @@ def launch_update(
     phi: View | None,
     grad_finite: View,
     sizes: tuple[int, int, int, int],
-    decay_factor: float,
+    decay_factor: float | View,
     *,
     by_row: bool,
     precision: str,
@@ -87,7 +87,7 @@ def launch_update(
         phi: one factor for each column or row, or for all; None to leave phi * G out.
         grad_finite: a number of each matrix; where it is zero nothing is written.
         sizes: k, m, n, r.
-        decay_factor: as in `apply_update_`.
+        decay_factor: as in `apply_update_`; or where that of each matrix lies.
         by_row: as in `apply_update_`.
         precision: as in `apply_update_`.
     """
@@ -106,7 +106,8 @@ def launch_update(
         m,
         n,
         rank,
-        float(decay_factor),
+        decay_factor if isinstance(decay_factor, View) else float(decay_factor),
+        STORED_DECAY=isinstance(decay_factor, View),
         BY_ROW=by_row,
         PRECISION=precision,
         **shaped.options,
@@ -125,6 +126,7 @@ def _apply_update(
     n,
     rank,
     decay_factor,
+    STORED_DECAY: tl.constexpr,
     BY_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -174,6 +176,7 @@ def _write(
     if phi is not None:
         scale = load_scale(phi, matrix, row, column, m, n, BY_ROW, ROWS, COLUMNS)
         update += scale * load_tile(grad, matrix, row, column, m, n, ROWS, COLUMNS)
-    value = load_tile(weight, matrix, row, column, m, n, ROWS, COLUMNS) * decay_factor - update
+    kept = tl.load(origin(decay_factor, matrix)).to(tl.float32) if STORED_DECAY else decay_factor
+    value = load_tile(weight, matrix, row, column, m, n, ROWS, COLUMNS) * kept - update
     weight_at, inside = tile_at(weight, matrix, row, column, m, n, ROWS, COLUMNS)
     tl.store(weight_at, rounded(value, weight_at.dtype.element_ty), mask=inside)

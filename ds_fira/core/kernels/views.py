@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fira.core.capture import capturing, refuse_if_capturing
+
 # A multiple of so many elements lets a kernel read whole 16-byte units.
 UNIT = 16
 
@@ -83,9 +85,29 @@ def origins(operands: Sequence[Sequence[Origin]]) -> list[View]:
     return [view if view.table is None else view._replace(table=next(tables)) for view in views]
 
 
-@functools.lru_cache(maxsize=1024)
+# Tables that a captured graph reads, whose end nobody tells: some hundred bytes of every batch.
+_captured: dict[tuple[torch.device, tuple[tuple[int, ...], ...]], tuple[Tensor, ...]] = {}
+
+
 def _tables(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
-    """The rows as tensors on a device; kept, because weights and states stay where they are."""
+    """The rows as tensors on a device."""
+    tables = _uploaded(device, rows)
+    if capturing():
+        _captured[device, rows] = tables
+    return tables
+
+
+@functools.lru_cache(maxsize=1024)
+def _uploaded(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+    """The rows, kept, because weights and states stay where they are.
+
+    Raises:
+        ValueError: a capture is under way, which cannot upload.
+    """
+    refuse_if_capturing(
+        "gradients or weights do not lie where they lay in the step before it",
+        "make that step with the gradients that are captured, and clear them by zero_grad(set_to_none=False)",
+    )
     # Rows of whole 16-byte units, as a kernel is compiled anew for another alignment.
     table = torch.tensor([row + (0,) * (len(row) % 2) for row in rows], dtype=torch.int64)
     if device.type == "cuda":

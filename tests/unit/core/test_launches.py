@@ -98,6 +98,14 @@ def test_a_parameter_under_adamw_is_one_kernel(state_dtype: str) -> None:
     assert names.total() <= MOST_OF_A_BATCH + MOST_OF_ADAMW, names
 
 
+def test_a_capturable_step_counts_on_the_device() -> None:
+    """Of matrices nothing more is launched; of a parameter under AdamW a kernel in place of the host's two."""
+    usual, capturable = (partition([TALL], fragment=100, steps=1, capturable=each) for each in (False, True))
+    more, less = capturable - usual, usual - capturable
+    assert dict(more) == {"aten.empty.memory_format": 1, "_adamw_sizes": 1}
+    assert dict(less) == {"aten.add_.Tensor": 1, "aten._local_scalar_dense.default": 1}
+
+
 @pytest.mark.parametrize("state_dtype", [pytest.param("float32", marks=pytest.mark.full), "int8"])
 def test_one_task_of_a_batch_is_its_matrices(state_dtype: str) -> None:
     """Tensors with a leading dimension, as one task: the bits of the matrices by themselves, at a batch's launches."""

@@ -49,6 +49,7 @@ WRONG_VALUES = [
     ("state_dtype", "int4"),
     ("matmul_precision", "high"),
     ("exact_cuts", "yes"),
+    ("capturable", "yes"),
     ("alpha", math.nan),
     ("residual_scale", math.nan),
 ]
