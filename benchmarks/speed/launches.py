@@ -107,6 +107,14 @@ def partition(shapes: list[tuple[int, int]], fragment: int = 0, steps: int = 2, 
     return of_a_step(optimizer, flats[: len(optimizer.param_groups)], steps)
 
 
+def unprojected(shapes: list[tuple[int, ...]], steps: int = 2, **settings: Any) -> Counter[str]:
+    """What a param group under AdamW adds to a step, after `steps` others: tensors of their own."""
+    params = [Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for shape in shapes]
+    groups = [{"params": [Parameter(torch.zeros(RANK, RANK))], "rank": RANK}, {"params": params}]
+    # The one that would be projected has no gradient.
+    return of_a_step(FiraAdam(groups, update_proj_gap=100, project_full_rank=True, **settings), params, steps)
+
+
 def split(shapes: list[tuple[int, int]], **given: Any) -> Counter[str]:
     """A rank's step of matrices that are split over ranks, see `step_of_a_rank`."""
     return step_of_a_rank(shapes, counted, **given)[0]
@@ -114,8 +122,7 @@ def split(shapes: list[tuple[int, int]], **given: Any) -> Counter[str]:
 
 def zero3(layers: int = LAYERS_7B, ranks: int = 8) -> Counter[str]:
     """A rank's step of LLaMA-7B at stage 3: its matrices, and a fragment of all else under AdamW."""
-    small = partition([LAYER[0]], steps=1)
-    adamw = partition([LAYER[0]], fragment=100, steps=1) - small
+    adamw = unprojected([(100,)], steps=1)
     given = {"ranks": ranks, "evenly_sharded": True, "real": LAYER_7B * layers, "real_rank": RANK_7B, "steps": 1}
     return split(LAYER * layers, **given) + adamw
 
@@ -139,6 +146,7 @@ def cases() -> Iterator[tuple[str, int, Callable[[], Counter[str]]]]:
         yield f"8 experts, {state_dtype}", 8, lambda kept=kept: separate([(8, FEED_FORWARD, HIDDEN)], **kept)
         yield f"one matrix, {state_dtype}", 1, lambda kept=kept: separate([(FEED_FORWARD, HIDDEN)], **kept)
         yield f"LLaMA-60M alone, {state_dtype}", 56, lambda kept=kept: separate(LAYER * 8, **kept)
+    yield "17 under AdamW", 17, lambda: unprojected([(HIDDEN,)] * 17)
     yield "LLaMA-7B on 8 ranks", 28, lambda: partition(LAYER * 4, fragment=100)
 
 

@@ -250,10 +250,9 @@ class LowRankOptimizer(Stepping):
         if self._recording and self.communicator is None:
             self.recorder.watch_alone(self.param_groups)
         self._step_projected(projected, group, settings)
-        for param in rest:
-            self._step_unprojected(param, group, settings)
-            if self._recording:
-                self.recorder.full_rank(param, settings, self.state[param])
+        self._step_unprojected(rest, group, settings)
+        for param in rest if self._recording else ():
+            self.recorder.full_rank(param, settings, self.state[param])
 
     @property
     def inventory(self) -> Sequence[ParamRecord]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ds_fira.core import kernels
@@ -12,7 +13,7 @@ from ds_fira.core.precision import negligible_ratio
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, compute_dtype, stored_moment
 from ds_fira.core.step import MatrixTask
-from ds_fira.core.unprojected import step_unprojected_
+from ds_fira.core.unprojected import Unprojected, step_unprojected_
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_series import Series, add_batch
 from ds_fira.optim.stateful import Resumable
@@ -94,8 +95,19 @@ class Stepping(Resumable):
             precision = "float32"  # as torch's functions multiply there
         return negligible_ratio(dtype, precision)
 
-    def _step_unprojected(self, param: Tensor, group: ParamGroup, settings: GroupSettings) -> None:
-        state = self._state_of(param, group)
-        state[STEP] += 1
-        moments = {name: stored_moment(state, name) for name in self.algorithm.states}
-        step_unprojected_(param, param.grad, moments, state[STEP], settings, compute_dtype(param.dtype))
+    def _step_unprojected(self, params: Sequence[Tensor], group: ParamGroup, settings: GroupSettings) -> None:
+        states = [self._state_of(param, group) for param in params]
+        counts = [state[STEP] for state in states]
+        if counts:
+            torch._foreach_add_(counts, 1)
+        tensors = [
+            Unprojected(
+                param,
+                param.grad,
+                {name: stored_moment(state, name) for name in self.algorithm.states},
+                count,
+                compute_dtype(param.dtype),
+            )
+            for param, state, count in zip(params, states, counts, strict=True)
+        ]
+        step_unprojected_(tensors, settings)

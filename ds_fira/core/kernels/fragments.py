@@ -1,7 +1,7 @@
 """Fragments of matrices that ZeRO splits: their sums of squares, and the parts of rows at their edges.
 
-Whole rows of a fragment are a matrix, which the kernels of any matrix take. A fragment that begins or ends inside a row
-has up to two *edges* beside them, parts of one row each: too little work to be tuned, and all of a turn in one launch.
+Whole rows of a fragment are a matrix, which the kernels of any matrix take. One that begins or ends inside a row has up
+to two *edges* beside them, parts of one row each: too little work to be tuned, and all of a turn in one launch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_fira.core.kernels.moving import table_of
 from ds_fira.core.kernels.tiles import launch, rounded
-from ds_fira.core.kernels.views import View, origin
+from ds_fira.core.kernels.views import UNIT, View, origin
 from ds_fira.core.subspace import Side
 
 # Programs that sum up one fragment, at most, and elements of each at a time.
@@ -46,10 +46,10 @@ class Edges(NamedTuple):
 
     Attributes:
         low_rank: place of R over the entries that the rank works on, float32.
-        squares: place of the squared norms of the gradient's columns or rows, float64.
+        squares: place of the squared norms of the gradient's columns or rows.
         entries: how many.
         is_added: 1 where whole rows have been projected into R and the norms, to which edges add on the left; else 0.
-        carried: place of C over the same entries, float32.
+        low_rank_update: place of C over the same entries, float32.
         scales: place of the factors of the gradient, float32.
         pair: the edges.
     """
@@ -58,7 +58,7 @@ class Edges(NamedTuple):
     squares: int
     entries: int
     is_added: int
-    carried: int
+    low_rank_update: int
     scales: int
     pair: tuple[Edge, Edge]
 
@@ -81,8 +81,10 @@ def launch_squares(
     """
     programs = min(PROGRAMS, max((triton.cdiv(numel, BLOCK) for _, numel in spans), default=0))
     if spans:
-        table = table_of(grad.device, tuple(spans))
-        launch(_square_fragments, (programs, len(spans)), grad, grad, table, partial, BLOCK=BLOCK, num_warps=4)
+        # Whole 16-byte units, where the fragments are.
+        unit = 1 if any(number % UNIT for span in spans for number in span) else UNIT
+        table = table_of(grad.device, tuple((first // unit, numel // unit) for first, numel in spans))
+        launch(_square_fragments, (programs, len(spans)), grad, grad, table, unit, partial, BLOCK=BLOCK, num_warps=4)
     table = table_of(grad.device, tuple((row,) for row in rows))
     launch(_sum_fragments, (len(rows),), sums, partial, table, sums, programs, num_warps=2)
 
@@ -95,18 +97,17 @@ def launch_project_edges(
     Args:
         grad: the tensor in which places of edges count.
         basis: of every fragment the rows of P that it works with.
-        words: float32, holds R.
-        doubles: float64, holds the squared norms.
+        words: holds R.
+        doubles: holds the squared norms.
         edges: of every fragment.
         rank: r.
         side: the projected side.
     """
-    table, left = table_of(grad.device, tuple(each.row() for each in edges)), side == "left"
-    if left:
-        grid = (triton.cdiv(max(each.entries for each in edges), COLUMNS), len(edges))
-    else:
-        grid = (triton.cdiv(rank, ENTRIES), 2 * len(edges))
-    kernel = _project_left_edges if left else _project_right_edges
+    table = table_of(grad.device, tuple(each.row() for each in edges))
+    kernel, grid = _project_right_edges, (triton.cdiv(rank, ENTRIES), 2 * len(edges))
+    if side == "left":
+        longest = max(each.entries for each in edges)
+        kernel, grid = _project_left_edges, (triton.cdiv(longest, COLUMNS), len(edges))
     launch(kernel, grid, grad, grad, basis, words, doubles, table, rank, COLUMNS=COLUMNS, ENTRIES=ENTRIES, num_warps=4)
 
 
@@ -123,17 +124,17 @@ def launch_update_edges(
     scaled: bool,
     one: bool,
 ) -> None:
-    """Line 16 for the edges of fragments.
+    """Line 16 for the edges of fragments; what it takes as in `launch_project_edges`.
 
     Args:
         weight: changed.
         grad: of the same size.
-        basis: as in `launch_project_edges`.
+        basis: as there.
         words: holds C and the factors of the gradient.
         edges: of every fragment.
         rank: r.
         decay_factor: the share of the weights that weight decay leaves.
-        side: the projected side.
+        side: as there.
         scaled: whether the update has a part of the gradient.
         one: whether one factor is for all entries.
     """
@@ -160,10 +161,10 @@ def launch_update_edges(
 
 
 @triton.jit
-def _square_fragments(grad, spans, partial, BLOCK: tl.constexpr):
+def _square_fragments(grad, spans, unit, partial, BLOCK: tl.constexpr):
     fragment = tl.program_id(1).to(tl.int64)
-    first = grad + tl.load(spans + fragment * 2)
-    numel = tl.load(spans + fragment * 2 + 1)
+    first = grad + tl.load(spans + fragment * 2) * unit
+    numel = tl.load(spans + fragment * 2 + 1) * unit
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < numel:
@@ -197,8 +198,7 @@ def _edge(grad, row, column, inside):
 def _project_left_edges(grad, basis, words, doubles, table, rank, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr):
     fragment = tl.program_id(1).to(tl.int64)
     row = table + fragment * 14
-    low_rank = words + tl.load(row)
-    squares = doubles + tl.load(row + 1)
+    low_rank, squares = words + tl.load(row), doubles + tl.load(row + 1)
     entries = tl.load(row + 2)
     added = tl.load(row + 3) != 0
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -268,12 +268,9 @@ def _update_edges(
     fragment = tl.program_id(1).to(tl.int64) // 2
     row = table + fragment * 14
     edge = row + 6 + tl.program_id(1) % 2 * 4
-    first = tl.load(edge)
-    count = tl.load(edge + 1)
-    line = tl.load(edge + 2)
+    first, count, line = tl.load(edge), tl.load(edge + 1), tl.load(edge + 2)
     entries = tl.load(row + 2)
-    carried = words + tl.load(row + 4)
-    scales = words + tl.load(row + 5)
+    low_rank_update, scales = words + tl.load(row + 4), words + tl.load(row + 5)
     basis_at = origin(basis, fragment) + tl.load(edge + 3) * basis.rows
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < count
@@ -284,9 +281,9 @@ def _update_edges(
         # The row that is one number for each of r, and the matrix of those for each column.
         if LEFT:
             own_at = basis_at + entry * basis.columns
-            other_at = carried + entry[:, None] * entries + (line + column)[None, :]
+            other_at = low_rank_update + entry[:, None] * entries + (line + column)[None, :]
         else:
-            own_at = carried + line * rank + entry
+            own_at = low_rank_update + line * rank + entry
             other_at = basis_at + column[None, :] * basis.rows + entry[:, None] * basis.columns
         own = tl.load(own_at, mask=entry < rank, other=0.0).to(tl.float32)
         update += tl.sum(own[:, None] * tl.load(other_at, mask=there, other=0.0).to(tl.float32), axis=0)

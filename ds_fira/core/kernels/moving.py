@@ -35,7 +35,7 @@ class Way(IntEnum):
     WIRE_TO_BITS = 7
 
 
-class Piece(NamedTuple):
+class Move(NamedTuple):
     """A matrix to move, stored row by row in both places.
 
     Attributes:
@@ -103,7 +103,7 @@ def table_of(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def move(words: Tensor, doubles: Tensor, bases: Tensor | None, wire: Tensor, pieces: Sequence[Piece]) -> None:
+def move(words: Tensor, doubles: Tensor, bases: Tensor | None, wire: Tensor, pieces: Sequence[Move]) -> None:
     """Move pieces; what lies in none of them stays as it is.
 
     Args:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ds_fira.core.kernels import numbers as places
 from ds_fira.core.kernels.fragments import Edges
+from ds_fira.core.kernels.measuring import Memory
 from ds_fira.core.kernels.numbers import launch_tally
-from ds_fira.core.kernels.views import View
+from ds_fira.core.kernels.views import Origin, View, origins
+from ds_fira.core.normalized import require_average
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
 from ds_fira.core.step import StepStats
@@ -38,7 +40,7 @@ class SplitPart:
         low_rank: of R over the region, float32 as all up to `scales`.
         kept_low_rank: of R over the entries kept.
         direction: of N, then C, over the entries kept; on the right over the region.
-        carried: of C over the region.
+        low_rank_update: of C over the region.
         spare: of N again, over the entries kept; None where it is not needed.
         scales: of the factors of the gradient, over the region.
         grad_sq: of |G_j|^2 over the region, float64 as all behind it.
@@ -65,7 +67,7 @@ class SplitPart:
     low_rank: int
     kept_low_rank: int
     direction: int
-    carried: int
+    low_rank_update: int
     spare: int | None
     scales: int
     grad_sq: int
@@ -162,3 +164,26 @@ def with_edges(parts: Sequence[Held]) -> Iterator[tuple[Side, list[Held]]]:
             kinds.setdefault(key, []).append((part, state))
     for alike in kinds.values():
         yield alike[0][0].side, alike
+
+
+def strided(basis: View, alike: Sequence[Held]) -> View:
+    """A view of the rows of P that parts alike work with, with their strides."""
+    part, state = alike[0]
+    rows, columns = state.basis.stride() if part.basis is None else (part.rank, 1)
+    return basis._replace(rows=rows, columns=columns)
+
+
+def memory_of(alike: Sequence[Held], settings: GroupSettings) -> Memory:
+    """What parts alike keep from step to step beside basis and moments."""
+    states, form = [state for _, state in alike], settings.residual_form
+    operands: list[list[Origin]] = [[(state.step, 0) for state in states]]
+    if settings.has_limiter:
+        operands.append([(state.residual_norm, 0) for state in states])
+    if form.averages and (alike[0][0].kept or settings.has_one_factor):
+        for state in states:
+            require_average(state, settings)
+        if states[0].residual_avg_sq is not None:
+            operands.append([(state.residual_avg_sq, 0) for state in states])
+    step, *others = origins(operands)
+    norm = others.pop(0) if settings.has_limiter else None
+    return Memory(step, norm, others[0] if others else None)

@@ -1,8 +1,8 @@
 """The step of parts of matrices that ZeRO splits, by kernels: `ShardStep` of `ds_fira.sharding.lowrank` for many.
 
 The phases are those of `ds_fira.core.kernels.step`, with what crosses ranks between them. Parts alike are one launch of
-every phase, wherever they lie. All that a phase leaves to the next is in one memory, a place for every part in it: what
-is sent comes from there, and what arrives goes there, by `ds_fira.core.kernels.moving`.
+every phase, wherever they lie. What a phase leaves to the next has its place in one memory, from which
+`ds_fira.core.kernels.moving` takes what is sent.
 """
 
 from __future__ import annotations
@@ -17,15 +17,23 @@ from ds_fira.core.kernels import numbers as places
 from ds_fira.core.kernels.combining import launch_combine
 from ds_fira.core.kernels.finite import Finite
 from ds_fira.core.kernels.fragments import launch_project_edges, launch_update_edges
-from ds_fira.core.kernels.measuring import Memory, Squares
+from ds_fira.core.kernels.measuring import Squares
 from ds_fira.core.kernels.moments import launch_adam
 from ds_fira.core.kernels.projection import launch_project
 from ds_fira.core.kernels.sharing import launch_measure_entries, launch_take_sums
-from ds_fira.core.kernels.split_part import Held, SplitPart, SplitStats, by_kind, quotient_of, with_edges
+from ds_fira.core.kernels.split_part import (
+    Held,
+    SplitPart,
+    SplitStats,
+    by_kind,
+    memory_of,
+    quotient_of,
+    strided,
+    with_edges,
+)
 from ds_fira.core.kernels.stored import moment
 from ds_fira.core.kernels.update import launch_update
 from ds_fira.core.kernels.views import Origin, View, origins
-from ds_fira.core.normalized import require_average
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import EXP_AVG, EXP_AVG_SQ
 
@@ -48,11 +56,11 @@ class SplitStep:
         *,
         cleared: bool,
     ) -> None:
-        """Make the memory.
+        """Make the memory, of a step in one param group.
 
         Args:
-            param: the flat parameter, contiguous.
-            grad: its gradient, contiguous.
+            param: the flat parameter, contiguous as its gradient is.
+            grad: its gradient.
             sizes: elements of `words` and `doubles`.
             settings: of the param group.
             ratio: a residual norm below this share of |phi * G| is rounding.
@@ -71,14 +79,14 @@ class SplitStep:
             grad, basis, low_rank, grad_sq = origins(
                 [
                     self._flat(self.grad, alike),
-                    self._basis(alike, whole=False),
+                    self._basis(alike, all_rows=False),
                     self._in(self.words, low),
                     self._in(self.doubles, squares),
                 ]
             )
             launch_project(
                 grad._replace(rows=first.shape[1], columns=1),
-                self._strided(basis, alike),
+                strided(basis, alike),
                 low_rank._replace(rows=first.region if first.left else first.rank, columns=1),
                 grad_sq._replace(rows=1),
                 None,
@@ -87,7 +95,7 @@ class SplitStep:
                 self.settings.matmul_precision,
             )
         for side, cut in with_edges(parts):
-            basis = self._strided(origins([self._basis(cut, whole=True)])[0], cut)
+            basis = strided(origins([self._basis(cut, all_rows=True)])[0], cut)
             edges = [part.edges for part, _ in cut]
             launch_project_edges(self.grad, basis, self.words, self.doubles, edges, cut[0][0].rank, side)
 
@@ -118,7 +126,7 @@ class SplitStep:
                 + [self._in(self.doubles, each) for each in doubles]
                 + [[(rows, 3 * row_of(part)) for part, _ in alike], [total_of[id(part)] for part, _ in alike]]
             )
-            memory, finite = self._memory(alike), Finite(None, total, 1)
+            memory, finite = memory_of(alike, self.settings), Finite(None, total, 1)
             if first.kept:
                 self._adam(first, alike, low_rank, direction, (squares[1], squares[2]), finite, memory.step)
             launch_measure_entries(
@@ -149,8 +157,8 @@ class SplitStep:
         moments = []
         for name in (EXP_AVG, EXP_AVG_SQ):
             stored = alike[0][1].moments[name]
-            views = origins([[(state.moments[name][suffix], 0) for _, state in alike] for suffix in stored])
-            moments.append(moment(stored, views))
+            places_of = [[(state.moments[name][suffix], 0) for _, state in alike] for suffix in stored]
+            moments.append(moment(stored, origins(places_of)))
         shape = (first.rank, first.kept) if first.left else (first.kept, first.rank)
         launch_adam(
             low_rank,
@@ -175,8 +183,8 @@ class SplitStep:
                     self._in(self.doubles, [part.numbers for part, _ in alike]),
                 ]
             )
-            memory, settings = self._memory(alike), self.settings
-            launch_take_sums(row, phi, numbers, memory, len(alike), first.shape, first.rank, settings, first.side)
+            known = (len(alike), first.shape, first.rank, self.settings, first.side)
+            launch_take_sums(row, phi, numbers, memory_of(alike, self.settings), *known)
 
     def combine(self, parts: Sequence[Held], *, over_region: bool = False, exact: bool = False) -> None:
         """Lines 14 and 15: the limiter, C and the factors of the gradient; step counts and |S| to remember.
@@ -186,14 +194,13 @@ class SplitStep:
             over_region: whether N, R and phi are there over the whole region, not of the entries kept alone.
             exact: whether |S|^2 is there from the residual itself.
         """
-        settings = self.settings
         for first, alike in by_kind(parts):
-            whole = over_region or not first.kept
-            start = 0 if whole else first.kept_start
-            lines = first.region if whole else first.kept
+            over_all = over_region or not first.kept
+            start = 0 if over_all else first.kept_start
+            lines = first.region if over_all else first.kept
             along = 0 if first.left else start * first.rank
-            low = [part.low_rank if whole else part.kept_low_rank for part, _ in alike]
-            views = origins(
+            low = [part.low_rank if over_all else part.kept_low_rank for part, _ in alike]
+            low_rank, direction, scales, phi, numbers, sums = origins(
                 [
                     self._in(self.words, low),
                     self._in(self.words, [part.direction + along for part, _ in alike]),
@@ -203,7 +210,6 @@ class SplitStep:
                     self._in(self.doubles, [part.exact for part, _ in alike]),
                 ]
             )
-            low_rank, direction, scales, phi, numbers, sums = views
             launch_combine(
                 low_rank,
                 direction,
@@ -211,30 +217,30 @@ class SplitStep:
                 scales,
                 numbers,
                 sums,
-                self._memory(alike),
+                memory_of(alike, self.settings),
                 (len(alike), first.rank, lines, int(exact)),
-                settings,
+                self.settings,
                 side=first.side,
                 negligible_ratio=self.ratio,
             )
 
     def apply(self, parts: Sequence[Held]) -> None:
         """Line 16, of the rank's own rows."""
-        settings = self.settings
-        scaled, one = settings.residual_form.factors is not None, settings.has_one_factor
+        settings, one = self.settings, self.settings.has_one_factor
+        scaled = settings.residual_form.factors is not None
         for first, alike in by_kind(each for each in parts if each[0].rows):
-            carried = [part.carried + part.body_line * part.rank for part, _ in alike]
+            low_rank_update = [part.low_rank_update + part.body_line * part.rank for part, _ in alike]
             weight, grad, basis, inner, scales, finite = origins(
                 [
                     self._flat(self.param, alike),
                     self._flat(self.grad, alike),
-                    self._basis(alike, whole=False),
-                    self._in(self.words, carried),
+                    self._basis(alike, all_rows=False),
+                    self._in(self.words, low_rank_update),
                     self._in(self.words, [self._scales(part, part.body_line) for part, _ in alike]),
                     self._in(self.doubles, [part.numbers + places.FINITE for part, _ in alike]),
                 ]
             )
-            basis = self._strided(basis, alike)
+            basis = strided(basis, alike)
             inner = inner._replace(rows=first.region if first.left else first.rank, columns=1)
             turned = basis._replace(rows=basis.columns, columns=basis.rows)
             launch_update(
@@ -249,7 +255,7 @@ class SplitStep:
                 precision=settings.matmul_precision,
             )
         for side, cut in with_edges(parts):
-            basis = self._strided(origins([self._basis(cut, whole=True)])[0], cut)
+            basis = strided(origins([self._basis(cut, all_rows=True)])[0], cut)
             launch_update_edges(
                 self.param,
                 self.grad,
@@ -272,44 +278,24 @@ class SplitStep:
         return partial(quotient_of, self.doubles, part, self.settings) if part.kept else None
 
     def _phi(self, part: SplitPart, start: int) -> int:
-        return part.phi + (0 if self.settings.has_one_factor else start)
+        return part.phi + start * (not self.settings.has_one_factor)
 
     def _scales(self, part: SplitPart, start: int) -> int:
-        return part.scales + (0 if self.settings.has_one_factor else start)
+        return part.scales + start * (not self.settings.has_one_factor)
 
-    def _memory(self, alike: Sequence[Held]) -> Memory:
-        states, form = [state for _, state in alike], self.settings.residual_form
-        operands: list[list[Origin]] = [[(state.step, 0) for state in states]]
-        if self.settings.has_limiter:
-            operands.append([(state.residual_norm, 0) for state in states])
-        if form.averages and (alike[0][0].kept or self.settings.has_one_factor):
-            for state in states:
-                require_average(state, self.settings)
-            if states[0].residual_avg_sq is not None:
-                operands.append([(state.residual_avg_sq, 0) for state in states])
-        step, *others = origins(operands)
-        norm = others.pop(0) if self.settings.has_limiter else None
-        return Memory(step, norm, others[0] if others else None)
-
-    def _in(self, memory: Tensor, starts: Sequence[int]) -> list[Origin]:
+    @staticmethod
+    def _in(memory: Tensor, starts: Sequence[int]) -> list[Origin]:
         return [(memory, start) for start in starts]
 
     def _flat(self, tensor: Tensor, alike: Sequence[Held]) -> list[Origin]:
-        return [(tensor, part.body) for part, _ in alike]
+        return self._in(tensor, [part.body for part, _ in alike])
 
-    def _basis(self, alike: Sequence[Held], *, whole: bool) -> list[Origin]:
+    def _basis(self, alike: Sequence[Held], *, all_rows: bool) -> list[Origin]:
         """Where the rows of P are that the rank works with, or those for its whole rows."""
         found: list[Origin] = []
         for part, state in alike:
-            first = 0 if whole else part.body_basis
-            if part.basis is not None:
-                found.append((self.words, part.basis + first * part.rank))
-            else:
-                found.append((state.basis, first * state.basis.stride(0)))
+            first = 0 if all_rows else part.body_basis
+            borrowed = part.basis is not None
+            place = part.basis + first * part.rank if borrowed else first * state.basis.stride(0)
+            found.append((self.words if borrowed else state.basis, place))
         return found
-
-    @staticmethod
-    def _strided(basis: View, alike: Sequence[Held]) -> View:
-        part, state = alike[0]
-        rows, columns = state.basis.stride() if part.basis is None else (part.rank, 1)
-        return basis._replace(rows=rows, columns=columns)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_fira.core import functional as F
 from ds_fira.core.kernels import numbers as places
 from ds_fira.core.kernels.fragments import PROGRAMS, launch_squares
-from ds_fira.core.kernels.moving import Piece, add_arrived, move
+from ds_fira.core.kernels.moving import Move, add_arrived, move
 from ds_fira.core.kernels.split_part import Held
 from ds_fira.core.kernels.split_step import SplitStep
 from ds_fira.core.settings import GroupSettings
@@ -160,8 +160,8 @@ class DeviceTurn(Turn):
         self._move(("back", tuple(again)), lambda: self._pieces.pieces_spared(again, back=True))
         in_parts = [position for position in rest if self._forms[position] == "in_parts"]
         memory.combine(self._held(in_parts), over_region=True, exact=bool(needed))
-        whole = [position for position in rest if position not in in_parts]
-        memory.combine(self._held([*whole, *again]), exact=bool(needed))
+        others = [position for position in rest if position not in in_parts]
+        memory.combine(self._held([*others, *again]), exact=bool(needed))
         if arrived is not None:
             self._take_answers(answered, arrived, in_parts=False)
         late = [p for p, form in self._forms.items() if form == "late" or (form == "early" and p in needed)]
@@ -190,7 +190,7 @@ class DeviceTurn(Turn):
     def _row_of(self, part: object) -> int:
         return self._row[id(part)]
 
-    def _start(self, delivery: Delivery, pieces: Sequence[Piece], bases: Tensor | None = None) -> Pending[Tensor]:
+    def _start(self, delivery: Delivery, pieces: Sequence[Move], bases: Tensor | None = None) -> Pending[Tensor]:
         """Pack pieces and start to send them."""
         memory = self._memory
         numel, device = sum(delivery.sent_counts), memory.words.device
@@ -208,7 +208,7 @@ class DeviceTurn(Turn):
     def _take(self, arrived: Tensor, key: tuple, make: object) -> None:
         move(self._memory.words, self._memory.doubles, None, arrived, self._layout.known(key, make))
 
-    def _basis_pieces(self, held: tuple[int, ...], delivery: Delivery) -> tuple[Sequence[Piece], Tensor | None]:
+    def _basis_pieces(self, held: tuple[int, ...], delivery: Delivery) -> tuple[Sequence[Move], Tensor | None]:
         """The rows of P that are sent and kept, and the tensor from which places of bases count."""
         owners = [position for position in held if self._layout.parts[position].basis is not None]
         if not owners:
@@ -238,7 +238,7 @@ class DeviceTurn(Turn):
         taken = [position for position in held if (self._forms[position] == "in_parts") == in_parts]
         pieces = self._pieces
 
-        def make() -> list[Piece]:
+        def make() -> list[Move]:
             own = [] if in_parts else pieces.pieces_kept(taken)
             return [*pieces.pieces_of_borrowed_answers(taken, self._delivery(held)), *own]
 

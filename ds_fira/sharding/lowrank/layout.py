@@ -73,12 +73,12 @@ class TurnLayout:
         body, edges = _blocks(plan)
         numel = r * region
         low_rank = words(numel)
-        direction = kept_low_rank = carried = low_rank
+        direction = kept_low_rank = low_rank_update = low_rank
         if not left:
-            direction = carried = words(numel)
+            direction = low_rank_update = words(numel)
             kept_low_rank = low_rank + (plan.kept.start - plan.region.start) * r
         elif kept == region:
-            direction = carried = words(numel)
+            direction = low_rank_update = words(numel)
         elif kept:
             kept_low_rank, direction = words(r * kept), words(r * kept)
         early = kept and self.forms[plan.position] == "early" and self._measures
@@ -100,7 +100,7 @@ class TurnLayout:
             low_rank=low_rank,
             kept_low_rank=kept_low_rank,
             direction=direction,
-            carried=carried,
+            low_rank_update=low_rank_update,
             spare=words(r * kept) if early else None,
             scales=scales,
             grad_sq=grad_sq,
@@ -109,15 +109,15 @@ class TurnLayout:
             phi=doubles(region),
             numbers=doubles(NUMBERS),
             exact=doubles(1),
-            edges=_edges(plan, edges, body, (low_rank, grad_sq, carried, scales)) if edges else None,
+            edges=_edges(plan, edges, body, (low_rank, grad_sq, low_rank_update, scales)) if edges else None,
         )
 
 
 def _blocks(plan: LocalShardPlan) -> tuple[RowBlock | None, list[RowBlock]]:
     """The whole rows of a fragment, None for none, and the parts of rows."""
     n = plan.matrix.shape[1]
-    whole = [block for block in plan.blocks if len(block.columns) == n]
-    return (whole[0] if whole else None), [block for block in plan.blocks if len(block.columns) < n]
+    full = [block for block in plan.blocks if len(block.columns) == n]
+    return (full[0] if full else None), [block for block in plan.blocks if len(block.columns) < n]
 
 
 def _edges(
@@ -129,8 +129,8 @@ def _edges(
         line, row = along.start - plan.region.start, rows.start - plan.basis_span.start
         pair.append(Edge(plan.fragment.offset + block.offset, len(block.columns), line, row))
     head, tail = [*pair, Edge()][:2]
-    low_rank, squares, carried, scales = places
-    return Edges(low_rank, squares, len(plan.region), int(body is not None), carried, scales, (head, tail))
+    low_rank, squares, low_rank_update, scales = places
+    return Edges(low_rank, squares, len(plan.region), int(body is not None), low_rank_update, scales, (head, tail))
 
 
 def _kind(plan: LocalShardPlan) -> tuple[int, ...]:

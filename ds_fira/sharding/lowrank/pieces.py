@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from ds_fira.core.kernels.moving import Arrival, Piece, Sum, Way
+from ds_fira.core.kernels.moving import Arrival, Move, Sum, Way
 from ds_fira.core.kernels.split_part import SplitPart
 from ds_fira.sharding.lowrank.answer_form import numel_in_parts
 from ds_fira.sharding.lowrank.layout import WORDS, TurnLayout
@@ -90,7 +90,7 @@ class TurnPieces:
         expected = [(t.keeper, (p, t), self.answer_numel(p, t)) for p, plan in plans for t in plan.borrowed]
         return Delivery.of(self._dp_size, sent, expected)
 
-    def pieces_of_bases(self, positions: Collection[int], delivery: Delivery, bases: Mapping[int, int]) -> list[Piece]:
+    def pieces_of_bases(self, positions: Collection[int], delivery: Delivery, bases: Mapping[int, int]) -> list[Move]:
         """The rows of P that are lent, and those of the rank's own that it works with.
 
         Args:
@@ -106,23 +106,23 @@ class TurnPieces:
             if len(own):
                 source = bases[p] + (own.start - plan.basis_rows.start) * part.rank
                 target = part.basis + (own.start - plan.basis_span.start) * part.rank
-                pieces.append(Piece(Way.BASES_TO_WORDS, source, target, 1, len(own) * part.rank))
+                pieces.append(Move(Way.BASES_TO_WORDS, source, target, 1, len(own) * part.rank))
             for t in plan.basis_lent:
                 source = bases[p] + (t.entries.start - plan.basis_rows.start) * part.rank
-                pieces.append(Piece(Way.BASES_TO_WIRE, source, delivery.sent[p, t], 1, self._rows(p, t)))
+                pieces.append(Move(Way.BASES_TO_WIRE, source, delivery.sent[p, t], 1, self._rows(p, t)))
         return pieces
 
-    def pieces_of_borrowed_bases(self, positions: Collection[int], delivery: Delivery) -> list[Piece]:
+    def pieces_of_borrowed_bases(self, positions: Collection[int], delivery: Delivery) -> list[Move]:
         """The rows of P that have arrived, to those of the rank's own."""
         pieces = []
         for p, plan in self._at(positions):
             part = self._layout.parts[p]
             for t in plan.basis_borrowed:
                 target = part.basis + (t.entries.start - plan.basis_span.start) * part.rank
-                pieces.append(Piece(Way.WIRE_TO_WORDS, delivery.received[p, t], target, 1, self._rows(p, t)))
+                pieces.append(Move(Way.WIRE_TO_WORDS, delivery.received[p, t], target, 1, self._rows(p, t)))
         return pieces
 
-    def pieces_of_sums(self, positions: Collection[int], delivery: Delivery) -> list[Piece]:
+    def pieces_of_sums(self, positions: Collection[int], delivery: Delivery) -> list[Move]:
         """R and the norms of borrowed entries; and R of those kept, where they do not lie as in the region."""
         pieces = []
         for p, plan in self._at(positions):
@@ -130,12 +130,12 @@ class TurnPieces:
             if part.kept_low_rank != part.low_rank and part.left:
                 source = part.low_rank + part.kept_start
                 sizes = (part.rank, part.kept, part.region, part.kept)
-                pieces.append(Piece(Way.WORDS_TO_WORDS, source, part.kept_low_rank, *sizes))
+                pieces.append(Move(Way.WORDS_TO_WORDS, source, part.kept_low_rank, *sizes))
             for t in plan.borrowed:
                 start, count, place = t.entries.start - plan.region.start, len(t.entries), delivery.sent[p, t]
                 pieces.append(_entries_piece(Way.WORDS_TO_WIRE, part, part.low_rank, start, part.region, place, count))
                 norms = place + part.rank * count
-                pieces.append(Piece(Way.ROOTS_TO_WIRE, part.grad_sq + start, norms, 1, count))
+                pieces.append(Move(Way.ROOTS_TO_WIRE, part.grad_sq + start, norms, 1, count))
         return pieces
 
     def arrivals(self, positions: Collection[int], delivery: Delivery) -> tuple[list[Sum], list[Arrival]]:
@@ -152,7 +152,7 @@ class TurnPieces:
                 arrivals.append(Arrival(place, t.entries.start - plan.kept.start, len(t.entries)))
         return sums, arrivals
 
-    def pieces_of_answers(self, positions: Collection[int], delivery: Delivery, known: Collection[int]) -> list[Piece]:
+    def pieces_of_answers(self, positions: Collection[int], delivery: Delivery, known: Collection[int]) -> list[Move]:
         """C and the factors of the gradient, or N, R and phi, of the entries lent.
 
         Args:
@@ -174,14 +174,14 @@ class TurnPieces:
                     pieces.append(_entries_piece(Way.WORDS_TO_WIRE, part, source, start, stride, place + numel, count))
                     if not one:
                         bits, place = WORDS * (part.phi + offset), place + 2 * numel
-                        pieces.append(Piece(Way.BITS_TO_WIRE, bits, place, 1, WORDS * count))
+                        pieces.append(Move(Way.BITS_TO_WIRE, bits, place, 1, WORDS * count))
                 elif one:
-                    pieces.append(Piece(Way.WORDS_TO_WIRE, part.scales, place + numel, 1, count, source_column=0))
+                    pieces.append(Move(Way.WORDS_TO_WIRE, part.scales, place + numel, 1, count, source_column=0))
                 else:
-                    pieces.append(Piece(Way.WORDS_TO_WIRE, part.scales + offset, place + numel, 1, count))
+                    pieces.append(Move(Way.WORDS_TO_WIRE, part.scales + offset, place + numel, 1, count))
         return pieces
 
-    def pieces_of_borrowed_answers(self, positions: Collection[int], delivery: Delivery) -> list[Piece]:
+    def pieces_of_borrowed_answers(self, positions: Collection[int], delivery: Delivery) -> list[Move]:
         """What has arrived, to where it goes by the region."""
         pieces, one = [], self._one
         for p, plan in self._at(positions):
@@ -189,32 +189,32 @@ class TurnPieces:
             for t in plan.borrowed:
                 start, count, place = t.entries.start - plan.region.start, len(t.entries), delivery.received[p, t]
                 numel = part.rank * count
-                pieces.append(_region_piece(Way.WIRE_TO_WORDS, part, place, part.carried, start, count))
+                pieces.append(_region_piece(Way.WIRE_TO_WORDS, part, place, part.low_rank_update, start, count))
                 if self._layout.forms[p] == "in_parts":
                     pieces.append(_region_piece(Way.WIRE_TO_WORDS, part, place + numel, part.low_rank, start, count))
                     if not one:
                         bits, place = WORDS * (part.phi + start), place + 2 * numel
-                        pieces.append(Piece(Way.WIRE_TO_BITS, place, bits, 1, WORDS * count))
+                        pieces.append(Move(Way.WIRE_TO_BITS, place, bits, 1, WORDS * count))
                 elif not one:
-                    pieces.append(Piece(Way.WIRE_TO_WORDS, place + numel, part.scales + start, 1, count))
+                    pieces.append(Move(Way.WIRE_TO_WORDS, place + numel, part.scales + start, 1, count))
         return pieces
 
-    def pieces_kept(self, positions: Collection[int]) -> list[Piece]:
+    def pieces_kept(self, positions: Collection[int]) -> list[Move]:
         """C of the entries kept, to where it goes by the region, where that is another place."""
         return [
-            _region_piece(Way.WORDS_TO_WORDS, part, part.direction, part.carried, part.kept_start, part.kept)
+            _region_piece(Way.WORDS_TO_WORDS, part, part.direction, part.low_rank_update, part.kept_start, part.kept)
             for p, _ in self._at(positions)
-            if (part := self._layout.parts[p]).left and part.kept and part.carried != part.direction
+            if (part := self._layout.parts[p]).left and part.kept and part.low_rank_update != part.direction
         ]
 
-    def pieces_spared(self, positions: Collection[int], back: bool) -> list[Piece]:
+    def pieces_spared(self, positions: Collection[int], back: bool) -> list[Move]:
         """N of the entries kept, to where C does not take its place, or back."""
         pieces = []
         for p, _ in self._at(positions):
             part = self._layout.parts[p]
             if part.spare is not None:
                 places = (part.spare, part.direction) if back else (part.direction, part.spare)
-                pieces.append(Piece(Way.WORDS_TO_WORDS, *places, 1, part.kept * part.rank))
+                pieces.append(Move(Way.WORDS_TO_WORDS, *places, 1, part.kept * part.rank))
         return pieces
 
     def _at(self, positions: Collection[int]) -> list[tuple[int, LocalShardPlan]]:
@@ -233,15 +233,15 @@ class TurnPieces:
         return self._entries(position, transfer)
 
 
-def _entries_piece(way: int, part: SplitPart, source: int, start: int, stride: int, target: int, count: int) -> Piece:
+def _entries_piece(way: int, part: SplitPart, source: int, start: int, stride: int, target: int, count: int) -> Move:
     """Some entries of a tensor like R, as they travel: columns of a matrix on the left, whole rows on the right."""
     if part.left:
-        return Piece(way, source + start, target, part.rank, count, stride, count)
-    return Piece(way, source + start * part.rank, target, 1, count * part.rank)
+        return Move(way, source + start, target, part.rank, count, stride, count)
+    return Move(way, source + start * part.rank, target, 1, count * part.rank)
 
 
-def _region_piece(way: int, part: SplitPart, source: int, target: int, start: int, count: int) -> Piece:
+def _region_piece(way: int, part: SplitPart, source: int, target: int, start: int, count: int) -> Move:
     """Some entries, stored by themselves, to their place in a tensor like R over the region."""
     if part.left:
-        return Piece(way, source, target + start, part.rank, count, count, part.region)
-    return Piece(way, source, target + start * part.rank, 1, count * part.rank)
+        return Move(way, source, target + start, part.rank, count, count, part.region)
+    return Move(way, source, target + start * part.rank, 1, count * part.rank)

@@ -89,7 +89,6 @@ class LowRankMatrices:
         self._refresh = LowRankRefresh(self._matrices, communicator)
         self._exchange = LowRankExchange(self._matrices, communicator)
         self._turns = turns_of(self._matrices)
-        self._states: dict[int, MatrixState] = {}
 
     def allocate(self, param: Tensor, settings: GroupSettings, algorithm: Algorithm) -> dict[str, Tensor]:
         """Zero state for this rank's parts; the keys of a matrix end in ".cut" and its number among the group's.
@@ -188,19 +187,7 @@ class LowRankMatrices:
                 "another way in the run that saved it; resume on as many ranks with the settings it had (rank, "
                 "proj_type, update_proj_gap, subspace, refresh_moments, exact_cuts)."
             )
-        found = state_views(state, plan.matrix.side, _mark(plan), algorithm=algorithm, dtype=dtype)
-        # The one of the step before knows its last refresh without reading it.
-        kept = self._states.get(plan.position)
-        if kept is None or _tensors(kept) != _tensors(found):
-            self._states[plan.position] = kept = found
-        return kept
-
-
-def _tensors(state: MatrixState) -> list[int]:
-    """Which tensors a state is made of; it holds them, so that no other can be taken for one."""
-    moments = [tensor for stored in state.moments.values() for tensor in stored.values()]
-    tensors = [state.step, state.refresh_step, state.basis, state.residual_norm, state.residual_avg_sq, *moments]
-    return [id(tensor) for tensor in tensors]
+        return state_views(state, plan.matrix.side, _mark(plan), algorithm=algorithm, dtype=dtype)
 
 
 def turns_of(matrices: Mapping[int, SplitMatrix]) -> list[list[int]]:
