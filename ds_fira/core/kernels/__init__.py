@@ -29,15 +29,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ds_fira.core.kernels.adamw import adamw_, adamw_together_, stored_adamw_
+    from ds_fira.core.kernels.adamw import adamw_, stored_adamw_
     from ds_fira.core.kernels.moments import adam_direction_
     from ds_fira.core.kernels.projection import project
     from ds_fira.core.kernels.residual import residual_square
     from ds_fira.core.kernels.step import step_together
     from ds_fira.core.kernels.update import apply_update_
 
-__all__ = ["adam_direction_", "adamw_", "adamw_together_", "apply_update_", "project", "residual_square"]
-__all__ += ["step_together", "stored_adamw_"]
+__all__ = ["adam_direction_", "adamw_", "apply_update_", "project", "residual_square", "step_together", "stored_adamw_"]
 __all__ += ["Choice", "chosen", "fault", "interpret_on_cpu", "supports", "switched"]
 
 # What the setting `kernels` may say.

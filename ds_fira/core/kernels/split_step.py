@@ -24,7 +24,6 @@ from ds_fira.core.kernels.sharing import launch_measure_entries, launch_take_sum
 from ds_fira.core.kernels.split_part import (
     Held,
     SplitPart,
-    SplitStats,
     by_kind,
     memory_of,
     quotient_of,
@@ -95,8 +94,7 @@ class SplitStep:
                 self.settings.matmul_precision,
             )
         for side, cut in with_edges(parts):
-            basis = strided(origins([self._basis(cut, all_rows=True)])[0], cut)
-            edges = [part.edges for part, _ in cut]
+            basis, edges = self._edge_bases(cut), [part.edges for part, _ in cut]
             launch_project_edges(self.grad, basis, self.words, self.doubles, edges, cut[0][0].rank, side)
 
     def advance(
@@ -255,11 +253,10 @@ class SplitStep:
                 precision=settings.matmul_precision,
             )
         for side, cut in with_edges(parts):
-            basis = strided(origins([self._basis(cut, all_rows=True)])[0], cut)
             launch_update_edges(
                 self.param,
                 self.grad,
-                basis,
+                self._edge_bases(cut),
                 self.words,
                 [part.edges for part, _ in cut],
                 cut[0][0].rank,
@@ -268,10 +265,6 @@ class SplitStep:
                 scaled=scaled,
                 one=one,
             )
-
-    def stats(self, part: SplitPart) -> SplitStats:
-        """The numbers of the step of a whole matrix, alike on all ranks that hold a part."""
-        return SplitStats(self.doubles, part.numbers, self.settings)
 
     def quotient(self, part: SplitPart) -> Callable[[], tuple[Tensor, Tensor, Tensor]] | None:
         """What recorders show of the entries kept, looked up when they ask; None for no entries."""
@@ -282,6 +275,9 @@ class SplitStep:
 
     def _scales(self, part: SplitPart, start: int) -> int:
         return part.scales + start * (not self.settings.has_one_factor)
+
+    def _edge_bases(self, cut: Sequence[Held]) -> View:
+        return strided(origins([self._basis(cut, all_rows=True)])[0], cut)
 
     @staticmethod
     def _in(memory: Tensor, starts: Sequence[int]) -> list[Origin]:

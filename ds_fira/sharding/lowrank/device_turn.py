@@ -15,7 +15,7 @@ from ds_fira.core import functional as F
 from ds_fira.core.kernels import numbers as places
 from ds_fira.core.kernels.fragments import PROGRAMS, launch_squares
 from ds_fira.core.kernels.moving import Move, add_arrived, move
-from ds_fira.core.kernels.split_part import Held
+from ds_fira.core.kernels.split_part import Held, SplitStats
 from ds_fira.core.kernels.split_step import SplitStep
 from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.comm import Pending
@@ -175,7 +175,10 @@ class DeviceTurn(Turn):
         for position in finite:
             if position not in stepped:
                 self._parts[position].decay()
-        step.done += [(self._layout.plans[p], memory.stats(parts[p]), memory.quotient(parts[p])) for p in stepped]
+        for position in stepped:
+            part = parts[position]
+            stats = SplitStats(memory.doubles, part.numbers, settings)
+            step.done.append((self._layout.plans[position], stats, memory.quotient(part)))
 
     def _own_rows(self) -> Tensor:
         """Memory for the sums, the same in every step."""
