@@ -69,7 +69,8 @@ class MatrixState:
         """`refresh_step` of one matrix; read anew where the tensor, or one that shares its memory, was written to."""
         version = self.refresh_step._version
         if self._known is None or self._known[0] != version:
-            self._known = version, int(self.refresh_step)
+            # On the host, where this is no call of torch's.
+            self._known = version, self.refresh_step.tolist()
         return self._known[1]
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,38 +24,78 @@ DECODED_BLOCK = 2**16
 FUSED_BYTES = 64
 
 
-def step_unprojected_(
-    param: Tensor, grad: Tensor, moments: dict[str, Stored], step: Tensor, settings: GroupSettings, dtype: torch.dtype
-) -> None:
-    """Step a parameter that is not projected, of any shape and strides, by AdamW or by the group's rule.
+class Unprojected(NamedTuple):
+    """A parameter that is not projected, of any shape and strides, in one step.
 
-    One in a group with a rank makes the step that its projected matrices make: its learning rate is times alpha.
-
-    Args:
+    Attributes:
         param: updated.
         grad: of the same shape.
         moments: its states by name, of its shape, as `ds_fira.core.quantization` stores them.
         step: this step's count, from 1, on the CPU; rounds bfloat16 and 8-bit moments too. Of a capturable group, which
             the kernels must take, the count before, on the device, where it is advanced.
-        settings: of the param group.
         dtype: in which the step is computed.
     """
-    rule, alpha = settings.rule, 1.0 if settings.rank is None else settings.alpha
+
+    param: Tensor
+    grad: Tensor
+    moments: dict[str, Stored]
+    step: Tensor
+    dtype: torch.dtype
+
+
+def step_unprojected_(tensors: Sequence[Unprojected], settings: GroupSettings) -> None:
+    """Step parameters that are not projected by AdamW or by the group's rule; those alike by one kernel on a GPU.
+
+    Those in a group with a rank make the step that its projected matrices make: its learning rate is times alpha.
+
+    Args:
+        tensors: of one param group.
+        settings: of the param group.
+    """
+    together: dict[Hashable, list[Unprojected]] = {}
+    for each in tensors:
+        if settings.rule is None and kernels.supports(each.param):
+            dtypes = [part.dtype for stored in each.moments.values() for part in stored.values()]
+            # Of a 0-dim tensor on the CPU its only element, without a call of torch's; one on the device is not read.
+            count = id(each.step) if settings.capturable else each.step.tolist()
+            together.setdefault((each.param.device, each.param.dtype, each.grad.dtype, *dtypes, count), []).append(each)
+        else:
+            _step_alone_(each, settings)
+    for (*_, count), alike in together.items():
+        arguments = _arguments(alike[0].step if settings.capturable else count, settings)
+        # A kernel reads every element once, and decodes and encodes what it reads.
+        pairs = [
+            tuple(tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in each[:2]) for each in alike
+        ]
+        moments = [(each.moments[EXP_AVG], each.moments[EXP_AVG_SQ]) for each in alike]
+        kernels.adamw_together_(
+            [(*pair, *stored) for pair, stored in zip(pairs, moments, strict=True)],
+            **arguments,
+        )
+        for each, (value, _) in zip(alike, pairs, strict=True):
+            if value is not each.param:
+                each.param.copy_(value)
+
+
+def _arguments(step: int | Tensor, settings: GroupSettings) -> dict[str, object]:
+    """What a step of AdamW takes beside parameters, gradients and moments."""
+    lr = settings.lr_tensor if settings.capturable else settings.lr
+    arguments = {"step": step, "lr": lr, "betas": settings.betas, "eps": settings.eps}
+    return arguments | {"weight_decay": settings.weight_decay, "alpha": _alpha(settings)}
+
+
+def _alpha(settings: GroupSettings) -> float:
+    return 1.0 if settings.rank is None else settings.alpha
+
+
+def _step_alone_(stepped: Unprojected, settings: GroupSettings) -> None:
+    """Step one by torch's functions, in blocks that stay in cache."""
+    param, grad, moments, step, dtype = stepped
+    rule, alpha = settings.rule, _alpha(settings)
     compressed = any(stored[quantization.VALUES].dtype != dtype for stored in moments.values())
     # A rule whose elements see each other is given the parameter as it is; all else goes by blocks of elements.
-    at_once = rule is not None and not rule.elementwise
-    arguments = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay, "alpha": alpha}
-    if settings.capturable:
-        arguments |= {"step": step, "lr": settings.lr_tensor}
-    else:
-        arguments |= {"step": int(step), "lr": settings.lr}
-    if rule is None and kernels.supports(param):
-        # A kernel reads every element once, and decodes and encodes what it reads.
-        value, slope = (each if each.is_contiguous() else each.contiguous() for each in (param, grad))
-        kernels.stored_adamw_(value, slope, moments[EXP_AVG], moments[EXP_AVG_SQ], **arguments)
-        if value is not param:
-            param.copy_(value)
-        return
+    at_once, count = rule is not None and not rule.elementwise, int(step)
+    arguments = _arguments(count, settings)
     flat = param if at_once else param.reshape(-1)
     size = DECODED_BLOCK if compressed else ADAMW_BLOCK
     for start, weight, slope, stored in [(0, param, grad, moments)] if at_once else _blocks(flat, grad, moments, size):

@@ -14,7 +14,7 @@ from ds_fira.core.precision import negligible_ratio
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, compute_dtype, stored_moment
 from ds_fira.core.step import MatrixTask
-from ds_fira.core.unprojected import step_unprojected_
+from ds_fira.core.unprojected import Unprojected, step_unprojected_
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.observe.scaling_series import Series, add_batch
@@ -47,10 +47,9 @@ class Stepping(Resumable):
         if self._recording and self.communicator is None:
             self.recorder.watch_alone(self.param_groups)
         self._step_projected(projected, group, settings)
-        for param in rest:
-            self._step_unprojected(param, group, settings)
-            if self._recording:
-                self.recorder.full_rank(param, settings, self.state[param])
+        self._step_unprojected(rest, group, settings)
+        for param in rest if self._recording else ():
+            self.recorder.full_rank(param, settings, self.state[param])
 
     def _step_projected(self, params: list[Tensor], group: ParamGroup, settings: GroupSettings) -> None:
         """Step the matrices of a group: those stepped whole, in as many turns as they are gathered; then the rest."""
@@ -117,17 +116,28 @@ class Stepping(Resumable):
             precision = "float32"  # as torch's functions multiply there
         return negligible_ratio(dtype, precision)
 
-    def _step_unprojected(self, param: Tensor, group: ParamGroup, settings: GroupSettings) -> None:
-        state = self._state_of(param, group)
-        # The host counts, but for a capturable group the kernel does. A loaded state may have its count elsewhere.
-        home = param.device if settings.capturable else torch.device("cpu")
-        if state[STEP].device != home:
-            refuse_if_capturing("a count of steps is not on the device yet", "make a step without a capture first")
-            state[STEP] = state[STEP].to(home)
-        if not settings.capturable:
-            state[STEP] += 1
-        moments = {name: stored_moment(state, name) for name in self.algorithm.states}
-        step_unprojected_(param, param.grad, moments, state[STEP], settings, compute_dtype(param.dtype))
+    def _step_unprojected(self, params: Sequence[Tensor], group: ParamGroup, settings: GroupSettings) -> None:
+        states = [self._state_of(param, group) for param in params]
+        for param, state in zip(params, states, strict=True):
+            # The host counts, but for a capturable group the kernel does. A loaded state may have its count elsewhere.
+            home = param.device if settings.capturable else torch.device("cpu")
+            if state[STEP].device != home:
+                refuse_if_capturing("a count of steps is not on the device yet", "make a step without a capture first")
+                state[STEP] = state[STEP].to(home)
+        counts = [state[STEP] for state in states]
+        if counts and not settings.capturable:
+            torch._foreach_add_(counts, 1)
+        tensors = [
+            Unprojected(
+                param,
+                param.grad,
+                {name: stored_moment(state, name) for name in self.algorithm.states},
+                count,
+                compute_dtype(param.dtype),
+            )
+            for param, state, count in zip(params, states, counts, strict=True)
+        ]
+        step_unprojected_(tensors, settings)
 
 
 def _require_dense(param: Tensor, name: str) -> None:

@@ -146,9 +146,12 @@ class Communicator:
         """Exchange payloads in one all_to_all and wait for them: see `start_deliver`."""
         return self.start_deliver(sent, expected, like, needed).wait()
 
-    def start_all_reduce(self, tensor: Tensor) -> Pending[Tensor]:
-        """Start to sum `tensor` over all ranks; the sum is the same on each to the bit, on the tensor's own device."""
-        total = tensor.to(self._wire_device, copy=True)
+    def start_all_reduce(self, tensor: Tensor, keep: bool = True) -> Pending[Tensor]:
+        """Start to sum `tensor` over all ranks; the sum is the same on each to the bit, on the tensor's own device.
+
+        Unless it is to be kept, the tensor's memory may hold the sum afterwards.
+        """
+        total = tensor.to(self._wire_device, copy=keep)
         work = dist.all_reduce(total, group=self.group, async_op=True)
         self._count(tensor)
         return self._arriving(work, total, total, tensor.device)

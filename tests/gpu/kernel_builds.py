@@ -21,8 +21,11 @@ from ds_fira.core.algorithms import FIRA_ADAM
 from ds_fira.core.batches import SlicedTask
 from ds_fira.core.matrix_slice import MatrixSlice
 from ds_fira.core.settings import GroupSettings
-from ds_fira.core.state import allocate, matrix_states
+from ds_fira.core.state import allocate, allocate_matrices, matrix_states, state_views
 from ds_fira.core.step import MatrixTask
+from ds_fira.sharding.geometry import MatrixShard, split
+from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
+from ds_fira.sharding.split_matrix import plan_split
 
 CAPABILITY = next((size for size in (80, 100) if f"sm_{size}" in sys.argv), 90)
 BETAS = (0.9, 0.999)
@@ -79,6 +82,39 @@ def tasks_of(
     ]
 
 
+def split_step(shape: tuple[int, int], settings: GroupSettings) -> None:
+    """The step of the middle one of three ranks that share a matrix, cut inside rows, without what travels."""
+    from ds_fira.core.kernels.fragments import PROGRAMS, launch_squares
+    from ds_fira.core.kernels.moving import add_arrived, move
+    from ds_fira.core.kernels.split_step import SplitStep
+    from ds_fira.sharding.lowrank.answer_form import answer_form
+    from ds_fira.sharding.lowrank.layout import TurnLayout
+    from ds_fira.sharding.lowrank.pieces import TurnPieces
+
+    whole = MatrixShard("w", shape, 0, 0, shape[0] * shape[1])
+    fragments = split(whole, -(-whole.stop // 3), 3)
+    plan = LocalShardPlan.of(plan_split(fragments, 1, 3, settings), 0, 0, 1)
+    layout = TurnLayout([plan], settings, {0: answer_form(plan.matrix, settings)})
+    param, grad = (torch.empty(plan.fragment.numel, device="meta") for _ in range(2))
+    basis, low_rank, average = plan.matrix.basis_shape(1), plan.low_rank_shape, plan.averages(settings)
+    stored = allocate_matrices(param, basis, low_rank, settings.state_dtype, (), FIRA_ADAM, average)
+    held = [(layout.parts[0], state_views(stored, plan.matrix.side))]
+    memory = SplitStep(param, grad, layout.sizes, settings, 1e-4, cleared=False)
+    rows, sums = (torch.empty(size, dtype=torch.float64, device="meta") for size in ((1, 3), (1, 2)))
+    launch_squares(grad, [(0, grad.numel())], [0], torch.empty(PROGRAMS, dtype=torch.float64, device="meta"), sums)
+    memory.project(held)
+    pieces = TurnPieces(layout, 3, settings.has_one_factor)
+    delivery = pieces.parts_of_sums([0])
+    move(memory.words, memory.doubles, None, memory.words, pieces.pieces_of_sums([0], delivery))
+    answers = pieces.answers([0])
+    move(memory.words, memory.doubles, held[0][1].basis, memory.words, pieces.pieces_of_answers([0], answers, [0]))
+    add_arrived(memory.words, memory.doubles, memory.words, *pieces.arrivals([0], delivery))
+    memory.advance(held, rows, lambda part: 0, [(sums, 0)])
+    memory.take_sums(held, rows, lambda part: 0)
+    memory.combine(held, over_region=plan.matrix.side == "right", exact=True)
+    memory.apply(held)
+
+
 def builds(shapes: tuple = SHAPES, dtypes: tuple = DTYPES, forms: tuple = FORMS) -> Iterator[dict[str, Any]]:
     """Every kernel's build, for every shape and choice of dtypes; then every form of residual."""
     with recorded() as found:
@@ -91,6 +127,9 @@ def builds(shapes: tuple = SHAPES, dtypes: tuple = DTYPES, forms: tuple = FORMS)
         for form in forms:
             small = (64, 96, 16, shapes[0][3])
             kernels.step_together(tasks_of(small, *dtypes[0], **form))
+            yield from built(found)
+            for shape, side in (((64, 97), "left"), ((97, 66), "right")):
+                split_step(shape, GroupSettings(rank=16, proj_type=side, **form))
             yield from built(found)
         flat, size = torch.empty(2**20, device="meta"), (2**20,)
         step = {"step": 1, "lr": 0.1, "betas": BETAS, "eps": 1e-6, "weight_decay": 0.0}

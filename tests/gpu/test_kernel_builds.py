@@ -120,9 +120,20 @@ def test_every_kernel_compiles_ahead_of_time(capability: int, tmp_path: Path) ->
         "_apply_update",
         "_tally",
         "_adamw",
+        # Of matrices that ZeRO splits.
+        "_square_fragments",
+        "_sum_fragments",
+        "_move",
+        "_add_arrived",
+        "_project_left_edges",
+        "_project_right_edges",
+        "_update_edges",
+        "_measure_entries",
+        "_take_sums",
     }
     for build in builds:
         assert build["shared"] <= {80: 163, 90: 227, 100: 227}[capability] * 1024, build
-        # Around a call, such as that of a quotient in float64, four registers may be put aside.
-        assert build["spilled"] <= (16 if build["kernel"] == "_measure" else 0), build
+        # A quotient in float64 may be a call that puts registers aside.
+        spills = build["kernel"] in ("_measure", "_combine", "_measure_entries")
+        assert build["spilled"] <= (32 if spills else 0), build
         assert bool(build["tensor_cores"]) == (build.get("PRECISION", "float32") != "float32"), build

@@ -10,7 +10,8 @@ Triton is imported when a kernel is first asked for, so that this package can be
     adam_direction_    moments, direction and the squared norms of direction and R
     residual_square    |phi * (G - a P R)|^2 from the residual itself, without forming it
     apply_update_      the update of W in one pass over G and W
-    adamw_             AdamW on any fragment of a parameter; `stored_adamw_` with moments of any `state_dtype`
+    adamw_             AdamW on any fragment of a parameter; `stored_adamw_` with moments of any `state_dtype`, and
+                       `adamw_together_` on many of them at once
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ VARIABLE = "DS_FIRA_KERNELS"
 _HOMES = {
     "adam_direction_": "moments",
     "adamw_": "adamw",
+    "adamw_together_": "adamw",
     "apply_update_": "update",
     "project": "projection",
     "residual_square": "residual",

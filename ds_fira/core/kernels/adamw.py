@@ -1,20 +1,27 @@
-"""AdamW on any tensor, its moments decoded, updated and encoded in the same pass."""
+"""AdamW on any tensors, of which one launch takes many; moments are decoded, updated and encoded in the same pass."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ds_fira.core.kernels.moments import adam, shares_of
+from ds_fira.core.kernels.moving import table_of
 from ds_fira.core.kernels.rates import adamw_sizes, launch_adamw_sizes, rate
-from ds_fira.core.kernels.stored import Moment, encoded, load_blocks, moment, parts, store_blocks
+from ds_fira.core.kernels.stored import encoded, load_blocks, moment, parts, store_blocks
 from ds_fira.core.kernels.tiles import launch, rounded
-from ds_fira.core.kernels.views import View
-from ds_fira.core.quantization import BLOCK, Stored
+from ds_fira.core.kernels.views import UNIT, View
+from ds_fira.core.quantization import BLOCK, VALUES, Stored
 
 # Elements of one program of AdamW, in lines of the elements that share a scale.
 LINES = 4
+
+
+# A tensor to step, contiguous; the gradient and the moments, of its size.
+Operands = tuple[Tensor, Tensor, Stored, Stored]
 
 
 def adamw_(
@@ -56,8 +63,8 @@ def adamw_(
                 f"{name} with shape {tuple(tensor.shape)} and strides {tensor.stride()} does not fit a param of "
                 f"{param.numel()} elements; give contiguous tensors of one shape."
             )
-    views = Moment(View(exp_avg, 0)), Moment(View(exp_avg_sq, 0))
-    _launch_adamw(param, grad, views, "plain", step, lr, betas, eps, weight_decay, alpha)
+    operands = (param, grad, {VALUES: exp_avg}, {VALUES: exp_avg_sq})
+    _launch_adamw([operands], "plain", step, lr, betas, eps, weight_decay, alpha)
 
 
 def stored_adamw_(
@@ -73,20 +80,33 @@ def stored_adamw_(
     weight_decay: float,
     alpha: float = 1.0,
 ) -> None:
-    """`adamw_` on moments as `ds_fira.core.quantization` stores them; their noise goes by the step and the place.
+    """`adamw_` on moments as `ds_fira.core.quantization` stores them; their noise goes by the step and the place."""
+    operands = [(param, grad, exp_avg, exp_avg_sq)]
+    adamw_together_(operands, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, alpha=alpha)
+
+
+def adamw_together_(
+    operands: Sequence[Operands],
+    *,
+    step: int | Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    alpha: float = 1.0,
+) -> None:
+    """`stored_adamw_` of tensors alike in their dtypes, at the same step, by one kernel: the bits of each alone.
 
     With the count of the steps before and the learning rate in tensors on the device, nothing of the step is the
     host's: the count is advanced there, and no argument of a launch changes from step to step.
     """
-    first, second = (moment(stored, [View(part, 0) for part in parts(stored)]) for stored in (exp_avg, exp_avg_sq))
-    form = first.form(noisy=True)
-    _launch_adamw(param, grad, (first, second), form, step, lr, betas, eps, weight_decay, alpha)
+    exp_avg = operands[0][2]
+    form = moment(exp_avg, [View(part, 0) for part in parts(exp_avg)]).form(noisy=True)
+    _launch_adamw(operands, form, step, lr, betas, eps, weight_decay, alpha)
 
 
 def _launch_adamw(
-    param: Tensor,
-    grad: Tensor,
-    moments: tuple[Moment, Moment],
+    operands: Sequence[Operands],
     form: str,
     step: int | Tensor,
     lr: float | Tensor,
@@ -95,27 +115,41 @@ def _launch_adamw(
     weight_decay: float,
     alpha: float,
 ) -> None:
-    numel = param.numel()
+    sizes, seed, step_size, decay_factor = None, 0, 0.0, 0.0
     if isinstance(step, Tensor):
         sizes = launch_adamw_sizes(step, rate(0.0, lr), betas, weight_decay, alpha)
-        seed, step_size, decay_factor = 0, 0.0, 0.0
     else:
-        sizes, seed = None, 2 * step
-        step_size, decay_factor = adamw_sizes(step, lr, betas, weight_decay, alpha)
+        seed, (step_size, decay_factor) = 2 * step, adamw_sizes(step, lr, betas, weight_decay, alpha)
+    even = [_is_even(each) for each in operands]
+    for kind in (True, False):
+        alike = [each for each, other in zip(operands, even, strict=True) if other is kind]
+        if alike:
+            unit = UNIT if kind else 1
+            _launch_alike(alike, unit, form, seed, step_size, decay_factor, sizes, shares_of(betas), float(eps))
+
+
+def _launch_alike(operands: Sequence[Operands], unit: int, form: str, *numbers: object) -> None:
+    """Step tensors whose places and sizes are whole units."""
+    param, grad, *moments = operands[0]
+    firsts = _tensors(operands[0])
+    rows, program = [], 0
+    for each in operands:
+        pairs, numel = zip(_tensors(each), firsts, strict=True), each[0].numel()
+        distances = [(tensor.data_ptr() - first.data_ptr()) // first.element_size() for tensor, first in pairs]
+        rows.append((*(number // unit for number in (*distances, numel)), program))
+        program += triton.cdiv(numel, LINES * BLOCK)
+    table = table_of(param.device, tuple(rows))
     launch(
         _adamw,
-        (triton.cdiv(numel, LINES * BLOCK),),
+        (program,),
         param,
         param,
         grad,
-        *moments,
-        numel,
-        seed,
-        step_size,
-        decay_factor,
-        sizes,
-        shares_of(betas),
-        float(eps),
+        *(moment(each, [View(part, 0) for part in parts(each)]) for each in moments),
+        table,
+        len(operands),
+        unit,
+        *numbers,
         FORM=form,
         LINES=LINES,
         BLOCK=BLOCK,
@@ -123,13 +157,27 @@ def _launch_adamw(
     )
 
 
-@triton.jit(do_not_specialize=["seed"])
+def _is_even(operands: Operands) -> bool:
+    """Whether a kernel can read whole 16-byte units of all tensors up to their ends."""
+    tensors = _tensors(operands)
+    return operands[0].numel() % UNIT == 0 and not any(t.data_ptr() % (UNIT * t.element_size()) for t in tensors)
+
+
+def _tensors(operands: Operands) -> list[Tensor]:
+    """All of them; those of a moment are its values, then its scales."""
+    param, grad, *moments = operands
+    return [param, grad, *(part for stored in moments for part in parts(stored))]
+
+
+@triton.jit(do_not_specialize=["seed", "count"])
 def _adamw(
     param,
     grad,
     exp_avg,
     exp_avg_sq,
-    numel,
+    table,
+    count,
+    unit,
     seed,
     step_size,
     decay_factor,
@@ -140,7 +188,21 @@ def _adamw(
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    # The last tensor whose first program is not behind this one.
+    WIDTH: tl.constexpr = 8 if FORM == "blocks" else 6
+    low = 0
+    high = count
+    while high - low > 1:
+        middle = (low + high) // 2
+        behind = tl.load(table + middle * WIDTH + WIDTH - 1) > tl.program_id(0)
+        high = tl.where(behind, middle, high)
+        low = tl.where(behind, low, middle)
+    row = table + low * WIDTH
+    param += tl.load(row) * unit
+    grad += tl.load(row + 1) * unit
+    numel = tl.load(row + WIDTH - 2) * unit
+    program = tl.program_id(0) - tl.load(row + WIDTH - 1)
+    line = program * LINES + tl.arange(0, LINES)
     at = line[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     # The mask of every load and store: one that depends on the gradient would move each element by itself. What is not
     # kept is written back as it was read, bit by bit.
@@ -153,19 +215,20 @@ def _adamw(
         step_size = tl.load(sizes).to(tl.float32)
         decay_factor = tl.load(sizes + 1).to(tl.float32)
         seed = 2 * tl.load(sizes + 2).to(tl.int64)
-    avg_at = exp_avg.elements.data + at
-    sq_at = exp_avg_sq.elements.data + at
+    avg_at = exp_avg.elements.data + tl.load(row + 2) * unit + at
+    sq_at = exp_avg_sq.elements.data + tl.load(row + WIDTH // 2) * unit + at
     if FORM == "blocks":
+        avg_scale_at = exp_avg.scale.data + tl.load(row + 3) * unit + line
+        sq_scale_at = exp_avg_sq.scale.data + tl.load(row + 5) * unit + line
         line_inside = line * BLOCK < numel
         seed = seed.to(tl.int64)
-        before = load_blocks(avg_at, exp_avg.scale.data + line, exp_avg.tables, inside, line_inside)
-        before_sq = load_blocks(sq_at, exp_avg_sq.scale.data + line, exp_avg_sq.tables, inside, line_inside)
+        before = load_blocks(avg_at, avg_scale_at, exp_avg.tables, inside, line_inside)
+        before_sq = load_blocks(sq_at, sq_scale_at, exp_avg_sq.tables, inside, line_inside)
         average, average_sq, quotient = adam(before, before_sq, gradient, kept, shares, eps)
         average = tl.where(kept, average, before)
         average_sq = tl.where(kept, average_sq, before_sq)
-        store_blocks(avg_at, exp_avg.scale.data + line, exp_avg.tables, average, at, seed, inside, line_inside)
-        scale_at = exp_avg_sq.scale.data + line
-        store_blocks(sq_at, scale_at, exp_avg_sq.tables, average_sq, at, seed + 1, inside, line_inside)
+        store_blocks(avg_at, avg_scale_at, exp_avg.tables, average, at, seed, inside, line_inside)
+        store_blocks(sq_at, sq_scale_at, exp_avg_sq.tables, average_sq, at, seed + 1, inside, line_inside)
     else:
         before = tl.load(avg_at, mask=inside, other=0.0)
         before_sq = tl.load(sq_at, mask=inside, other=0.0)

@@ -138,16 +138,17 @@ def _apply_update(
         return
     row, column = tile_corner(tl.program_id(0), m, n, ROWS, COLUMNS)
     update = product(left, right, matrix, row, column, m, n, rank, PRECISION, ROWS, COLUMNS, DEPTH)
+    kept = tl.load(origin(decay_factor, matrix)).to(tl.float32) if STORED_DECAY else decay_factor
     # By quarters of the tile, for W and G of all of it have no room in registers beside the product.
     HALF: tl.constexpr = COLUMNS // 2
     QUARTER: tl.constexpr = COLUMNS // 4
     one, two = _halves(update, ROWS, HALF)
     first, second = _halves(one, ROWS, QUARTER)
     third, fourth = _halves(two, ROWS, QUARTER)
-    _write(weight, grad, phi, first, matrix, row, column, m, n, decay_factor, BY_ROW, ROWS, QUARTER)
-    _write(weight, grad, phi, second, matrix, row, column + QUARTER, m, n, decay_factor, BY_ROW, ROWS, QUARTER)
-    _write(weight, grad, phi, third, matrix, row, column + HALF, m, n, decay_factor, BY_ROW, ROWS, QUARTER)
-    _write(weight, grad, phi, fourth, matrix, row, column + HALF + QUARTER, m, n, decay_factor, BY_ROW, ROWS, QUARTER)
+    _write(weight, grad, phi, first, matrix, row, column, m, n, kept, BY_ROW, ROWS, QUARTER)
+    _write(weight, grad, phi, second, matrix, row, column + QUARTER, m, n, kept, BY_ROW, ROWS, QUARTER)
+    _write(weight, grad, phi, third, matrix, row, column + HALF, m, n, kept, BY_ROW, ROWS, QUARTER)
+    _write(weight, grad, phi, fourth, matrix, row, column + HALF + QUARTER, m, n, kept, BY_ROW, ROWS, QUARTER)
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def _write(
     column,
     m,
     n,
-    decay_factor,
+    kept,
     BY_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -176,7 +177,6 @@ def _write(
     if phi is not None:
         scale = load_scale(phi, matrix, row, column, m, n, BY_ROW, ROWS, COLUMNS)
         update += scale * load_tile(grad, matrix, row, column, m, n, ROWS, COLUMNS)
-    kept = tl.load(origin(decay_factor, matrix)).to(tl.float32) if STORED_DECAY else decay_factor
     value = load_tile(weight, matrix, row, column, m, n, ROWS, COLUMNS) * kept - update
     weight_at, inside = tile_at(weight, matrix, row, column, m, n, ROWS, COLUMNS)
     tl.store(weight_at, rounded(value, weight_at.dtype.element_ty), mask=inside)

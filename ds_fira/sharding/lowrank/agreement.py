@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Agreement:
 
     Attributes:
         settled: whether the sums are known and the bases that were due renewed.
-        totals: |G|^2 of every matrix of the group by position, 0-dim, on the parameter's device; empty before.
+        found: |G|^2 of every matrix of the group by position, on the host; empty before.
         finite: the positions whose gradients are finite.
         refreshed: the positions whose bases may have changed in this step.
     """
@@ -31,6 +32,7 @@ class Agreement:
         is_due: Callable[[ShardStep], bool],
         refresh: Callable[[Sequence[int]], None],
         dtype: torch.dtype,
+        measure: Callable[[Mapping[int, bool]], Tensor] | None = None,
     ) -> None:
         """Take what is needed for both; nothing is sent yet.
 
@@ -42,14 +44,17 @@ class Agreement:
             is_due: whether the basis of a matrix that this rank owns is due.
             refresh: renews the bases at some positions, the same on all ranks; a collective call.
             dtype: in which the parameter is stepped.
+            measure: gives what this rank adds to the sums, (positions, 2), from the parts of which a refresh is due;
+                its memory may be overwritten. None to ask the parts.
         """
+        self._measure = measure
         self._communicator, self._positions, self._param = communicator, positions, param
         self._parts, self._is_due, self._refresh = parts, is_due, refresh
         self._largest = torch.finfo(dtype).max
         self._sums: Pending[Tensor] | None = None
         self._ahead: list[Pending] = []
         self.settled = False
-        self.totals: dict[int, Tensor] = {}
+        self.found: dict[int, float] = {}
         self.finite: set[int] = set()
         self.refreshed: set[int] = set()
 
@@ -58,11 +63,14 @@ class Agreement:
         if self._sums is not None:
             return
         rows = {}
+        # The owner decides: by the refresher's bound of its step count, so that few steps read one from a device.
+        due = {position: part.plan.owns and self._is_due(part) for position, part in self._parts.items()}
+        if self._measure is not None:
+            self._sums = self._communicator.start_all_reduce(self._measure(due), keep=False)
+            return
         for position, part in self._parts.items():
             grad_sq = part.grad_square()
-            # The owner decides: by the refresher's bound of its step count, so that few steps read one from a device.
-            due = part.plan.owns and self._is_due(part)
-            rows[position] = (grad_sq, torch.full_like(grad_sq, due))
+            rows[position] = (grad_sq, torch.full_like(grad_sq, due[position]))
         self._sums = start_sum(self._communicator, self._positions, self._param, GRADIENT_SUMS, rows)
 
     def watch(self, pending: Pending) -> None:
@@ -76,7 +84,7 @@ class Agreement:
             return
         sums = self._sums.wait()
         found = sums.tolist()
-        self.totals = dict(zip(self._positions, sums[:, 0].unbind(), strict=True))
+        self.found = {position: total for position, (total, _) in zip(self._positions, found, strict=True)}
         # NaN compares as false.
         self.finite = {p for p, (total, _) in zip(self._positions, found, strict=True) if total < self._largest}
         possible = [
@@ -91,6 +99,15 @@ class Agreement:
         self.refreshed = set(possible)
         self._ahead.clear()
         self.settled = True
+
+    @cached_property
+    def totals(self) -> dict[int, Tensor]:
+        """`found` as 0-dim tensors on the parameter's device."""
+        return dict(zip(self._positions, self._sums.wait()[:, 0].unbind(), strict=True))
+
+    def origin(self, position: int) -> tuple[Tensor, int]:
+        """Where a matrix's |G|^2 lies on the device: a tensor, and the place in it."""
+        return self._sums.wait(), GRADIENT_SUMS * self._positions.index(position)
 
 
 def start_sum(

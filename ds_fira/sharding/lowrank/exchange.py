@@ -36,6 +36,14 @@ class LowRankExchange:
         self._borrowing = {position for position, matrix in matrices.items() if matrix.borrowed_entries}
         self._borrowing_bases = {position for position, matrix in matrices.items() if matrix.borrowed_basis_rows}
 
+    def borrows(self, turn: Sequence[int]) -> bool:
+        """Whether some rank borrows entries of R of the matrices at some positions."""
+        return not self._borrowing.isdisjoint(turn)
+
+    def borrows_bases(self, turn: Sequence[int]) -> bool:
+        """Whether some rank borrows rows of P of them."""
+        return not self._borrowing_bases.isdisjoint(turn)
+
     def borrow_bases(
         self, turn: Sequence[int], param: Tensor, parts: Mapping[int, ShardStep]
     ) -> Pending[dict[int, dict[Transfer, Tensor]]]:
@@ -50,8 +58,8 @@ class LowRankExchange:
             for position, part in parts.items()
             for transfer in part.plan.basis_borrowed
         ]
-        needed = not self._borrowing_bases.isdisjoint(turn)
-        return self.communicator.start_deliver(sent, expected, empty_like_state(param), needed).then(
+        needed, like = self.borrows_bases(turn), empty_like_state(param)
+        return self.communicator.start_deliver(sent, expected, like, needed).then(
             lambda arrived: {p: {t: arrived[p, t] for t in part.plan.basis_borrowed} for p, part in parts.items()}
         )
 
@@ -133,8 +141,7 @@ class LowRankExchange:
             for position, part in parts.items()
             for t in (part.plan.lent if to_keepers else part.plan.borrowed)
         ]
-        needed = not self._borrowing.isdisjoint(turn)
-        return self.communicator.start_deliver(sent, expected, empty_like_state(param), needed)
+        return self.communicator.start_deliver(sent, expected, empty_like_state(param), self.borrows(turn))
 
 
 def _numel(part: ShardStep, transfer: Transfer) -> int:

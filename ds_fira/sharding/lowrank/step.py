@@ -28,10 +28,13 @@ there is a limiter for those of 5, since both decide which collectives follow.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ds_fira.core import kernels
 from ds_fira.core.algorithms import Algorithm
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import STEP, MatrixState, allocate_matrices, compute_dtype, state_views
@@ -45,6 +48,9 @@ from ds_fira.sharding.lowrank.turn import AT_ONCE, GroupStep, ShardStats, Turn, 
 from ds_fira.sharding.plan import split_by_size
 from ds_fira.sharding.refresher import Refresher
 from ds_fira.sharding.split_matrix import SplitMatrix
+
+if TYPE_CHECKING:
+    from ds_fira.sharding.lowrank.device_turn import DeviceGroup
 
 # Elements of R and of borrowed bases that a turn works on, or one matrix: 64 MiB in float32. A turn holds a few as
 # large, and two turns are under way.
@@ -127,15 +133,10 @@ class LowRankMatrices:
             ValueError: the state was loaded from a run that stepped these matrices another way.
         """
         dtype = compute_dtype(param.dtype)
+        by_kernels = settings.rule is None and kernels.supports(param)
+        states = {plan.position: self._state_of(plan, state, algorithm, dtype) for plan in self.plans}
         parts = {
-            plan.position: ShardStep(
-                plan,
-                plan.fragment.fragment(param),
-                plan.fragment.fragment(param.grad),
-                self._state_of(plan, state, algorithm, dtype),
-                settings,
-                negligible_ratio,
-            )
+            plan.position: self._part(plan, param, states[plan.position], settings, negligible_ratio, by_kernels)
             for plan in self.plans
         }
 
@@ -146,10 +147,36 @@ class LowRankMatrices:
             self._refresh.refresh(due, param, parts, settings, refresher)
 
         positions = list(self._matrices)
-        agreement = Agreement(self.communicator, positions, param, parts, is_due, refresh, dtype)
+        measure = partial(self._device_group.grad_sums, param.grad) if by_kernels else None
+        agreement = Agreement(self.communicator, positions, param, parts, is_due, refresh, dtype, measure)
         step = GroupStep(self._matrices, self._exchange, agreement, param, settings, parts)
-        overlapped(Turn(turn, step).run() for turn in self._turns)
+        overlapped(self._turn(turn, step, negligible_ratio, by_kernels).run() for turn in self._turns)
         return sorted(step.done, key=lambda stats: stats[0].position)
+
+    @cached_property
+    def _device_group(self) -> DeviceGroup:
+        # It imports Triton.
+        from ds_fira.sharding.lowrank.device_turn import DeviceGroup
+
+        return DeviceGroup(self._matrices, self.plans)
+
+    @staticmethod
+    def _part(
+        plan: LocalShardPlan, param: Tensor, state: MatrixState, settings: GroupSettings, ratio: float, by_kernels: bool
+    ) -> ShardStep:
+        if by_kernels:
+            from ds_fira.sharding.lowrank.device_part import DevicePart
+
+            return DevicePart(plan, param, state, settings, ratio)
+        fragments = plan.fragment.fragment(param), plan.fragment.fragment(param.grad)
+        return ShardStep(plan, *fragments, state, settings, ratio)
+
+    def _turn(self, positions: Sequence[int], step: GroupStep, ratio: float, by_kernels: bool) -> Turn:
+        if by_kernels:
+            from ds_fira.sharding.lowrank.device_turn import DeviceTurn
+
+            return DeviceTurn(positions, step, self._device_group, ratio)
+        return Turn(positions, step)
 
     def _state_of(
         self, plan: LocalShardPlan, state: dict[str, Tensor], algorithm: Algorithm, dtype: torch.dtype

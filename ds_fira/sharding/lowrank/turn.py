@@ -98,13 +98,18 @@ class Turn:
 
     def run(self) -> Iterator[None]:
         """Everything but the sums of the group and its refreshes; collectives, with a stop before each wait."""
-        step, agreement = self.step, self.step.agreement
+        agreement = self.step.agreement
         ahead = not agreement.settled
         yield from self._sum_low_rank(self.positions)
         agreement.settle()
         again = [position for position in self.positions if position in agreement.refreshed]
         if ahead and again:
             yield from self._sum_low_rank(again)
+        yield from self._step()
+
+    def _step(self) -> Iterator[None]:
+        """Lines 9 to 16, R being complete."""
+        step, agreement = self.step, self.step.agreement
         parts = {position: step.parts.pop(position) for position in self.positions if position in step.parts}
         stepped = {p: part for p, part in parts.items() if p in agreement.finite and part.state.has_basis}
         rows = {position: row for position, part in stepped.items() if (row := part.advance()) is not None}

@@ -7,13 +7,28 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed.launches import FEED_FORWARD, HIDDEN, LAYER, counted, partition, separate
+from benchmarks.speed.launches import (
+    FEED_FORWARD,
+    HIDDEN,
+    LAYER,
+    LAYER_7B,
+    LAYERS_7B,
+    RANK_7B,
+    counted,
+    partition,
+    separate,
+    split,
+    unprojected,
+    zero3,
+)
+from benchmarks.speed.split_launches import plan
 from ds_fira.core import kernels, quantization
 from ds_fira.core.algorithms import FIRA_ADAM
 from ds_fira.core.batches import MAX_BATCH
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import allocate, matrix_states, state_views
 from ds_fira.core.step import MatrixTask, update
+from ds_fira.sharding.lowrank.step import turns_of
 from tests.grids import once
 from tests.unit.core.kernel_cases import random, random_basis
 
@@ -28,8 +43,12 @@ pytestmark = [
 MOST_OF_A_BATCH = 12
 # Where matrices do not lie at equal distances: the table that says where they are.
 TABLE = 2
-# The step count on the host, its look at it, and the kernel.
-MOST_OF_ADAMW = 4
+# The step counts on the host, the kernel, and the table where gradients have moved.
+MOST_OF_ADAMW = 3
+# Of a matrix that ZeRO splits, alone: the sums of all ranks, two memories, what travels, and the kernels between.
+MOST_OF_A_SPLIT = 20
+# Of a turn of such matrices of two kinds, without what adds the numbers of each to the metrics.
+MOST_OF_A_TURN = 25
 WIDE, TALL = (HIDDEN, FEED_FORWARD), (FEED_FORWARD, HIDDEN)
 # Not at equal distances.
 MIXED = [WIDE, TALL, WIDE, WIDE, TALL]
@@ -106,6 +125,14 @@ def test_a_capturable_step_counts_on_the_device() -> None:
     assert dict(less) == {"aten.add_.Tensor": 1, "aten._local_scalar_dense.default": 1}
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", pytest.param("int8", marks=pytest.mark.full)])
+def test_a_group_under_adamw_is_one_kernel(state_dtype: str) -> None:
+    """However many tensors, of whatever sizes."""
+    names = unprojected([(16,), (48,), (5, 3), (16,)], steps=1, state_dtype=state_dtype)
+    assert names["_adamw"] == 1
+    assert names.total() <= MOST_OF_ADAMW, names
+
+
 @pytest.mark.parametrize("state_dtype", [pytest.param("float32", marks=pytest.mark.full), "int8"])
 def test_one_task_of_a_batch_is_its_matrices(state_dtype: str) -> None:
     """Tensors with a leading dimension, as one task: the bits of the matrices by themselves, at a batch's launches."""
@@ -135,3 +162,54 @@ def test_one_task_of_a_batch_is_its_matrices(state_dtype: str) -> None:
     for together, alone in zip(*results, strict=True):
         assert torch.equal(together, alone)
     assert not torch.equal(results[0][0], random(count, *TALL, seed=5))
+
+
+@pytest.mark.parametrize(
+    ("shape", "given"),
+    [
+        (TALL, {}),
+        (WIDE, {}),
+        (TALL, {"evenly_sharded": True}),
+        (WIDE, {"evenly_sharded": True}),
+        # Cut inside rows: two borrowed rows, two edges.
+        ((FEED_FORWARD + 1, HIDDEN), {"ranks": 3, "dp_rank": 1}),
+        pytest.param((HIDDEN - 1, FEED_FORWARD), {}, marks=pytest.mark.full),
+        pytest.param(WIDE, {"dp_rank": 1}, marks=pytest.mark.full),
+        pytest.param(WIDE, {"evenly_sharded": True, "ranks": 8}, marks=pytest.mark.full),
+        pytest.param(WIDE, {"scaling": "matrix", "state_dtype": "bfloat16"}, marks=pytest.mark.full),
+        pytest.param(TALL, {"evenly_sharded": True, "residual": "normalized"}, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_a_split_matrix_launches_twenty(shape: tuple[int, int], given: dict[str, Any]) -> None:
+    """On one rank, in a whole step, its collectives aside."""
+    names = split([shape], steps=1, **given)
+    assert 6 < names.total() <= MOST_OF_A_SPLIT, names
+
+
+@pytest.mark.parametrize("shape", [TALL, pytest.param(WIDE, marks=pytest.mark.full)])
+def test_split_matrices_alike_are_a_batch(shape: tuple[int, int]) -> None:
+    """Eight launch what one does, and add their numbers to the metrics of those that own them."""
+    names = split([shape] * 8, steps=1, evenly_sharded=True)
+    assert names["_project"] == names["_apply_update"] == 1
+    assert names["_tally"] == 4
+    assert names.total() <= MOST_OF_A_SPLIT + 3, names
+
+
+def test_a_turn_of_two_kinds_launches_a_few() -> None:
+    """As most turns of LLaMA-7B at stage 3; so all of them together launch few thousand."""
+    names = split(LAYER[3:5], steps=1, ranks=8, evenly_sharded=True)
+    assert names["_project"] == 2
+    assert names.total() - names["_tally"] <= MOST_OF_A_TURN, names
+    planned, _ = plan(LAYER_7B * LAYERS_7B, 8, True, GroupSettings(rank=RANK_7B, update_proj_gap=10**6))
+    turns, owned = turns_of(planned), len(planned) // 8
+    assert len(turns) > 50
+    assert all(len({planned[position].shape for position in turn}) <= 2 for turn in turns)
+    assert len(turns) * MOST_OF_A_TURN + owned + MOST_OF_ADAMW < 5000
+
+
+@pytest.mark.full
+def test_7b_at_stage_3_launches_few_thousand() -> None:
+    """224 matrices, all of them split over 8 ranks."""
+    names = zero3()
+    assert 500 < names.total() < 5000, names

@@ -6,8 +6,9 @@ import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
-from threading import Barrier
+from threading import Barrier, Lock
 from typing import Any
 
 import pytest
@@ -61,6 +62,7 @@ def train(
     evenly_sharded: bool = False,
     fault: bool = False,
     only: slice = slice(None),
+    computing: Lock | None = None,
 ) -> list[tuple[list[Tensor], list[int], list[int]]]:
     """By rank: weights and states after every step, and the round trips and collectives of every step.
 
@@ -73,6 +75,7 @@ def train(
         fault: whether gradients are as they should not be: of rank 1 in the second and in the fourth step, in which the
             residual of the new basis is rounding; of two matrices not finite in the third.
         only: which of the matrices.
+        computing: held by the rank that computes, where one may at a time.
     """
     numel, at_once, late = order
     monkeypatch.setattr(low_rank_step, "MAX_STEP_NUMEL", numel)
@@ -84,7 +87,7 @@ def train(
     weights, *grads = (torch.randn(ranks, size, generator=generator) for _ in range(1 + STEPS))
     for position, matrix in matrices.items() if fault else ():
         spans = [(rank, slice(f.offset, f.offset + f.numel)) for rank, f in matrix.fragments]
-        for step in (1, 3):
+        for step in range(1, STEPS, 2):
             whole = torch.cat([grads[step][span] for span in spans]).view(matrix.shape)
             whole = whole[:, :1] @ whole[:1]
             for (_, fragment), span in zip(matrix.fragments, spans, strict=True):
@@ -96,11 +99,12 @@ def train(
 
     def run(rank: int) -> tuple[list[Tensor], list[int], list[int]]:
         communicator, refresher = Threads(rank, barrier, box, late), Refresher(StepMetrics(), "FiraAdam")
+        communicator.computing = computing
         param = torch.nn.Parameter(weights[rank].clone())
         one = LowRankMatrices(matrices, communicator, numbers)
         state = one.allocate(param, settings, FIRA_ADAM)
         found, trips, started = [], [0], [0]
-        with torch.no_grad():
+        with torch.no_grad(), computing or nullcontext():
             for grad in grads:
                 param.grad = grad[rank].clone()
                 one.step(param, state, settings, 1e-4, refresher, FIRA_ADAM)

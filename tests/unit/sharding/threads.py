@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from threading import Barrier
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Barrier, Lock
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ class Threads(Communicator):
             nobody has waited for yet, takes no time of its own.
     """
 
+    # Held by the rank that computes, where only one may at a time: Triton's interpreter has one state in a process.
+    computing: Lock | None = None
+
     def __init__(self, dp_rank: int, barrier: Barrier, box: list[Sequence[Tensor]], late: bool = False) -> None:
         self.dp_rank, self.dp_size = dp_rank, len(box)
         self.collectives = self.bytes_sent = self.started = self.round_trips = 0
@@ -31,10 +35,22 @@ class Threads(Communicator):
 
     def _exchange(self, own: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         self._box[self.dp_rank] = own
-        self._barrier.wait(SECONDS)
-        all_of_them = list(self._box)
-        self._barrier.wait(SECONDS)
+        with self._waiting():
+            self._barrier.wait(SECONDS)
+            all_of_them = list(self._box)
+            self._barrier.wait(SECONDS)
         return all_of_them
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        if self.computing is None:
+            yield
+            return
+        self.computing.release()
+        try:
+            yield
+        finally:
+            self.computing.acquire()
 
     def _pending(self, exchange: Callable[[], Tensor]) -> Pending[Tensor]:
         """What arrives at a time of its own: one round trip after its start."""
@@ -59,7 +75,7 @@ class Threads(Communicator):
 
         return self._pending(exchange)
 
-    def start_all_reduce(self, tensor: Tensor) -> Pending[Tensor]:
+    def start_all_reduce(self, tensor: Tensor, keep: bool = True) -> Pending[Tensor]:
         """As the communicator's, added up in order of rank."""
         return self._pending(lambda: sum(other for (other,) in self._exchange((tensor.clone(),))))
 

@@ -1,0 +1,84 @@
+"""The low-rank way by kernels, interpreted: the steps of the torch functions, in as many collectives.
+
+Ranks are threads of which one computes at a time, as Triton's interpreter has one state in a process.
+"""
+
+from __future__ import annotations
+
+import math
+from threading import Lock
+from typing import Any
+
+import pytest
+import torch
+
+from ds_fira.core import kernels
+from tests.unit.sharding import test_overlap
+from tests.unit.sharding.test_overlap import PAIRS, TOGETHER, train
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU"),
+    # Of entries that are not read, in memory that is not written.
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
+# Of the largest element of a tensor; sums are added up in another order.
+TOLERANCE = 2e-6
+# Steps with gradients of rank one, whose residual is summed from itself, and with some that are not finite.
+FORMS: list[tuple[dict[str, Any], bool]] = [
+    ({"alpha": 1.0}, False),
+    ({"alpha": 1.0, "refresh_moments": "rotate", "subspace": "gram"}, True),
+    ({"scaling": "matrix", "formulation": "paper", "stagger": True}, False),
+    ({"scaling": "matrix", "alpha": 1.0}, True),
+    ({"residual": "normalized", "scaling": "matrix", "limiter": "growth"}, True),
+    ({"residual": "normalized", "residual_beta": 0.0}, False),
+    ({"residual": "normalized", "residual_warmup": 3}, True),
+    ({"residual": "none"}, True),
+    ({"scaling": "none", "limiter": "none", "eps": 0.0}, False),
+]
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes steps with and without kernels, and compares weights, states and the collectives of every step."""
+
+    def run(changed: dict[str, Any], order: tuple[int, int, bool], steps: int, **given: Any) -> None:
+        monkeypatch.setattr(test_overlap, "STEPS", steps)
+        # As the torch functions multiply on a CPU.
+        changed = {"matmul_precision": "float32", **changed}
+        expected = train(monkeypatch, order, changed, **given)
+        kernels.interpret_on_cpu(True)
+        try:
+            found = train(monkeypatch, order, changed, computing=Lock(), **given)
+        finally:
+            kernels.interpret_on_cpu(False)
+        for (before, *counts), (after, *others) in zip(expected, found, strict=True):
+            assert counts == others
+            for first, second in zip(before, after, strict=True):
+                assert first.isnan().equal(second.isnan())
+                largest = float(first.double().nan_to_num().abs().max()) if first.numel() else 0.0
+                assert math.isfinite(largest)
+                torch.testing.assert_close(second, first, rtol=0.0, atol=TOLERANCE * largest, equal_nan=True)
+
+    return run
+
+
+@pytest.mark.parametrize("evenly_sharded", [False, True])
+def test_kernels_make_the_step_of_the_torch_functions(both: Any, evenly_sharded: bool) -> None:
+    """Two ranks, a refresh, then a residual that is rounding."""
+    only = slice(0, 2) if evenly_sharded else slice(3, 4)
+    both({"alpha": 1.0}, TOGETHER, 2, ranks=2, evenly_sharded=evenly_sharded, fault=True, only=only)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("changed", "evenly_sharded"), FORMS, ids=str)
+def test_every_form(both: Any, changed: dict[str, Any], evenly_sharded: bool) -> None:
+    """Three ranks, two refreshes, matrices on both sides, cut inside rows and thinner than a cut."""
+    both(changed, TOGETHER, 5, evenly_sharded=evenly_sharded, fault=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("evenly_sharded", [False, True])
+def test_turns_overlap(both: Any, evenly_sharded: bool) -> None:
+    """One matrix a turn, two turns at a time."""
+    both({"alpha": 1.0}, PAIRS, 5, evenly_sharded=evenly_sharded, fault=True)
