@@ -211,6 +211,7 @@ class SplitStep:
             launch_combine(
                 low_rank,
                 direction,
+                direction,
                 phi,
                 scales,
                 numbers,
