@@ -9,10 +9,11 @@ python docs/tools/messages.py
 from __future__ import annotations
 
 import ast
+import functools
 import re
 
 import tomllib  # isort: skip
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,10 +153,11 @@ def _is_sentence(text: str) -> bool:
     return whole and "\n" not in text and _words(text) >= SENTENCE_WORDS and ("; " in text or ": " in text)
 
 
-def all_messages() -> list[Message]:
+@functools.cache
+def all_messages() -> tuple[Message, ...]:
     """Every message once, in the order of the files."""
     found = {message.text: message for path in sorted(LIBRARY.rglob("*.py")) for message in messages_of(path)}
-    return list(found.values())
+    return tuple(found.values())
 
 
 def explained() -> list[dict[str, str]]:
@@ -163,7 +165,7 @@ def explained() -> list[dict[str, str]]:
     return tomllib.loads(DATA.read_text())["message"]
 
 
-def page(messages: list[Message], details: list[dict[str, str]]) -> str:
+def page(messages: Sequence[Message], details: list[dict[str, str]]) -> str:
     """The page as Markdown."""
     by_text = {message.text: message for message in messages}
     parts = [HEAD]

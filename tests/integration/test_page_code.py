@@ -39,9 +39,10 @@ engine.backward(engine(rows)); engine.step()
 os.makedirs("runs/mine", exist_ok=True)
 engine.save_checkpoint("state")
 """
-# Pages whose Python needs it. Those of every run show what a reader tries first.
+# Pages whose Python needs it.
 WITH_ENGINE = ("checkpointing.md", "configs.md", "launching.md", "monitoring.md")
-IN_EVERY_RUN = ("migrate.md", "plug_and_play.md", "start.md")
+# What a reader tries first; of plug_and_play.md a unit test runs every block.
+IN_EVERY_RUN = ("finetuning.md", "migrate.md", "start.md")
 
 
 def of(language: str) -> list[Block]:
