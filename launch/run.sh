@@ -216,6 +216,8 @@ case $launcher in
     fi
     ;;
   torchrun)
+    # The same with another status where the training ends with 2.
+    command=("$python" "$repository/launch/torchrun.py" "${command[@]:1}")
     if [[ ${NNODES:-1} -gt 1 ]]; then
       # Ranks follow NODE_RANK, and no machine needs to know itself by the name of MASTER_ADDR, as with c10d.
       command+=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")

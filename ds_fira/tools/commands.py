@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+from ds_fira.version import __version__
+
 PROGRAM = "ds-fira"
 WRONG = 2
 
@@ -70,6 +72,7 @@ def run(commands: Sequence[Command], description: str, argv: list[str] | None = 
         SystemExit: argparse cannot read the arguments, with status 2; or they ask for help.
     """
     parser = argparse.ArgumentParser(prog=PROGRAM, description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     added = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for command in commands:
         command.register(added)

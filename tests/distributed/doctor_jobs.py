@@ -22,7 +22,7 @@ def laid_out(ds_config: dict[str, Any], config_file: str) -> dict[str, Any]:
     engine.step()
     attachment = fira_of(engine).attachment
     found = {
-        "groups": [[shape for _, shape in members] for members in attachment.members],
+        "groups": attachment.members,
         "split": [
             (matrix.name, matrix.shape, matrix.way, matrix.owner, tuple(matrix.sharers))
             for layout in attachment.layouts

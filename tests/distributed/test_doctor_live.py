@@ -45,7 +45,10 @@ def test_groups_splits_and_bytes_are_those_of_an_engine(
     for live in ranks.run(
         2, "laid_out", module="tests.distributed.doctor_jobs", ds_config=content, config_file=str(model)
     ):
-        assert [group.shapes for group in found.groups] == [dict(Counter(shapes)) for shapes in live["groups"]]
+        members = [[name for name, _ in listed] for listed in live["groups"]]
+        assert [list(group.names) for group in found.groups] == members
+        shapes = [dict(Counter(shape for _, shape in listed)) for listed in live["groups"]]
+        assert [group.shapes for group in found.groups] == shapes
         assert [dataclasses.astuple(matrix) for matrix in found.split] == live["split"]
         assert list(found.state_bytes) == live["state_bytes"]
     assert found.split

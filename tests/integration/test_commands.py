@@ -9,7 +9,7 @@ import pytest
 
 from ds_fira import run as runner
 from ds_fira.__main__ import main
-from tests.programs import run_command
+from tests.programs import ROOT, Forked, run_command
 
 QUIET: dict[str, str | None] = {"DS_ACCELERATOR": None}
 
@@ -73,3 +73,23 @@ def test_a_script_that_is_not_there_exits_2(arguments: list[str], capsys: pytest
         runner.main(arguments)
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "sentence"),
+    [
+        ("pretrain_llama.py", ["--steps", "0"], "--steps"),
+        ("hf_trainer.py", ["--model", "none.json", "--output_dir", "out"], "model config none.json does not exist"),
+        ("hf_trainer.py", ["--max_steps", "many"], "invalid int value"),
+        ("accelerate_train.py", ["--deepspeed-config", "none.json"], "none.json does not exist"),
+        ("finetune_commonsense.py", ["--model", "none", "--train", "none.json"], "none.json"),
+        ("memory_savings.py", ["--seq-length", "1"], "--seq-length must be at least 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_wrong_options_of_examples_exit_2(script: str, arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    """With one sentence, whether argparse, the example or a library finds them."""
+    (done,) = Forked(str(ROOT / "examples" / script), arguments, tmp_path).wait()
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -112,6 +112,20 @@ def test_how_often_a_run_is_started(restarts: str, fails_with: str, status: int,
     assert len(list(tmp_path.glob("run*"))) == runs
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize(("fails_with", "status", "runs"), [("2", 2, 1), ("1", 0, 3)], ids=["wrong option", "failure"])
+def test_a_launcher_passes_the_status_of_a_wrong_option_on(
+    launcher: str, fails_with: str, status: int, runs: int, tmp_path: Path
+) -> None:
+    """By itself torchrun would end with 1, and the run would be started again."""
+    (tmp_path / "fails.py").write_text(FAILS_TWICE)
+    settings = {"LAUNCHER": launcher, "NPROC": "1", "MAX_RESTARTS": "3"}
+    with started(tmp_path, ["fails.py", fails_with], "log", **settings) as process:
+        assert process.wait(200) == status, (tmp_path / "log").read_text()
+    assert len(list(tmp_path.glob("run*"))) == runs
+
+
 def test_a_run_that_is_told_to_end_is_not_started_again(tmp_path: Path) -> None:
     """SIGTERM, as from a scheduler, goes on to the launcher and ends the restarts."""
     (tmp_path / "waits.py").write_text("import pathlib, time; pathlib.Path('runs').touch(); time.sleep(300)")

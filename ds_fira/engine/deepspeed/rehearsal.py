@@ -78,6 +78,7 @@ class Rehearsal(DeepSpeedEngine):
 
     Attributes:
         content: the config, which knows which of its keys were read.
+        read: the same as DeepSpeed has read it.
         refusals: every sentence with which a start would end, in the order in which it would.
         said: what it would warn of.
         made: the optimizer, without states; None where it is refused.
@@ -90,7 +91,7 @@ class Rehearsal(DeepSpeedEngine):
     def __init__(self, content: Mapping[str, object], module: nn.Module, ranks: int) -> None:
         nn.Module.__init__(self)
         self.content = NotedConfig(content)
-        self._config = RanksConfig(self.content, ranks)
+        self.read = self._config = RanksConfig(self.content, ranks)
         self.client_optimizer = self.client_lr_scheduler = self.mpu = None
         self.module, self.global_rank, self.pipeline_parallelism = module, 0, False
         self.has_moe_layers = any(isinstance(each, MoE) for each in module.modules())

@@ -32,6 +32,7 @@ class Group:
 
     Attributes:
         projected: whether its matrices have low-rank states; else they are stepped without a projection.
+        names: of its parameters in the model.
         shapes: of its parameters, with how many there are.
         matrices: for each shape (m, n) of its matrices, how many, the projected side, and r = min(rank, m, n).
         settings: those that decide what a step does.
@@ -39,6 +40,7 @@ class Group:
     """
 
     projected: bool
+    names: tuple[str, ...]
     shapes: dict[tuple[int, ...], int]
     matrices: dict[tuple[int, int], tuple[int, str, int]]
     settings: dict[str, object]
@@ -191,7 +193,7 @@ def _refuse_auto(content: Mapping[str, object]) -> None:
 
 
 def _training(engine: Rehearsal) -> dict[str, object]:
-    config, (dtype, _) = engine._config, engine.get_data_types()
+    config, (dtype, _) = engine.read, engine.get_data_types()
     return {
         "optimizer": engine.algorithm.name,
         "zero_stage": int(engine.zero_optimization_stage()),
@@ -213,7 +215,7 @@ def _group(group: PlannedGroup) -> Group:
         matrices[(m, n)] = (count * experts, settings.side_of((m, n)), effective_rank((m, n), settings.rank))
     shown = (*SHOWN_OF_ALL, *SHOWN) if projected else SHOWN_OF_ALL
     own = {name: group.settings[name] for name in shown if name in group.settings}
-    return Group(projected, dict(shapes), matrices, own, group.partition_size)
+    return Group(projected, group.names, dict(shapes), matrices, own, group.partition_size)
 
 
 def _splits(run: PlannedRun) -> list[Split]:
@@ -226,12 +228,14 @@ def _splits(run: PlannedRun) -> list[Split]:
 
 
 def _notes(engine: Rehearsal) -> list[str]:
-    zero, notes = engine._config.zero_config, []
-    if zero.round_robin_gradients and engine.zero_optimization_stage() in (1, 2):
+    notes = []
+    if engine.read.zero_config.round_robin_gradients and engine.zero_optimization_stage() in (1, 2):
         notes.append(
             "zero_optimization.round_robin_gradients reorders the parameters of a group, which is not planned here: "
             "other matrices may be split."
         )
+    if places := list(places_of_auto(engine.content)):
+        notes.append(f"DeepSpeed takes its default for {', '.join(places)} = 'auto'.")
     return notes
 
 
@@ -239,7 +243,7 @@ def _with_memory(
     found: Diagnosis, engine: Rehearsal, content: Mapping[str, object], seq_length: int, available: Available | None
 ) -> Diagnosis:
     """With the bytes of all categories, where they can be estimated, and a refusal where they do not fit."""
-    settled = {**content, "train_micro_batch_size_per_gpu": engine._config.train_micro_batch_size_per_gpu}
+    settled = {**content, "train_micro_batch_size_per_gpu": engine.read.train_micro_batch_size_per_gpu}
     try:
         setup = setup_of(
             settled,

@@ -12,6 +12,7 @@ from ds_fira.__main__ import main
 from ds_fira.tools.config_files import files
 from ds_fira.tools.doctor import examine
 from ds_fira.tools.doctor.trainer import places_of_auto
+from ds_fira.version import __version__
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = {
@@ -189,6 +190,13 @@ def test_every_file_is_found_by_its_name(capsys: pytest.CaptureFixture[str]) -> 
         assert capsys.readouterr().out == path.read_text()
     assert main(["config", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == sorted(names)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"ds-fira {__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--liste"], ["zero2", "--list"], ["zero2", "zero3"]], ids=" ".join)
