@@ -136,7 +136,7 @@ def main() -> None:
     try:
         accelerator = start(options)
         set_seed(options.seed)
-        task = load(options.model, options.text, options.seq_length, options.cache_dir)
+        task = load(options.model, options.text, options.seq_length, options.cache_dir, options.text_column)
     except (OSError, ValueError) as error:
         stop(str(error))
     run(accelerator, options, task)

@@ -43,8 +43,11 @@ class Options:
     )
     text: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "file, folder or glob of txt, csv, json, jsonl, parquet (default: the packaged reviews)"},
+        metadata={
+            "help": "file, folder or glob of txt (a blank line ends a document), csv, jsonl, parquet (or reviews)"
+        },
     )
+    text_column: str = dataclasses.field(default="text", metadata={"help": "of csv, json, jsonl and parquet files"})
     seq_length: int = dataclasses.field(default=256, metadata={"help": "tokens in a row"})
     cache_dir: Path = dataclasses.field(default=REPOSITORY / "runs" / "cache", metadata={"help": "for prepared text"})
 
@@ -95,7 +98,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, TrainingArgument
 def build(options: Options, training: TrainingArguments) -> Trainer:
     """The Trainer with its model and its text; raises as `huggingface.common.load`."""
     set_seed(training.seed)
-    task = load(options.model, options.text, options.seq_length, options.cache_dir)
+    task = load(options.model, options.text, options.seq_length, options.cache_dir, options.text_column)
     return Trainer(
         model=task.model,
         args=training,

@@ -77,7 +77,7 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load(name: str, text: str | None, seq_length: int, cache: Path) -> Task:
+def load(name: str, text: str | None, seq_length: int, cache: Path, text_column: str = "text") -> Task:
     """The model and its text, which the first process prepares and caches while the others wait.
 
     Args:
@@ -85,6 +85,7 @@ def load(name: str, text: str | None, seq_length: int, cache: Path) -> Task:
         text: a file, folder or glob of txt, csv, json, jsonl or parquet files; None for the packaged reviews.
         seq_length: tokens in a row.
         cache: folder that keeps prepared text.
+        text_column: column of the text in csv, json, jsonl and parquet files.
 
     Raises:
         OSError: there is no such model.
@@ -95,13 +96,21 @@ def load(name: str, text: str | None, seq_length: int, cache: Path) -> Task:
     if seq_length > positions:
         raise ValueError(f"rows of {seq_length} tokens exceed the {positions} positions of the model")
     recipe = TextRecipe(
-        text=text, vocab_size=model.config.vocab_size, seq_length=seq_length, seed=0, tokenizer=tokenizer
+        text=text,
+        vocab_size=model.config.vocab_size,
+        seq_length=seq_length,
+        seed=0,
+        tokenizer=tokenizer,
+        text_column=text_column,
     )
 
     def prepared() -> Path:
-        if recipe.streams(recipe.open()):
-            raise DataError(f"{text} is too large to be prepared as a whole; examples/pretrain_llama.py streams it")
-        return prepare(recipe, cache)
+        try:
+            if recipe.streams(recipe.open()):
+                raise DataError(f"{text} is too large to be prepared as a whole; examples/pretrain_llama.py streams it")
+            return prepare(recipe, cache)
+        except DataError as error:  # which names the option as the pre-training example has it
+            raise DataError(str(error).replace("--data", "--text")) from error
 
     data = TextData.load(agreed(prepared, only_first=True))
     # Generation stops at these; a new model's config has those of another tokenizer.

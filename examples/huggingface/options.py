@@ -19,6 +19,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--text", help="file, folder or glob of txt, csv, json, jsonl, parquet (default: the packaged reviews)"
     )
+    parser.add_argument("--text-column", default="text", help="of csv, json, jsonl and parquet files")
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--deepspeed-config", type=Path, help="JSON, without a config file of `accelerate launch`")
     parser.add_argument("--batch-size", type=int, help='per process, where the JSON says "auto"')

@@ -140,7 +140,10 @@ def prepare_whole(
         train, validation = documents, Dataset.from_dict({"text": list(source.validation.read_all())})
     else:
         if len(documents) < 2:
-            raise DataError(f"{source.name} holds {len(documents)} documents, and at least two are needed")
+            raise DataError(
+                f"{source.name} holds {len(documents)} documents, and at least two are needed: in a txt file a blank "
+                'line ends a document; for one document a line, write a jsonl file of {"text": "..."}'
+            )
         # Whole documents are held out, so that no review is seen in part during training.
         held_out = min(max(1, round(len(documents) * recipe.validation_share)), len(documents) - 1)
         splits = documents.train_test_split(test_size=held_out, seed=recipe.seed)

@@ -40,7 +40,7 @@ NOT_RUN = (
     ("Figure 5, LLaMA 7B", "bash launch/llama_7b_rank64.sh"),
     (
         "Table 3, LLaMA-7B on commonsense questions",
-        "deepspeed --num_gpus 8 examples/finetune_commonsense.py --model /data/llama-7b --train "
+        "deepspeed --num_gpus 8 examples/finetuning/commonsense.py --model /data/llama-7b --train "
         "/data/commonsense_170k.json --tests /data/dataset/*/test.json",
     ),
     ("the recipe at 60M", "bash launch/llama_60m.sh --gamma 1.1 --update-proj-gap 67"),

@@ -6,7 +6,7 @@ From the repository's root::
     python -m examples.reproduction.table_3 [--model runs/quickstart/model] [--seeds 3] [--workers 2] [--quick]
 
 Every training's result is kept in `--cache`, so that an interrupted experiment goes on. LLaMA-7B on the paper's data is
-`examples/finetune_commonsense.py`.
+`examples/finetuning/commonsense.py`.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ def record(number: int) -> dict[str, str]:
 
 
 def fine_tune(arguments: list[str]) -> dict[str, Any]:
-    """Run examples/finetune_commonsense.py; returns its summary and the weights, of peft's models by peft's names."""
-    with example("finetune_commonsense") as module:
+    """Run examples/finetuning/commonsense.py; returns its summary and the weights, of peft's models by peft's names."""
+    with example("finetuning.commonsense") as module:
         options = module.build_parser().parse_args(arguments)
         transformers.set_seed(options.seed)
         engine, summary = module.work(options)
@@ -32,9 +32,9 @@ def fine_tune(arguments: list[str]) -> dict[str, Any]:
 
 
 def complaints(command_lines: list[list[str]]) -> list[str]:
-    """What examples/finetune_commonsense.py says to wrong options, before it trains."""
+    """What examples/finetuning/commonsense.py says to wrong options, before it trains."""
     found = []
-    with example("finetune_commonsense") as module:
+    with example("finetuning.commonsense") as module:
         for arguments in command_lines:
             torch.manual_seed(0)
             try:

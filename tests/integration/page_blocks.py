@@ -25,7 +25,7 @@ OF_THE_READER = ("train.py", "SCRIPT", "FILE")
 # Where a script's options are defined: in itself and in these folders.
 PARTS = {
     "examples/pretrain_llama.py": ("examples/pretraining",),
-    "examples/finetune_commonsense.py": ("examples/finetuning",),
+    "examples/finetuning/commonsense.py": ("examples/finetuning",),
     "examples/hf_trainer.py": ("examples/huggingface",),
     "examples/accelerate_train.py": ("examples/huggingface",),
     "examples/memory_savings.py": ("examples/memory",),

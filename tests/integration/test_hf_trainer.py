@@ -189,7 +189,10 @@ def test_wrong_settings_stop_on_every_rank_with_one_sentence(ranks: Pools, folde
     write_config(folder / "auto_rank.json", "zero2_auto.json", rank="auto")
     write_config(folder / "typo.json", "zero2_auto.json", update_proj_gpa=5)
     clip = write_config(folder / "clip.json", "zero2_auto.json", {"gradient_clipping": 0.5})
+    (folder / "lines.txt").write_text("".join(f"document {number} in a line of its own\n" for number in range(40)))
     cases = {
+        "lines.txt holds 1 documents, and at least two are needed: in a txt file a blank line ends a document; for one "
+        'document a line, write a jsonl file of {"text": "..."}': {"text": folder / "lines.txt"},
         "eps.json contradicts the arguments (ds optimizer.params.eps=1e-05 vs hf adam_epsilon=1e-08)": {
             "config": "eps.json"
         },
@@ -203,7 +206,7 @@ def test_wrong_settings_stop_on_every_rank_with_one_sentence(ranks: Pools, folde
         "none.json": {"config": "none.json"},
         "found no checkpoint": {"resume_from_checkpoint": "last"},
         "the model config none.json does not exist": {"model": "none.json"},
-        "none.txt does not exist": {"text": folder / "none.txt"},
+        f"--text {folder}/none.txt does not exist": {"text": folder / "none.txt"},
         "exceed the 32 positions": {"seq_length": 64},
     }
     lines = [arguments(folder, "nothing", **changes) for changes in cases.values()]

@@ -1,7 +1,7 @@
 """Fine-tune a LLaMA on commonsense questions under DeepSpeed, the paper's Table 6, and answer test questions.
 
-    deepspeed --num_gpus 8 examples/finetune_commonsense.py --model /data/llama-7b --train /data/commonsense_170k.json \
-        --tests /data/dataset/*/test.json --output-dir runs/commonsense
+    deepspeed --num_gpus 8 examples/finetuning/commonsense.py --model /data/llama-7b \
+        --train /data/commonsense_170k.json --tests /data/dataset/*/test.json --output-dir runs/commonsense
 
 docs/finetuning.md has the layout of the data and the memory. In `--output-dir` it leaves the model (or adapter) and
 `summary.json`, with the accuracy on every test file.
@@ -13,20 +13,25 @@ import argparse
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+# The packages of the examples, whatever the working folder.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
 import transformers
+from pretraining.arguments import stop
+
+import ds_fira
 from finetuning.choices import Question, predictions, read_questions, training_rows
 from finetuning.loop import fine_tune, schedule, steps_of
 from finetuning.options import build_parser, load_model, settle
 from finetuning.tuning import Recipe, trained_parameters
-from pretraining.arguments import stop
-
-import ds_fira
 
 LOG_EVERY = 10
 
