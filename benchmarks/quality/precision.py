@@ -14,9 +14,11 @@ those of `benchmarks.quality.gradients`, made in FOLDER where they are missing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -42,6 +44,34 @@ def rounded(tensor: Tensor, bits: int, how: str = "rounded") -> Tensor:
     if how == "rounded":
         raw = raw + (2 ** (lost - 1) - 1) + ((raw >> lost) & 1)
     return (raw >> lost << lost).view(torch.float32)
+
+
+@contextlib.contextmanager
+def emulated(operands: str) -> Iterator[None]:
+    """Let the products of a step on one process take operands with the bits of `OPERANDS[operands]`.
+
+    The functions of `ds_fira.core.functional` are replaced; kernels and the refresh are as they were.
+    """
+    project, residual_square, apply = F.project, F.residual_square, F.apply_update_
+
+    def cut(tensor: Tensor) -> Tensor:
+        return rounded(tensor.float(), *OPERANDS[operands])
+
+    def rounded_project(grad: Tensor, basis: Tensor, side: Any, precision: str) -> tuple[Tensor, Tensor]:
+        return project(cut(grad), cut(basis), side, "float32")[0], squared_norms(grad.float(), side)
+
+    def rounded_square(grad: Tensor, basis: Tensor, low_rank: Tensor, phi: Tensor, **options: Any) -> Tensor:
+        return residual_square(grad, cut(basis), cut(low_rank), phi, **{**options, "precision": "float32"})
+
+    def rounded_update_(weight: Tensor, grad: Tensor, left: Tensor, right: Tensor, *rest: Any, **options: Any) -> None:
+        apply(weight, grad, cut(left), cut(right), *rest, **{**options, "precision": "float32"})
+
+    with (
+        mock.patch.object(F, "project", rounded_project),
+        mock.patch.object(F, "residual_square", rounded_square),
+        mock.patch.object(F, "apply_update_", rounded_update_),
+    ):
+        yield
 
 
 def step(

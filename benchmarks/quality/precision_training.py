@@ -14,55 +14,20 @@ seed, their mean and its standard error.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
-
-from torch import Tensor
 
 from benchmarks.common import default_device, save
 from benchmarks.quality.gradients import TextData, text
-from benchmarks.quality.precision import OPERANDS, rounded
+from benchmarks.quality.precision import OPERANDS, emulated
 from benchmarks.quality.refresh_quality import VOCAB_SIZE, final_loss
-from ds_fira.core import functional, subspace_solvers
-from ds_fira.core.norms import squared_norms
+from ds_fira.core import subspace_solvers
 
 REFERENCE = "float32"
 SETTINGS = {"subspace": "randomized", "refresh_moments": "rotate"}
-
-
-@contextlib.contextmanager
-def emulated(operands: str) -> Iterator[None]:
-    """Let the products of a step on one process take operands with the bits of `OPERANDS[operands]`.
-
-    The functions of `ds_fira.core.functional` are replaced; kernels and the refresh are as they were.
-    """
-    project, residual_square, apply = functional.project, functional.residual_square, functional.apply_update_
-
-    def cut(tensor: Tensor) -> Tensor:
-        return rounded(tensor.float(), *OPERANDS[operands])
-
-    def rounded_project(grad: Tensor, basis: Tensor, side: Any, precision: str) -> tuple[Tensor, Tensor]:
-        return project(cut(grad), cut(basis), side, "float32")[0], squared_norms(grad.float(), side)
-
-    def rounded_square(grad: Tensor, basis: Tensor, low_rank: Tensor, phi: Tensor, **options: Any) -> Tensor:
-        return residual_square(grad, cut(basis), cut(low_rank), phi, **{**options, "precision": "float32"})
-
-    def rounded_update_(weight: Tensor, grad: Tensor, left: Tensor, right: Tensor, *rest: Any, **options: Any) -> None:
-        apply(weight, grad, cut(left), cut(right), *rest, **{**options, "precision": "float32"})
-
-    with (
-        mock.patch.object(functional, "project", rounded_project),
-        mock.patch.object(functional, "residual_square", rounded_square),
-        mock.patch.object(functional, "apply_update_", rounded_update_),
-    ):
-        yield
 
 
 def loss_of(data: TextData, precision: str, seed: int, args: argparse.Namespace) -> float:

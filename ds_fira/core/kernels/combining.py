@@ -44,7 +44,7 @@ class Combining(NamedTuple):
 def launch_combine(
     low_rank: View,
     direction: View,
-    carried: View,
+    low_rank_update: View,
     phi: View,
     scales: View,
     numbers: View,
@@ -61,7 +61,7 @@ def launch_combine(
     Args:
         low_rank: R, float32.
         direction: N, float32.
-        carried: C, float32 or rounded to bfloat16; may be where N is.
+        low_rank_update: C, float32 or rounded to bfloat16; may be where N is.
         phi: factors before the limiter, float64.
         scales: float32; phi as `launch_update` takes it.
         numbers: see `ds_fira.core.kernels.numbers`; |S|^2, the divisor and the share that decay leaves are written.
@@ -91,7 +91,7 @@ def launch_combine(
         low_rank.data,
         low_rank._replace(rows=rows, columns=columns),
         direction,
-        carried,
+        low_rank_update,
         phi,
         scales,
         numbers,
@@ -117,7 +117,7 @@ def launch_combine(
 def _combine(
     low_rank,
     direction,
-    carried,
+    low_rank_update,
     phi,
     scales,
     numbers,
@@ -206,7 +206,7 @@ def _combine(
     corner = line.to(tl.int64) * low_rank.rows
     low = origin(low_rank, matrix)
     normalized = origin(direction, matrix)
-    out = origin(carried, matrix)
+    out = origin(low_rank_update, matrix)
     for start in range(0, rank, ENTRIES):
         inside = line_inside[:, None] & (entry_offsets < rank - start)[None, :]
         value = tl.load(normalized + corner + at, mask=inside, other=0.0) * factor.to(tl.float32)

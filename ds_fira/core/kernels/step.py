@@ -8,8 +8,8 @@
     _combine            lines 14 and 15: the limiter, C; the step count
     _apply_update       line 16: W
 
-The matrices may be tensors of their own. What the kernels need beside them is two allocations; what metrics and
-recorders read of the step stays there, and is looked up when they ask.
+The matrices may be tensors of their own. What the kernels need beside them is two allocations, and a third for products
+in bfloat16; what metrics and recorders read of the step stays there, and is looked up when they ask.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class _BatchStep:
         self.halves, half = Room(), precision == "bfloat16"
         self.casts_basis = half and self.state.basis.dtype != torch.bfloat16
         self.rounded_basis = self.halves.reserve(count, self.casts_basis * self.rank * (self.m + self.n - self.lines))
-        self.carried = self.halves.reserve(count, half * self.rank * self.lines)
+        self.low_rank_update = self.halves.reserve(count, half * self.rank * self.lines)
         if half:
             self.halves.allocate(torch.bfloat16, device)
 
@@ -144,7 +144,9 @@ class _BatchStep:
         squares = Squares(*(self.doubles.view(place) for place in self.squares))
         strip_sq, numbers = self.doubles.view(self.strip_sq), self.doubles.view(self.numbers)
         grad_finite = Finite(None, strip_sq, self.strips)
-        carried = self.halves.view(self.carried, self.shape[1], 1) if precision == "bfloat16" else direction
+        low_rank_update = (
+            self.halves.view(self.low_rank_update, self.shape[1], 1) if precision == "bfloat16" else direction
+        )
         if self.casts_basis:
             basis = self.halves.view(self.rounded_basis, self.rank, 1)
             launch_cast(self.basis, basis, (self.count, self.m + self.n - self.lines, self.rank))
@@ -188,7 +190,7 @@ class _BatchStep:
         launch_combine(
             low_rank,
             direction,
-            carried,
+            low_rank_update,
             phi,
             scales,
             numbers,
@@ -202,7 +204,7 @@ class _BatchStep:
         launch_update(
             self.weight,
             self.grad,
-            *self._factors(carried),
+            *self._factors(low_rank_update),
             None if settings.residual_form.factors is None else scales,
             numbers._replace(start=numbers.start + places.FINITE),
             sizes,

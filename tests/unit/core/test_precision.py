@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.quality.precision import OPERANDS, rounded
+from benchmarks.quality.precision import OPERANDS, emulated, rounded
 from ds_fira import FiraAdam
 from ds_fira.core import kernels
 from ds_fira.core.precision import ROUNDING, negligible_ratio
@@ -128,6 +128,24 @@ def test_rounding_p_and_c_once_gives_the_bits_of_rounding_them_in_every_program(
     assert asked.count(torch.bfloat16) == 2
     for before, after in zip(*ended, strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.usefixtures("kernels_allowed")
+def test_emulated_products_are_those_of_the_kernels() -> None:
+    """Trainings that emulate bfloat16 on a CPU take the step that a GPU does, but for the order of sums."""
+    pytest.importorskip("triton")
+    changes = {}
+    for name in ("kernels", "emulated", "exact"):
+        param = nn.Parameter(random(40, 24, seed=5))
+        before, choice = param.detach().clone(), "auto" if name == "kernels" else "off"
+        optimizer = FiraAdam([param], rank=4, lr=0.1, matmul_precision="bfloat16", kernels=choice)
+        with emulated("bfloat16" if name == "emulated" else "float32"):
+            for seed in (0, 3):
+                param.grad = random(40, 24, seed=seed)
+                optimizer.step()
+        changes[name] = param.detach() - before
+    assert error(changes["emulated"], changes["kernels"]) < 1e-4
+    assert error(changes["exact"], changes["kernels"]) > 5e-4
 
 
 @pytest.mark.usefixtures("kernels_allowed")
