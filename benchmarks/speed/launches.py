@@ -1,6 +1,6 @@
 """Launches of one step with the Triton kernels, counted under the interpreter: no GPU, and no time is measured.
 
-    TRITON_INTERPRET=1 python -m benchmarks.speed.launches [--stage 3]
+    TRITON_INTERPRET=1 python -m benchmarks.speed.launches [--stage 3] [--kernels off]
 
 Every operation of torch's that a `TorchDispatchMode` sees counts, views and reads of the host's own numbers too, and
 every kernel; what the interpreter itself does for a kernel does not. A step's launches do not depend on the sizes of
@@ -9,7 +9,7 @@ is of a step between refreshes, with gradients in memory that no step before it 
 
 Of matrices that ZeRO splits the step of one rank counts (`benchmarks.speed.split_launches`), collectives aside.
 `--stage 3` counts LLaMA-7B on 8 ranks, every matrix split over all: which of them go together is as at the model's own
-sizes, rank 1024.
+sizes, rank 1024. `--kernels off` counts torch's functions instead; of what they do in blocks these sizes have one.
 """
 
 from __future__ import annotations
@@ -154,13 +154,15 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, default=2, choices=[2, 3])
+    parser.add_argument("--kernels", default="auto", choices=["auto", "off"])
     args = parser.parse_args()
     kernels.interpret_on_cpu(True)
     chosen = [*cases(), *split_cases()]
     if args.stage == 3:
         chosen = [("LLaMA-7B on 8 ranks, stage 3", len(LAYER) * LAYERS_7B, zero3)]
     for name, matrices, count in chosen:
-        names = count()
+        with kernels.switched(args.kernels):
+            names = count()
         own = {key: number for key, number in names.items() if key.startswith("_")}
         aten = names.total() - sum(own.values())
         print(

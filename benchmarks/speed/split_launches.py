@@ -93,13 +93,15 @@ def step_of_a_rank(
         given: settings.
     """
     real_rank = given.pop("real_rank", None)
-    settings = GroupSettings(**{"rank": 4, "update_proj_gap": RARE, **given})
+    given = {"rank": 4, "update_proj_gap": RARE, **given}
+    settings = GroupSettings(**given)
     matrices, size = plan(shapes, ranks, evenly_sharded, settings)
     communicator = OneOfMany(dp_rank, ranks)
     numbers = {matrix.name: position for position, matrix in matrices.items()}
     group = LowRankMatrices(matrices, communicator, numbers)
     if real:
-        group._turns = turns_of(plan(real, ranks, evenly_sharded, replace(settings, rank=real_rank))[0])
+        of_the_model = GroupSettings(**{**given, "rank": real_rank})
+        group._turns = turns_of(plan(real, ranks, evenly_sharded, of_the_model)[0])
     param, refresher = Parameter(random(size, 0)), Refresher(metrics := StepMetrics(), "FiraAdam")
     state = group.allocate(param, settings, FIRA_ADAM)
     for key, value in state.items():

@@ -82,7 +82,7 @@ def test_a_script_that_is_not_there_exits_2(arguments: list[str], capsys: pytest
         ("hf_trainer.py", ["--model", "none.json", "--output_dir", "out"], "model config none.json does not exist"),
         ("hf_trainer.py", ["--max_steps", "many"], "invalid int value"),
         ("accelerate_train.py", ["--deepspeed-config", "none.json"], "none.json does not exist"),
-        ("finetune_commonsense.py", ["--model", "none", "--train", "none.json"], "none.json"),
+        ("finetuning/commonsense.py", ["--model", "none", "--train", "none.json"], "none.json"),
         ("memory_savings.py", ["--seq-length", "1"], "--seq-length must be at least 2"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
