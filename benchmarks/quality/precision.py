@@ -88,7 +88,7 @@ def step(
         if count == 1:
             exp_avg, exp_avg_sq = torch.zeros_like(low_rank), torch.zeros_like(low_rank)
         direction, direction_sq, low_rank_sq = F.adam_direction_(
-            low_rank, exp_avg, exp_avg_sq, betas=BETAS, eps=EPS, side=side, grad_finite=torch.tensor(True)
+            low_rank, exp_avg, exp_avg_sq, betas=BETAS, eps=EPS, side=side
         )
     grad_sq = squared_norms(grad, side)
     phi = F.scaling_factors(direction_sq, low_rank_sq, "column")

@@ -4,12 +4,12 @@
     python -m benchmarks.speed.step --partition-of 8 --models 7b [--ranks 256 1024]     # one rank's share
 
 The first form steps every distinct matrix shape of a LLaMA of the paper at the paper's rank, all optimizers in turn
-on the same gradient; the figures are ratios of medians, of processor time with one thread on a CPU, else of wall
-time. On a GPU peers are stepped with torch's products in float32, their default, and in TF32, which is ours.
-The second builds the flat partitions that rank 0 of N holds under ZeRO-2
-and steps them as the engine does, beside fused AdamW on the same flat tensors; the amortised step counts one refresh
-in 200 steps. The floor is measured in turn with the optimizers, of the same shapes: both products, the second one
-accumulated into W, another reading of G, and Adam on R.
+on the same gradient; the figures are ratios of medians, of processor time with one thread on a CPU, or, with
+OMP_WAIT_POLICY=passive, of the first thread's with several, else of wall time. On a GPU peers are stepped with torch's
+products in float32, their default, and in TF32, which is ours. The second builds the flat partitions that rank 0 of N
+holds under ZeRO-2 and steps them as the engine does, beside fused AdamW on the same flat tensors; the amortised step
+counts one refresh in 200 steps. The floor is measured in turn with the optimizers, of the same shapes: both products,
+the second one accumulated into W, another reading of G, and Adam on R.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
@@ -95,6 +96,18 @@ def floor(shape: tuple[int, int], rank: int, device: torch.device) -> Callable[[
     return work
 
 
+def clock_of(device: torch.device, threads: int) -> Callable[[], float]:
+    """Processor time on a CPU, of which what else a machine runs takes no part, else wall time.
+
+    Of several threads the first one's, which does all that is not shared out, if it sleeps where it waits for others
+    (OMP_WAIT_POLICY=passive); it would count its waiting otherwise, and so would the sum over all.
+    """
+    if device.type == "cpu" and threads == 1:
+        return time.process_time
+    passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+    return time.thread_time if device.type == "cpu" and passive else time.perf_counter
+
+
 def by_shape(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Step every shape with every optimizer and print the table of ratios."""
     peers, reasons = available(args.peers, device)
@@ -117,8 +130,7 @@ def by_shape(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for shape, rank in named[model]:
             steps = {"ds_fira": stepper(lambda p, r: make_ds_fira(p, r, **settings), shape, rank, device)}
             steps |= {**peer_steps(peers, shape, rank, device, precisions), "floor": floor(shape, rank, device)}
-            # What else a machine runs is no part of a processor's time; with more threads that has waiting in it.
-            clock = time.process_time if device.type == "cpu" and number == 1 else time.perf_counter
+            clock = clock_of(device, number)
             small = max(1, SMALL // (shape[0] * shape[1]))
             times = medians(steps, args.repeats * small, device, clock)
             del steps

@@ -59,7 +59,6 @@ def adapt(
         betas=settings.betas,
         eps=settings.eps,
         side=state.side,
-        grad_finite=grad_finite,
     )
     store(state.moments, {EXP_AVG: exp_avg, EXP_AVG_SQ: exp_avg_sq}, state.step)
     return result

@@ -36,7 +36,7 @@ class SlicedTask(MatrixTask):
         settings: GroupSettings,
         negligible_ratio: float,
     ) -> None:
-        self._places = weight, grad
+        self._places, self._by_kernels = (weight, grad), None
         self.state, self.settings, self.negligible_ratio = state, settings, negligible_ratio
 
     def places(self) -> tuple[MatrixSlice, MatrixSlice]:
@@ -77,7 +77,7 @@ def together(tasks: Sequence[MatrixTask]) -> list[list[int]]:
     batches: list[list[int]] = []
     latest: dict[Hashable, list[int]] = {}
     for position, task in enumerate(tasks):
-        alone = task.settings.rule is not None or not kernels.supports(task.places()[0].tensor)
+        alone = task.settings.rule is not None or not task.by_kernels
         if alone or not task.state.has_basis:
             batches.append([position])
             continue

@@ -39,8 +39,6 @@ NORM_EPS = 1e-8
 EXACT_RESIDUAL_SHARE = 0.01
 # An eps below it does not keep a step finite where no gradient has been: the smallest normal number of float32.
 NO_EPS = torch.finfo(torch.float32).tiny
-# Blocks of N whose squares are formed beside it: each is a small share of the matrix, and they are few calls.
-LOW_RANK_BLOCKS = 8
 
 
 def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32") -> tuple[Tensor, Tensor]:
@@ -58,12 +56,7 @@ def project(grad: Tensor, basis: Tensor, side: Side, precision: str = "float32")
     (m, n), r, left = grad.shape, basis.shape[1], side == "left"
     with matmul_precision(precision, grad.device):
         if grad.dtype == basis.dtype:
-            if not left:
-                return grad @ basis, squared_norms(grad, side)
-            low_rank = basis.new_empty(r, n)
-            # Until it holds R its memory is free.
-            grad_sq = squared_norms(grad, side, low_rank)
-            return torch.mm(basis.t(), grad, out=low_rank), grad_sq
+            return basis.t() @ grad if left else grad @ basis, squared_norms(grad, side)
         low_rank = basis.new_zeros((r, n) if left else (m, r))
         by_blocks = sums_by_blocks(grad)
         if by_blocks:
@@ -91,7 +84,6 @@ def adam_direction_(
     betas: tuple[float, float],
     eps: float,
     side: Side,
-    grad_finite: Tensor | bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update both moments with R (lines 9 and 10) and give N = M / (sqrt(V) + eps), without bias correction.
 
@@ -104,20 +96,16 @@ def adam_direction_(
         betas: decay rates of the moments.
         eps: added to sqrt(V).
         side: the projected side.
-        grad_finite: not read here: the caller has asked already.
 
     Returns:
         N, and `squared_norms` of N and of R.
     """
-    low_rank, direction, left = low_rank.contiguous(), torch.empty_like(exp_avg), side == "left"
-    # Until it holds N its memory is free.
-    low_rank_sq = squared_norms(low_rank, side, direction if left else None)
+    low_rank, direction = low_rank.contiguous(), torch.zeros_like(exp_avg)
     # A step of size -1 from zero is N itself.
-    fused_adam_(direction.zero_(), low_rank, exp_avg, exp_avg_sq, step_size=-1.0, betas=betas, eps=eps)
+    fused_adam_(direction, low_rank, exp_avg, exp_avg_sq, step_size=-1.0, betas=betas, eps=eps)
     if eps < NO_EPS:
         direction.masked_fill_(exp_avg_sq == 0.0, 0.0)
-    scratch = direction.new_empty(-(-direction.shape[0] // LOW_RANK_BLOCKS), direction.shape[1]) if left else None
-    return direction, squared_norms(direction, side, scratch), low_rank_sq
+    return direction, squared_norms(direction, side), squared_norms(low_rank, side)
 
 
 def fused_adam_(
@@ -264,10 +252,10 @@ def apply_update_(
     *,
     by_row: bool,
     decay_factor: float,
-    grad_finite: Tensor | bool,
+    step_sizes: tuple[float, float] = (1.0, 1.0),
     precision: str = "float32",
 ) -> None:
-    """W <- decay_factor * W - (phi * G + L R): the update and weight decay; the caller folds in the step sizes.
+    """W <- decay_factor * W - (b phi * G + a L R): the update and weight decay.
 
     One product, accumulated into W, without a temporary where all are of one dtype; otherwise W is updated in blocks of
     rows in `left`'s dtype and rounded once.
@@ -280,20 +268,21 @@ def apply_update_(
         phi: one per column (n,), per row (m,) or for all (1,), in `left`'s dtype; None to leave phi * G out.
         by_row: whether phi is per row.
         decay_factor: 1 - lr * weight_decay.
-        grad_finite: not read here: the caller has asked already.
+        step_sizes: a and b; 1 where phi and the factors have them already.
         precision: of the product, as in `matmul_precision`.
     """
+    of_product, of_residual = step_sizes
     by_row = by_row and phi is not None and phi.numel() > 1
     scale = phi.unsqueeze(1) if by_row else phi
     with matmul_precision(precision, grad.device):
         if weight.dtype == grad.dtype == left.dtype:
-            weight.addmm_(left, right, beta=decay_factor, alpha=-1.0)
+            weight.addmm_(left, right, beta=decay_factor, alpha=-of_product)
             if scale is not None:
-                weight.addcmul_(grad, scale, value=-1.0)
+                weight.addcmul_(grad, scale, value=-of_residual)
             return
         # Three blocks live at once: the gradient's, the weight's and the product's.
         for rows in row_slices(weight.shape[0], 3 * left.element_size() / weight.element_size()):
-            value = weight[rows].to(left.dtype).addmm_(left[rows], right, beta=decay_factor, alpha=-1.0)
+            value = weight[rows].to(left.dtype).addmm_(left[rows], right, beta=decay_factor, alpha=-of_product)
             if scale is not None:
-                value.addcmul_(grad[rows].to(left.dtype), scale[rows] if by_row else scale, value=-1.0)
+                value.addcmul_(grad[rows].to(left.dtype), scale[rows] if by_row else scale, value=-of_residual)
             weight[rows] = value

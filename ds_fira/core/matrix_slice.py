@@ -28,7 +28,9 @@ class MatrixSlice(NamedTuple):
         return cls(tensor, 0, tuple(tensor.shape), tensor.stride())
 
     def view(self) -> Tensor:
-        """It as a tensor that shares the memory."""
+        """It as a tensor that shares the memory, or the tensor itself where it is all of it."""
+        if self.offset == 0 and self.shape == self.tensor.shape and self.strides == self.tensor.stride():
+            return self.tensor
         return self.tensor.as_strided(self.shape, self.strides, self.tensor.storage_offset() + self.offset)
 
     def origins(self) -> list[tuple[Tensor, int]]:

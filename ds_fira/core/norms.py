@@ -6,6 +6,8 @@ large model has up to a hundred blocks, so there one reduction sums all of it.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,11 @@ from ds_fira.core.subspace import Side
 # rows: no temporary comes near the size of a large matrix, and a block stays in cache.
 BLOCK_SHARE = 1 / 32
 MIN_BLOCK_ROWS = 8
-# Elements up to which a matrix is summed up in float64: there it costs less than the calls.
-SMALL_MATRIX = 2**13
-# Elements, for each thread, of a block whose squares are formed at once where there is memory for them: they stay in
-# the cache of a core, and threads wait for each other at the end of every block.
-CACHED_BLOCK = 2**18
+# Elements up to which a matrix is summed up in float64: there it costs no more calls, and few sums share the roundings.
+SMALL_MATRIX = 2**11
+# Rows that a sum over columns adds up in a matrix's own dtype before float64 takes over, about: the longer, the fewer
+# sums are kept, and the more roundings each has (5e-7 of a sum of 128 float32 squares).
+SUMMED_ROWS = 128
 
 
 def block_rows(rows: int, bytes_ratio: float = 1.0) -> int:
@@ -36,11 +38,6 @@ def row_slices(rows: int, bytes_ratio: float) -> list[slice]:
     return [slice(first, first + height) for first in range(0, rows, height)]
 
 
-def summed_rows(shape: torch.Size, bytes_ratio: float = 1.0) -> int:
-    """Rows summed at once of a matrix, (m, n): `block_rows`, and more of them in a small one, to make fewer calls."""
-    return max(block_rows(shape[0], bytes_ratio), SMALL_MATRIX // max(1, shape[1]))
-
-
 def sums_by_blocks(matrix: Tensor) -> bool:
     """Whether sums over a matrix are made in blocks of rows: on a CPU, where a block stays in cache.
 
@@ -55,41 +52,74 @@ def reduced_squares(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     Not `sum(dtype=torch.float64)`, which copies a float32 matrix to float64 first. A CUDA reduction reads half
     precision and adds in float32.
     """
-    return torch.linalg.vector_norm(matrix, dim=dim, dtype=dtype).double().square()
+    return torch.linalg.vector_norm(matrix, dim=dim, dtype=dtype).double().square_()
 
 
-def squared_norms(matrix: Tensor, side: Side, scratch: Tensor | None = None) -> Tensor:
+def squared_norms(matrix: Tensor, side: Side) -> Tensor:
     """|G_j|^2 of every column (left, n values) or of every row (right, m values), in float64; R's likewise.
 
-    On a CPU squares are summed in the matrix's dtype inside a block of rows (left) or a row (right), and in float64
-    from there on; in a small matrix in float64 throughout. Elsewhere one reduction sums a column or row in the matrix's
-    dtype. A sum that is not finite says that the matrix holds NaN, infinity or elements whose squares overflow.
+    On a CPU squares are summed in the matrix's dtype over some rows of a column (left) or over a row (right), and in
+    float64 from there on; in a small matrix in float64 throughout. Elsewhere one reduction sums a column or row in the
+    matrix's dtype. A sum that is not finite says that the matrix holds NaN, infinity or elements whose squares
+    overflow.
 
     Args:
         matrix: (m, n).
         side: the projected side.
-        scratch: (k, n) of the matrix's dtype, whose values are not needed; squares may be formed in it, as many rows at
-            once as it has and a cache holds, so that fewer calls sum a matrix.
     """
-    if not sums_by_blocks(matrix):
-        return reduced_squares(matrix, 0 if side == "left" else 1, matrix.dtype)
-    if matrix.numel() <= SMALL_MATRIX:
-        return matrix.double().square().sum(0 if side == "left" else 1)
-    if side == "right":
-        return reduced_squares(matrix, 1, matrix.dtype)
-    rows = summed_rows(matrix.shape)
-    if scratch is None or len(scratch) < rows:
-        scratch = matrix.new_empty(rows, matrix.shape[1])
-    scratch = scratch[: max(rows, CACHED_BLOCK * torch.get_num_threads() // matrix.shape[1])]
-    total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for block in matrix.split(len(scratch)):
-        total += torch.mul(block, block, out=scratch[: len(block)]).sum(0)
-    return total
+    dim = 0 if side == "left" else 1
+    if matrix.numel() <= SMALL_MATRIX and sums_by_blocks(matrix):
+        return matrix.double().square().sum(dim)
+    if dim == 1 or not sums_by_blocks(matrix):
+        return reduced_squares(matrix, dim, matrix.dtype)
+    if not matrix.is_contiguous():
+        return sum(column_squares(matrix[rows].contiguous()) for rows in row_slices(len(matrix), 1.0))
+    return column_squares(matrix)
+
+
+def column_squares(matrix: Tensor) -> Tensor:
+    """The squared norms of the columns of a contiguous matrix on a CPU, float64, in one pass over it.
+
+    They are what a layer normalization's backward pass gives its weight, the sums over rows of dY (X - mean) / std:
+    with G for both, means of 0 and deviations of 1. torch's other sums over columns write the squares first, or read
+    the matrix column by column. So that no sum gets long, several rows beside each other are one row with more columns.
+
+    Args:
+        matrix: (m, n), neither of them 0.
+    """
+    m, n = matrix.shape
+    beside = _rows_beside(m)
+    if m % beside:
+        parts = matrix.split(m - m % beside)
+        return column_squares(parts[0]) + column_squares(parts[1])
+    folded = matrix.view(m // beside, beside * n)
+    means, deviations = _no_means(len(folded), matrix.dtype)
+    sums = torch.ops.aten.native_layer_norm_backward.default(
+        folded, folded, (beside * n,), means, deviations, folded[0], None, _WEIGHT_ALONE
+    )[1]
+    return sums.double() if beside == 1 else sums.view(beside, n).sum(0, dtype=torch.float64)
+
+
+@cache
+def _rows_beside(rows: int) -> int:
+    """How many rows are made one, a divisor where there is one near; 1 for fewer than twice `SUMMED_ROWS`."""
+    most = max(1, rows // SUMMED_ROWS)
+    return next((number for number in range(most, most // 2, -1) if rows % number == 0), most)
+
+
+# Of the gradients of a layer normalization's input, weight and bias.
+_WEIGHT_ALONE = (False, True, False)
+
+
+@cache
+def _no_means(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Means of 0 and reciprocal deviations of 1; of about `SUMMED_ROWS` to twice as many rows, so there are few."""
+    return torch.zeros(rows, dtype=dtype), torch.ones(rows, dtype=dtype)
 
 
 def total_square(grad: Tensor, dtype: torch.dtype, side: Side) -> Tensor:
     """|G|^2 of a gradient, or of a block of one, float64, 0-dim; formed in `dtype`, on a CPU in blocks of rows."""
     if not sums_by_blocks(grad):
         return reduced_squares(grad, 1, dtype).sum()
-    blocks = grad.split(summed_rows(grad.shape, 4.0))
-    return sum(squared_norms(block.to(dtype), side).sum() for block in blocks)
+    blocks = [grad] if grad.dtype == dtype else [grad[rows].to(dtype) for rows in row_slices(len(grad), 4.0)]
+    return sum(squared_norms(block, side).sum() for block in blocks)

@@ -51,18 +51,22 @@ class matmul_precision(ContextDecorator):
     def __init__(self, precision: str, device: torch.device | None = None) -> None:
         kind = None if device is None else device.type
         self._wanted = [(backend, meanings[precision]) for name, backend, meanings in _BACKENDS if kind in (None, name)]
-        self._before: list[list[str]] = []  # one for each block entered: as a decorator it may be entered again inside
+        # What to put back, for each block entered: as a decorator it may be entered again inside.
+        self._before: list[list[tuple[object, str]]] = []
 
     def __enter__(self) -> None:
-        self._before.append([backend.fp32_precision for backend, _ in self._wanted])
-        self._set([wanted for _, wanted in self._wanted])
+        changed = []
+        for backend, wanted in self._wanted:
+            before = backend.fp32_precision
+            # What nobody has set is float32; to set a value takes longer than to look.
+            if before != wanted and (before, wanted) != ("none", "ieee"):
+                backend.fp32_precision = wanted
+                changed.append((backend, before))
+        self._before.append(changed)
 
     def __exit__(self, *_: object) -> None:
-        self._set(self._before.pop())
-
-    def _set(self, values: list[str]) -> None:
-        for (backend, _), value in zip(self._wanted, values, strict=True):
-            backend.fp32_precision = value
+        for backend, before in self._before.pop():
+            backend.fp32_precision = before
 
 
 def negligible_ratio(dtype: torch.dtype, precision: str) -> float:

@@ -27,6 +27,13 @@ def scalars(values: Tensor, host: bool) -> Sequence[Scalar]:
     return values.tolist() if host else values.unbind(0)
 
 
+def weighted_sums(values: Sequence[Tensor], weights: Tensor, host: bool) -> Sequence[Scalar]:
+    """The sums of numbers of each entry, (..., n), each times its weight, (..., n) or (..., 1) for all; float64."""
+    if host and weights.shape == values[0].shape:
+        return [torch.dot(value, weights).item() for value in values]
+    return scalars((torch.stack(tuple(values)) * weights).sum(-1), host)
+
+
 def is_finite(sum_of_squares: Scalar, dtype: torch.dtype) -> Tensor | bool:
     """Whether a sum of squares is finite in `dtype`, and with it every element that went into it."""
     return sum_of_squares < LARGEST[dtype]

@@ -21,7 +21,7 @@ over the ranks between them: `ds_fira.sharding.lowrank`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -33,7 +33,16 @@ from ds_fira.core.base_optimizer import adapt, step_factor
 from ds_fira.core.matrix_slice import MatrixSlice
 from ds_fira.core.norms import total_square
 from ds_fira.core.residuals import Squares, StepContext
-from ds_fira.core.scalars import Scalar, is_finite, over_entries, over_matrix, scalar, scalars, store_scalar_, where
+from ds_fira.core.scalars import (
+    Scalar,
+    is_finite,
+    over_entries,
+    over_matrix,
+    scalar,
+    store_scalar_,
+    weighted_sums,
+    where,
+)
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
 
@@ -58,6 +67,14 @@ class MatrixTask:
     state: MatrixState
     settings: GroupSettings
     negligible_ratio: float
+    _by_kernels: bool | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether the kernels take it; asked once, with the choice of the step that it belongs to."""
+        if self._by_kernels is None:
+            self._by_kernels = kernels.supports(self.places()[0].tensor)
+        return self._by_kernels
 
     def places(self) -> tuple[MatrixSlice, MatrixSlice]:
         """Where weight and gradient lie, without a view of either."""
@@ -120,7 +137,7 @@ def update(task: MatrixTask) -> StepStats | None:
         if is_finite(task.grad_square(), state.dtype):
             task.weight.mul_(settings.decay_factor)
         return None
-    if kernels.supports(task.places()[0].tensor):
+    if task.by_kernels:
         return kernels.step_together([task])
     weight, grad = task.weight, task.grad
     host = grad.device.type == "cpu"
@@ -144,7 +161,11 @@ def update(task: MatrixTask) -> StepStats | None:
             exact = F.residual_square(grad, basis, low_rank, phi, **options)
             residual_sq = where(needed, scalar(exact, host), residual_sq)
     divisor = limit(residual_sq, scaled_grad_sq, state, settings, grad_finite, task.negligible_ratio)  # line 14: S
-    phi, low_rank_update = combine(phi, low_rank, direction, divisor, context)  # line 15: C
+    sizes = 1.0, 1.0
+    if host:  # line 15: C
+        phi, low_rank_update, sizes = combine_on_host(phi, low_rank, direction, divisor, context)
+    else:
+        phi, low_rank_update = combine(phi, low_rank, direction, divisor, context)
     F.apply_update_(  # line 16: W
         weight,
         grad,
@@ -152,7 +173,7 @@ def update(task: MatrixTask) -> StepStats | None:
         phi,
         by_row=state.side == "right",
         decay_factor=settings.decay_factor,
-        grad_finite=grad_finite,
+        step_sizes=sizes,
         precision=precision,
     )
     return StepStats(grad_square, low_rank_sq, recorded, residual_sq, divisor, grad_finite)
@@ -171,8 +192,7 @@ def scale(grad_sq: Tensor, squares: Squares, context: StepContext) -> tuple[Tens
         zero = 0.0 * context.bias_correction
         return None, zero, zero
     phi = form.factors(squares, context)
-    scaled = torch.stack((grad_sq, squares[1])).mul_(phi.square())
-    scaled_grad_sq, scaled_sq = scalars(scaled.sum(-1), host)
+    scaled_grad_sq, scaled_sq = weighted_sums((grad_sq, squares[1]), phi.square(), host)
     return phi, form.residual_sq(scaled_grad_sq, scaled_sq, context.settings), scaled_grad_sq
 
 
@@ -200,27 +220,56 @@ def combine(
 ) -> tuple[Tensor | None, Tensor]:
     """Line 15: the factors of lr (P N + S) = phi * G + P C, decay folded in; `direction`, N, is used up.
 
-    Released: lr b (a P N + S) with the bias correction b; with alpha outside: lr a (b P N + S).
-
     Returns:
         phi, None without a residual; C = a N - a phi R, of R's shape, or C = a N. Both in the state's dtype.
     """
-    state, settings, bias_correction = context.state, context.settings, context.bias_correction
-    outside, inner_alpha = settings.alpha_is_outside, settings.inner_alpha
-    step_size = settings.learning_rate * settings.decay_factor * (settings.alpha if outside else bias_correction)
-    factor = step_size * (bias_correction if outside else inner_alpha)
-    low_rank_update = direction.mul_(over_matrix(factor, state.dtype))
+    state = context.state
+    of_direction, of_residual = step_sizes(divisor, context)
+    low_rank_update = direction.mul_(over_matrix(of_direction, state.dtype))
     if phi is None:
         return None, low_rank_update
-    residual_factor = settings.residual_scale * step_size
+    phi = (phi * over_entries(of_residual)).to(state.dtype)
+    return phi, low_rank_update.addcmul_(low_rank, _along(phi, state), value=-context.settings.inner_alpha)
+
+
+def combine_on_host(
+    phi: Tensor | None, low_rank: Tensor, direction: Tensor, divisor: Scalar | None, context: StepContext
+) -> tuple[Tensor | None, Tensor, tuple[float, float]]:
+    """As `combine`, of one matrix whose numbers are plain: they go to the product, and no pass multiplies by them.
+
+    Returns:
+        phi and C / a; then a and b, the step sizes of C and of phi.
+    """
+    of_direction, of_residual = step_sizes(divisor, context)
+    if of_direction == 0.0:  # of a learning rate or of a rule
+        direction.zero_()
+        of_direction = 1.0
+    if phi is None:
+        return None, direction, (of_direction, of_residual)
+    phi, share = phi.to(context.state.dtype), context.settings.inner_alpha * of_residual / of_direction
+    low_rank_update = direction.addcmul_(low_rank, _along(phi, context.state), value=-share)
+    return phi, low_rank_update, (of_direction, of_residual)
+
+
+def step_sizes(divisor: Scalar | None, context: StepContext) -> tuple[Scalar, Scalar]:
+    """What multiplies P N and S in the update, the limiter's divisor and decay included.
+
+    Released: lr b (a P N + S) with the bias correction b; with alpha outside: lr a (b P N + S).
+    """
+    settings, bias_correction = context.settings, context.bias_correction
+    outside = settings.alpha_is_outside
+    step_size = settings.learning_rate * settings.decay_factor * (settings.alpha if outside else bias_correction)
+    of_residual = settings.residual_scale * step_size
     if settings.residual_warmup:
-        residual_factor = residual_factor * context.residual_share
+        of_residual = of_residual * context.residual_share
     if divisor is not None:
-        residual_factor = residual_factor / divisor
-    phi = (phi * over_entries(residual_factor)).to(state.dtype)
-    return phi, low_rank_update.addcmul_(
-        low_rank, phi.unsqueeze(-2 if state.side == "left" else -1), value=-inner_alpha
-    )
+        of_residual = of_residual / divisor
+    return step_size * (bias_correction if outside else settings.inner_alpha), of_residual
+
+
+def _along(phi: Tensor, state: MatrixState) -> Tensor:
+    """Phi, shaped to go with the columns (left) or rows (right) of R."""
+    return phi.unsqueeze(-2 if state.side == "left" else -1)
 
 
 def factors(basis: Tensor, low_rank_update: Tensor, side: str) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_fira.core.basis import adopt_basis, goes_with, new_bases, new_basis, solver_failed
+from ds_fira.core.batches import MAX_BATCH
 from ds_fira.core.capture import capturing, refuse_if_capturing
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
@@ -26,8 +27,8 @@ SLOW_SECONDS = 30.0
 GPU_SVD_SECONDS = 2.3e-11
 # From so many seconds a matrix on, a user is told before a GPU decomposes it.
 LONG_SVD_SECONDS = 0.1
-# Matrices whose bases a GPU computes together at most, and bytes of their gradients, of which that makes a copy.
-MAX_BATCH, MAX_BATCH_BYTES = 8, 2**28
+# Bytes of the gradients whose bases a GPU computes together at most: it makes a copy of them.
+MAX_BATCH_BYTES = 2**28
 
 
 def svd_seconds(device_type: str, shape: tuple[int, int], dtype: torch.dtype) -> float:

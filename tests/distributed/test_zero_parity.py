@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ds_fira
-from ds_fira.core.norms import SMALL_MATRIX
+from ds_fira.core.norms import SUMMED_ROWS
 from ds_fira.sharding.geometry import matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
 from tests.distributed.zero_jobs import config
@@ -151,7 +151,7 @@ def test_steps_skipped_by_the_loss_scaler(ranks: Pools, stage: int) -> None:
 def test_matrices_larger_than_a_block(ranks: Pools) -> None:
     """Sizes at which norms are summed in blocks, at offsets that no allocator would choose."""
     shapes = [(300, 260), (5, 7), (260, 300), (300, 260), (300, 260)]
-    assert SMALL_MATRIX < 300 * 260
+    assert 2 * SUMMED_ROWS < 260
     results = ranks.run(
         2,
         "train",

@@ -258,7 +258,6 @@ class ShardStep:
                 None if settings.residual_form.factors is None else phi[along],
                 by_row=side == "right",
                 decay_factor=settings.decay_factor,
-                grad_finite=True,
                 precision=settings.matmul_precision,
             )
 
