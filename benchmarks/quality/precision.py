@@ -64,7 +64,11 @@ def emulated(operands: str) -> Iterator[None]:
         return residual_square(grad, cut(basis), cut(low_rank), phi, **{**options, "precision": "float32"})
 
     def rounded_update_(weight: Tensor, grad: Tensor, left: Tensor, right: Tensor, *rest: Any, **options: Any) -> None:
-        apply(weight, grad, cut(left), cut(right), *rest, **{**options, "precision": "float32"})
+        # The kernels round C with its step size, which the host leaves to the product.
+        size, of_residual = options.pop("step_sizes", (1.0, 1.0))
+        left, right = (left * size, right) if options["by_row"] else (left, right * size)
+        options |= {"precision": "float32", "step_sizes": (1.0, of_residual)}
+        apply(weight, grad, cut(left), cut(right), *rest, **options)
 
     with (
         mock.patch.object(F, "project", rounded_project),

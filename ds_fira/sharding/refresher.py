@@ -165,9 +165,8 @@ class Refresher:
 
     def count(self, param: Tensor, rows: Iterable[int]) -> None:
         """Count a step of some matrices of a parameter, by their places among all; `due` has been asked of each."""
-        bounds = self._bounds[param]
         for row in rows:
-            bounds[row] += 1
+            self._bounds[param][row] += 1
 
     def _is_due(self, param: Tensor, row: int, task: Stepped, indices: Sequence[int]) -> bool:
         bounds = self._bounds.setdefault(param, [None] * len(indices))

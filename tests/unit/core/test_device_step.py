@@ -182,14 +182,16 @@ def tasks_of(*shapes: tuple[int, int]) -> list[MatrixTask]:
 
 def test_matrices_alike_are_one_batch() -> None:
     """Wherever they lie: of one shape and dtype, all with a basis, as many as go together."""
-    tasks = tasks_of((2, 3), (3, 2), (2, 3), *[(3, 2)] * MAX_BATCH)
+    shapes = [(2, 3), (3, 2), (2, 3), *[(3, 2)] * MAX_BATCH]
+    tasks = tasks_of(*shapes)
     assert together(tasks) == [[0, 2], [1, *range(3, 2 + MAX_BATCH)], [2 + MAX_BATCH]]
+    tasks = tasks_of(*shapes)
     tasks[0].state.refresh_step.fill_(-1)
     tasks[5].weight = tasks[5].weight.t().contiguous().t()
     tasks[6].grad = tasks[6].grad.bfloat16()
     assert together(tasks) == [[0], [1, 3, 4, *range(7, 3 + MAX_BATCH)], [2], [5], [6]]
     with kernels.switched("off"):
-        assert together(tasks) == [[position] for position in range(len(tasks))]
+        assert together(tasks_of(*shapes)) == [[position] for position in range(len(shapes))]
 
 
 def test_a_model_with_kernels_matches_one_without() -> None:
