@@ -117,6 +117,9 @@ def train_object(stage: int, scheduled: bool = False, rule: str | None = None) -
             param.requires_grad_(any(param is matrix for matrix in matrices))
     kind = ds_fira.FiraAdam if rule is None else getattr(rule_jobs, rule)
     settings = {"rank": 8, "update_proj_gap": 2, "alpha": 0.5}
+    if rule is None:
+        # A gathered matrix makes the step of stage 0. At a rank that gradients hardly have, roundings turn the basis.
+        settings["exact_cuts"] = True
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = kind(model, lr=0.01, **settings)
     groups = len(optimizer.param_groups)

@@ -234,7 +234,9 @@ def test_wrong_settings_stop_with_one_sentence(
     assert sentence in output
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "launch").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted(path for path in (ROOT / "launch").iterdir() if path.suffix != ".py"), ids=lambda path: path.name
+)
 def test_scripts_pass_shellcheck(script: Path) -> None:
     """No shell script of launch/ holds what shellcheck warns of; syntax errors among it."""
     done = subprocess.run(

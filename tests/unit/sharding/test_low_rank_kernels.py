@@ -65,9 +65,9 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("evenly_sharded", [False, True])
 def test_kernels_make_the_step_of_the_torch_functions(both: Any, evenly_sharded: bool) -> None:
-    """Two ranks, a refresh, then a residual that is rounding."""
+    """Two ranks, a refresh, a residual that is rounding, then a gradient that is not finite."""
     only = slice(0, 2) if evenly_sharded else slice(3, 4)
-    both({"alpha": 1.0}, TOGETHER, 2, ranks=2, evenly_sharded=evenly_sharded, fault=True, only=only)
+    both({"alpha": 1.0}, TOGETHER, 3, ranks=2, evenly_sharded=evenly_sharded, fault=True, only=only)
 
 
 @pytest.mark.full
