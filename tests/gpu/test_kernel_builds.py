@@ -120,6 +120,7 @@ def test_every_kernel_compiles_ahead_of_time(capability: int, tmp_path: Path) ->
         "_apply_update",
         "_tally",
         "_adamw",
+        "_adamw_sizes",
         # Of matrices that ZeRO splits.
         "_square_fragments",
         "_sum_fragments",

@@ -51,7 +51,9 @@ class Tiles(NamedTuple):
     def options(self) -> dict[str, int]:
         """What `launch` has to say of them."""
         sizes = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
-        return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
+        # A narrow tile is work for few threads, and eight warps of them have too few registers each on an sm_100.
+        warps = self.warps if self.columns > MIN_TILE else min(self.warps, 4)
+        return {**sizes, "num_warps": warps, "num_stages": self.stages}
 
 
 # Products in float32 run on the plain units, whose operands pass through registers: a deeper slice spills them.
