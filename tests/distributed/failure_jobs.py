@@ -72,35 +72,40 @@ def fail(folder: str, stage: int, odd: int, where: str, how: str, dtype: str = "
         os._exit(0)
 
 
-def all_fail(stage: int) -> tuple[str, float, int]:
-    """Every rank of a pool raises in step 2 and catches it; then an engine trains as if nothing had been.
+def all_fail(stages: list[int]) -> list[tuple[str, float, int]]:
+    """Every rank of a pool raises in step 2 of each engine and catches it; then engines train as if nothing had been.
 
     Returns:
-        The error's text, the seconds that the step took, the steps that the second engine made.
+        By stage the error's text, the seconds that the step took, the steps that the second engine made.
     """
-    engine = build(config(stage, "fp32", dict(PARAMS)), SHAPES)
 
     def raises(*_: Any, **__: Any) -> None:
         time.sleep(0.5 * torch.distributed.get_rank())  # not all at the same time
         raise OwnError(TEXT)
 
-    text, seconds = "", 0.0
-    for step, tokens in enumerate(batches(2, torch.distributed.get_rank())):
-        hook = engine.basic_optimizer.register_step_pre_hook(raises) if step == 1 else None
-        engine.backward(engine(tokens))
-        began = time.monotonic()
-        try:
-            engine.step()
-        except OwnError as error:
-            text, seconds = str(error), time.monotonic() - began
-        if hook is not None:
-            hook.remove()
-    engine.destroy()
+    told = []
+    for stage in stages:
+        engine = build(config(stage, "fp32", dict(PARAMS)), SHAPES)
+        text, seconds = "", 0.0
+        for step, tokens in enumerate(batches(2, torch.distributed.get_rank())):
+            hook = engine.basic_optimizer.register_step_pre_hook(raises) if step == 1 else None
+            engine.backward(engine(tokens))
+            began = time.monotonic()
+            try:
+                engine.step()
+            except OwnError as error:
+                text, seconds = str(error), time.monotonic() - began
+            if hook is not None:
+                hook.remove()
+        engine.destroy()
+        told.append((text, seconds))
     time.sleep(4.0)  # longer than a failure may take to end a process
-    engine = build(config(stage, "fp32", dict(PARAMS)), SHAPES)
-    for tokens in batches(2, torch.distributed.get_rank()):
-        engine.backward(engine(tokens))
-        engine.step()
-    made = engine.global_steps
-    engine.destroy()
-    return text, seconds, made
+    made = []
+    for stage in stages:
+        engine = build(config(stage, "fp32", dict(PARAMS)), SHAPES)
+        for tokens in batches(2, torch.distributed.get_rank()):
+            engine.backward(engine(tokens))
+            engine.step()
+        made.append(engine.global_steps)
+        engine.destroy()
+    return [(*first, second) for first, second in zip(told, made, strict=True)]

@@ -24,6 +24,7 @@ from tests.distributed.test_monitor import PARAMS, SHAPES, monitored, read
 from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
 
+COMPARED = ("limiter_share", "residual_norm")  # whose captions name gamma
 EVENTS = ("captured_energy", "grad_norm", "limiter_activations", "limiter_share", "refresh_seconds", "refreshes")
 HISTORY = "step,split,loss\n0,validation,3.5\n2,train,3.0\n4,train,2.75\n4,validation,2.5\n"
 
@@ -37,9 +38,22 @@ def written(ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_page_of_a_run(written: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(written: Path) -> Page:
+    """The page of the run, with all its plots, in its folder."""
+    return Page(write_page([written]))
+
+
+def part(run: Path, folder: Path, *series: str) -> Path:
+    """A copy of a run with some series alone, and the learning rate, which all have: each plot costs a while."""
+    kept = {FILE, "Train_Samples_lr.csv", *(f"Train_Fira_{name}.csv" for name in series)}
+    shutil.copytree(run, folder, ignore=lambda _, names: [each for each in names if "." in each and each not in kept])
+    return folder
+
+
+def test_page_of_a_run(written: Path, whole: Page) -> None:
     """Every plot with its text, the figures of the table, and nothing loaded from elsewhere."""
-    page = Page(write_page([written]))
+    page = whole
     assert page.found["h2"] == [
         "Loss",
         "Perplexity",
@@ -65,7 +79,7 @@ def test_page_of_a_run(written: Path) -> None:
     assert 'subspace = "randomized" in place of svd' in " ".join(captions["Refresh time"].split())
 
 
-def test_the_run_says_what_it_is(written: Path) -> None:
+def test_the_run_says_what_it_is(written: Path, whole: Page) -> None:
     """Settings as they act, the configuration, ranks, device and versions: in the file, and on the page."""
     (start,) = read_starts(written / "run")
     assert (start["step"], start["samples"], start["ranks"], start["samples_per_step"]) == (0, 0, 2, 4)
@@ -75,8 +89,7 @@ def test_the_run_says_what_it_is(written: Path) -> None:
     assert start["config"]["optimizer"]["params"]["update_proj_gap"] == PARAMS["update_proj_gap"]
     assert start["projected_matrices"] == len(SHAPES)
     assert start["environment"]["torch"].startswith(torch.__version__.partition("+")[0])
-    page = Page(write_page([written]))
-    cells = dict(zip(page.found["th"], page.found["td"], strict=True))
+    cells = dict(zip(whole.found["th"], whole.found["td"], strict=True))
     assert cells["rank"] == str(PARAMS["rank"])
     assert (cells["ZeRO stage"], cells["precision"], cells["ranks"], cells["started at step"]) == (
         "2",
@@ -90,7 +103,7 @@ def test_the_run_says_what_it_is(written: Path) -> None:
 
 def other_run(written: Path, folder: Path, **settings: list[object]) -> Path:
     """A copy of a run that says it had other settings."""
-    shutil.copytree(written, folder)
+    part(written, folder, *COMPARED)
     record = json.loads((folder / "run" / FILE).read_text())
     record["starts"][-1]["settings"] |= settings
     (folder / "run" / FILE).write_text(json.dumps(record))
@@ -99,26 +112,27 @@ def other_run(written: Path, folder: Path, **settings: list[object]) -> Path:
 
 def test_runs_with_other_settings_are_told_apart(written: Path, tmp_path: Path) -> None:
     """Captions name each run's value, the table says which rows differ; a run without a record says so."""
-    other, silent = other_run(written, tmp_path / "other", gamma=[1.02]), tmp_path / "silent"
-    shutil.copytree(written, silent)
+    first = part(written, tmp_path / written.name, *COMPARED)
+    other, silent = other_run(written, tmp_path / "other", gamma=[1.02]), part(written, tmp_path / "silent", *COMPARED)
     (silent / "run" / FILE).unlink()
-    path = write_page([written, other], tmp_path / "page.html")
+    path = write_page([first, other], tmp_path / "page.html")
     page, html = Page(path), path.read_text()
     captions = dict(zip(page.found["h2"], page.found["figcaption"], strict=True))
     assert f"gamma (1.01 in {written.name}, 1.02 in other)" in captions["Limiter"]
     assert "% in a step" not in captions["Residual norm"]
     assert re.findall(r'<tr class="differs"><th>(.*?)</th>', html) == ["gamma"]
     assert html.count("<p><span") == len(page.plots), "each plot has a key of the runs"
-    page = Page(write_page([written, silent], tmp_path / "page.html"))
+    page = Page(write_page([first, silent], tmp_path / "page.html"))
     assert "1.01 in " in (tmp_path / "page.html").read_text()
     assert page.found["td"].count("not recorded") > 10
     write_page([silent], tmp_path / "page.html")
     assert "no fira_run.json" in (tmp_path / "page.html").read_text()
 
 
-def test_a_phone_shows_the_page(written: Path) -> None:
+def test_a_phone_shows_the_page(written: Path, whole: Page) -> None:
     """No table is wider than the screen but inside a box that scrolls, and plots are as wide as the screen at most."""
-    html = write_page([written]).read_text()
+    html = (written / "report.html").read_text()
+    assert len(whole.plots) == 8
     assert html.count("<table>") == html.count('<div class="box"><table>') == 2
     assert html.count("<pre>") == html.count('<div class="box"><pre>') == 1
     style = html[html.index("<style>") : html.index("</style>")]
@@ -130,7 +144,7 @@ def test_a_phone_shows_the_page(written: Path) -> None:
 
 def test_the_limiter_is_smoothed_over_a_gap(written: Path, tmp_path: Path) -> None:
     """At 100% behind each refresh and low before the next, its running mean lies between, and the text says so."""
-    shutil.copytree(written, tmp_path / "run")
+    part(written, tmp_path / "run")
     rows = [f"{4 * step},{1.0 if step % 3 == 1 else 0.0}\n" for step in range(1, 31)]
     (tmp_path / "run" / "run" / "Train_Fira_limiter_share.csv").write_text("step,limiter_share\n" + "".join(rows))
     (run,) = read_runs(tmp_path / "run")
@@ -176,7 +190,7 @@ def test_odd_names_of_runs(written: Path, tmp_path: Path, name: str) -> None:
     first, second = tmp_path / "one" / name, tmp_path / "two" / name
     for folder in (first, second):
         folder.parent.mkdir()
-        shutil.copytree(written, folder)
+        part(written, folder)
     page = Page(write_page([first], tmp_path / "page.html"))
     assert page.found["td"][0] == os.fsencode(name).decode(errors="replace")
     page = Page(write_page([first, second, second], tmp_path / "page.html"))
@@ -192,8 +206,7 @@ def test_the_plots_show_the_files(written: Path, tmp_path: Path) -> None:
     for event in EVENTS:
         assert list(zip(run.series[event].x, run.series[event].y, strict=True)) == read(written, f"Train/Fira/{event}")
     # Eighty rows more than the six, of a longer run; no refresh among them.
-    longer = tmp_path / "longer"
-    shutil.copytree(written, longer)
+    longer = part(written, tmp_path / "longer", "residual_norm", "captured_energy", "refreshes")
     with (longer / "run" / "Train_Fira_residual_norm.csv").open("a") as file:
         file.writelines(f"{4 * step},{1 + 0.2 * (step % 2)}\n" for step in range(7, 87))
     page = Page(write_page([longer], tmp_path / "deep" / "page.html"))
@@ -280,10 +293,11 @@ def test_command_line_and_a_missing_matplotlib(
     written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command prints where the page is; without matplotlib it says what to install."""
-    assert main(["report", str(written), "-o", str(tmp_path / "page.html")]) == 0
+    run = str(part(written, tmp_path / "run"))
+    assert main(["report", run, "-o", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n"
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["report", str(written), "-o", str(tmp_path / "none.html")]) == 2
+    assert main(["report", run, "-o", str(tmp_path / "none.html")]) == 2
     assert re.search(r"report: matplotlib is missing, .*; pip install matplotlib", capsys.readouterr().err)
     assert not (tmp_path / "none.html").exists()
