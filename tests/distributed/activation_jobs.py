@@ -197,7 +197,7 @@ def plain_module() -> dict[str, Any]:
     }
 
 
-def activation_peaks(layers: int = 8, sequence: int = 512) -> dict[str, int]:
+def activation_peaks(layers: int = 8, sequence: int = 256) -> dict[str, int]:
     """Peak bytes of one forward and backward pass, gradients included, by method."""
     peaks = {}
     for method in ("none", "transformers", "deepspeed"):

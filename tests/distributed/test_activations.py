@@ -63,7 +63,7 @@ def test_plain_modules_name_their_layers(ranks: Pools) -> None:
 
 
 def test_peak_memory_falls(ranks: Pools) -> None:
-    """Eight layers, 512 tokens, eager attention: what one layer keeps instead of what eight do, and eight inputs."""
+    """Eight layers, 256 tokens, eager attention: what one layer keeps instead of what eight do, and eight inputs."""
     (peaks,) = ranks.run(1, "activation_peaks", JOBS)
     assert peaks["none"] > 4 * peaks["transformers"]
     assert peaks["none"] > 4 * peaks["deepspeed"]
