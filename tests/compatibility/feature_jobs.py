@@ -203,6 +203,7 @@ FEATURES = [
     Feature(
         "`torch_autocast` in float16, ZeRO",
         REFUSED,
+        stages=(1, 2, 3),
         dtype="fp32",
         extra={"torch_autocast": {"enabled": True, "dtype": "float16"}},
     ),

@@ -31,3 +31,29 @@ def train_with_an_empty_weight(stages: list[int]) -> list[list[float]]:
         engine.destroy()
         found.append(losses)
     return found
+
+
+def thaw(stages: list[int], thawed: bool) -> list[str]:
+    """What a step says once a layer has gradients that had none when the engine was built, at every stage."""
+    told = []
+    for stage in stages:
+        torch.manual_seed(0)
+        model = Net([*SHAPES, (5, 6)])
+        name, frozen = list(model.named_parameters())[-1]
+        frozen.requires_grad_(False)
+        before = frozen.detach().clone()
+        ds_config = config(stage, "fp32", {"lr": 0.01, "rank": 2, "update_proj_gap": 2})
+        engine, told_here = build(ds_config, SHAPES, model=model), "trained"
+        for step, batch in enumerate(batches(3, torch.distributed.get_rank())):
+            frozen.requires_grad_(thawed and step == 1)
+            engine.backward(engine(batch))
+            try:
+                engine.step()
+            except (ValueError, RuntimeError) as error:
+                told_here = str(error).replace(name, "NAME")
+                break
+        if stage < 3 and not torch.equal(before, frozen.detach()):
+            told_here = "changed"
+        engine.destroy()
+        told.append(told_here)
+    return told

@@ -192,3 +192,12 @@ def test_options_of_torch_that_are_off_pass_and_others_are_refused(kind, name):
         kind([{"params": [nn.Parameter(make_weight((6, 8)))], name: True}], rank=2)
     with pytest.raises(ValueError, match=refused):
         check_params({"rank": 2, name: True}, algorithm=kind.algorithm)
+
+
+def test_a_layer_thawed_in_an_engine_stops_every_rank(ranks):
+    """No optimizer steps it at any stage of ZeRO; what is frozen throughout is no hindrance."""
+    told = ranks.run(2, "thaw", "tests.distributed.edge_jobs", stages=[0, 1, 2, 3], thawed=True)
+    assert told[0] == told[1]
+    for sentence in told[0]:
+        assert "NAME had requires_grad = False when deepspeed.initialize was called" in sentence, told
+    assert ranks.run(2, "thaw", "tests.distributed.edge_jobs", stages=[0, 3], thawed=False) == [["trained"] * 2] * 2

@@ -25,6 +25,7 @@ from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_gr
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.save_load.files import normalized
+from ds_fira.engine.deepspeed.thawed import note_frozen
 from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from ds_fira.optim.attachment import EngineAttachment
 from ds_fira.optim.base import LowRankOptimizer
@@ -107,6 +108,7 @@ def attach_built(
         configure(engine, await_engine(client_optimizer), *args, **kwargs)
     if trains_ours(engine):
         refuse_partitioned_weights(engine)
+        note_frozen(engine)
         attach(engine)
 
 

@@ -23,7 +23,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import zero_to_fp32
 
-from ds_fira.engine.deepspeed import attach, loss_scale, monitor, peers, weight_sync
+from ds_fira.engine.deepspeed import attach, loss_scale, monitor, peers, thawed, weight_sync
 from ds_fira.engine.deepspeed.save_load import client_state, load, pick, save
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.registry import TYPES, add_types
@@ -87,8 +87,9 @@ PATCHES = (
     # Lets the loss scale grow after the step; step calls _update_scale before it divides the gradients by the scale.
     *(Patch(wrapper, "_update_scale", loss_scale.put_off_growth) for wrapper in loss_scale.WRAPPERS),
     *(Patch(wrapper, "step", loss_scale.grow_after_step) for wrapper in loss_scale.WRAPPERS),
-    # Writes events, then compares the weights; makes the optimizer step on every rank, counts global_steps and
-    # global_samples.
+    # Refuses to leave out what has been thawed, writes events, then compares the weights; makes the optimizer step on
+    # every rank, counts global_steps and global_samples.
+    Patch(DeepSpeedEngine, "_take_model_step", thawed.refuse_thawed),
     Patch(DeepSpeedEngine, "_take_model_step", monitor.report_step),
     Patch(DeepSpeedEngine, "_take_model_step", weight_sync.check_after_step),
     # Tells the others of an error, and raises theirs; global_steps counts the steps before.
