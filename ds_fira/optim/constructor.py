@@ -5,6 +5,7 @@ So a new setting is one field of `GroupSettings` or of `Settings`, and stands ev
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import textwrap
@@ -27,10 +28,16 @@ OF_CONFIGS = "max_group_bytes"
 Params = nn.Module | Tensor | Iterable[Tensor | tuple[str, Tensor] | ParamGroup]
 
 
+@functools.cache
+def _hints() -> dict[str, object]:
+    """The types of the settings that every algorithm has; resolving their names takes milliseconds."""
+    return get_type_hints(Settings)
+
+
 def _fields(algorithm: Algorithm) -> dict[str, tuple[FieldInfo, object]]:
     """The constructor's settings, each with its field and its type."""
     own = {} if algorithm.rule is None else algorithm.rule.model_fields
-    hints = get_type_hints(Settings) | {name: field.annotation for name, field in own.items()}
+    hints = _hints() | {name: field.annotation for name, field in own.items()}
     fields = {**Settings.model_fields, **own}
     return {name: (fields[name], hints[name]) for name in legal_settings(algorithm) if name != OF_CONFIGS}
 

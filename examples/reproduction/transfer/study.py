@@ -171,6 +171,7 @@ def candidates() -> list[Trial]:
             {**gradient, "alpha": 0.125, "c": 0.6},
             {**norm, "alpha": 0.125, "c": 0.8, "warmup": 200},
             {**norm, "alpha": 0.125, "c": 2.4, "warmup": 200},
+            {**norm, "alpha": 0.25, "c": 0.6, "warmup": 200},
         ),
         (256, 0.03125, None): (
             {"power": 1.0},
