@@ -40,7 +40,7 @@ class SplitPart:
         low_rank: of R over the region, float32 as all up to `scales`.
         kept_low_rank: of R over the entries kept.
         direction: of N, then C, over the entries kept; on the right over the region.
-        low_rank_update: of C over the region.
+        low_rank_update: of C over the region, and of N before where borrowers make C.
         spare: of N again, over the entries kept; None where it is not needed.
         scales: of the factors of the gradient, over the region.
         grad_sq: of |G_j|^2 over the region, float64 as all behind it.

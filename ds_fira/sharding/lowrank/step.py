@@ -41,6 +41,7 @@ from ds_fira.core.state import STEP, MatrixState, allocate_matrices, compute_dty
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.lowrank.agreement import Agreement
 from ds_fira.sharding.lowrank.exchange import LowRankExchange
+from ds_fira.sharding.lowrank.kept_rows import KeptRows
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.refresh import LowRankRefresh
 from ds_fira.sharding.lowrank.shard_step import ShardStep
@@ -89,6 +90,8 @@ class LowRankMatrices:
         self._refresh = LowRankRefresh(self._matrices, communicator)
         self._exchange = LowRankExchange(self._matrices, communicator)
         self._turns = turns_of(self._matrices)
+        first = self._turns[0] if self._turns else ()
+        self._kept = KeptRows(first if any(matrices[position].shares_basis for position in first) else ())
 
     def allocate(self, param: Tensor, settings: GroupSettings, algorithm: Algorithm) -> dict[str, Tensor]:
         """Zero state for this rank's parts; the keys of a matrix end in ".cut" and its number among the group's.
@@ -148,8 +151,9 @@ class LowRankMatrices:
 
         positions = list(self._matrices)
         measure = partial(self._device_group.grad_sums, param.grad) if by_kernels else None
-        agreement = Agreement(self.communicator, positions, param, parts, is_due, refresh, dtype, measure)
-        step = GroupStep(self._matrices, self._exchange, agreement, param, settings, parts)
+        changed = self._kept.changed(parts)
+        agreement = Agreement(self.communicator, positions, param, parts, is_due, refresh, dtype, measure, changed)
+        step = GroupStep(self._matrices, self._exchange, agreement, param, settings, parts, self._kept)
         overlapped(self._turn(turn, step, negligible_ratio, by_kernels).run() for turn in self._turns)
         return sorted(step.done, key=lambda stats: stats[0].position)
 
