@@ -97,6 +97,15 @@ def _tables(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[Te
     return tables
 
 
+def table_of(device: torch.device, row: tuple[int, ...]) -> Tensor:
+    """Numbers that a kernel looks up, int64, on a device; kept for the steps with the same ones.
+
+    Raises:
+        ValueError: a capture is under way, and they are others than in the step before.
+    """
+    return _tables(device, (row,))[0]
+
+
 @functools.lru_cache(maxsize=1024)
 def _uploaded(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
     """The rows, kept, because weights and states stay where they are.

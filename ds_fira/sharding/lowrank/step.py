@@ -3,8 +3,9 @@
 A step of a param group, on all ranks of the communicator. Each line is a phase of `ds_fira.core.step`; a collective is
 started where its line begins, and waited for where a later line needs it:
 
-1. where a matrix is evenly sharded, rows of P to the ranks that work with them, for this step;
-2. sum |G|^2 over the ranks: is the gradient finite, is a refresh due;
+1. where a matrix is evenly sharded, rows of P to the ranks that work with them, for this step; the first turn keeps
+   what it has been sent (`ds_fira.sharding.lowrank.kept_rows`), and sends it anew where P has changed;
+2. sum |G|^2 over the ranks: is the gradient finite, is a refresh due, is a basis not the one that others keep rows of;
 3. parts of R and of the squared norms to the ranks that keep the entries (line 8);
 4. behind 2 and 3, where a refresh is due: gradients to the owners, bases back, in rounds of one matrix an owner (lines
    4 to 7); then 1 and 3 once more for the matrices that have gone through them with their old bases;
@@ -13,8 +14,9 @@ started where its line begins, and waited for where a later line needs it:
 7. rarely, behind 5: R and phi back, and the sum of the residual itself; then 6 again;
 8. every rank updates its own weights (line 16).
 
-2 travels beside 1 or 3, and 6 beside 5 where `answer_form` allows it, so that a step takes two round trips, at stage 3
-three; one after another these were four and five. The matrices of a group go in *turns*, of which two are under way at
+2 travels beside 1 or 3, and 6 beside 5 where `answer_form` allows it, so that a step takes two round trips, and a third
+at stage 3 where a turn is not short; one after another these were four and five. Two are the fewest: R needs the
+gradients of all ranks, and C needs R. The matrices of a group go in *turns*, of which two are under way at
 a time (`ds_fira.sharding.lowrank.turn`): one computes while what the other has started travels. A turn has at most
 `MAX_STEP_NUMEL` elements, so a step's temporaries do not grow with the group. Weights and states are the same to the
 bit however matrices are dealt out over turns: no number of a matrix goes by another matrix.
