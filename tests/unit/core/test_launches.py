@@ -126,10 +126,10 @@ def test_a_capturable_step_counts_on_the_device() -> None:
 
 
 def test_a_capturable_group_under_adamw_is_two_kernels() -> None:
-    """However many tensors, of which each has a count of its own on the device."""
+    """However many tensors, of which each has a count of its own on the device; memory for their sizes beside it."""
     names = unprojected([(16,), (48,), (4, 8), (16,)], steps=1, capturable=True)
     assert (names["_adamw_sizes"], names["_adamw"]) == (1, 1)
-    assert names.total() <= MOST_OF_ADAMW, names
+    assert names.total() <= MOST_OF_ADAMW + 1, names
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", pytest.param("int8", marks=pytest.mark.full)])
