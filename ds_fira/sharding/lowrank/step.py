@@ -91,9 +91,17 @@ class LowRankMatrices:
         ]
         self._refresh = LowRankRefresh(self._matrices, communicator)
         self._exchange = LowRankExchange(self._matrices, communicator)
-        self._turns = turns_of(self._matrices)
-        first = self._turns[0] if self._turns else ()
-        self._kept = KeptRows(first if any(matrices[position].shares_basis for position in first) else ())
+        self.deal(turns_of(self._matrices))
+
+    def deal(self, turns: Sequence[Sequence[int]]) -> None:
+        """Step in these turns from now on, of which the first keeps its borrowed rows of P; nothing is kept yet.
+
+        Args:
+            turns: the positions in each; the same on every rank.
+        """
+        first = turns[0] if turns else ()
+        self._turns = turns
+        self._kept = KeptRows(first if any(self._matrices[position].shares_basis for position in first) else ())
 
     def allocate(self, param: Tensor, settings: GroupSettings, algorithm: Algorithm) -> dict[str, Tensor]:
         """Zero state for this rank's parts; the keys of a matrix end in ".cut" and its number among the group's.
