@@ -197,8 +197,8 @@ def elementwise(of: Operands) -> Iterator[KernelCase]:
     first, second = (quantization.allocate(flat.shape, (), "int8", signed=signed, **like) for signed in (True, False))
     coded = sum(part.nbytes for stored in (first, second) for part in stored.values())
     yield KernelCase(
-        "stored_adamw_",
-        lambda: kernels.stored_adamw_(flat, grad, first, second, **options),
+        "adamw_together_",
+        lambda: kernels.adamw_together_([(flat, grad, first, second)], **options),
         3.0 * flat.nbytes + 2.0 * coded,
         tiled=False,
         ranked=False,

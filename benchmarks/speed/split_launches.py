@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ds_fira.core.settings import GroupSettings
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.sharding.comm import Communicator, Pending
 from ds_fira.sharding.geometry import matrices_of, split
+from ds_fira.sharding.lowrank import answer_form
 from ds_fira.sharding.lowrank.step import LowRankMatrices, turns_of
 from ds_fira.sharding.plan import plan_groups
 from ds_fira.sharding.refresher import Refresher
@@ -101,7 +102,7 @@ def step_of_a_rank(
     group = LowRankMatrices(matrices, communicator, numbers)
     if real:
         of_the_model = GroupSettings(**{**given, "rank": real_rank})
-        group._turns = turns_of(plan(real, ranks, evenly_sharded, of_the_model)[0])
+        group.deal(turns_of(plan(real, ranks, evenly_sharded, of_the_model)[0]))
     param, refresher = Parameter(random(size, 0)), Refresher(metrics := StepMetrics(), "FiraAdam")
     state = group.allocate(param, settings, FIRA_ADAM)
     for key, value in state.items():
@@ -110,7 +111,7 @@ def step_of_a_rank(
         elif key.startswith("refresh_step"):
             value.zero_()
     names: Counter[str] = Counter()
-    with torch.no_grad():
+    with torch.no_grad(), long_turns() if real else nullcontext():
         for step in range(steps + 1):
             param.grad = random(size, step + 2)
             before = communicator.collectives
@@ -119,6 +120,16 @@ def step_of_a_rank(
                     if plan_of.owns:
                         metrics.record(stats, settings.residual_scale)
     return names, communicator.collectives - before
+
+
+@contextmanager
+def long_turns() -> Iterator[None]:
+    """Take no turn for a short one: those of larger matrices are not, whatever stands for them."""
+    before, answer_form.SHORT_TURN_NUMEL = answer_form.SHORT_TURN_NUMEL, 0
+    try:
+        yield
+    finally:
+        answer_form.SHORT_TURN_NUMEL = before
 
 
 def random(size: int, seed: int) -> Tensor:

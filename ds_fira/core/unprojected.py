@@ -56,13 +56,13 @@ def step_unprojected_(tensors: Sequence[Unprojected], settings: GroupSettings) -
     for each in tensors:
         if settings.rule is None and kernels.supports(each.param):
             dtypes = [part.dtype for stored in each.moments.values() for part in stored.values()]
-            # Of a 0-dim tensor on the CPU its only element, without a call of torch's; one on the device is not read.
-            count = id(each.step) if settings.capturable else each.step.tolist()
+            # Of a 0-dim tensor on the CPU its only element, without a call of torch's; those on a device are not read.
+            count = None if settings.capturable else each.step.tolist()
             together.setdefault((each.param.device, each.param.dtype, each.grad.dtype, *dtypes, count), []).append(each)
         else:
             _step_alone_(each, settings)
     for (*_, count), alike in together.items():
-        arguments = _arguments(alike[0].step if settings.capturable else count, settings)
+        arguments = _arguments([each.step for each in alike] if count is None else count, settings)
         # A kernel reads every element once, and decodes and encodes what it reads.
         pairs = [
             tuple(tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in each[:2]) for each in alike
@@ -77,7 +77,7 @@ def step_unprojected_(tensors: Sequence[Unprojected], settings: GroupSettings) -
                 each.param.copy_(value)
 
 
-def _arguments(step: int | Tensor, settings: GroupSettings) -> dict[str, object]:
+def _arguments(step: int | Sequence[Tensor], settings: GroupSettings) -> dict[str, object]:
     """What a step of AdamW takes beside parameters, gradients and moments."""
     lr = settings.lr_tensor if settings.capturable else settings.lr
     arguments = {"step": step, "lr": lr, "betas": settings.betas, "eps": settings.eps}

@@ -46,8 +46,8 @@ from ds_fira.sharding.row_blocks import common, hull, kept_rows, touched_columns
 Way = Literal["gathered", "low_rank"]
 # By sharer, entries of R or rows of P.
 Spans = Callable[[int], range]
-# float64 sums over all ranks in a low-rank step: |G|^2 and whether a refresh is due; then |R|^2 and two that depend on
-# the scaling. Each counts as two float32 elements.
+# float64 sums over all ranks in a low-rank step: |G|^2 and whether a refresh is due, or kept rows of P are no longer
+# true; then |R|^2 and two that depend on the scaling. Each counts as two float32 elements.
 GRADIENT_SUMS = 2
 LOW_RANK_SUMS = 3
 SUMS_NUMEL = 2 * (GRADIENT_SUMS + LOW_RANK_SUMS)

@@ -12,7 +12,7 @@ from benchmarks.communication.partition import meta_llama
 from ds_fira.core.settings import GroupSettings
 from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import formula_bytes
-from ds_fira.sharding.lowrank.answer_form import low_rank_elements
+from ds_fira.sharding.lowrank.answer_form import basis_rows_lent, low_rank_elements
 from ds_fira.tools.dry_run import plan_run
 from tests.distributed.test_zero3 import MODULE, PARAMS, SHAPES, check, check_balance, run, split_matrices
 from tests.distributed.zero_jobs import config
@@ -23,11 +23,11 @@ def test_counted_bytes(ranks: Pools) -> None:
     """Three ranks, by hand, r = 2: both matrices have 280 elements in slices of 94, 94 and 92.
 
     (7, 40), left, owner 0: columns 0 to 13, 13 to 26 and 26 to 40 of R are kept by ranks 0, 1 and 2. A rank sends
-    r + 1 for every column that another keeps, and again for every column that it keeps to each of the two others. All
-    touch all columns. A refresh: 94 and 92 to rank 0, and 1 + 3 x r back to each.
+    r + 1 for every column that another keeps, and N, R and a float64 for every column that it keeps to each of the two
+    others: the turn is short. All touch all columns. A refresh: 94 and 92 to rank 0, and 1 + 3 x r back to each.
     (40, 7), right, owner 1: rows 13 and 26 are split, kept by ranks 0 and 1: r + 1 up and 2 (r + 1) down for each. 2,
-    2, 3 rows of P are held, and sent to two others. A refresh: 94 and 92 to rank 1, and 1 + 2 x r, 1 + 3 x r back.
-    With a refresh the parts of R, and P, are sent with the old basis too.
+    2, 3 rows of P are held, sent to two others in the first step, and kept there. A refresh: 94 and 92 to rank 1, and
+    1 + 2 x r, 1 + 3 x r back; then the rows of P. The parts of R are sent with the old basis too.
     Sums: 2 and 3 numbers of 8 bytes for each matrix on every rank.
     """
     results = run(ranks, 3, shapes=[(7, 40), (40, 7)], rank=2, update_proj_gap=6, steps=7)
@@ -36,18 +36,21 @@ def test_counted_bytes(ranks: Pools) -> None:
         ("left", 0, "low_rank"),
         ("right", 1, "low_rank"),
     ]
-    left = [3 * (27 + 2 * 13), 3 * (27 + 2 * 13), 3 * (26 + 2 * 14)]
-    again = [3 * 27 + 2 * 2 * 2, 3 * 27 + 3 + 2 * 2 * 2, 3 * 26 + 3 + 2 * 3 * 2]
-    right = [6 + 2 * 2 * 2, 3 + 6 + 2 * 2 * 2, 3 + 2 * 3 * 2]
+    left = [3 * 27 + 6 * 2 * 13, 3 * 27 + 6 * 2 * 13, 3 * 26 + 6 * 2 * 14]
+    rows = [2 * 2 * 2, 2 * 2 * 2, 2 * 3 * 2]
+    again = [3 * 27, 3 * 27 + 3, 3 * 26 + 3]
+    right = [6, 3 + 6, 3]
     refresh = [2 * (1 + 3 * 2) + 94, 94 + (1 + 2 * 2) + (1 + 3 * 2), 92 + 92]
     sums = 2 * (2 + 3) * 8
     settings = GroupSettings.of(check_params({**PARAMS, "rank": 2}))
     for rank, result in enumerate(results):
         step = 4 * (left[rank] + right[rank]) + sums
         steps = [after - before for before, after in zip(result["sent"], result["sent"][1:], strict=False)]
-        refreshing = step + 4 * (refresh[rank] + again[rank])
-        assert steps == [refreshing, *[step] * 5, refreshing]
-        assert 4 * sum(low_rank_elements(matrix, rank, settings) for matrix in low_rank) == step
+        refreshing = step + 4 * (refresh[rank] + again[rank] + rows[rank])
+        assert steps == [refreshing + 4 * rows[rank], *[step] * 5, refreshing]
+        sent = [low_rank_elements(matrix, rank, settings, short=True, keeps_rows=True) for matrix in low_rank]
+        assert 4 * sum(sent) == step
+        assert [matrix.rank * basis_rows_lent(matrix, rank) for matrix in low_rank] == [0, rows[rank]]
         assert sum(matrix.refresh_elements(rank, settings) for matrix in low_rank) == refresh[rank]
 
 

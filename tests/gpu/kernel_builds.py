@@ -134,12 +134,12 @@ def builds(shapes: tuple = SHAPES, dtypes: tuple = DTYPES, forms: tuple = FORMS)
         flat, size = torch.empty(2**20, device="meta"), (2**20,)
         step = {"step": 1, "lr": 0.1, "betas": BETAS, "eps": 1e-6, "weight_decay": 0.0}
         count, rate = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(1, device="meta")
-        on_device = {**step, "step": count, "lr": rate}
+        on_device = {**step, "step": [count], "lr": rate}
         for state_dtype in ("float32", "bfloat16", "int8"):
             kept = {"dtype": torch.float32, "device": "meta"}
             moments = [quantization.allocate(size, (), state_dtype, signed=signed, **kept) for signed in (True, False)]
             for counted in (step, on_device):
-                kernels.stored_adamw_(flat.bfloat16(), flat, *moments, **counted)
+                kernels.adamw_together_([(flat.bfloat16(), flat, *moments)], **counted)
         yield from built(found)
 
 

@@ -10,8 +10,8 @@ Triton is imported when a kernel is first asked for, so that this package can be
     adam_direction_    moments, direction and the squared norms of direction and R
     residual_square    |phi * (G - a P R)|^2 from the residual itself, without forming it
     apply_update_      the update of W in one pass over G and W
-    adamw_             AdamW on any fragment of a parameter; `stored_adamw_` with moments of any `state_dtype`, and
-                       `adamw_together_` on many of them at once
+    adamw_             AdamW on any fragment of a parameter; `adamw_together_` on many, with moments of any
+                       `state_dtype`
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ds_fira.core.kernels.adamw import adamw_, stored_adamw_
+    from ds_fira.core.kernels.adamw import adamw_, adamw_together_
     from ds_fira.core.kernels.moments import adam_direction_
     from ds_fira.core.kernels.projection import project
     from ds_fira.core.kernels.residual import residual_square
     from ds_fira.core.kernels.step import step_together
     from ds_fira.core.kernels.update import apply_update_
 
-__all__ = ["adam_direction_", "adamw_", "apply_update_", "project", "residual_square", "step_together", "stored_adamw_"]
+__all__ = ["adam_direction_", "adamw_", "adamw_together_", "apply_update_", "project", "residual_square"]
+__all__ += ["step_together"]
 __all__ += ["Choice", "chosen", "fault", "interpret_on_cpu", "supports", "switched"]
 
 # What the setting `kernels` may say.
@@ -53,7 +54,6 @@ _HOMES = {
     "project": "projection",
     "residual_square": "residual",
     "step_together": "step",
-    "stored_adamw_": "adamw",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Older devices have neither bfloat16 products nor TF32.

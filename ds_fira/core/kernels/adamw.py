@@ -9,11 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fira.core.kernels.moments import adam, shares_of
-from ds_fira.core.kernels.moving import table_of
 from ds_fira.core.kernels.rates import adamw_sizes, launch_adamw_sizes, rate
 from ds_fira.core.kernels.stored import encoded, load_blocks, moment, parts, store_blocks
 from ds_fira.core.kernels.tiles import launch, rounded
-from ds_fira.core.kernels.views import UNIT, View
+from ds_fira.core.kernels.views import UNIT, View, table_of
 from ds_fira.core.quantization import BLOCK, VALUES, Stored
 
 # Elements of one program of AdamW, in lines of the elements that share a scale.
@@ -67,38 +66,30 @@ def adamw_(
     _launch_adamw([operands], "plain", step, lr, betas, eps, weight_decay, alpha)
 
 
-def stored_adamw_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Stored,
-    exp_avg_sq: Stored,
-    *,
-    step: int | Tensor,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    alpha: float = 1.0,
-) -> None:
-    """`adamw_` on moments as `ds_fira.core.quantization` stores them; their noise goes by the step and the place."""
-    operands = [(param, grad, exp_avg, exp_avg_sq)]
-    adamw_together_(operands, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, alpha=alpha)
-
-
 def adamw_together_(
     operands: Sequence[Operands],
     *,
-    step: int | Tensor,
+    step: int | Sequence[Tensor],
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     alpha: float = 1.0,
 ) -> None:
-    """`stored_adamw_` of tensors alike in their dtypes, at the same step, by one kernel: the bits of each alone.
+    """`adamw_` of tensors alike in their dtypes by one kernel, the bits of each alone.
 
-    With the count of the steps before and the learning rate in tensors on the device, nothing of the step is the
-    host's: the count is advanced there, and no argument of a launch changes from step to step.
+    Moments are as `ds_fira.core.quantization` stores them; their noise goes by the step and the place. With counts of
+    the steps before and the learning rate in tensors on the device, nothing of the step is the host's: every count is
+    advanced there, and no argument of a launch changes from step to step.
+
+    Args:
+        operands: of every tensor, as in `adamw_`.
+        step: this step's count, from 1, of all; or of each the count before, int64, 0-dim, which is advanced.
+        lr: as in `adamw_`; with counts on the device a tensor there.
+        betas: as in `adamw_`.
+        eps: likewise.
+        weight_decay: likewise.
+        alpha: likewise.
     """
     exp_avg = operands[0][2]
     form = moment(exp_avg, [View(part, 0) for part in parts(exp_avg)]).form(noisy=True)
@@ -108,7 +99,7 @@ def adamw_together_(
 def _launch_adamw(
     operands: Sequence[Operands],
     form: str,
-    step: int | Tensor,
+    step: int | Sequence[Tensor],
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
@@ -116,27 +107,28 @@ def _launch_adamw(
     alpha: float,
 ) -> None:
     sizes, seed, step_size, decay_factor = None, 0, 0.0, 0.0
-    if isinstance(step, Tensor):
-        sizes = launch_adamw_sizes(step, rate(0.0, lr), betas, weight_decay, alpha)
-    else:
+    if isinstance(step, int):
         seed, (step_size, decay_factor) = 2 * step, adamw_sizes(step, lr, betas, weight_decay, alpha)
-    even = [_is_even(each) for each in operands]
+    else:
+        sizes = launch_adamw_sizes(step, rate(0.0, lr), betas, weight_decay, alpha)
+    kinds: dict[bool, list[tuple[int, Operands]]] = {}
+    for place, each in enumerate(operands):
+        kinds.setdefault(_is_even(each), []).append((place, each))
     for kind in (True, False):
-        alike = [each for each, other in zip(operands, even, strict=True) if other is kind]
-        if alike:
+        if alike := kinds.get(kind):
             unit = UNIT if kind else 1
             _launch_alike(alike, unit, form, seed, step_size, decay_factor, sizes, shares_of(betas), float(eps))
 
 
-def _launch_alike(operands: Sequence[Operands], unit: int, form: str, *numbers: object) -> None:
-    """Step tensors whose places and sizes are whole units."""
-    param, grad, *moments = operands[0]
-    firsts = _tensors(operands[0])
+def _launch_alike(operands: Sequence[tuple[int, Operands]], unit: int, form: str, *numbers: object) -> None:
+    """Step tensors whose places and sizes are whole units, each with its place among all."""
+    param, grad, *moments = operands[0][1]
+    firsts = _tensors(operands[0][1])
     rows, program = [], 0
-    for each in operands:
+    for place, each in operands:
         pairs, numel = zip(_tensors(each), firsts, strict=True), each[0].numel()
         distances = [(tensor.data_ptr() - first.data_ptr()) // first.element_size() for tensor, first in pairs]
-        rows.append((*(number // unit for number in (*distances, numel)), program))
+        rows += [*(number // unit for number in (*distances, numel)), program, place]
         program += triton.cdiv(numel, LINES * BLOCK)
     table = table_of(param.device, tuple(rows))
     launch(
@@ -189,19 +181,19 @@ def _adamw(
     BLOCK: tl.constexpr,
 ):
     # The last tensor whose first program is not behind this one.
-    WIDTH: tl.constexpr = 8 if FORM == "blocks" else 6
+    WIDTH: tl.constexpr = 9 if FORM == "blocks" else 7
     low = 0
     high = count
     while high - low > 1:
         middle = (low + high) // 2
-        behind = tl.load(table + middle * WIDTH + WIDTH - 1) > tl.program_id(0)
+        behind = tl.load(table + middle * WIDTH + WIDTH - 2) > tl.program_id(0)
         high = tl.where(behind, middle, high)
         low = tl.where(behind, low, middle)
     row = table + low * WIDTH
     param += tl.load(row) * unit
     grad += tl.load(row + 1) * unit
-    numel = tl.load(row + WIDTH - 2) * unit
-    program = tl.program_id(0) - tl.load(row + WIDTH - 1)
+    numel = tl.load(row + WIDTH - 3) * unit
+    program = tl.program_id(0) - tl.load(row + WIDTH - 2)
     line = program * LINES + tl.arange(0, LINES)
     at = line[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     # The mask of every load and store: one that depends on the gradient would move each element by itself. What is not
@@ -212,6 +204,7 @@ def _adamw(
     kept = inside & (gradient * gradient < float("inf"))
     gradient = tl.where(kept, gradient, 0.0)
     if sizes is not None:
+        sizes += 3 * tl.load(row + WIDTH - 1)
         step_size = tl.load(sizes).to(tl.float32)
         decay_factor = tl.load(sizes + 1).to(tl.float32)
         seed = 2 * tl.load(sizes + 2).to(tl.int64)

@@ -44,7 +44,7 @@ class Memory(NamedTuple):
 
 
 class Measuring(NamedTuple):
-    """Settings of `_measure`."""
+    """Settings of `_measure` and of the kernels of `ds_fira.core.kernels.sharing`."""
 
     betas: tuple[Pair, Pair]
     cross: Pair  # 2a - a^2, by which |phi * R|^2 goes off
@@ -52,6 +52,18 @@ class Measuring(NamedTuple):
     residual_beta: Pair
     elements: Pair  # of size 1 in a normalized S for one factor
     warmup: Pair  # steps
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], rank: int, settings: GroupSettings, side: Side) -> Measuring:
+        """Of matrices of shape (m, n)."""
+        return cls(
+            betas=(pair(settings.betas[0]), pair(settings.betas[1])),
+            cross=pair(2.0 * settings.inner_alpha - settings.inner_alpha**2),
+            floor=pair(residual_floor(settings)),
+            residual_beta=pair(settings.residual_beta),
+            elements=pair(elements_of(shape, rank, side, settings)),
+            warmup=pair(settings.residual_warmup),
+        )
 
 
 def launch_measure(
@@ -85,14 +97,6 @@ def launch_measure(
     count, m, n, rank = sizes
     lines, form = n if side == "left" else m, settings.residual_form
     block = tile(lines, BLOCK)
-    measuring = Measuring(
-        betas=(pair(settings.betas[0]), pair(settings.betas[1])),
-        cross=pair(2.0 * settings.inner_alpha - settings.inner_alpha**2),
-        floor=pair(residual_floor(settings)),
-        residual_beta=pair(settings.residual_beta),
-        elements=pair(elements_of((m, n), rank, side, settings)),
-        warmup=pair(settings.residual_warmup),
-    )
     launch(
         _measure,
         (count,),
@@ -103,7 +107,7 @@ def launch_measure(
         grad_finite,
         memory,
         lines,
-        measuring,
+        Measuring.of((m, n), rank, settings, side),
         FORM=form.kernel,
         SCALING=settings.scaling,
         ONE=settings.has_one_factor,
@@ -128,6 +132,33 @@ def power(base, exponent):
         base = base * base
         exponent = exponent // 2
     return result
+
+
+@triton.jit
+def note_step(
+    numbers_at,
+    memory,
+    matrix,
+    count,
+    settings,
+    LIMITED: tl.constexpr,
+    WARMING: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """Write down what a step goes by besides its gradient; gives its count, 1 at least, and the bias correction."""
+    tl.store(numbers_at + _COUNT, count.to(tl.float64))
+    # Before the first finite gradient nothing asks for it, but it would be 0 / 0.
+    count = tl.maximum(count, 1)
+    if GIVEN:
+        bias = tl.load(numbers_at + _BIAS)
+    else:
+        bias = tl.sqrt(1.0 - power(double(settings.betas[1]), count)) / (1.0 - power(double(settings.betas[0]), count))
+        tl.store(numbers_at + _BIAS, bias)
+    if WARMING:
+        tl.store(numbers_at + _SHARE, tl.minimum(count.to(tl.float64) / double(settings.warmup), 1.0))
+    if LIMITED:
+        tl.store(numbers_at + _PREVIOUS, tl.load(origin(memory.residual_norm, matrix)).to(tl.float64))
+    return count, bias
 
 
 @triton.jit
@@ -208,18 +239,7 @@ def _measure(
     count = tl.load(step_at)
     if not GIVEN:
         count += finite
-    tl.store(numbers_at + _COUNT, count.to(tl.float64))
-    # Before the first finite gradient nothing asks for it, but it would be 0 / 0.
-    count = tl.maximum(count, 1)
-    if GIVEN:
-        bias = tl.load(numbers_at + _BIAS)
-    else:
-        bias = tl.sqrt(1.0 - power(double(settings.betas[1]), count)) / (1.0 - power(double(settings.betas[0]), count))
-        tl.store(numbers_at + _BIAS, bias)
-    if WARMING:
-        tl.store(numbers_at + _SHARE, tl.minimum(count.to(tl.float64) / double(settings.warmup), 1.0))
-    if LIMITED:
-        tl.store(numbers_at + _PREVIOUS, tl.load(origin(memory.residual_norm, matrix)).to(tl.float64))
+    count, bias = note_step(numbers_at, memory, matrix, count, settings, LIMITED, WARMING, GIVEN)
 
     offsets = tl.arange(0, BLOCK)
     # Nothing is read of a gradient that is not finite; its sums are zero.

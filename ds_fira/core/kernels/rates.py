@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ds_fira.core.kernels.measuring import power
 from ds_fira.core.kernels.numbers import double, pair
 from ds_fira.core.kernels.tiles import launch
+from ds_fira.core.kernels.views import origin, origins
 from ds_fira.core.settings import GroupSettings
 
 # A float64 as a kernel takes it, to the last bit.
@@ -94,29 +96,33 @@ def _power(base: float, exponent: int) -> float:
 
 
 def launch_adamw_sizes(
-    step: Tensor, given: Rate, betas: tuple[float, float], weight_decay: float, alpha: float
+    steps: Sequence[Tensor], given: Rate, betas: tuple[float, float], weight_decay: float, alpha: float
 ) -> Tensor:
-    """`adamw_sizes` on the device, where the step is counted first.
+    """`adamw_sizes` on the device, where the steps are counted first.
 
     Args:
-        step: steps made before this one, int64, 0-dim; counts this one afterwards.
+        steps: of k tensors, those made before this one, int64, 0-dim; they count this one afterwards.
         given: learning rate.
         betas: as in `adamw_sizes`.
         weight_decay: likewise.
         alpha: likewise.
 
     Returns:
-        Size, share, and the count, float64, (3,).
+        Size, share, and the count of every tensor, float64, (k, 3).
     """
-    sizes = torch.empty(3, dtype=torch.float64, device=step.device)
+    sizes = torch.empty(len(steps), 3, dtype=torch.float64, device=steps[0].device)
     settings = Sizes((exact(betas[0]), exact(betas[1])), exact(weight_decay), exact(alpha))
     # One warp: its threads all read the count before one of them writes it.
-    launch(_adamw_sizes, (1,), sizes, sizes, step, given, settings, num_warps=1)
+    (counts,) = origins([[(step, 0) for step in steps]])
+    launch(_adamw_sizes, (len(steps),), sizes, sizes, counts, given, settings, num_warps=1)
     return sizes
 
 
 @triton.jit
-def _adamw_sizes(sizes, step, given, settings):
+def _adamw_sizes(sizes, counts, given, settings):
+    place = tl.program_id(0).to(tl.int64)
+    step = origin(counts, place)
+    sizes += 3 * place
     count = tl.load(step) + 1
     lr = learning_rate(given)
     upper = tl.sqrt(1.0 - power(joined(settings.betas[1]), count))

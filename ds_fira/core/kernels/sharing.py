@@ -11,11 +11,10 @@ import triton.language as tl
 
 from ds_fira.core.kernels import numbers as places
 from ds_fira.core.kernels.finite import Finite, sum_of_strips
-from ds_fira.core.kernels.measuring import BLOCK, Measuring, Memory, Squares, _factor, _squares_of, power
-from ds_fira.core.kernels.numbers import double, pair
+from ds_fira.core.kernels.measuring import BLOCK, Measuring, Memory, Squares, _factor, _squares_of, note_step
+from ds_fira.core.kernels.numbers import double
 from ds_fira.core.kernels.tiles import launch, tile
 from ds_fira.core.kernels.views import View, origin
-from ds_fira.core.normalized import elements_of, residual_floor
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.subspace import Side
 
@@ -68,7 +67,7 @@ def launch_measure_entries(
         total,
         memory,
         lines,
-        _measuring(shape, rank, settings, side),
+        Measuring.of(shape, rank, settings, side),
         FORM=form.kernel,
         SCALING=settings.scaling,
         ONE=settings.has_one_factor,
@@ -113,24 +112,13 @@ def launch_take_sums(
         phi,
         numbers,
         memory,
-        _measuring(shape, rank, settings, side),
+        Measuring.of(shape, rank, settings, side),
         FORM=settings.residual_form.kernel,
         SCALING=settings.scaling,
         ONE=settings.has_one_factor,
         CORRECTED=settings.formulation == "paper",
         AVERAGED=memory.residual_avg_sq is not None,
         num_warps=1,
-    )
-
-
-def _measuring(shape: tuple[int, int], rank: int, settings: GroupSettings, side: Side) -> Measuring:
-    return Measuring(
-        betas=(pair(settings.betas[0]), pair(settings.betas[1])),
-        cross=pair(2.0 * settings.inner_alpha - settings.inner_alpha**2),
-        floor=pair(residual_floor(settings)),
-        residual_beta=pair(settings.residual_beta),
-        elements=pair(elements_of(shape, rank, side, settings)),
-        warmup=pair(settings.residual_warmup),
     )
 
 
@@ -157,16 +145,10 @@ def _measure_entries(
     numbers_at = origin(numbers, matrix)
     rows_at = origin(rows, matrix)
     count = tl.load(origin(memory.step, matrix)) + 1
-    bias = tl.sqrt(1.0 - power(double(settings.betas[1]), count)) / (1.0 - power(double(settings.betas[0]), count))
-    tl.store(numbers_at + _COUNT, count.to(tl.float64))
-    tl.store(numbers_at + _BIAS, bias)
+    count, bias = note_step(numbers_at, memory, matrix, count, settings, LIMITED, WARMING, False)
     tl.store(numbers_at + _FINITE, bias * 0.0 + 1.0)
     tl.store(numbers_at + _NEEDED, bias * 0.0)
     tl.store(numbers_at + _GRAD_SQ, sum_of_strips(total.strip_sq, total.strips, matrix))
-    if WARMING:
-        tl.store(numbers_at + _SHARE, tl.minimum(count.to(tl.float64) / double(settings.warmup), 1.0))
-    if LIMITED:
-        tl.store(numbers_at + _PREVIOUS, tl.load(origin(memory.residual_norm, matrix)).to(tl.float64))
 
     phi_at = origin(phi, matrix)
     average_at = phi_at

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_fira.core.kernels import numbers as places
+from ds_fira.core.kernels.device_stats import DeviceStats
 from ds_fira.core.kernels.fragments import Edges
 from ds_fira.core.kernels.measuring import Memory
 from ds_fira.core.kernels.numbers import launch_tally
@@ -16,7 +17,6 @@ from ds_fira.core.kernels.views import Origin, View, origins
 from ds_fira.core.normalized import require_average
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
-from ds_fira.core.step import StepStats
 from ds_fira.core.subspace import Side
 
 
@@ -40,7 +40,7 @@ class SplitPart:
         low_rank: of R over the region, float32 as all up to `scales`.
         kept_low_rank: of R over the entries kept.
         direction: of N, then C, over the entries kept; on the right over the region.
-        low_rank_update: of C over the region.
+        low_rank_update: of C over the region, and of N before where borrowers make C.
         spare: of N again, over the entries kept; None where it is not needed.
         scales: of the factors of the gradient, over the region.
         grad_sq: of |G_j|^2 over the region, float64 as all behind it.
@@ -88,7 +88,7 @@ class SplitPart:
 Held = tuple[SplitPart, MatrixState]
 
 
-class SplitStats(StepStats):
+class SplitStats(DeviceStats):
     """`StepStats` of one matrix that looks a number up when it is asked for; all of them are on the device."""
 
     def __init__(self, doubles: Tensor, numbers: int, settings: GroupSettings) -> None:
@@ -107,11 +107,6 @@ class SplitStats(StepStats):
         return self._doubles[self._numbers + place]
 
     @property
-    def grad_sq(self) -> Tensor:
-        """|G|^2."""
-        return self._number(places.GRAD_SQ)
-
-    @property
     def low_rank_sq(self) -> Tensor:
         """|R|^2, (1,)."""
         return self._number(places.LOW_RANK_SQ).unsqueeze(0)
@@ -119,21 +114,6 @@ class SplitStats(StepStats):
     def quotient(self) -> tuple[Tensor, Tensor, float]:
         """As `step_stats` of a split matrix has it: the ranks that keep the entries record them."""
         return self.low_rank_sq, self.low_rank_sq, 1.0
-
-    @property
-    def residual_sq(self) -> Tensor:
-        """|S|^2 before the limiter."""
-        return self._number(places.RESIDUAL_SQ)
-
-    @property
-    def limiter_divisor(self) -> Tensor | None:
-        """S is divided by it; None without a limiter."""
-        return self._number(places.DIVISOR) if self._settings.has_limiter else None
-
-    @property
-    def grad_finite(self) -> Tensor:
-        """Whether the gradient was finite."""
-        return self._number(places.FINITE) != 0.0
 
 
 def quotient_of(doubles: Tensor, part: SplitPart, settings: GroupSettings) -> tuple[Tensor, Tensor, Tensor]:

@@ -198,10 +198,11 @@ class SplitStep:
             lines = first.region if over_all else first.kept
             along = 0 if first.left else start * first.rank
             low = [part.low_rank if over_all else part.kept_low_rank for part, _ in alike]
+            update = [part.low_rank_update if over_all else part.direction for part, _ in alike]
             low_rank, direction, scales, phi, numbers, sums = origins(
                 [
                     self._in(self.words, low),
-                    self._in(self.words, [part.direction + along for part, _ in alike]),
+                    self._in(self.words, [place + along for place in update]),
                     self._in(self.words, [self._scales(part, start) for part, _ in alike]),
                     self._in(self.doubles, [self._phi(part, start) for part, _ in alike]),
                     self._in(self.doubles, [part.numbers for part, _ in alike]),

@@ -24,6 +24,7 @@ from ds_fira.core.base_optimizer import adapt, step_factor
 from ds_fira.core.kernels import numbers as places
 from ds_fira.core.kernels.casting import launch_cast
 from ds_fira.core.kernels.combining import launch_combine
+from ds_fira.core.kernels.device_stats import DeviceStats
 from ds_fira.core.kernels.finite import Finite
 from ds_fira.core.kernels.measuring import Memory, Squares, launch_measure
 from ds_fira.core.kernels.moments import launch_adam
@@ -36,7 +37,6 @@ from ds_fira.core.kernels.views import Origin, Room, View, origins
 from ds_fira.core.normalized import require_average
 from ds_fira.core.scalars import is_finite
 from ds_fira.core.state import EXP_AVG, EXP_AVG_SQ, MatrixState
-from ds_fira.core.step import StepStats
 
 if TYPE_CHECKING:
     from ds_fira.core.residuals import ResidualForm
@@ -234,7 +234,7 @@ class _BatchStep:
             self.doubles.read(place, batch, self.lines).copy_(value)
 
 
-class BatchStats(StepStats):
+class BatchStats(DeviceStats):
     """`StepStats` that looks a number up when it is asked for; all of them are on the device."""
 
     def __init__(self, step: _BatchStep) -> None:
@@ -260,11 +260,6 @@ class BatchStats(StepStats):
         return self._doubles.read(self._squares[place], self._batch, self._lines)
 
     @property
-    def grad_sq(self) -> Tensor:
-        """|G|^2."""
-        return self._number(places.GRAD_SQ)
-
-    @property
     def low_rank_sq(self) -> Tensor:
         """|R_j|^2 of every column (left) or row (right)."""
         return self._entries(2)
@@ -276,18 +271,3 @@ class BatchStats(StepStats):
         factors = 1 if self._settings.has_one_factor else self._lines
         phi = None if self._form.factors is None else self._doubles.read(self._phi, self._batch, factors)
         return self._form.recorded(squares, phi, self._number(places.BIAS_CORRECTION))
-
-    @property
-    def residual_sq(self) -> Tensor:
-        """|S|^2 before the limiter."""
-        return self._number(places.RESIDUAL_SQ)
-
-    @property
-    def limiter_divisor(self) -> Tensor | None:
-        """S is divided by it; None without a limiter."""
-        return self._number(places.DIVISOR) if self._settings.has_limiter else None
-
-    @property
-    def grad_finite(self) -> Tensor:
-        """Whether the gradient was finite."""
-        return self._number(places.FINITE) != 0.0

@@ -97,6 +97,15 @@ def _tables(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[Te
     return tables
 
 
+def table_of(device: torch.device, row: tuple[int, ...]) -> Tensor:
+    """Numbers that a kernel looks up, int64, on a device; kept for the steps with the same ones.
+
+    Raises:
+        ValueError: a capture is under way, and they are others than in the step before.
+    """
+    return _tables(device, (row,))[0]
+
+
 @functools.lru_cache(maxsize=1024)
 def _uploaded(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
     """The rows, kept, because weights and states stay where they are.
@@ -109,11 +118,12 @@ def _uploaded(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[
         "make that step with the gradients that are captured, and clear them by zero_grad(set_to_none=False)",
     )
     # Rows of whole 16-byte units, as a kernel is compiled anew for another alignment.
-    table = torch.tensor([row + (0,) * (len(row) % 2) for row in rows], dtype=torch.int64)
+    whole = [row + (0,) * (len(row) % 2) for row in rows]
+    table = torch.tensor(whole if len(whole) > 1 else whole[0], dtype=torch.int64)
     if device.type == "cuda":
         # From pinned memory the host does not wait for what the device has yet to do.
         table = table.pin_memory().to(device, non_blocking=True)
-    return table.unbind()
+    return table.unbind() if len(whole) > 1 else (table,)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -12,6 +12,10 @@ from ds_fira.sharding.comm import Communicator, Pending
 from ds_fira.sharding.lowrank.shard_step import ShardStep
 from ds_fira.sharding.split_matrix import GRADIENT_SUMS
 
+# What a rank adds to the second sum of a matrix: its owner that a refresh is due, and every rank that lends rows of P
+# that those which others keep are no longer true. The sum tells both.
+DUE, CHANGED = 1.0, 2.0
+
 
 class Agreement:
     """The first sums of a step of a param group. They travel while the first turns project with the bases they have.
@@ -20,7 +24,8 @@ class Agreement:
         settled: whether the sums are known and the bases that were due renewed.
         found: |G|^2 of every matrix of the group by position, on the host; empty before.
         finite: the positions whose gradients are finite.
-        refreshed: the positions whose bases may have changed in this step.
+        refreshed: the positions whose bases are not those that turns under way have projected with: those that may have
+            been renewed in this step, and those of which ranks kept rows that are no longer true.
     """
 
     def __init__(
@@ -32,7 +37,8 @@ class Agreement:
         is_due: Callable[[ShardStep], bool],
         refresh: Callable[[Sequence[int]], None],
         dtype: torch.dtype,
-        measure: Callable[[Mapping[int, bool]], Tensor] | None = None,
+        measure: Callable[[Mapping[int, float]], Tensor] | None = None,
+        changed: Collection[int] = (),
     ) -> None:
         """Take what is needed for both; nothing is sent yet.
 
@@ -44,10 +50,11 @@ class Agreement:
             is_due: whether the basis of a matrix that this rank owns is due.
             refresh: renews the bases at some positions, the same on all ranks; a collective call.
             dtype: in which the parameter is stepped.
-            measure: gives what this rank adds to the sums, (positions, 2), from the parts of which a refresh is due;
-                its memory may be overwritten. None to ask the parts.
+            measure: gives what this rank adds to the sums, (positions, 2), from the second number of every part; its
+                memory may be overwritten. None to ask the parts.
+            changed: the positions at which other ranks keep rows of P that this rank has no more.
         """
-        self._measure = measure
+        self._measure, self._changed = measure, changed
         self._communicator, self._positions, self._param = communicator, positions, param
         self._parts, self._is_due, self._refresh = parts, is_due, refresh
         self._largest = torch.finfo(dtype).max
@@ -64,13 +71,16 @@ class Agreement:
             return
         rows = {}
         # The owner decides: by the refresher's bound of its step count, so that few steps read one from a device.
-        due = {position: part.plan.owns and self._is_due(part) for position, part in self._parts.items()}
+        flags = {
+            position: DUE * (part.plan.owns and self._is_due(part)) + CHANGED * (position in self._changed)
+            for position, part in self._parts.items()
+        }
         if self._measure is not None:
-            self._sums = self._communicator.start_all_reduce(self._measure(due), keep=False)
+            self._sums = self._communicator.start_all_reduce(self._measure(flags), keep=False)
             return
         for position, part in self._parts.items():
             grad_sq = part.grad_square()
-            rows[position] = (grad_sq, torch.full_like(grad_sq, due[position]))
+            rows[position] = (grad_sq, torch.full_like(grad_sq, flags[position]))
         self._sums = start_sum(self._communicator, self._positions, self._param, GRADIENT_SUMS, rows)
 
     def watch(self, pending: Pending) -> None:
@@ -89,14 +99,15 @@ class Agreement:
         self.finite = {p for p, (total, _) in zip(self._positions, found, strict=True) if total < self._largest}
         possible = [
             position
-            for position, (total, due) in zip(self._positions, found, strict=True)
-            if due and position in self.finite and total > 0.0
+            for position, (total, flags) in zip(self._positions, found, strict=True)
+            if flags % CHANGED and position in self.finite and total > 0.0
         ]
         if possible:
             for pending in self._ahead:
                 pending.wait()
             self._refresh(possible)
-        self.refreshed = set(possible)
+        changed = {p for p, (_, flags) in zip(self._positions, found, strict=True) if flags >= CHANGED}
+        self.refreshed = changed.union(possible)
         self._ahead.clear()
         self.settled = True
 

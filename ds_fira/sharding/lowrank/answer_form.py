@@ -6,13 +6,15 @@ sums over all ranks. To wait for the sums and then send costs two round trips. S
 `early`     C and phi, sent while the sums travel. Either nothing in them goes by the sums, or the matrix has one keeper
             (the left side at stages 1 and 2), whose own numbers are the sums.
 `in_parts`  N, R and phi, sent while the sums travel; the borrower makes C of them. On the right a rank borrows one row
-            of R at most, so the double size is nothing beside a round trip.
-`late`      C and phi, sent behind the sums: on the left at stage 3, where all entries are borrowed and the double size
-            would be half as much again of all that crosses ranks.
+            of R at most, so the double size is nothing beside a round trip. On the left at stage 3 all entries are
+            borrowed, and the double size is half as much again of all that crosses ranks: there in a short turn alone.
+`late`      C and phi, sent behind the sums: on the left at stage 3 in other turns, whose bytes take longer than a round
+            trip.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from ds_fira.core.settings import GroupSettings
@@ -21,15 +23,42 @@ from ds_fira.sharding.split_matrix import SUMS_NUMEL, SplitMatrix, Transfer
 AnswerForm = Literal["early", "in_parts", "late"]
 # Elements of float32 that phi takes unrounded: it is float64 until the divisor is known.
 PHI_NUMEL = 2
+# Elements of R and of borrowed bases up to which a turn is short: 4 MiB in float32.
+SHORT_TURN_NUMEL = 2**20
 
 
-def answer_form(matrix: SplitMatrix, settings: GroupSettings) -> AnswerForm:
-    """The form of a matrix's answers; the same on every rank."""
+def is_short(turn: Iterable[SplitMatrix]) -> bool:
+    """Whether a turn of these matrices waits for round trips more than for bytes."""
+    return sum(matrix.step_numel() for matrix in turn) <= SHORT_TURN_NUMEL
+
+
+def answer_form(matrix: SplitMatrix, settings: GroupSettings, *, short: bool = False) -> AnswerForm:
+    """The form of a matrix's answers; the same on every rank.
+
+    Args:
+        matrix: a split matrix.
+        settings: of the param group.
+        short: whether its turn is.
+    """
     if not needs_sums(settings):
         return "early"
-    if matrix.side == "right":
+    if matrix.side == "right" or (matrix.evenly_sharded and short):
         return "in_parts"
     return "late" if matrix.evenly_sharded else "early"
+
+
+def forms_of(
+    turn: Sequence[int], matrices: Mapping[int, SplitMatrix], settings: GroupSettings
+) -> dict[int, AnswerForm]:
+    """The forms of the answers of a turn.
+
+    Args:
+        turn: positions of its matrices.
+        matrices: by position.
+        settings: of the param group.
+    """
+    short = is_short(matrices[position] for position in turn)
+    return {position: answer_form(matrices[position], settings, short=short) for position in turn}
 
 
 def needs_sums(settings: GroupSettings) -> bool:
@@ -42,19 +71,28 @@ def numel_in_parts(matrix: SplitMatrix, transfer: Transfer, itemsize: int) -> in
     return (2 * matrix.rank + 8 // itemsize) * len(transfer.entries)
 
 
-def low_rank_elements(matrix: SplitMatrix, dp_rank: int, settings: GroupSettings) -> int:
+def low_rank_elements(
+    matrix: SplitMatrix, dp_rank: int, settings: GroupSettings, *, short: bool = False, keeps_rows: bool = False
+) -> int:
     """Float32 elements that a rank, sharer or not, sends in one low-rank step without a refresh.
 
     Args:
         matrix: a split matrix.
         dp_rank: the rank.
         settings: of the param group; they decide the form of answers.
+        short: whether its turn is.
+        keeps_rows: whether the rows of P that ranks borrow are there from the step before.
     """
     if dp_rank not in matrix.sharers:
         return SUMS_NUMEL
-    r, in_parts = matrix.rank, answer_form(matrix, settings) == "in_parts"
+    r, in_parts = matrix.rank, answer_form(matrix, settings, short=short) == "in_parts"
     transfers = list(matrix.transfers(dp_rank))
     asked = sum(len(transfer.entries) for transfer in transfers if transfer.borrower == dp_rank)
     answered = sum(len(transfer.entries) for transfer in transfers if transfer.keeper == dp_rank)
-    rows = sum(len(t.entries) for t in matrix.basis_transfers(dp_rank) if t.keeper == dp_rank)
+    rows = 0 if keeps_rows else basis_rows_lent(matrix, dp_rank)
     return asked * (r + 1) + answered * (2 * r + PHI_NUMEL if in_parts else r + 1) + rows * r + SUMS_NUMEL
+
+
+def basis_rows_lent(matrix: SplitMatrix, dp_rank: int) -> int:
+    """Rows of P that a rank sends to those which borrow them."""
+    return sum(len(t.entries) for t in matrix.basis_transfers(dp_rank) if t.keeper == dp_rank)

@@ -19,7 +19,7 @@ from ds_fira.core.kernels.split_part import Held, SplitStats
 from ds_fira.core.kernels.split_step import SplitStep
 from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.comm import Pending
-from ds_fira.sharding.lowrank.answer_form import answer_form, needs_sums
+from ds_fira.sharding.lowrank.answer_form import forms_of, needs_sums
 from ds_fira.sharding.lowrank.answers import unpack_parts
 from ds_fira.sharding.lowrank.device_part import DevicePart
 from ds_fira.sharding.lowrank.exchange import Answers
@@ -46,19 +46,19 @@ class DeviceGroup:
 
     def layout(self, positions: Sequence[int], settings: GroupSettings) -> TurnLayout:
         """Where the parts of a turn lie; anew where settings that it goes by have changed."""
-        forms = {position: answer_form(self._matrices[position], settings) for position in positions}
+        forms = forms_of(positions, self._matrices, settings)
         key = (tuple(forms.items()), settings.measures_residual, settings.has_one_factor)
         if key not in self._layouts:
             own = [plan for plan in self._plans if plan.position in forms]
             self._layouts[key] = TurnLayout(own, settings, forms)
         return self._layouts[key]
 
-    def grad_sums(self, grad: Tensor, due: Mapping[int, bool]) -> Tensor:
-        """Of every matrix what the ranks add up first: |G|^2 of this rank's part, and whether a refresh is due.
+    def grad_sums(self, grad: Tensor, flags: Mapping[int, float]) -> Tensor:
+        """Of every matrix what the ranks add up first: |G|^2 of this rank's part, and what else `Agreement` asks.
 
         Args:
             grad: the flat gradient.
-            due: by position, of the parts held.
+            flags: by position, the second number of the parts held.
 
         Returns:
             (matrices, 2), float64, the same memory in every step.
@@ -70,8 +70,8 @@ class DeviceGroup:
         spans = [(plan.fragment.offset, plan.fragment.numel) for plan in self._plans]
         launch_squares(grad, spans, [self._rows.get(position, -1) for position in self._matrices], partial, sums)
         for row, position in enumerate(self._matrices):
-            if due.get(position):
-                sums[row, 1].fill_(1.0)
+            if flags.get(position):
+                sums[row, 1].fill_(flags[position])
         return sums
 
 
@@ -103,17 +103,7 @@ class DeviceTurn(Turn):
             param, sizes = step.param, self._layout.sizes
             self._memory = SplitStep(param, param.grad, sizes, step.settings, self._ratio, cleared=not known)
         memory = self._memory
-        delivery = self._layout.known(("bases", held), lambda: pieces.bases(held))
-        borrowing = Pending(lambda: None)
-        if step.exchange.borrows_bases(positions):
-            borrowing = self._start(delivery, *self._basis_pieces(held, delivery))
-        step.agreement.watch(borrowing)
-        step.agreement.start()
-        if any(step.matrices[position].shares_basis for position in positions):
-            yield
-        arrived = borrowing.wait()
-        if arrived is not None:
-            self._take(arrived, ("rows", held), lambda: pieces.pieces_of_borrowed_bases(held, delivery))
+        yield from self._borrow_bases(positions, held)
         memory.project(self._held(position for position in held if self._parts[position].state.has_basis))
         delivery = self._layout.known(("sums", held), lambda: pieces.parts_of_sums(held))
         packed = self._layout.known(("packed", held), lambda: pieces.pieces_of_sums(held, delivery))
@@ -126,6 +116,36 @@ class DeviceTurn(Turn):
         if arrived is not None:
             added = self._layout.known(("added", held), lambda: pieces.arrivals(held, delivery))
             add_arrived(memory.words, memory.doubles, arrived, *added)
+
+    def _borrow_bases(self, positions: Sequence[int], held: tuple[int, ...]) -> Iterator[None]:
+        """Put the rows of P together that the step works with: the rank's own, and those that are kept or sent now."""
+        step, kept = self.step, self.step.kept
+        delivery = self._layout.known(("bases", held), lambda: self._pieces.bases(held))
+        known, borrowing = kept.has(positions), Pending(lambda: None)
+        if known:
+            own, bases = self._basis_pieces(held, None)
+            move(self._memory.words, self._memory.doubles, bases, self._memory.words, own)
+        elif step.exchange.borrows_bases(positions):
+            borrowing = self._start(delivery, *self._basis_pieces(held, delivery))
+        step.agreement.watch(borrowing)
+        step.agreement.start()
+        if not known and any(step.matrices[position].shares_basis for position in positions):
+            yield
+        arrived = borrowing.wait()
+        if kept.takes(positions):
+            if not known:
+                self._keep(positions, held, delivery, arrived)
+            arrived, whole = kept.wire, tuple(self._parts)
+            delivery = self._layout.known(("bases", whole), lambda: self._pieces.bases(whole))
+        if arrived is not None:
+            self._take(arrived, ("rows", held), lambda: self._pieces.pieces_of_borrowed_bases(held, delivery))
+
+    def _keep(self, positions: Sequence[int], held: Sequence[int], delivery: Delivery, arrived: Tensor | None) -> None:
+        """Keep what has arrived for the next steps, in the places of the first one."""
+        kept, parts = self.step.kept, {position: self._parts[position] for position in held}
+        if kept.wire is None:
+            kept.wire = arrived
+        kept.keep(positions, parts, {p: self._pieces.borrowed_rows(p, delivery, arrived) for p in parts})
 
     def _step(self) -> Iterator[None]:
         step, memory, settings = self.step, self._memory, self.step.settings
@@ -206,21 +226,21 @@ class DeviceTurn(Turn):
         return communicator.start_all_to_all(sent, delivery.sent_counts, delivery.received_counts)
 
     def _move(self, key: tuple, make: object) -> None:
-        move(self._memory.words, self._memory.doubles, None, self._memory.words, self._layout.known(key, make))
+        self._take(self._memory.words, key, make)
 
     def _take(self, arrived: Tensor, key: tuple, make: object) -> None:
         move(self._memory.words, self._memory.doubles, None, arrived, self._layout.known(key, make))
 
-    def _basis_pieces(self, held: tuple[int, ...], delivery: Delivery) -> tuple[Sequence[Move], Tensor | None]:
-        """The rows of P that are sent and kept, and the tensor from which places of bases count."""
+    def _basis_pieces(self, held: tuple[int, ...], delivery: Delivery | None) -> tuple[Sequence[Move], Tensor | None]:
+        """The rows of P that are sent, unless nothing is, and the own; the tensor from which places of bases count."""
         owners = [position for position in held if self._layout.parts[position].basis is not None]
         if not owners:
             return (), None
         first = self._parts[owners[0]].state.basis
         at = [(self._parts[p].state.basis.data_ptr() - first.data_ptr()) // first.element_size() for p in owners]
         bases = dict(zip(owners, at, strict=True))
-        make = self._pieces.pieces_of_bases
-        return self._layout.known(("own", held, tuple(at)), lambda: make(held, delivery, bases)), first
+        key, make = ("own", held, tuple(at), delivery is None), self._pieces.pieces_of_bases
+        return self._layout.known(key, lambda: make(held, delivery, bases)), first
 
     def _send_answers(self, positions: Sequence[int], known: Collection[int]) -> Pending[Tensor | None]:
         """Start to send what belongs to the entries kept, of the matrices at some positions, where it is known."""
@@ -228,22 +248,19 @@ class DeviceTurn(Turn):
             return Pending(lambda: None)
         held = tuple(position for position in positions if position in self._parts)
         delivery = self._delivery(held)
-        own = tuple(position for position in held if position in known)
-        make = self._pieces.pieces_of_answers
+        own, make = tuple(position for position in held if position in known), self._pieces.pieces_of_answers
         return self._start(delivery, self._layout.known(("answers", held, own), lambda: make(held, delivery, own)))
 
     def _delivery(self, held: tuple[int, ...]) -> Delivery:
         return self._layout.known(("answering", held), lambda: self._pieces.answers(held))
 
     def _take_answers(self, positions: Sequence[int], arrived: Tensor, *, in_parts: bool) -> None:
-        """Put what has arrived, in parts or whole, and with that C of the entries kept, where it goes."""
+        """Put what has arrived, in parts or whole, and with that the same of the entries kept, where it goes."""
         held = tuple(position for position in positions if position in self._parts)
-        taken = [position for position in held if (self._forms[position] == "in_parts") == in_parts]
-        pieces = self._pieces
+        taken, pieces = [p for p in held if (self._forms[p] == "in_parts") == in_parts], self._pieces
 
         def make() -> list[Move]:
-            own = [] if in_parts else pieces.pieces_kept(taken)
-            return [*pieces.pieces_of_borrowed_answers(taken, self._delivery(held)), *own]
+            return [*pieces.pieces_of_borrowed_answers(taken, self._delivery(held)), *pieces.pieces_kept(taken)]
 
         self._take(arrived, ("taken", held, in_parts), make)
 

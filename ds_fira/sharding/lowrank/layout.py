@@ -77,6 +77,9 @@ class TurnLayout:
         if not left:
             direction = low_rank_update = words(numel)
             kept_low_rank = low_rank + (plan.kept.start - plan.region.start) * r
+        elif self.forms[plan.position] == "in_parts":
+            # N and R are put together over the region, and C made of them there.
+            kept_low_rank, direction, low_rank_update = words(r * kept), words(r * kept), words(numel)
         elif kept == region:
             direction = low_rank_update = words(numel)
         elif kept:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ds_fira.core.kernels.moving import Arrival, Move, Sum, Way
 from ds_fira.core.kernels.split_part import SplitPart
 from ds_fira.sharding.lowrank.answer_form import numel_in_parts
@@ -90,12 +92,14 @@ class TurnPieces:
         expected = [(t.keeper, (p, t), self.answer_numel(p, t)) for p, plan in plans for t in plan.borrowed]
         return Delivery.of(self._dp_size, sent, expected)
 
-    def pieces_of_bases(self, positions: Collection[int], delivery: Delivery, bases: Mapping[int, int]) -> list[Move]:
+    def pieces_of_bases(
+        self, positions: Collection[int], delivery: Delivery | None, bases: Mapping[int, int]
+    ) -> list[Move]:
         """The rows of P that are lent, and those of the rank's own that it works with.
 
         Args:
             positions: of the matrices.
-            delivery: of the same.
+            delivery: of the same; None where nothing is sent.
             bases: by position, the place of the rank's rows of P among all bases.
         """
         pieces = []
@@ -107,10 +111,15 @@ class TurnPieces:
                 source = bases[p] + (own.start - plan.basis_rows.start) * part.rank
                 target = part.basis + (own.start - plan.basis_span.start) * part.rank
                 pieces.append(Move(Way.BASES_TO_WORDS, source, target, 1, len(own) * part.rank))
-            for t in plan.basis_lent:
+            for t in plan.basis_lent if delivery is not None else ():
                 source = bases[p] + (t.entries.start - plan.basis_rows.start) * part.rank
                 pieces.append(Move(Way.BASES_TO_WIRE, source, delivery.sent[p, t], 1, self._rows(p, t)))
         return pieces
+
+    def borrowed_rows(self, position: int, delivery: Delivery, arrived: Tensor) -> dict[Transfer, Tensor]:
+        """The rows of P that a part borrows, 1-D, in what has arrived."""
+        places = {t: delivery.received[position, t] for t in self._layout.plans[position].basis_borrowed}
+        return {t: arrived[place : place + self._rows(position, t)] for t, place in places.items()}
 
     def pieces_of_borrowed_bases(self, positions: Collection[int], delivery: Delivery) -> list[Move]:
         """The rows of P that have arrived, to those of the rank's own."""
@@ -170,7 +179,7 @@ class TurnPieces:
                 numel, offset = part.rank * count, t.entries.start - plan.region.start
                 pieces.append(_entries_piece(Way.WORDS_TO_WIRE, part, part.direction, start, stride, place, count))
                 if self._layout.forms[p] == "in_parts":
-                    source = part.low_rank
+                    source = part.kept_low_rank if part.left else part.low_rank
                     pieces.append(_entries_piece(Way.WORDS_TO_WIRE, part, source, start, stride, place + numel, count))
                     if not one:
                         bits, place = WORDS * (part.phi + offset), place + 2 * numel
@@ -200,12 +209,18 @@ class TurnPieces:
         return pieces
 
     def pieces_kept(self, positions: Collection[int]) -> list[Move]:
-        """C of the entries kept, to where it goes by the region, where that is another place."""
-        return [
-            _region_piece(Way.WORDS_TO_WORDS, part, part.direction, part.low_rank_update, part.kept_start, part.kept)
-            for p, _ in self._at(positions)
-            if (part := self._layout.parts[p]).left and part.kept and part.low_rank_update != part.direction
-        ]
+        """C of the entries kept, or N and R, to where it goes by the region, where that is another place."""
+        pieces = []
+        for p, _ in self._at(positions):
+            part = self._layout.parts[p]
+            if part.left and part.kept and part.low_rank_update != part.direction:
+                moved = [(part.direction, part.low_rank_update)]
+                if self._layout.forms[p] == "in_parts":
+                    moved.append((part.kept_low_rank, part.low_rank))
+                pieces += [
+                    _region_piece(Way.WORDS_TO_WORDS, part, *places, part.kept_start, part.kept) for places in moved
+                ]
+        return pieces
 
     def pieces_spared(self, positions: Collection[int], back: bool) -> list[Move]:
         """N of the entries kept, to where C does not take its place, or back."""

@@ -3,8 +3,9 @@
 A step of a param group, on all ranks of the communicator. Each line is a phase of `ds_fira.core.step`; a collective is
 started where its line begins, and waited for where a later line needs it:
 
-1. where a matrix is evenly sharded, rows of P to the ranks that work with them, for this step;
-2. sum |G|^2 over the ranks: is the gradient finite, is a refresh due;
+1. where a matrix is evenly sharded, rows of P to the ranks that work with them, for this step; the first turn keeps
+   what it has been sent (`ds_fira.sharding.lowrank.kept_rows`), and sends it anew where P has changed;
+2. sum |G|^2 over the ranks: is the gradient finite, is a refresh due, is a basis not the one that others keep rows of;
 3. parts of R and of the squared norms to the ranks that keep the entries (line 8);
 4. behind 2 and 3, where a refresh is due: gradients to the owners, bases back, in rounds of one matrix an owner (lines
    4 to 7); then 1 and 3 once more for the matrices that have gone through them with their old bases;
@@ -13,8 +14,9 @@ started where its line begins, and waited for where a later line needs it:
 7. rarely, behind 5: R and phi back, and the sum of the residual itself; then 6 again;
 8. every rank updates its own weights (line 16).
 
-2 travels beside 1 or 3, and 6 beside 5 where `answer_form` allows it, so that a step takes two round trips, at stage 3
-three; one after another these were four and five. The matrices of a group go in *turns*, of which two are under way at
+2 travels beside 1 or 3, and 6 beside 5 where `answer_form` allows it, so that a step takes two round trips, and a third
+at stage 3 where a turn is not short; one after another these were four and five. Two are the fewest: R needs the
+gradients of all ranks, and C needs R. The matrices of a group go in *turns*, of which two are under way at
 a time (`ds_fira.sharding.lowrank.turn`): one computes while what the other has started travels. A turn has at most
 `MAX_STEP_NUMEL` elements, so a step's temporaries do not grow with the group. Weights and states are the same to the
 bit however matrices are dealt out over turns: no number of a matrix goes by another matrix.
@@ -41,6 +43,7 @@ from ds_fira.core.state import STEP, MatrixState, allocate_matrices, compute_dty
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.lowrank.agreement import Agreement
 from ds_fira.sharding.lowrank.exchange import LowRankExchange
+from ds_fira.sharding.lowrank.kept_rows import KeptRows
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.refresh import LowRankRefresh
 from ds_fira.sharding.lowrank.shard_step import ShardStep
@@ -88,7 +91,17 @@ class LowRankMatrices:
         ]
         self._refresh = LowRankRefresh(self._matrices, communicator)
         self._exchange = LowRankExchange(self._matrices, communicator)
-        self._turns = turns_of(self._matrices)
+        self.deal(turns_of(self._matrices))
+
+    def deal(self, turns: Sequence[Sequence[int]]) -> None:
+        """Step in these turns from now on, of which the first keeps its borrowed rows of P; nothing is kept yet.
+
+        Args:
+            turns: the positions in each; the same on every rank.
+        """
+        first = turns[0] if turns else ()
+        self._turns = turns
+        self._kept = KeptRows(first if any(self._matrices[position].shares_basis for position in first) else ())
 
     def allocate(self, param: Tensor, settings: GroupSettings, algorithm: Algorithm) -> dict[str, Tensor]:
         """Zero state for this rank's parts; the keys of a matrix end in ".cut" and its number among the group's.
@@ -148,8 +161,9 @@ class LowRankMatrices:
 
         positions = list(self._matrices)
         measure = partial(self._device_group.grad_sums, param.grad) if by_kernels else None
-        agreement = Agreement(self.communicator, positions, param, parts, is_due, refresh, dtype, measure)
-        step = GroupStep(self._matrices, self._exchange, agreement, param, settings, parts)
+        changed = self._kept.changed(parts)
+        agreement = Agreement(self.communicator, positions, param, parts, is_due, refresh, dtype, measure, changed)
+        step = GroupStep(self._matrices, self._exchange, agreement, param, settings, parts, self._kept)
         overlapped(self._turn(turn, step, negligible_ratio, by_kernels).run() for turn in self._turns)
         return sorted(step.done, key=lambda stats: stats[0].position)
 

@@ -20,7 +20,7 @@ from ds_fira.core.settings import GroupSettings
 from ds_fira.core.step import Quotient, StepStats
 from ds_fira.sharding.comm import Pending
 from ds_fira.sharding.lowrank.agreement import Agreement, start_sum
-from ds_fira.sharding.lowrank.answer_form import answer_form, needs_sums
+from ds_fira.sharding.lowrank.answer_form import forms_of, needs_sums
 from ds_fira.sharding.lowrank.answers import (
     answer,
     answer_in_parts,
@@ -30,6 +30,7 @@ from ds_fira.sharding.lowrank.answers import (
     step_stats,
 )
 from ds_fira.sharding.lowrank.exchange import Answers, LowRankExchange, Payloads
+from ds_fira.sharding.lowrank.kept_rows import KeptRows
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.shard_step import ShardStep
 from ds_fira.sharding.split_matrix import LOW_RANK_SUMS, SplitMatrix, Transfer
@@ -67,6 +68,7 @@ class GroupStep:
         param: the flat parameter with its gradient.
         settings: of the param group.
         parts: by position, this rank's parts that no turn has taken yet.
+        kept: rows of P that have been borrowed before.
         done: the numbers of the matrices that this rank has stepped its part of.
     """
 
@@ -76,6 +78,7 @@ class GroupStep:
     param: Tensor
     settings: GroupSettings
     parts: dict[int, ShardStep]
+    kept: KeptRows
     done: list[ShardStats] = field(default_factory=list)
 
 
@@ -89,7 +92,7 @@ class Turn:
 
     def __init__(self, positions: Sequence[int], step: GroupStep) -> None:
         self.positions, self.step = positions, step
-        self._forms = {p: answer_form(step.matrices[p], step.settings) for p in positions}
+        self._forms = forms_of(positions, step.matrices, step.settings)
         # Of what is stepped, by position: |S|^2 and |phi * G|^2; the divisor; C and phi of the entries kept.
         self._scaled: dict[int, Sequence[Tensor]] = {}
         self._divisors: dict[int, Scalar | None] = {}
@@ -104,6 +107,7 @@ class Turn:
         agreement.settle()
         again = [position for position in self.positions if position in agreement.refreshed]
         if ahead and again:
+            self.step.kept.forget(again)
             yield from self._sum_low_rank(again)
         yield from self._step()
 
@@ -135,12 +139,15 @@ class Turn:
         """Line 8: R and the squared norms, complete on the ranks that keep the entries."""
         step = self.step
         parts = {position: step.parts[position] for position in positions if position in step.parts}
-        borrowing = step.exchange.borrow_bases(positions, step.param, parts)
+        known = step.kept.has(positions)
+        borrowing = Pending(dict) if known else step.exchange.borrow_bases(positions, step.param, parts)
         step.agreement.watch(borrowing)
         step.agreement.start()
-        if any(step.matrices[position].shares_basis for position in positions):
+        if not known and any(step.matrices[position].shares_basis for position in positions):
             yield
         arrived = borrowing.wait()
+        if step.kept.takes(positions):
+            arrived = step.kept.keep(positions, parts, arrived) if not known else step.kept.rows
         for position, part in parts.items():
             part.borrow_basis(arrived.get(position, {}))
             part.project()

@@ -127,7 +127,7 @@ def test_adamw_writes_back_the_bits_of_bad_elements(dtype: torch.dtype, noisy: b
     settings: dict[str, Any] = {"step": 3, "lr": 0.01, "betas": BETAS, "eps": 1e-6, "weight_decay": 0.1}
     param, *moments = tensors
     if noisy:
-        kernels.stored_adamw_(param, grad, *({VALUES: moment} for moment in moments), **settings)
+        kernels.adamw_together_([(param, grad, *({VALUES: moment} for moment in moments))], **settings)
     else:
         kernels.adamw_(param, grad, *moments, **settings)
     for tensor, old in zip(tensors, before, strict=True):

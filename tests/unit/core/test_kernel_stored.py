@@ -48,7 +48,10 @@ def by_functions(param: Tensor, grad: Tensor, moments: tuple[Stored, Stored]) ->
 def test_a_kernel_stores_what_the_functions_store(state_dtype: str, size: tuple[int, ...]) -> None:
     """To the bit in the interpreter; on a GPU, which fuses products and sums, but for a code in a thousand."""
     results = []
-    for way in (by_functions, lambda param, grad, moments: kernels.stored_adamw_(param, grad, *moments, **SETTINGS)):
+    for way in (
+        by_functions,
+        lambda param, grad, moments: kernels.adamw_together_([(param, grad, *moments)], **SETTINGS),
+    ):
         param, moments = random(*size, seed=5), stored(size, state_dtype)
         grad = random(*size)
         grad.view(-1)[-1] = math.nan
@@ -63,7 +66,7 @@ def test_a_gradient_that_is_not_finite_leaves_every_code() -> None:
     """Whatever the noise of the step."""
     param, moments = random(4096, seed=5), stored((4096,), "int8")
     before = [part.clone() for moment in moments for part in moment.values()]
-    kernels.stored_adamw_(param, torch.full_like(param, math.inf), *moments, **SETTINGS)
+    kernels.adamw_together_([(param, torch.full_like(param, math.inf), *moments)], **SETTINGS)
     assert torch.equal(param, random(4096, seed=5))
     for part, old in zip((part for moment in moments for part in moment.values()), before, strict=True):
         assert torch.equal(part, old)

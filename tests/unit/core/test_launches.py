@@ -125,6 +125,13 @@ def test_a_capturable_step_counts_on_the_device() -> None:
     assert dict(less) == {"aten._foreach_add_.Scalar": 1}
 
 
+def test_a_capturable_group_under_adamw_is_two_kernels() -> None:
+    """However many tensors, of which each has a count of its own on the device; memory for their sizes beside it."""
+    names = unprojected([(16,), (48,), (4, 8), (16,)], steps=1, capturable=True)
+    assert (names["_adamw_sizes"], names["_adamw"]) == (1, 1)
+    assert names.total() <= MOST_OF_ADAMW + 1, names
+
+
 @pytest.mark.parametrize("state_dtype", ["float32", pytest.param("int8", marks=pytest.mark.full)])
 def test_a_group_under_adamw_is_one_kernel(state_dtype: str) -> None:
     """However many tensors of whole 16-byte units, whatever their sizes."""

@@ -18,8 +18,8 @@ from tests.reference.gradients import make_gradients, make_weight
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("kernels_allowed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Two that are a batch; a table under AdamW, with as many elements as are stored in 8 bits.
-SHAPES = [(9, 20), (9, 20), (1, 4100)]
+# Two that are a batch; two under AdamW, one with as many elements as are stored in 8 bits.
+SHAPES = [(9, 20), (9, 20), (3, 7), (1, 4100)]
 # Captured before the first of the steps that are replayed, and before the last, whose gradients have a NaN.
 GAP, STEPS, CAPTURED, AGAIN, REPLAYED = 3, 5, 1, 4, [1, 2, 4]
 FORMS: list[dict[str, Any]] = [

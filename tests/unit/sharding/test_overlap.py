@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ds_fira.core.algorithms import FIRA_ADAM
 from ds_fira.core.settings import GroupSettings
+from ds_fira.core.state import BASIS
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.sharding.geometry import matrices_of, split
+from ds_fira.sharding.lowrank import answer_form
 from ds_fira.sharding.lowrank import step as low_rank_step
 from ds_fira.sharding.lowrank import turn as low_rank_turn
 from ds_fira.sharding.lowrank.step import LowRankMatrices, turns_of
@@ -63,6 +65,7 @@ def train(
     fault: bool = False,
     only: slice = slice(None),
     computing: Lock | None = None,
+    before: Callable[[LowRankMatrices, dict[str, Tensor], int, int], None] | None = None,
 ) -> list[tuple[list[Tensor], list[int], list[int]]]:
     """By rank: weights and states after every step, and the round trips and collectives of every step.
 
@@ -76,6 +79,7 @@ def train(
             residual of the new basis is rounding; of two matrices not finite in the third.
         only: which of the matrices.
         computing: held by the rank that computes, where one may at a time.
+        before: called before every step, with the matrices, the states, the rank and the number of the step.
     """
     numel, at_once, late = order
     monkeypatch.setattr(low_rank_step, "MAX_STEP_NUMEL", numel)
@@ -105,7 +109,9 @@ def train(
         state = one.allocate(param, settings, FIRA_ADAM)
         found, trips, started = [], [0], [0]
         with torch.no_grad(), computing or nullcontext():
-            for grad in grads:
+            for number, grad in enumerate(grads):
+                if before is not None:
+                    before(one, state, rank, number)
                 param.grad = grad[rank].clone()
                 one.step(param, state, settings, 1e-4, refresher, FIRA_ADAM)
                 found += [param.detach().clone(), *(state[key].clone() for key in sorted(state))]
@@ -132,18 +138,23 @@ def train(
 def test_no_bit_goes_by_the_order(
     monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], evenly_sharded: bool
 ) -> None:
-    """All in one turn, one matrix a turn, one turn at a time: the same weights and states after every step."""
+    """All in one turn, one matrix a turn, one turn at a time: the same weights and states after every step.
+
+    So they are where a turn is too long for answers in parts.
+    """
     given = {"changed": changed, "evenly_sharded": evenly_sharded, "fault": True}
     expected = train(monkeypatch, ALONE, **given)
     assert len(expected[0][0]) > STEPS * (1 + 4 * len(SHAPES))
     assert not all(torch.equal(a, b) for a, b in zip(expected[0][0], expected[1][0], strict=False))
-    for order in (LATE, TOGETHER):
+    for order, short in ((LATE, 2**20), (TOGETHER, 2**20), (TOGETHER, 0)):
+        monkeypatch.setattr(answer_form, "SHORT_TURN_NUMEL", short)
         for (before, *_), (after, *_) in zip(expected, train(monkeypatch, order, **given), strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), order
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), (order, short)
 
 
 # Of steps 1, 2 and 4, which have no refresh: round trips one behind the other, and collectives. Each phase waited for
-# by itself, it was one for the sums of a group and three for each turn, four where rows of P are borrowed.
+# by itself, it was one for the sums of a group and three for each turn, four where rows of P are borrowed. Two are the
+# fewest of a turn: R needs the gradients of all ranks, and C needs R.
 LIMITER, NO_LIMITER = {}, {"residual": "normalized"}
 
 
@@ -152,10 +163,10 @@ LIMITER, NO_LIMITER = {}, {"residual": "normalized"}
     [
         (LIMITER, False, TOGETHER, 2, 4),  # 4 one after another
         (NO_LIMITER, False, TOGETHER, 2, 4),
-        (LIMITER, True, TOGETHER, 3, 1 + 4 + 3),  # 5 one after another; the left and the right have a turn each
-        (NO_LIMITER, True, TOGETHER, 3, 1 + 4 + 3),
+        (LIMITER, True, TOGETHER, 2, 1 + 3 + 3),  # 5 one after another; the left and the right have a turn each
+        (NO_LIMITER, True, TOGETHER, 2, 1 + 3 + 3),
         (LIMITER, False, PAIRS, 6, 1 + 5 * 3),  # 16 one after another
-        (LIMITER, True, PAIRS, 9, 1 + 2 * 4 + 3 * 3),  # 18 one after another
+        (LIMITER, True, PAIRS, 6, 1 + 3 + 4 + 3 * 3),  # 18 one after another; the first turn keeps its rows of P
     ],
     ids=str,
 )
@@ -171,6 +182,39 @@ def test_round_trips(
     for _, found, started in train(monkeypatch, order, changed, evenly_sharded=evenly_sharded):
         assert [found[step] for step in (1, 2, 4)] == [trips] * 3
         assert [started[step] for step in (1, 2, 4)] == [collectives] * 3
+
+
+def test_a_long_turn_sends_no_more_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C and phi of a left matrix behind the sums, a round trip more, where its bytes take longer than that."""
+    monkeypatch.setattr(answer_form, "SHORT_TURN_NUMEL", 0)
+    for _, found, _ in train(monkeypatch, TOGETHER, LIMITER, evenly_sharded=True):
+        assert [found[step] for step in (1, 2, 4)] == [3] * 3
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_basis_from_outside_is_sent_to_those_who_keep_its_rows(
+    monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    """One rank's basis is written to, or its states are replaced, as a load does: as if no rank had kept any rows."""
+
+    def meddle(one: LowRankMatrices, state: dict[str, Tensor], rank: int, step: int) -> None:
+        if step == 2 and rank == 1:
+            for key in [key for key in state if key.startswith(BASIS)]:
+                state[key] = state[key].mul_(-1.0) if in_place else -state[key]
+
+    def meddle_and_forget(one: LowRankMatrices, state: dict[str, Tensor], rank: int, step: int) -> None:
+        meddle(one, state, rank, step)
+        one._kept.forget(range(len(SHAPES)))
+
+    given = {"evenly_sharded": True, "changed": LIMITER}
+    found, expected, ordinary = (
+        train(monkeypatch, TOGETHER, before=before, **given) for before in (meddle, meddle_and_forget, None)
+    )
+    for (after, *_), (same, *_), (other, *_) in zip(found, expected, ordinary, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(after, same, strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(after, other, strict=True))
+    # R of those matrices once more, in that step alone.
+    assert [a - b for a, b in zip(found[0][1], ordinary[0][1], strict=True)] == [0, 0, 2, 0, 0]
 
 
 def test_round_trips_of_a_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
