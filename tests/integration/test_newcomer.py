@@ -26,8 +26,6 @@ from transformers import AutoModelForCausalLM
 from tests.integration.page_blocks import ROOT, Block, blocks
 from tests.integration.test_install import NOT_BUILT
 
-pytestmark = pytest.mark.full
-
 PAGES = ("start.md", "own_text.md")
 SAVED_AS = re.compile(r"[Ss]ave this\b[^`]*`([\w.]+)`[^`]*$")
 # Lines that go on to act in the blocks behind them, as in one terminal.
@@ -109,6 +107,7 @@ def follow(folder: Path) -> list[Done]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_the_first_pages_word_by_word(clone: Path) -> None:
     """A JSON diagnosed, a text trained, resumed on another number of processes, reported, opened by transformers."""
@@ -126,7 +125,7 @@ def test_the_first_pages_word_by_word(clone: Path) -> None:
     assert all((quickstart / name).exists() for name in ("summary.json", "loss.png", "report.html", "model"))
     figures = json.loads((quickstart / "summary.json").read_text())
     assert figures["val_loss"] < figures["unigram_entropy"] or figures["steps"] < figures["steps_requested"]
-    losses = re.findall(r"^rank \d: loss ([\d.]+) after 20 steps$", "\n".join(printed("deepspeed --num_gpus 2")), re.M)
+    losses = re.findall(r"rank \d: loss [\d.]+ after 20 steps", "\n".join(printed("deepspeed --num_gpus 2")))
     assert len(losses) == 2
 
     assert printed("doctor mine.json")[-1] == "verdict   would train"
@@ -143,7 +142,7 @@ def test_the_first_pages_word_by_word(clone: Path) -> None:
     assert all(f"global_step{step}" in "\n".join(printed("checkpoint runs/mine/state")) for step in (20, 40, 60))
     for page in (mine / "report.html", clone / "compare.html"):
         assert page.read_text().count("<figure>") >= 7
-    assert "The optimizer" in printed("AutoModelForCausalLM")[-1]
+    assert "The optimizer" in "\n".join(printed("AutoModelForCausalLM"))
     model, exported = AutoModelForCausalLM.from_pretrained(mine / "model"), list((mine / "fp32").iterdir())
     assert sum(each.numel() for each in model.parameters()) == figures["parameters"]
     assert exported
