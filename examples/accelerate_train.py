@@ -25,7 +25,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     set_seed,
 )
-from huggingface.common import Task, collate, load
+from huggingface.common import Task, collate, load, refusals_stop
 from huggingface.options import filled_config, parse
 from pretraining.arguments import stop
 from torch.utils.data import DataLoader
@@ -109,11 +109,11 @@ def evaluate(accelerator: Accelerator, model: Any, loader: DataLoader) -> float:
 
 def run(accelerator: Accelerator, options: argparse.Namespace, task: Task) -> None:
     """Train, validate, save the model and the figures."""
-    model, loader, validation = prepare(accelerator, options, task)
-    if options.resume is not None:
-        accelerator.load_state(str(options.resume))
-    losses = train(accelerator, options, model, loader)
-    val_loss = evaluate(accelerator, model, validation)
+    with refusals_stop(accelerator):
+        model, loader, validation = prepare(accelerator, options, task)
+        if options.resume is not None:
+            accelerator.load_state(str(options.resume))
+    losses, val_loss = train(accelerator, options, model, loader), evaluate(accelerator, model, validation)
     figures = {"losses": losses, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)}
     if accelerator.deepspeed_plugin.get_value("optimizer.type") in TYPES:
         figures |= ds_fira.metrics(model)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from huggingface.common import REPOSITORY, check_fira, collate, load
+from huggingface.common import REPOSITORY, check_fira, collate, load, train
 from pretraining.arguments import stop
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -114,7 +114,7 @@ def run(trainer: Trainer) -> dict[str, float]:
 
     Leaves in `output_dir` the model and its tokenizer, the Trainer's checkpoints, its log and the figures.
     """
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    result = train(trainer)
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -85,6 +86,13 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, SFTConfig]:
     return options, training
 
 
+def stop(error: Exception) -> NoReturn:
+    """End every process in good order, with one sentence and the status of a wrong option; all of them know of it."""
+    ds_fira.shutdown()
+    print(f"trl_sft.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
     """Fine-tune and save the adapters, under the deepspeed launcher, torchrun, mpirun, or none."""
     ds_fira.init_distributed()
@@ -102,10 +110,13 @@ def main() -> None:
             ),
         )
     except (OSError, ValueError) as error:
-        ds_fira.shutdown()
-        print(f"trl_sft.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    trainer.train()
+        stop(error)
+    try:
+        trainer.train()
+    except ValueError as error:
+        if trainer.state.global_step > 0:
+            raise
+        stop(error)  # a setting that FiraAdam refuses when DeepSpeed builds it
     trainer.save_model()
     figures = ds_fira.metrics(trainer.model_wrapped)  # a collective call: on every rank
     if trainer.is_world_process_zero():

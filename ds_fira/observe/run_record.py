@@ -81,7 +81,8 @@ def _device_name(device: torch.device) -> str:
     except OSError:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads a rank"
+    threads = torch.get_num_threads()
+    return f"{models[0] if models else platform.machine()}, {threads} thread{'s' * (threads != 1)} a rank"
 
 
 def settings_of_all(groups: Iterable[Mapping[str, object]]) -> dict[str, list[object]]:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
+from pretraining.arguments import stop
 from pretraining.data import agreed
 from pretraining.documents import DataError
 from pretraining.text_data import TextData, TextRecipe, prepare
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import TrainOutput
 
+from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import check_params
 from ds_fira.tools.models import NAMES, config_file
@@ -126,3 +139,42 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """
     ids = torch.stack([row["input_ids"] for row in rows]).long()
     return {"input_ids": ids, "labels": ids}
+
+
+class Begun(TrainerCallback):
+    """Notes that the Trainer has its engine and its checkpoint, and begins to train."""
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        """Called by the Trainer."""
+        self.noted = True
+
+
+@contextlib.contextmanager
+def refusals_stop(accelerator: Accelerator, begun: Begun | None = None) -> Iterator[None]:
+    """Around the start of an engine: a setting or a checkpoint that it refuses ends the process, not with a traceback.
+
+    Every rank gets the same refusal, and exits with its sentence and the status 2 of a wrong option, with which
+    `launch/run.sh` starts nothing again.
+
+    Args:
+        accelerator: that builds the engine.
+        begun: tells of a start inside that it is over; an error from then on is no refusal, and goes on.
+    """
+    try:
+        yield
+    except (ValueError, CheckpointError) as error:
+        if begun is not None and begun.noted:
+            raise
+        accelerator.free_memory()  # ends the engine, where there is one that a checkpoint did not fit
+        stop(str(error))
+
+
+def train(trainer: Trainer) -> TrainOutput:
+    """`trainer.train`, from the checkpoint that its arguments name; see `refusals_stop`."""
+    begun = Begun()
+    trainer.add_callback(begun)
+    with refusals_stop(trainer.accelerator, begun):
+        return trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

@@ -90,6 +90,26 @@ def train(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
+def fails_in_training(arguments: list[str]) -> str:
+    """What examples/hf_trainer.py raises where a callback raises at the end of the first step."""
+    from transformers import TrainerCallback
+
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args: object, state: Any, control: object, **_: object) -> None:
+            raise ValueError(f"the data broke in step {state.global_step}")
+
+    with example("hf_trainer") as module:
+        trainer = module.build(*module.parse(arguments))
+        trainer.add_callback(Breaks())
+        try:
+            module.run(trainer)
+        except (ValueError, SystemExit) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            trainer.accelerator.free_memory()
+    return "trained"
+
+
 def complaints(command_lines: list[list[str]]) -> list[str]:
     """What examples/hf_trainer.py says to wrong command lines, before it trains."""
     return [_complaint("hf_trainer", arguments) for arguments in command_lines]

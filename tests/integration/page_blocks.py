@@ -15,10 +15,10 @@ FENCE = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 SPAN = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
-RUN = ("python", "bash", "torchrun", "deepspeed", "mpirun", "sbatch", "accelerate", "pip")
+RUN = ("python", "bash", "torchrun", "deepspeed", "ds-fira", "mpirun", "sbatch", "accelerate", "pip")
 LAUNCHERS = ("deepspeed", "torchrun", "mpirun", "accelerate", "srun", "sbatch")
 # Programs of others, whose arguments are theirs to check.
-OTHERS = ("cd", "export", "git", "hf", "pre-commit", "ruff", "source", "tensorboard")
+OTHERS = ("cat", "cd", "echo", "export", "git", "hf", "pre-commit", "ruff", "sed", "source", "tensorboard")
 FOLDERS = ("benchmarks", "docs", "ds_configs", "ds_fira", "examples", "launch", "tests")
 # What stands for a script or a file of the reader's.
 OF_THE_READER = ("train.py", "SCRIPT", "FILE")
@@ -71,8 +71,13 @@ def commands(text: str) -> Iterator[list[str]]:
     for line in re.sub(r"\\\n", " ", text).splitlines():
         words = shlex.split(line, comments=True)
         command: list[str] = []
+        redirected = False
         for word in [*words, "&&"]:
-            if word in ("&&", "|", ";", ">"):
+            if redirected:
+                redirected = False
+            elif word == ">":
+                redirected = True
+            elif word in ("&&", "||", "|", ";"):
                 while command and re.match(r"[A-Z_]+\w*=", command[0]):
                     command.pop(0)
                 if command:
@@ -95,6 +100,8 @@ def fault(words: list[str]) -> str | None:
         return None
     if program == "pip":
         return _pip_fault(rest)
+    if program == "ds-fira":
+        return _module_fault("ds_fira", rest)
     if program == "python" and rest[:1] == ["-c"]:
         compile(rest[1], "page", "exec")
         return None

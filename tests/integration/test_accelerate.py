@@ -159,3 +159,15 @@ def test_wrong_settings_stop_on_every_rank_with_one_sentence(ranks: Pools, folde
         for expected, sentence in zip(cases, said, strict=True):
             assert expected in sentence
             assert "\n" not in sentence
+
+
+def test_what_the_engine_refuses_ends_every_rank_with_one_sentence(folder: Path) -> None:
+    """As DeepSpeed builds it: status 2, with which launch/run.sh starts nothing again, and no traceback."""
+    config = write_config(
+        folder / "sync.json", "zero2_bf16.json", TOP | {"zero_optimization": {"stage": 3}}, check_sync_every=7
+    )
+    options = arguments(folder, "refused", **{"deepspeed-config": config})
+    for done in Forked(str(EXAMPLES / "accelerate_train.py"), options, folder, "refused", ranks=2).wait():
+        assert done.returncode == 2, done.stderr[-4000:]
+        assert "Traceback" not in done.stderr
+        assert "accelerate_train.py: error: FiraAdam: check_sync_every = 7 " in done.stderr

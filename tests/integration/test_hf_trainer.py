@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,22 @@ def test_wrong_settings_stop_on_every_rank_with_one_sentence(ranks: Pools, folde
         for expected, sentence in zip(cases, said, strict=True):
             assert expected in sentence
             assert "\n" not in sentence
+
+
+def test_what_the_engine_refuses_ends_every_rank_with_one_sentence(folder: Path) -> None:
+    """Inside `Trainer.train`: status 2, with which launch/run.sh starts nothing again, and no traceback."""
+    write_config(folder / "sync.json", "zero2_auto.json", {"zero_optimization": {"stage": 3}}, check_sync_every=7)
+    options = arguments(folder, "refused", "sync.json", eval_strategy="no", activation_checkpointing=False)
+    for done in Forked(str(EXAMPLES / "hf_trainer.py"), options, folder, "refused", ranks=2).wait():
+        assert done.returncode == 2, done.stderr[-4000:]
+        assert "Traceback" not in done.stderr
+        assert re.search(
+            r"^hf_trainer\.py: error: FiraAdam: check_sync_every = 7 .*stage 0, 1 or 2\.$", done.stderr, re.M
+        )
+    assert not (folder / "refused" / "model.safetensors").exists()
+
+
+def test_an_error_of_the_training_itself_is_no_wrong_option(ranks: Pools, folder: Path) -> None:
+    """It keeps its traceback, and so status 1: a run that may be started again."""
+    said = ranks.run(1, "fails_in_training", JOBS, arguments=arguments(folder, "fails", max_steps=2))[0]
+    assert said == "ValueError: the data broke in step 1"
