@@ -130,9 +130,10 @@ class Outgoing:
         if self.old is not None:
             ((_, _, size, crc),) = sums
             return {"size": size, "crc32": crc}, 0
-        crcs = [
-            _whole(path, list(part), size) for part, size in zip(self._by_storage(sums), self.frame.sizes, strict=True)
-        ]
+        found: dict[int, list[Sum]] = {number: [] for number in range(len(self.frame.sizes))}
+        for each in sums:
+            found[each[0]].append(each)
+        crcs = [_whole(path, found[number], size) for number, size in enumerate(self.frame.sizes)]
         layout = ZipLayout(path.stem, len(self.pickled), self.frame.sizes, self.frame.alignment)
         runs, crc = layout.rest(self.pickled, crcs)
         with RangedFile(path) as file:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from deepspeed.utils import logger
 from ds_fira.checkpoint import folder_lock
 from ds_fira.checkpoint.tag_folder import staging_tag
 from ds_fira.engine.deepspeed.chosen import trains_ours
+from ds_fira.engine.deepspeed.save_load.behind import Behind, Report
 from ds_fira.engine.deepspeed.save_load.calls import bound
 from ds_fira.engine.deepspeed.save_load.capture import Capture, peers_of
 from ds_fira.engine.deepspeed.save_load.pick import Choice, only_listed_files, owns_storage
@@ -94,14 +96,25 @@ class _Save:
             owner=owns_storage(engine),
             name=engine.basic_optimizer.algorithm.name,
             user=engine,
+            keep_last=engine.basic_optimizer.saving.keep_last,
+            keep_every=engine.basic_optimizer.saving.keep_every,
         )
         self._writing = Writing(self._target)
 
     def run(self, save: Callable[..., object]) -> object:
-        """Save; raises `CheckpointError` on every rank where one cannot."""
+        """Save, or begin to; raises `CheckpointError` on every rank where one cannot, or could not the last time."""
+        behind = Behind.of(self._engine)
+        behind.wait(self._engine, "save_checkpoint")
+        began = time.monotonic()
         self._agree_on_tag(secrets.token_hex(8))
         capture = self._capture(save)
-        self._writing.run(self._communicator, capture.files, capture.write_scripts)
+        report = Report(self._target.tag, self._engine.global_samples)
+        if self._engine.basic_optimizer.saving.async_save:
+            behind.start(self._writing, capture, self._target.details["save_id"], report, began)
+            return True
+        report.nbytes = self._writing.run(self._communicator, capture.files, capture.write_scripts)
+        report.seconds = report.stall = time.monotonic() - began
+        report.tell(self._engine)
         return True
 
     def _agree_on_tag(self, save_id: str) -> None:

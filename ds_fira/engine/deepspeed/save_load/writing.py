@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from deepspeed.utils import logger
+
 from ds_fira.checkpoint import atomic_save, folder_lock
 from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.checkpoint.errors import save_sentence
@@ -44,7 +46,8 @@ class Target:
         name: of the optimizer, for sentences.
         user: of the folder's lock.
         details: for the manifest.
-        after: called on the owners when the checkpoint is published.
+        keep_last: complete checkpoints to leave in the folder, None for all.
+        keep_every: optimizer steps, the checkpoints of whose multiples stay beside those.
     """
 
     folder: Path
@@ -54,7 +57,8 @@ class Target:
     name: str
     user: object
     details: Mapping[str, object] = field(default_factory=dict)
-    after: Callable[[], None] | None = None
+    keep_last: int | None = None
+    keep_every: int | None = None
 
     @property
     def staging(self) -> Path:
@@ -136,8 +140,8 @@ class Writing:
         records = {name: record for other, part, _ in answers if other == token for name, record in part.items()}
         self._as_owner(ranks, atomic_save.seal, target.folder, target.tag, records, target.details, target.save_latest)
         self._as_owner(ranks, atomic_save.publish, target.folder, target.tag, target.save_latest)
-        if target.owner and target.after is not None:
-            target.after()
+        if target.owner and target.keep_last is not None and target.save_latest:
+            self._delete_older()
         return sum(written for *_, written in answers)
 
     def _finish(
@@ -156,6 +160,15 @@ class Writing:
                     self.written += written
         return records
 
+    def given_up(self, error: Exception) -> CheckpointError:
+        """What to raise where the ranks could not even agree, such as when one of them is gone."""
+        tag = self._target.tag
+        return CheckpointError(
+            f"{self._target.name}: the save of {tag!r} was given up and earlier checkpoints are as they were, because "
+            f"the ranks could not agree on it ({type(error).__name__}: {error}): see what the process that ended first "
+            "printed."
+        )
+
     def _agree(self, ranks: Ranks, item: T = None) -> list[T]:
         return require_all(self._target.name, ranks, self.error, item)
 
@@ -166,6 +179,17 @@ class Writing:
                 folder_lock.hold(self._target.folder, self._target.user)
                 function(*args)
         self._agree(ranks)
+
+    def _delete_older(self) -> None:
+        """What cannot be deleted now, the next save tries again: this one is complete."""
+        target = self._target
+        try:
+            atomic_save.prune(target.folder, target.keep_last, target.keep_every)
+        except OSError as error:
+            logger.warning(
+                f"{target.name}: keep_last = {target.keep_last}, but an older checkpoint in {target.folder} could not "
+                f"be deleted ({error.strerror or error}): mend the folder, and the next save deletes it."
+            )
 
     def _make_staging(self, token: str) -> None:
         target = self._target
