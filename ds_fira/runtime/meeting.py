@@ -24,7 +24,7 @@ T = TypeVar("T")
 BEAT = 1.0  # seconds
 _POLL = 0.02  # seconds
 PATIENCE = 60.0  # seconds
-HURRIED = 5.0  # seconds, once this process ends
+HURRIED = 10.0  # seconds, once this process ends
 LEAVING = 10.0  # seconds for which the process with the store waits for the others to have read the last answer
 
 

@@ -164,17 +164,38 @@ def _arm(kill: Kill, watched: str) -> list[int]:
     return count
 
 
-def train(folder: str) -> None:
+def slow_disk(seconds: float) -> None:
+    """Let every write of a checkpoint's bytes in this process take longer: no file system can be slowed down here."""
+    from ds_fira.checkpoint import ranged_file
+
+    write_at = ranged_file.write_at
+
+    def write_slowly(*args: Any) -> int:
+        time.sleep(seconds)
+        return write_at(*args)
+
+    ranged_file.write_at = write_slowly
+
+
+def train(folder: str, stage: int = 2, pause: float = 0.0, **settings: Any) -> None:
     """Train from the newest complete checkpoint in `folder / "state"` to the last step, saving on the way.
 
     Every second checkpoint is saved under one name, over the one that is there.
+
+    Args:
+        folder: see `Run`.
+        stage: of ZeRO.
+        pause: seconds that each write takes longer.
+        **settings: further ones of the optimizer.
     """
     import torch
 
     from ds_fira.optim.registry import fira_of
     from tests.distributed.zero_jobs import batches, build, config
 
-    engine = build(config(2, "bf16", SETTINGS), SHAPES)
+    if pause:
+        slow_disk(pause)
+    engine = build(config(stage, "bf16", SETTINGS | settings), SHAPES)
     rank = torch.distributed.get_rank()
     loaded, client_state = engine.load_checkpoint(f"{folder}/state")
     start = client_state["step"] if loaded else 0

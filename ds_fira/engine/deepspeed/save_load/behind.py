@@ -13,15 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from deepspeed import comm as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
 
 from ds_fira.checkpoint.atomic_save import CheckpointError
-from ds_fira.checkpoint.background import Background
 from ds_fira.checkpoint.host_copies import HostCopies
 from ds_fira.engine.deepspeed.monitor import PREFIX
 from ds_fira.engine.deepspeed.save_load.capture import Capture
 from ds_fira.engine.deepspeed.save_load.writing import Writing
+from ds_fira.runtime import lost_peer
+from ds_fira.runtime.background import Background
 from ds_fira.runtime.meeting import Meeting
 from ds_fira.runtime.termination import SharedFlag
 
@@ -150,6 +153,32 @@ class Behind:
             self._flag.forget()
         background.result()
         report.tell(engine)
+
+
+def refuse_unsaveable(engine: DeepSpeedEngine) -> None:
+    """Stop, on every rank alike, if an engine asks for saves from behind that cannot be.
+
+    Raises:
+        ValueError: one sentence with the setting, its value and the remedy.
+    """
+    if not engine.basic_optimizer.saving.async_save:
+        return
+    writer, reason = engine.checkpoint_engine, None
+    if type(writer) is not TorchCheckpointEngine:
+        reason = (
+            f"{type(writer).__name__} writes checkpoints in its own way; remove checkpoint.writer, nebula or "
+            "datastates_ckpt from the DeepSpeed config"
+        )
+    elif not getattr(writer, "zipfile_serialization", True):
+        reason = (
+            "checkpoint.checkpoint_serialization = false writes files that are not laid out before they are written; "
+            "remove it"
+        )
+    elif dist.get_world_size() > 1 and lost_peer.open_store() is None:
+        reason = "the ranks have no store to agree through; start them over gloo or NCCL, not MPI"
+    if reason is not None:
+        name = engine.basic_optimizer.algorithm.name
+        raise ValueError(f"{name}: async_save = True is not possible, because {reason}, or set async_save to false.")
 
 
 def hear_before_step(step: Callable[..., T], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> T:

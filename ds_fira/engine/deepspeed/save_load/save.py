@@ -25,7 +25,7 @@ from deepspeed.utils import logger
 from ds_fira.checkpoint import folder_lock
 from ds_fira.checkpoint.tag_folder import staging_tag
 from ds_fira.engine.deepspeed.chosen import trains_ours
-from ds_fira.engine.deepspeed.save_load.behind import Behind, Report
+from ds_fira.engine.deepspeed.save_load.behind import Behind, Report, refuse_unsaveable
 from ds_fira.engine.deepspeed.save_load.calls import bound
 from ds_fira.engine.deepspeed.save_load.capture import Capture, peers_of
 from ds_fira.engine.deepspeed.save_load.pick import Choice, only_listed_files, owns_storage
@@ -58,10 +58,11 @@ def load_whole(load: Callable[..., object], *args: object, **kwargs: object) -> 
 
 
 def explain_lost_contact(configure: Callable[..., None], engine: DeepSpeedEngine) -> None:
-    """`_configure_checkpointing`: a process that an error of communication ends says so after the traceback."""
+    """`_configure_checkpointing`: says at the end why contact was lost; refuses what cannot be saved from behind."""
     configure(engine)
     if trains_ours(engine):
         tell_lost_contact()
+        refuse_unsaveable(engine)
 
 
 def release_folder(destroy: Callable[..., None], engine: DeepSpeedEngine) -> None:

@@ -71,9 +71,9 @@ class Background(Generic[T]):
             raise self._error
         return self._found
 
-    def end(self) -> None:
+    def end(self, hurry: bool) -> None:
         """Wait at the end of the process, and say what went wrong, since nobody will ask any more."""
-        if self._hurry is not None and not self.done:
+        if hurry and self._hurry is not None and not self.done:
             self._hurry()
         self._done.wait()
         if self._error is not None and not self._told:
@@ -86,10 +86,15 @@ def _wait_at_the_end() -> None:
     if _registered_in != os.getpid():
         _registered_in = os.getpid()
         _running.clear()  # of the process that this one was forked from
-        atexit.register(_end_all)
-        util.Finalize(None, _end_all, exitpriority=100)
+        atexit.register(end_all, True)
+        util.Finalize(None, end_all, (True,), exitpriority=100)
 
 
-def _end_all() -> None:
+def end_all(hurry: bool = False) -> None:
+    """Wait for everything that is under way in this process.
+
+    Args:
+        hurry: less long for other processes that do not answer.
+    """
     for each in list(_running):
-        each.end()
+        each.end(hurry)
