@@ -40,6 +40,7 @@ class Report:
     Attributes:
         tag: of the checkpoint.
         samples: that the engine had seen.
+        afterwards: looks into what was saved.
         stall: seconds for which the training stood still.
         seconds: from the call until the checkpoint was published.
         nbytes: that all ranks wrote.
@@ -47,6 +48,7 @@ class Report:
 
     tag: str
     samples: int
+    afterwards: Callable[[], None]
     stall: float = 0.0
     seconds: float = 0.0
     nbytes: int = 0
@@ -60,9 +62,9 @@ class Report:
             )
         if engine.monitor.enabled:
             figures = {"save_bytes": self.nbytes, "save_seconds": self.seconds, "save_stall_seconds": self.stall}
-            engine.monitor.write_events(
-                [(PREFIX + name, float(value), self.samples) for name, value in figures.items()]
-            )
+            events = [(PREFIX + name, float(value), self.samples) for name, value in figures.items()]
+            engine.monitor.write_events(events)
+        self.afterwards()
 
 
 @dataclass

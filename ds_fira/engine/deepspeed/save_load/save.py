@@ -11,6 +11,7 @@ and ends with the epilogue of stage 3, if any, and one barrier.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import secrets
 import time
@@ -28,6 +29,8 @@ from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.save_load.behind import Behind, Report, refuse_unsaveable
 from ds_fira.engine.deepspeed.save_load.calls import bound
 from ds_fira.engine.deepspeed.save_load.capture import Capture, peers_of
+from ds_fira.engine.deepspeed.save_load.check import warn_if_unloadable
+from ds_fira.engine.deepspeed.save_load.client_state import KEY
 from ds_fira.engine.deepspeed.save_load.pick import Choice, only_listed_files, owns_storage
 from ds_fira.engine.deepspeed.save_load.writing import Target, Writing
 from ds_fira.runtime.lost_peer import tell_lost_contact
@@ -38,9 +41,13 @@ def save_whole(save: Callable[..., object], *args: object, **kwargs: object) -> 
     """`save_checkpoint`: writes into a staging folder, which takes its place once it is complete."""
     call = bound(save, *args, **kwargs)
     engine = call.arguments["self"]
-    if trains_ours(engine) and call.arguments["save_dir"] and _can_stage(engine):
+    if not trains_ours(engine) or not call.arguments["save_dir"]:
+        return save(*args, **kwargs)
+    if _can_stage(engine):
         return _Save(engine, call).run(save)
-    return save(*args, **kwargs)
+    done = save(*args, **kwargs)
+    _look_into(engine, call, _tag_of(engine, call))()
+    return done
 
 
 def load_whole(load: Callable[..., object], *args: object, **kwargs: object) -> object:
@@ -71,6 +78,17 @@ def release_folder(destroy: Callable[..., None], engine: DeepSpeedEngine) -> Non
     destroy(engine)
 
 
+def _tag_of(engine: DeepSpeedEngine, call: inspect.BoundArguments) -> str:
+    tag = call.arguments["tag"]
+    return f"global_step{engine.global_steps}" if tag is None else str(tag)
+
+
+def _look_into(engine: DeepSpeedEngine, call: inspect.BoundArguments, tag: str) -> Callable[[], None]:
+    """What says, once it is called after the save, that a load would refuse what the user has put into it."""
+    given = {key: value for key, value in call.arguments["client_state"].items() if key != KEY}
+    return functools.partial(warn_if_unloadable, engine, Path(call.arguments["save_dir"], tag), given)
+
+
 def _can_stage(engine: DeepSpeedEngine) -> bool:
     """Whether the engine's files are all written when `save_checkpoint` returns; warns once where they may not be."""
     kind = type(engine.checkpoint_engine)
@@ -89,7 +107,7 @@ class _Save:
     def __init__(self, engine: DeepSpeedEngine, call: inspect.BoundArguments) -> None:
         given = call.arguments
         self._engine, self._call, self._communicator = engine, call, Communicator()
-        self._tag = f"global_step{engine.global_steps}" if given["tag"] is None else str(given["tag"])
+        self._tag = _tag_of(engine, call)
         self._target = Target(
             folder=Path(given["save_dir"]),
             tag=self._tag,
@@ -109,7 +127,8 @@ class _Save:
         began = time.monotonic()
         self._agree_on_tag(secrets.token_hex(8))
         capture = self._capture(save)
-        report = Report(self._target.tag, self._engine.global_samples)
+        afterwards = _look_into(self._engine, self._call, self._target.tag)
+        report = Report(self._target.tag, self._engine.global_samples, afterwards)
         if self._engine.basic_optimizer.saving.async_save:
             behind.start(self._writing, capture, self._target.details["save_id"], report, began)
             return True
