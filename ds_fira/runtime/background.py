@@ -6,6 +6,7 @@ needs no second copy of anything, as a forked process would on its first write t
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import os
 import sys
@@ -37,7 +38,8 @@ class Background(Generic[T]):
         self._done = threading.Event()
         _wait_at_the_end()
         _running.add(self)
-        threading.Thread(target=self._run, name="ds_fira save", daemon=True).start()
+        # Not `threading.Thread`, whose start waits until the thread has run: the training would wait with it.
+        _thread.start_new_thread(self._run, ())
 
     def _run(self) -> None:
         try:

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.utils import logger
 from torch import distributed as dist
@@ -170,3 +171,35 @@ def terminate(folder: str) -> None:
                 print("saved", engine.global_steps, flush=True)
                 ds_fira.shutdown(engine)
                 sys.exit(termination.status)
+
+
+def stall(folder: str, stage: int, width: int, repeats: int = 5) -> list[tuple[float, float]]:
+    """Processor seconds of this thread for a copy of the bytes that a save from behind copies, and for the save.
+
+    Args:
+        folder: of checkpoints.
+        stage: of ZeRO.
+        width: of 15 square matrices.
+        repeats: pairs of both, in turn.
+    """
+    settings = {"lr": 1e-3, "rank": 128, "subspace": "randomized", "async_save": True, "keep_last": 1}
+    model = torch.nn.Sequential(*[torch.nn.Linear(width, width, bias=False) for _ in range(15)]).bfloat16()
+    ds_config = config(stage, "bf16", settings)
+    engine = deepspeed.initialize(model=model, config=ds_config, model_parameters=model.parameters())[0]
+    behind, found = Behind.of(engine), []
+    engine.backward(engine(torch.ones(1, width, dtype=torch.bfloat16)).float().square().mean())
+    engine.step()
+    engine.save_checkpoint(folder, "first")  # the system provides the pages
+    behind.wait(engine, "the test")
+    source = torch.ones(behind.copies.nbytes, dtype=torch.uint8)
+    target = source.clone()
+    for number in range(repeats):
+        dist.barrier()
+        began = time.thread_time()
+        target.copy_(source)
+        copied = time.thread_time()
+        engine.save_checkpoint(folder, f"{number % 2}")
+        found.append((copied - began, time.thread_time() - copied))
+        behind.wait(engine, "the test")
+    engine.destroy()
+    return found

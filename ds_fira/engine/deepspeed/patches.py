@@ -125,6 +125,7 @@ TEMPORARY = (
     ("TorchCheckpointEngine", "makedirs", "save_load.capture"),  # none: the folder is made later
     ("DeepSpeedEngine", "save_non_zero_checkpoint", "save_load.capture"),  # true: every rank has a part in the module's
     ("DeepSpeedEngine", "_copy_recovery_script", "save_load.capture"),  # into the staging folder, later
+    ("DeepSpeedEngine", "_checkpoint_tag_validation", "save_load.capture"),  # none: the ranks have agreed before
     ("DeepSpeedEngine", "_get_all_ckpt_names", "save_load.load"),  # one model file for every rank
     ("DeepSpeedEngine", "load_module_state_dict", "save_load.load"),  # weights that other ranks saved
     ("deepspeed.comm", "get_rank", "rehearsal"),  # 0, where no rank has started

@@ -85,7 +85,8 @@ class Capture:
         engine = self._engine
         spread = {"save_non_zero_checkpoint": True} if self._spreads else {}
         writer = {"save": self._save, "makedirs": lambda *_, **__: None}
-        with replaced(engine.checkpoint_engine, **writer), replaced(engine, **spread, _copy_recovery_script=self._copy):
+        here = {"_copy_recovery_script": self._copy, "_checkpoint_tag_validation": lambda _: None}  # agreed on already
+        with replaced(engine.checkpoint_engine, **writer), replaced(engine, **spread, **here):
             yield
 
     @property
