@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -20,6 +21,7 @@ import ds_fira
 from ds_fira.checkpoint import ranged_file
 from ds_fira.checkpoint.manifest import MANIFEST, find_damage, find_fault
 from ds_fira.engine.deepspeed.save_load.behind import Behind
+from ds_fira.runtime.meeting import Meeting
 from tests.distributed.crash_jobs import SETTINGS, SHAPES, slow_disk
 from tests.distributed.save_jobs import attempt, engine_of, step, weights
 from tests.distributed.zero_jobs import batches, build, config
@@ -203,3 +205,32 @@ def stall(folder: str, stage: int, width: int, repeats: int = 5) -> list[tuple[f
         behind.wait(engine, "the test")
     engine.destroy()
     return found
+
+
+def meet(patience: float) -> dict[str, Any]:
+    """Agree in a thread while the ranks make collectives; then with a rank that does not come."""
+    rank, found = dist.get_rank(), []
+
+    def agree() -> None:
+        meeting = Meeting("the test")
+        for number in range(20):
+            found.append(meeting.gather_objects((rank, number)))
+        meeting.close()
+
+    thread = threading.Thread(target=agree)
+    thread.start()
+    total = torch.ones(1)
+    for _ in range(50):
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    thread.join()
+    seen: dict[str, Any] = {"found": found, "total": float(total)}
+    alone, before = Meeting("without one"), time.monotonic()
+    alone._patience = patience
+    if rank == dist.get_world_size() - 1:
+        alone._ended.set()  # its heart stops, as of a process that is gone
+    else:
+        _, seen["error"] = attempt(alone.gather_objects, rank)
+        seen["waited"] = time.monotonic() - before
+        alone._ended.set()
+    dist.barrier()
+    return seen

@@ -124,6 +124,27 @@ def test_sigterm_while_a_save_is_under_way(tmp_path: Path) -> None:
     assert client["step"] == last("saved", run.log(1))
 
 
+def test_ranks_meet_beside_their_collectives(ranks: Pools) -> None:
+    """In order, whatever else they send; and not for ever where one has gone."""
+    answers = ranks.run(3, "meet", MODULE, patience=2.5)
+    for seen in answers:
+        assert seen["found"] == [[(rank, number) for rank in range(3)] for number in range(20)]
+        assert seen["total"] == 1
+    for seen in answers[:2]:
+        assert seen["error"] == "RankGone: the process of rank 2 has not answered for 2 s"
+        assert seen["waited"] > 2
+
+
+@full
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_stall_is_the_copy(size: int, ranks: Pools, tmp_path: Path) -> None:
+    """Of 63 million parameters, in processor time: what else the call does is a fifth of copying its bytes at most."""
+    answers = ranks.run(size, "stall", MODULE, folder=str(tmp_path), stage=2, width=2048)
+    ratios = [sorted(save / copy for copy, save in pairs)[len(pairs) // 2] for pairs in answers]
+    print(f"{size} ranks: processor time of the call over that of a copy: {ratios}")
+    assert max(ratios) <= 1.2
+
+
 def kill_behind(chance: random.Random, folder: Path, size: int, stage: int, case: str) -> bool:
     """One kill in a run with slow saves from behind, and what is left; returns whether it fell into a save."""
     victims = sorted(chance.sample(range(size), chance.randint(1, size)))
