@@ -126,14 +126,18 @@ class Capture:
                 found.setdefault(storage._cdata, storage)
         return list(found.values())
 
-    def share_out(self, communicator: Communicator) -> None:
-        """Give every rank its part of the bytes; a collective call.
-
-        Where ranks would not name the same tensors, the owners write all.
-        """
+    @property
+    def digest(self) -> str:
+        """Of the tensors that are to be shared out; the same on ranks that can."""
         sizes = [[storage.nbytes() for storage in shared] for _, shared, _ in self._replicated if shared]
-        digest = hashlib.sha256(repr(sizes if self._spreads else None).encode()).digest()
-        same = communicator.all_equal(torch.tensor(list(digest), dtype=torch.int64))
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+    def share_out(self, same: bool) -> None:
+        """Give every rank its part of the bytes.
+
+        Args:
+            same: whether all ranks have the same digest; where they have not, the owners write all.
+        """
         place = self._peers.index(self._rank)
         for file, shared, storages in self._replicated:
             taken = {storage._cdata for storage in shared} if same else set()

@@ -125,8 +125,8 @@ class _Save:
         behind = Behind.of(self._engine)
         behind.wait(self._engine, "save_checkpoint")
         began = time.monotonic()
-        self._agree_on_tag(secrets.token_hex(8))
         capture = self._capture(save)
+        capture.share_out(self._agree(capture.digest))
         afterwards = _look_into(self._engine, self._call, self._target.tag)
         report = Report(self._target.tag, self._engine.global_samples, afterwards)
         if self._engine.basic_optimizer.saving.async_save:
@@ -137,19 +137,24 @@ class _Save:
         report.tell(self._engine)
         return True
 
-    def _agree_on_tag(self, save_id: str) -> None:
+    def _agree(self, digest: str) -> bool:
         """Take rank 0's id of the save; and its tag, if ranks gave several and `checkpoint.tag_validation` lets them.
 
         Files in folders that depend on the rank would not be a checkpoint.
 
+        Returns:
+            Whether the digest is the same on all ranks.
+
         Raises:
             AssertionError: DeepSpeed's, on every rank, with `checkpoint.tag_validation` = "Fail".
         """
-        names, ids = zip(*self._communicator.gather_objects((self._tag, save_id)), strict=True)
+        own = (self._tag, secrets.token_hex(8), digest)
+        names, ids, digests = zip(*self._communicator.gather_objects(own), strict=True)
         size, steps = self._communicator.dp_size, self._engine.global_steps
         self._target.details = {"world_size": size, "global_steps": steps, "save_id": ids[0]}
+        same = len(set(digests)) == 1
         if len(set(names)) == 1:
-            return
+            return same
         self._engine._checkpoint_tag_validation(self._tag)
         self._target.tag = names[0]
         if dist.get_rank() == 0:
@@ -157,10 +162,11 @@ class _Save:
                 f"{self._target.name}: save_checkpoint got {len(set(names))} different tags, such as {max(names)!r}; "
                 f"saving under rank 0's, {names[0]!r}: give all ranks the same tag."
             )
+        return same
 
     def _capture(self, save: Callable[..., object]) -> Capture:
         """Let DeepSpeed build what it would write; its errors are kept for all ranks."""
-        self._call.arguments |= {"tag": staging_tag(self._target.tag), "save_latest": False}
+        self._call.arguments |= {"tag": staging_tag(self._tag), "save_latest": False}
         peers = peers_of(self._engine, self._communicator)
         capture = Capture(self._engine, self._target.staging, peers, self._writing.caught)
         with capture.installed():
@@ -173,5 +179,4 @@ class _Save:
                 if self._engine._optimizer_has_ckpt_event_epilogue():
                     self._engine.optimizer.checkpoint_event_epilogue()
                 dist.barrier()
-        capture.share_out(self._communicator)
         return capture
