@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.serialization import location_tag
 
 _PROTOCOL = 2  # torch.save's
+_STORAGES = (torch.storage.TypedStorage, torch.UntypedStorage)
 
 
 class _Pickler(pickle.Pickler):
@@ -27,13 +28,13 @@ class _Pickler(pickle.Pickler):
         self._dtypes: dict[int, torch.dtype] = {}
 
     def persistent_id(self, value: object) -> tuple[object, ...] | None:
+        if not isinstance(value, _STORAGES):  # first, since this is asked of every object that is pickled
+            return None
         if isinstance(value, torch.storage.TypedStorage):
             storage, dtype, length = value._untyped_storage, value.dtype, value._size()
             kind = getattr(torch, value._pickle_storage_type())
-        elif isinstance(value, torch.UntypedStorage):
-            storage, dtype, length, kind = value, torch.uint8, value.nbytes(), torch.UntypedStorage
         else:
-            return None
+            storage, dtype, length, kind = value, torch.uint8, value.nbytes(), torch.UntypedStorage
         place = storage.data_ptr()
         if place != 0 and self._dtypes.setdefault(place, dtype) != dtype:
             raise RuntimeError(

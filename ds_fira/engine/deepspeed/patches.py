@@ -123,7 +123,7 @@ PATCHES = (
 TEMPORARY = (
     ("TorchCheckpointEngine", "save", "save_load.capture"),  # takes what is to be written
     ("TorchCheckpointEngine", "makedirs", "save_load.capture"),  # none: the folder is made later
-    ("DeepSpeedEngine", "save_non_zero_checkpoint", "save_load.capture"),  # true: every rank has a part in the module's
+    ("an engine, not its class", "save_non_zero_checkpoint", "save_load.capture"),  # true: every rank has a part
     ("DeepSpeedEngine", "_copy_recovery_script", "save_load.capture"),  # into the staging folder, later
     ("DeepSpeedEngine", "_checkpoint_tag_validation", "save_load.capture"),  # none: the ranks have agreed before
     ("DeepSpeedEngine", "_get_all_ckpt_names", "save_load.load"),  # one model file for every rank

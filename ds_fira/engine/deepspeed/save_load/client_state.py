@@ -71,11 +71,25 @@ def load_with_resume_state(
 def _state_of_all(engine: DeepSpeedEngine) -> dict[str, object]:
     """Generators and counters of every rank, in order of rank; a collective call."""
     optimizer = engine.basic_optimizer
-    own = {"rng": rng_state(), "metrics": optimizer.metrics.state_dict()}
-    state = {"ranks": optimizer.communicator.gather_objects(own), "replicated": optimizer.replicated}
+    own = {"rng": _with(Tensor, Tensor.numpy, rng_state()), "metrics": optimizer.metrics.state_dict()}
+    # A tensor among what is gathered would be a file of torch.save of its own, while the training waits.
+    ranks = [
+        {**part, "rng": _with(np.ndarray, torch.from_numpy, part["rng"])}
+        for part in optimizer.communicator.gather_objects(own)
+    ]
+    state = {"ranks": ranks, "replicated": optimizer.replicated}
     if optimizer.recorder is not None:
         state["scaling_factors"] = optimizer.recorder.gather(optimizer.communicator, optimizer.replicated)
     return state
+
+
+def _with(kind: type, change: Callable[[object], object], value: object) -> object:
+    """Nested dicts and lists in which every value of a kind is changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _with(kind, change, item) for key, item in value.items()}
+    return [_with(kind, change, item) for item in value] if isinstance(value, list) else value
 
 
 def _restore(engine: DeepSpeedEngine, saved: Mapping[str, object]) -> None:
