@@ -234,3 +234,9 @@ def meet(patience: float) -> dict[str, Any]:
         alone._ended.set()
     dist.barrier()
     return seen
+
+
+def refuse() -> str | None:
+    """What an engine says that is to save from behind in a format that cannot be laid out beforehand."""
+    extra = {"checkpoint": {"checkpoint_serialization": False}}
+    return attempt(build, config(2, "bf16", SETTINGS | {"async_save": True}, **extra), SHAPES)[1]

@@ -18,6 +18,7 @@ import torch
 
 from ds_fira.checkpoint.manifest import find_damage, find_fault
 from ds_fira.checkpoint.tag_folder import find_complete, read_latest
+from ds_fira.optim.settings import check_params
 from tests.distributed.crash_jobs import TIMEOUT, Kill, Run
 from tests.distributed.test_crash import SENTENCE, flat, last
 from tests.ranks import Pools
@@ -133,6 +134,15 @@ def test_ranks_meet_beside_their_collectives(ranks: Pools) -> None:
     for seen in answers[:2]:
         assert seen["error"] == "RankGone: the process of rank 2 has not answered for 2 s"
         assert seen["waited"] > 2
+
+
+def test_what_cannot_be_saved_behind_is_refused(ranks: Pools) -> None:
+    """Before training, on every rank; and a setting that would have no effect."""
+    for told in ranks.run(2, "refuse", MODULE):
+        assert re.match("ValueError: FiraAdam: async_save = True is not possible, because checkpoint.checkpoint_", told)
+        assert told.endswith("remove it, or set async_save to false.")
+    with pytest.raises(ValueError, match=r"keep_every = 10 says .* add keep_last, such as 3, or remove keep_every"):
+        check_params({"rank": 4, "keep_every": 10})
 
 
 @full
