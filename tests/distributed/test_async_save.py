@@ -146,13 +146,11 @@ def test_what_cannot_be_saved_behind_is_refused(ranks: Pools) -> None:
 
 
 @full
-@pytest.mark.parametrize("size", [1, 2])
-def test_the_stall_is_the_copy(size: int, ranks: Pools, tmp_path: Path) -> None:
+def test_the_stall_is_the_copy(ranks: Pools, tmp_path: Path) -> None:
     """Of 63 million parameters, in processor time: what else the call does is a fifth of copying its bytes at most."""
-    answers = ranks.run(size, "stall", MODULE, folder=str(tmp_path), stage=2, width=2048)
-    ratios = [sorted(save / copy for copy, save in pairs)[len(pairs) // 2] for pairs in answers]
-    print(f"{size} ranks: processor time of the call over that of a copy: {ratios}")
-    assert max(ratios) <= 1.2
+    (pairs,) = ranks.run(1, "stall", MODULE, folder=str(tmp_path), stage=2, width=2048)
+    print(f"processor seconds of a copy and of the call: {pairs}")
+    assert sorted(save / copy for copy, save in pairs)[len(pairs) // 2] <= 1.2
 
 
 def kill_behind(chance: random.Random, folder: Path, size: int, stage: int, case: str) -> bool:

@@ -152,9 +152,16 @@ class Capture:
         self._replicated.clear()
 
     def write_scripts(self, folder: Path) -> None:
-        """Put DeepSpeed's scripts into a folder, on the rank that has them."""
+        """Put DeepSpeed's scripts into a folder, on the rank that has them.
+
+        Raises:
+            OSError: names the folder; that of a copy names what is copied.
+        """
         if self.copies_scripts:
-            self._engine._copy_recovery_script(os.fspath(folder))
+            try:
+                self._engine._copy_recovery_script(os.fspath(folder))
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, os.fspath(folder)) from None
 
 
 def _marked(state_dict: object) -> object:

@@ -124,7 +124,6 @@ class Writing:
         self._agree(ranks)
         with self.caught():
             token = self._shared_token()
-            write_scripts(target.staging)
         frames = dict(
             item
             for part in self._agree(ranks, [(file.key, file.frame) for file in files if file.frame is not None])
@@ -135,6 +134,8 @@ class Writing:
             with self.caught(target.staging / file.name):
                 sums[file.key], written = file.write(target.staging, frames.get(file.key))
                 self.written += written
+        with self.caught(target.staging):
+            write_scripts(target.staging)
         own = self._finish(ranks, files, sums)
         answers = self._agree(ranks, (token, own, self.written))
         records = {name: record for other, part, _ in answers if other == token for name, record in part.items()}
