@@ -134,8 +134,11 @@ class Writing:
             with self.caught(target.staging / file.name):
                 sums[file.key], written = file.write(target.staging, frames.get(file.key))
                 self.written += written
-        with self.caught(target.staging):
-            write_scripts(target.staging)
+            if self.error is not None:
+                break
+        else:
+            with self.caught(target.staging):
+                write_scripts(target.staging)
         own = self._finish(ranks, files, sums)
         answers = self._agree(ranks, (token, own, self.written))
         records = {name: record for other, part, _ in answers if other == token for name, record in part.items()}
