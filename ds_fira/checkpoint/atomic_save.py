@@ -205,10 +205,15 @@ def reseal(folder: str | os.PathLike[str], tag: str) -> None:
     manifest.write_manifest(path, details.pop("serial", 0), details, {})
 
 
-def prune(folder: str | os.PathLike[str], keep: int) -> list[str]:
+def prune(folder: str | os.PathLike[str], keep: int, every: int | None = None) -> list[str]:
     """Delete the oldest complete checkpoints but `keep`, never the one that `latest` names; for one process.
 
     What a manifest does not name stays, under the tag.
+
+    Args:
+        folder: of all checkpoints.
+        keep: how many, at least 1.
+        every: optimizer steps, the checkpoints of whose multiples stay beside those; None for none.
 
     Returns:
         The deleted tags. Only checkpoints with a manifest that were saved as latest are counted and deleted.
@@ -218,7 +223,8 @@ def prune(folder: str | os.PathLike[str], keep: int) -> list[str]:
     for name, content in manifests(path):
         if manifest.is_leftover(name) or not content.get("save_latest"):
             continue
-        if complete >= max(keep, 1) and os.path.realpath(path / name) != latest:
+        spared = every is not None and content.get("global_steps", 1) % every == 0
+        if complete >= max(keep, 1) and not spared and os.path.realpath(path / name) != latest:
             old.append(name)
         complete += manifest.find_fault(path / name) is None
     for name in old:

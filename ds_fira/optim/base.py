@@ -27,6 +27,7 @@ from ds_fira.optim.param_groups import by_kind, group_defaults
 from ds_fira.optim.presets import PRESET, preset_in, preset_mark, projected_matrices, take_mark, values_of
 from ds_fira.optim.rank_rule import grouped, linear_weights, ranked_groups
 from ds_fira.optim.settings import (
+    SaveSettings,
     check_params,
     group_settings,
     refuse_contradiction,
@@ -82,6 +83,7 @@ class LowRankOptimizer(Capturing):
         mark = take_mark(groups, given, self.algorithm.name)
         self.check_sync_every = settings["check_sync_every"]
         self.unpickle_checkpoints = settings["unpickle_checkpoints"]
+        self.saving = SaveSettings(settings["async_save"], settings["keep_last"], settings["keep_every"])
         self.kernels = kernels.chosen(settings["kernels"])
         if settings["record_scaling_factors"]:
             self.recorder = ScalingRecorder(settings["record_scaling_factors"], *linear_weights(groups, model))
@@ -103,6 +105,7 @@ class LowRankOptimizer(Capturing):
         self.suspended = False
         self.check_sync_every = 0
         self.unpickle_checkpoints = False
+        self.saving = SaveSettings()
         self.kernels = kernels.chosen("auto")
         self.recorder: ScalingRecorder | None = None
         self._recording = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, StrictBool, ValidationError, field_validator
 from torch import Tensor
@@ -40,6 +40,20 @@ class Settings(GroupSettings):
     """whether `engine.load_checkpoint` runs what stands in a checkpoint's files, which takes trust in whoever wrote it,
     rather than refuse what needs it
     """
+    async_save: StrictBool = setting(False, "give true to save checkpoints from behind, or false")
+    """whether `engine.save_checkpoint` only copies the state to the host's memory, and a thread writes and publishes it
+    while the training goes on
+    """
+    keep_last: Whole | None = setting(
+        None, "give how many checkpoints to keep, at least 1, or leave it out to keep all", ge=1
+    )
+    """complete checkpoints that a save leaves in its folder, itself among them: once it is complete, it deletes older
+    ones that `ds_fira` has saved; None deletes none
+    """
+    keep_every: Whole | None = setting(
+        None, "give a whole number of steps, such as 10000, or leave it out to keep no others", ge=1
+    )
+    """with `keep_last`, steps from one checkpoint that stays for good to the next: those of its multiples"""
     kernels: Choice = setting("auto")
     """what computes a step on a GPU: "auto" the Triton kernels wherever they run, or "off", torch functions everywhere;
     `DS_FIRA_KERNELS=0` in the environment of every rank says "off" too
@@ -63,6 +77,14 @@ class Settings(GroupSettings):
     @classmethod
     def _listed(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+
+class SaveSettings(NamedTuple):
+    """How an engine saves; see the fields of `Settings`."""
+
+    async_save: bool = False
+    keep_last: int | None = None
+    keep_every: int | None = None
 
 
 # What a param group may not set for itself: it acts before there are groups, or on the whole training.
@@ -154,6 +176,11 @@ def check_params(
         raise ValueError(
             f"{where}: target_modules = {list(settings.target_modules)!r} needs a rank; "
             "add a rank, such as 128, or remove target_modules."
+        )
+    if settings.keep_every is not None and settings.keep_last is None:
+        raise ValueError(
+            f"{where}: keep_every = {settings.keep_every} says which checkpoints to spare, but no keep_last says "
+            "that any are to be deleted; add keep_last, such as 3, or remove keep_every."
         )
     refuse_contradiction(settings, where)
     require_library(settings.state_dtype, where)

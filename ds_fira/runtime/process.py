@@ -15,7 +15,7 @@ from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.distributed import distributed_c10d
 
-from ds_fira.runtime import launchers, lost_peer
+from ds_fira.runtime import background, launchers, lost_peer
 
 
 def init_distributed(timeout: float | None = None) -> None:
@@ -97,6 +97,7 @@ def shutdown(engine: DeepSpeedEngine | None = None) -> None:
         engine.destroy()
     del engine
     gc.collect()
+    background.end_all()  # while the ranks can still agree
     if torch.distributed.is_initialized():
         dist.barrier()
         lost_peer.stop()  # before the process that holds the store may end

@@ -95,6 +95,10 @@ class SharedFlag:
         self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         self._asked: tuple[Tensor, dist.Work] | None = None
 
+    def forget(self) -> None:
+        """Drop the answer to the last call; on every rank after the same one."""
+        self._asked = None
+
     def ask(self, flag: bool) -> bool:
         """Say yes or no for this rank; a collective call.
 

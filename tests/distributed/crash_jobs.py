@@ -31,7 +31,7 @@ class Kill:
 
     Attributes:
         operation: at which of its operations on files of the checkpoint folder, from 1; None for none.
-        torn: at which of its calls of torch.save, from 1, after cutting the file in half; None for none.
+        torn: behind which file that it writes to, from 1, after cutting that in half; None for none.
         signal: which one; SIGSTOP freezes it instead.
     """
 
@@ -139,7 +139,7 @@ def _join_namespace(process: int) -> None:
 
 def _arm(kill: Kill, watched: str) -> list[int]:
     """Let this process kill itself when its time has come; returns its counts of file operations and of saves."""
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from ds_fira.checkpoint.outgoing import Outgoing
 
     count = [0, 0]
 
@@ -150,30 +150,52 @@ def _arm(kill: Kill, watched: str) -> list[int]:
                 os.kill(os.getpid(), kill.signal)
 
     sys.addaudithook(watch)
-    write = TorchCheckpointEngine.save
+    write = Outgoing.write
 
-    def tear(engine: Any, state_dict: Any, path: str) -> None:
-        write(engine, state_dict, path)
+    def tear(file: Outgoing, folder: Path, *args: Any) -> Any:
+        written = write(file, folder, *args)
         count[1] += 1
         if count[1] == kill.torn:
-            os.truncate(path, os.path.getsize(path) // 2)
+            os.truncate(folder / file.name, os.path.getsize(folder / file.name) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
+        return written
 
-    TorchCheckpointEngine.save = tear
+    Outgoing.write = tear
     return count
 
 
-def train(folder: str) -> None:
+def slow_disk(seconds: float) -> None:
+    """Let every write of a checkpoint's bytes in this process take longer: no file system can be slowed down here."""
+    from ds_fira.checkpoint import ranged_file
+
+    write_at = ranged_file.write_at
+
+    def write_slowly(*args: Any) -> int:
+        time.sleep(seconds)
+        return write_at(*args)
+
+    ranged_file.write_at = write_slowly
+
+
+def train(folder: str, stage: int = 2, pause: float = 0.0, **settings: Any) -> None:
     """Train from the newest complete checkpoint in `folder / "state"` to the last step, saving on the way.
 
     Every second checkpoint is saved under one name, over the one that is there.
+
+    Args:
+        folder: see `Run`.
+        stage: of ZeRO.
+        pause: seconds that each write takes longer.
+        **settings: further ones of the optimizer.
     """
     import torch
 
     from ds_fira.optim.registry import fira_of
     from tests.distributed.zero_jobs import batches, build, config
 
-    engine = build(config(2, "bf16", SETTINGS), SHAPES)
+    if pause:
+        slow_disk(pause)
+    engine = build(config(stage, "bf16", SETTINGS | settings), SHAPES)
     rank = torch.distributed.get_rank()
     loaded, client_state = engine.load_checkpoint(f"{folder}/state")
     start = client_state["step"] if loaded else 0

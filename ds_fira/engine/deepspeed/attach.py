@@ -32,7 +32,7 @@ from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.param_groups import build_groups, group_defaults
 from ds_fira.optim.rank_rule import grouped
 from ds_fira.optim.registry import TYPES
-from ds_fira.optim.settings import refuse_auto
+from ds_fira.optim.settings import SaveSettings, refuse_auto
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.gather import GatherExchange
@@ -83,6 +83,7 @@ def make_optimizer(engine: DeepSpeedEngine, model_parameters: Iterable[object], 
     settings = checked_params(engine, given)
     groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)
     whole_training = ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints", "kernels")
+    whole_training += SaveSettings._fields
     optimizer = kind(groups, **group_defaults(settings), **{key: settings[key] for key in whole_training})
     optimizer.await_attachment(flat=False)  # its groups are of one kind each
     return optimizer

@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import zero_to_fp32
 
 from ds_fira.engine.deepspeed import attach, loss_scale, monitor, peers, thawed, weight_sync
-from ds_fira.engine.deepspeed.save_load import client_state, load, pick, save
+from ds_fira.engine.deepspeed.save_load import behind, client_state, load, pick, save
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.registry import TYPES, add_types
 
@@ -94,6 +94,8 @@ PATCHES = (
     Patch(DeepSpeedEngine, "_take_model_step", weight_sync.check_after_step),
     # Tells the others of an error, and raises theirs; global_steps counts the steps before.
     Patch(DeepSpeedEngine, "step", peers.step_among_peers),
+    # Raises what went wrong in a save from behind, before anything is stepped; called on all ranks alike.
+    Patch(DeepSpeedEngine, "step", behind.hear_before_step),
     # --- It saves and loads.
     # Survives a crash, then adds generators, counters and records; writes through checkpoint_engine.save and
     # _copy_recovery_script, and client_state beside the weights.
@@ -113,12 +115,18 @@ PATCHES = (
     Patch(DeepSpeedEngine, "load_checkpoint", client_state.load_with_resume_state),
     # Gives the folder of checkpoints back.
     Patch(DeepSpeedEngine, "destroy", save.release_folder),
+    # Both wait for a save from behind.
+    Patch(DeepSpeedEngine, "load_checkpoint", behind.wait_before),
+    Patch(DeepSpeedEngine, "destroy", behind.wait_before),
 )
 
 # Replaced on one object for the length of one call, and put back then: whose, what, by which file.
 TEMPORARY = (
-    ("TorchCheckpointEngine", "save", "save_load.save"),  # notes what is written, keeps errors for all ranks
-    ("DeepSpeedEngine", "_copy_recovery_script", "save_load.save"),  # into the staging folder
+    ("TorchCheckpointEngine", "save", "save_load.capture"),  # takes what is to be written
+    ("TorchCheckpointEngine", "makedirs", "save_load.capture"),  # none: the folder is made later
+    ("an engine, not its class", "save_non_zero_checkpoint", "save_load.capture"),  # true: every rank has a part
+    ("DeepSpeedEngine", "_copy_recovery_script", "save_load.capture"),  # into the staging folder, later
+    ("DeepSpeedEngine", "_checkpoint_tag_validation", "save_load.capture"),  # none: the ranks have agreed before
     ("DeepSpeedEngine", "_get_all_ckpt_names", "save_load.load"),  # one model file for every rank
     ("DeepSpeedEngine", "load_module_state_dict", "save_load.load"),  # weights that other ranks saved
     ("deepspeed.comm", "get_rank", "rehearsal"),  # 0, where no rank has started

@@ -21,6 +21,7 @@ from ds_fira.engine.deepspeed.agreement import Building, agree, engines_of, fore
 from ds_fira.engine.deepspeed.chosen import checked_params, label, our_name, type_in
 from ds_fira.engine.deepspeed.description import Description, describe_config, describe_groups, describe_module, plain
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.settings import SaveSettings
 from ds_fira.runtime import lost_peer
 
 T = TypeVar("T")
@@ -157,6 +158,7 @@ def _describe(
     if made:
         items = chosen.param_groups
         settings["check_sync_every"] = getattr(chosen, "check_sync_every", 0)
+        settings |= getattr(chosen, "saving", SaveSettings())._asdict()
         settings[f"kernels ({VARIABLE})"] = getattr(chosen, "kernels", "auto")
         settings["record_scaling_factors"] = getattr(getattr(chosen, "recorder", None), "every", 0)
     if items is not None:

@@ -17,7 +17,7 @@ FILES = {"mp_rank_00_model_states.pt": b"model" * 100, "zero_pp_rank_0_mp_rank_0
 MODEL, OPTIMIZER = FILES
 
 
-def save(folder: Path, tag: str, mark: bytes = b"", save_latest: bool = True) -> None:
+def save(folder: Path, tag: str, mark: bytes = b"", save_latest: bool = True, steps: int = 1) -> None:
     """Make a checkpoint as the ranks do."""
     atomic_save.prepare(folder, tag, "token")
     staging = folder / tag_folder.staging_tag(tag)
@@ -25,7 +25,7 @@ def save(folder: Path, tag: str, mark: bytes = b"", save_latest: bool = True) ->
         (staging / name).write_bytes(content + mark)
     (staging / "zero_to_fp32.py").write_text("script")
     records = {MODEL: manifest.record_file(staging / MODEL)}
-    atomic_save.seal(folder, tag, records, {"world_size": 2}, save_latest)
+    atomic_save.seal(folder, tag, records, {"world_size": 2, "global_steps": steps}, save_latest)
     atomic_save.publish(folder, tag, save_latest)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -26,7 +25,6 @@ from torch import Tensor
 from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.monitor import forget_hook
 from ds_fira.engine.deepspeed.save_load.calls import bound
-from ds_fira.engine.deepspeed.save_load.check import warn_if_unloadable
 from ds_fira.observe.metrics import StepMetrics
 
 KEY = "ds_fira"
@@ -50,12 +48,8 @@ def save_with_resume_state(
     if not trains_ours(engine):
         return save(engine, *args, **kwargs)
     call = bound(save, engine, *args, **kwargs)
-    client_state, tag = call.arguments["client_state"], call.arguments["tag"]
-    call.arguments["client_state"] = {**client_state, KEY: _state_of_all(engine)}
-    done = save(*call.args, **call.kwargs)
-    folder = Path(call.arguments["save_dir"], f"global_step{engine.global_steps}" if tag is None else str(tag))
-    warn_if_unloadable(engine, folder, client_state)
-    return done
+    call.arguments["client_state"] = {**call.arguments["client_state"], KEY: _state_of_all(engine)}
+    return save(*call.args, **call.kwargs)
 
 
 def load_with_resume_state(
@@ -77,11 +71,25 @@ def load_with_resume_state(
 def _state_of_all(engine: DeepSpeedEngine) -> dict[str, object]:
     """Generators and counters of every rank, in order of rank; a collective call."""
     optimizer = engine.basic_optimizer
-    own = {"rng": rng_state(), "metrics": optimizer.metrics.state_dict()}
-    state = {"ranks": optimizer.communicator.gather_objects(own), "replicated": optimizer.replicated}
+    own = {"rng": _with(Tensor, Tensor.numpy, rng_state()), "metrics": optimizer.metrics.state_dict()}
+    # A tensor among what is gathered would be a file of torch.save of its own, while the training waits.
+    ranks = [
+        {**part, "rng": _with(np.ndarray, torch.from_numpy, part["rng"])}
+        for part in optimizer.communicator.gather_objects(own)
+    ]
+    state = {"ranks": ranks, "replicated": optimizer.replicated}
     if optimizer.recorder is not None:
         state["scaling_factors"] = optimizer.recorder.gather(optimizer.communicator, optimizer.replicated)
     return state
+
+
+def _with(kind: type, change: Callable[[object], object], value: object) -> object:
+    """Nested dicts and lists in which every value of a kind is changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _with(kind, change, item) for key, item in value.items()}
+    return [_with(kind, change, item) for item in value] if isinstance(value, list) else value
 
 
 def _restore(engine: DeepSpeedEngine, saved: Mapping[str, object]) -> None:

@@ -1,0 +1,171 @@
+"""Take what DeepSpeed hands to its checkpoint engine, and say who writes which bytes of it.
+
+Written against DeepSpeed 0.19.8. What it relies on: `save_checkpoint` writes through `checkpoint_engine.save`, after
+`makedirs` of the same object, and copies its scripts by `_copy_recovery_script`. Every rank builds the content of the
+module's file, and those whose `save_non_zero_checkpoint` is set save it: rank 0 below stage 3, or the first of each
+node. Below stage 3 all ranks hold the same parameters, and at stage 0 the same states. So there every rank saves it
+here, its part of the bytes. Buffers, which may differ between ranks, and everything else in it are the first one's.
+
+At stage 3 the module's file, and at every stage above 0 that of the optimizer's states, is one a rank in DeepSpeed,
+with what that rank alone has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch.utils.serialization import config as serialization
+
+from ds_fira.checkpoint.manifest import FORMAT, MARK
+from ds_fira.checkpoint.outgoing import Extent, Frame, Outgoing, extents_of
+from ds_fira.checkpoint.pickled import pickled, tensors_in
+from ds_fira.checkpoint.process_identity import boot
+from ds_fira.engine.deepspeed.save_load.calls import replaced
+from ds_fira.engine.deepspeed.save_load.client_state import KEY
+from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, OUTER
+from ds_fira.sharding.comm import Communicator
+
+# What all ranks hold alike below stage 3, of the module's file: the states are in it at stage 0 alone.
+REPLICATED = ("module", "optimizer", "frozen_param_fragments")
+
+
+def peers_of(engine: DeepSpeedEngine, communicator: Communicator) -> Sequence[int]:
+    """The ranks that write to the same storage as this one, the first of which owns it; a collective call."""
+    rank, size = communicator.dp_rank, communicator.dp_size
+    if not engine.use_node_local_storage():
+        return range(size)
+    found = communicator.gather_objects((engine.local_rank == 0, f"{socket.gethostname()} {boot()}"))
+
+    def owner(of: int) -> int:
+        """The nearest first process of its node; containers of one host may have disks of their own."""
+        return next((each for each in range(of, -1, -1) if found[each] == (True, found[of][1])), of)
+
+    return [each for each in range(size) if owner(each) == owner(rank)]
+
+
+class Capture:
+    """The files of one save on one rank.
+
+    Attributes:
+        files: what this rank has a part in, once `share_out` has been called.
+        copies_scripts: whether DeepSpeed's scripts are this rank's to write.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        folder: Path,
+        peers: Sequence[int],
+        caught: Callable[[Path], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        """Take what is saved under `folder`.
+
+        Args:
+            engine: that saves.
+            folder: into which DeepSpeed is told to write.
+            peers: of `peers_of`.
+            caught: keeps an error that a file raises.
+        """
+        self._engine, self._folder, self._peers, self._caught = engine, folder, peers, caught
+        self._rank = engine.global_rank
+        self._replicated: list[tuple[Outgoing, list[torch.UntypedStorage], list[torch.UntypedStorage]]] = []
+        self.files: list[Outgoing] = []
+        self.copies_scripts = False
+
+    @contextlib.contextmanager
+    def installed(self) -> contextlib.AbstractContextManager[None]:
+        """Let DeepSpeed save into this object for a while."""
+        engine = self._engine
+        spread = {"save_non_zero_checkpoint": True} if self._spreads else {}
+        writer = {"save": self._save, "makedirs": lambda *_, **__: None}
+        here = {"_copy_recovery_script": self._copy, "_checkpoint_tag_validation": lambda _: None}  # agreed on already
+        with replaced(engine.checkpoint_engine, **writer), replaced(engine, **spread, **here):
+            yield
+
+    @property
+    def _spreads(self) -> bool:
+        return len(self._peers) > 1 and self._engine.zero_optimization_stage() < 3 and self._zipped
+
+    @property
+    def _zipped(self) -> bool:
+        return getattr(self._engine.checkpoint_engine, "zipfile_serialization", True)
+
+    def _copy(self, _: str) -> None:
+        self.copies_scripts = True
+
+    def _save(self, state_dict: object, path: str) -> None:
+        with self._caught(Path(path)):
+            name = Path(path).relative_to(self._folder).as_posix()
+            shared = self._shared(state_dict) if self._spreads and MODEL_FILE.fullmatch(name) else []
+            file = Outgoing(name, self._peers[0] if shared else self._rank)
+            storages: list[torch.UntypedStorage] = []
+            if not self._zipped:
+                file.old = _marked(state_dict)
+            elif file.owner == self._rank:
+                file.pickled, storages = pickled(_marked(state_dict))
+                sizes = tuple(storage.nbytes() for storage in storages)
+                numbers = {storage._cdata: number for number, storage in enumerate(storages)}
+                order = tuple(numbers[storage._cdata] for storage in shared)
+                file.frame = Frame(len(file.pickled), sizes, order, serialization.save.storage_alignment)
+            self.files.append(file)
+            self._replicated.append((file, shared, storages))
+
+    def _shared(self, state_dict: dict[str, object]) -> list[torch.UntypedStorage]:
+        own = {buffer.untyped_storage()._cdata for buffer in self._engine.module.buffers()}
+        found: dict[int, torch.UntypedStorage] = {}
+        for tensor in tensors_in([state_dict.get(key) for key in REPLICATED]):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                found.setdefault(storage._cdata, storage)
+        return list(found.values())
+
+    @property
+    def digest(self) -> str:
+        """Of the tensors that are to be shared out; the same on ranks that can."""
+        sizes = [[storage.nbytes() for storage in shared] for _, shared, _ in self._replicated if shared]
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+    def share_out(self, same: bool) -> None:
+        """Give every rank its part of the bytes.
+
+        Args:
+            same: whether all ranks have the same digest; where they have not, the owners write all.
+        """
+        place = self._peers.index(self._rank)
+        for file, shared, storages in self._replicated:
+            taken = {storage._cdata for storage in shared} if same else set()
+            mine = extents_of(shared, place, len(self._peers)) if taken else []
+            if file.frame is not None:
+                order = file.frame.shared
+                mine = [Extent(order[each.storage], each.start, each.data) for each in mine]
+                rest = [number for number, storage in enumerate(storages) if storage._cdata not in taken]
+                whole = extents_of([storages[number] for number in rest])
+                mine += [Extent(rest[each.storage], each.start, each.data) for each in whole]
+            file.extents = mine
+        self._replicated.clear()
+
+    def write_scripts(self, folder: Path) -> None:
+        """Put DeepSpeed's scripts into a folder, on the rank that has them.
+
+        Raises:
+            OSError: names the folder; that of a copy names what is copied.
+        """
+        if self.copies_scripts:
+            try:
+                self._engine._copy_recovery_script(os.fspath(folder))
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, os.fspath(folder)) from None
+
+
+def _marked(state_dict: object) -> object:
+    """A file's content, in whose entry of ours it says that there is a manifest, and of which format."""
+    if not isinstance(state_dict, dict) or not {KEY, OUTER} & state_dict.keys():
+        return state_dict
+    return {**state_dict, KEY: {**state_dict.get(KEY, {}), MARK: FORMAT}}
