@@ -85,6 +85,7 @@ class SharedRead:
         files: by name, the same on every rank.
         images: of those that are kept.
         ready: the names of those in which all is there that anyone will read.
+        kept: by name, what of a file the caller may hold on to when it is loaded.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, Listed], communicator: Communicator) -> None:
@@ -93,6 +94,7 @@ class SharedRead:
         self.parts = divide(files, communicator.dp_size)
         self.images = {name: FileImage(folder / name, file.size) for name, file in files.items() if file.kept}
         self.ready: set[str] = set()
+        self.kept: dict[str, list[FileRange]] = {}
         self._sums: list[tuple[str, int, int, int]] = []
         self._in_memory = sorted((image.start, name) for name, image in self.images.items())
 
@@ -209,6 +211,14 @@ class SharedRead:
     def holds(self, name: str) -> bool:
         """Whether this rank has read all of a file."""
         return self.files[name].rank == self.rank
+
+    def forget_all_but(self, name: str, kept: Iterable[FileRange]) -> None:
+        """Give the memory of a file back but for some ranges, on which a tensor may keep all of it."""
+        first = 0
+        for _, start, stop in merged(part for part in kept if part.name == name):
+            self.images[name].forget(range(first, start))
+            first = stop
+        self.images[name].forget(range(first, self.files[name].size))
 
     def ranges_of(self, tensors: Iterable[object]) -> list[FileRange]:
         """Where in the files tensors lie, those that lie in one."""

@@ -92,6 +92,7 @@ def _fill_model(
     reading.spread(kept)
     reading.ready.add(name)
     if not options.get("custom_load_fn") and _loads_by_name(engine.module, content):
+        reading.kept[name] = kept
         return {"load_module_state_dict": partial(_load_by_range, reading, name, engine.module, kept)}
     reading.spread(_ranges(reading, name, content["module"]))
     return {}
@@ -125,9 +126,17 @@ def fill_elsewhere(
         {name: value for name, value in contents[0]["module"].items() if normalized({name: 0}).keys() & wanted},
     ]
     needed += [content.get(FROZEN) for content in contents] if files.partitioned else []
-    reading.spread(found for value in needed for found in _ranges(reading, first, value))
+    kept = [_ranges(reading, first, value) for value in needed]
+    reading.spread(found for ranges in kept for found in ranges)
+    reading.kept[first] = kept[0]
     reading.ready.add(first)
     return {}
+
+
+def release(reading: SharedRead | None) -> None:
+    """Give back what only the load has needed of the model's file, on whose memory the client state lies."""
+    for name, kept in ({} if reading is None else reading.kept).items():
+        reading.forget_all_but(name, kept)
 
 
 def untrained(engine: DeepSpeedEngine) -> set[str]:

@@ -32,7 +32,7 @@ from ds_fira.engine.deepspeed.projection import project_as_saved
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, require_loadable, require_own_share
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
-from ds_fira.engine.deepspeed.save_load.fill import FROZEN, fill_elsewhere, fill_own, opened, untrained
+from ds_fira.engine.deepspeed.save_load.fill import FROZEN, fill_elsewhere, fill_own, opened, release, untrained
 from ds_fira.engine.deepspeed.save_load.pick import current_reading
 from ds_fira.optim.base import LowRankOptimizer
 
@@ -119,6 +119,7 @@ def load_elsewhere(
     _carry_loss_scale(engine.optimizer, files.optimizer_state(0)[0])
     for key in ("optimizer", "lr_scheduler"):
         client_state.pop(key, None)
+    release(reading)
     if communicator.dp_rank == 0:
         logger.info(
             f"{optimizer.algorithm.name}: resumed at step {engine.global_steps} on {communicator.dp_size} ranks at "
@@ -232,7 +233,9 @@ def load_states(
         if reading is not None:
             methods = fill_own(reading, engine, options)
         with replaced(engine, **methods):
-            return load_checkpoint(engine, load_dir, tag, **options)
+            loaded = load_checkpoint(engine, load_dir, tag, **options)
+        release(reading)
+        return loaded
 
 
 def load_zero_states(load_zero: Callable[..., bool], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> bool:
