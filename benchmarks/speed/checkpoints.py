@@ -212,14 +212,14 @@ def _middle(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratios(figures: dict[str, Any]) -> dict[str, float]:
-    """Ours over torch's; bytes also over what the largest share is."""
+    """Ours over torch's; bytes and memory over the largest share too."""
     behind = ASYNC in legal_settings()
     saves = (figures["save"], figures["torch_async_save" if behind else "torch_save"])
     share, loads = max(figures["share"]), (figures["load"], figures["torch_load"])
-    result = {f"save {key}": saves[0][key] / saves[1][key] for key in ("stall", "seconds") if saves[1][key]}
-    result |= {f"save {key}": saves[0][key] / saves[1][key] for key in ("written", "peak") if saves[1][key]}
-    result |= {f"load {key}": loads[0][key] / loads[1][key] for key in ("seconds", "read", "peak") if loads[1][key]}
-    return {**result, "written of share": saves[0]["written"] / share, "read of share": loads[0]["read"] / share}
+    result = {f"save {key}": saves[0][key] / saves[1][key] for key in ("stall", "seconds", "written") if saves[1][key]}
+    result |= {f"load {key}": loads[0][key] / loads[1][key] for key in ("seconds", "read") if loads[1][key]}
+    result |= {f"save {key} of share": saves[0][key] / share for key in ("written", "peak")}
+    return result | {f"load {key} of share": loads[0][key] / share for key in ("read", "peak")}
 
 
 def main() -> None:
