@@ -108,6 +108,30 @@ def test_the_outline_alone_says_where_every_tensor_is(saved: Path) -> None:
     assert image.range_of(torch.empty(3)) is image.range_of(found["none"]) is None
 
 
+def test_a_file_of_more_than_4_gb(saved: Path, tmp_path: Path) -> None:
+    """Sparse, its records behind a hole: offsets stand in the fields of 64 bits."""
+    path = tmp_path / "large.pt"
+    with path.open("w+b") as file, zipfile.ZipFile(saved) as small:
+        file.seek(9 << 29)
+        with zipfile.ZipFile(file, "w") as archive:
+            for name in small.namelist():
+                archive.writestr(name, small.read(name))
+    image = FileImage(path, path.stat().st_size)
+    with path.open("rb") as file:
+        for ranges in image.outline():
+            for part in ranges:
+                file.seek(part.start)
+                image.view(part.start, part.stop)[:] = file.read(len(part))
+        assert image.legible
+        found, expected = image.structure(), torch.load(saved)
+        part = image.range_of(found["large"])
+        assert part.start > 1 << 32
+        file.seek(part.start)
+        image.view(part.start, part.stop)[:] = file.read(len(part))
+    assert torch.equal(found["large"], expected["large"])
+    assert torch.equal(found["small"], expected["small"])
+
+
 def test_memory_that_is_given_back(tmp_path: Path) -> None:
     image = FileImage(tmp_path / "x", 100_000)
     image.bytes.fill_(1)
