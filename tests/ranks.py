@@ -246,6 +246,10 @@ class Pools:
             self._pools.pop(world_size).close(kill=True)
             raise
 
+    def processes(self, world_size: int) -> list[Any]:
+        """The processes of the pool of a size, by rank; it has to run."""
+        return self._pools[world_size].processes
+
     def close(self) -> None:
         """End all processes."""
         for pool in self._pools.values():

@@ -130,10 +130,19 @@ def read(
     """
     with open(path, "rb") as file:
         mmap = file.read(len(_ZIP)) == _ZIP and mmap
+    with refused(path, stand_ins, remedy):
+        return torch.load(os.fspath(path), map_location=map_location, mmap=mmap, weights_only=True)
+
+
+@contextmanager
+def refused(
+    path: str | os.PathLike[str], stand_ins: Sequence[Callable[..., object]] = DEEPSPEED, remedy: str = REMEDY
+) -> Iterator[None]:
+    """Let torch's safe unpickler know the stand-ins, and say in one sentence what it does not read; as `read`."""
     try:
         with safe_globals(list(stand_ins)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what is refused here in one sentence
-            return torch.load(os.fspath(path), map_location=map_location, mmap=mmap, weights_only=True)
+            yield
     except OSError:
         raise
     except Exception as error:
@@ -167,11 +176,15 @@ def for_deepspeed(content: object) -> object:
 
 
 @contextmanager
-def only_safe_loads(enabled: bool = True) -> Iterator[None]:
+def only_safe_loads(enabled: bool = True, opened: Callable[[str], object] = lambda path: None) -> Iterator[None]:
     """Replace `torch.load` for a while: in this thread it reads as `read` does, whatever its caller asks for.
 
     DeepSpeed calls it in several places (the checkpoint engine, `zero_to_fp32` for weights alone at stage 3), each time
     with `weights_only=False`.
+
+    Args:
+        enabled: False leaves everything as it is.
+        opened: what a file holds that has been read already; None for one that is to be read now.
     """
     if not enabled:
         yield
@@ -185,7 +198,10 @@ def only_safe_loads(enabled: bool = True) -> Iterator[None]:
         if not isinstance(f, str | os.PathLike):
             with safe_globals(list(DEEPSPEED)):
                 return for_deepspeed(original(f, map_location, weights_only=True))
-        return for_deepspeed(read(f, map_location=map_location, mmap=bool(options.get("mmap"))))
+        content = opened(os.fspath(f))
+        if content is None:
+            content = read(f, map_location=map_location, mmap=bool(options.get("mmap")))
+        return for_deepspeed(content)
 
     torch.load = load
     try:

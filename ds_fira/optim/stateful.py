@@ -92,8 +92,7 @@ class Resumable(Attachable, Optimizer):
         states = [result["state"].get(number, {}) for group in result["param_groups"] for number in group["params"]]
         result[KEY] = describe(self.attachment.digest, self.given, self._members(), slices, states, self.algorithm)
         if self.recorder is not None and self.communicator is None:
-            # Inside an engine the record goes over ranks, and `ds_fira.engine.deepspeed.save_load.client_state` saves
-            # it.
+            # Inside an engine it goes over ranks: `ds_fira.engine.deepspeed.save_load.client_state` saves it.
             result[KEY][RECORD] = self.recorder.state_dict()
         return result
 
@@ -125,10 +124,8 @@ class Resumable(Attachable, Optimizer):
             self.restore(saved, weights=False, members=members)
 
     def _load_as_saved(self, state_dict: StateDict, states: bool) -> None:
-        """The loading of `torch.optim`, with its hooks, but that every state is copied once, in the dtype it has.
-
-        By itself it casts them all to the parameter's dtype first, 8-bit ones to four times their size.
-        """
+        """The loading of `torch.optim`, with its hooks, but that every state is copied once, in the dtype it has."""
+        # By itself it casts them all to the parameter's dtype first, 8-bit ones to four times their size.
         kept: dict[int, dict[str, Tensor]] = {}
 
         def take(_: Optimizer, given: StateDict) -> StateDict:
@@ -145,10 +142,8 @@ class Resumable(Attachable, Optimizer):
 
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
         # The last before torch's own work, and the first after it.
-        hooks = (
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(put, prepend=True),
-        )
+        hooks = [self.register_load_state_dict_pre_hook(take)]
+        hooks.append(self.register_load_state_dict_post_hook(put, prepend=True))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -228,28 +223,33 @@ class Resumable(Attachable, Optimizer):
                     "settings made."
                 )
 
-    def restore(self, saved: SavedState, *, weights: bool, members: list[Members] | None = None) -> None:
+    def restore(
+        self, saved: SavedState, *, weights: bool, members: list[Members] | None = None, rehearsal: bool = False
+    ) -> None:
         """Copy the states that the ranks of a run saved, as many as they were; their structure has been checked.
 
         Args:
             saved: read from the state dicts of all its ranks.
             weights: whether the weights of the stepped tensors are copied too.
             members: of every param group, the names by which `saved` knows its parameters; None for its own.
+            rehearsal: read all of it, and change nothing: what is filled has no memory.
 
         Raises:
             ValueError: a part of it is missing.
         """
         owners = {param: group for group in self.param_groups for param in group["params"]}
-        self.state.clear()
+        filled = {torch.empty_like(param, device="meta") if rehearsal else param: param for param in owners}
+        if not rehearsal:
+            self.state.clear()
+            self._refresher.forget_counts()
+        slices = [(target, self._slices(param, owners[param], members)) for target, param in filled.items()]
+
+        def state_of(target: Tensor) -> dict[str, Tensor]:
+            param = filled[target]
+            return self._allocated(param, owners[param], target) if rehearsal else self._state_of(param, owners[param])
+
         with errors_name(self.algorithm.name):
-            restore(
-                saved,
-                [(param, self._slices(param, group, members)) for param, group in owners.items()],
-                lambda param: self._state_of(param, owners[param]),
-                weights=weights,
-                algorithm=self.algorithm,
-            )
-        self._refresher.forget_counts()
+            restore(saved, slices, state_of, weights=weights, algorithm=self.algorithm)
 
     def carry_groups(self, saved: SavedState, members: list[Members] | None = None) -> None:
         """Give the param groups the values they had, and say which settings keep a new value instead."""

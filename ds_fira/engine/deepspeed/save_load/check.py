@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_fira.checkpoint.errors import load_sentence
 from ds_fira.checkpoint.safe_load import SETTING, UnsafeFileError
+from ds_fira.checkpoint.shared_read import SharedRead
 from ds_fira.checkpoint.tag_folder import matching_files
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, load
 from ds_fira.optim.base import LowRankOptimizer
@@ -44,7 +45,9 @@ def agreed(optimizer: LowRankOptimizer) -> Iterator[None]:
         raise ValueError(failed[0]) from error
 
 
-def require_loadable(engine: DeepSpeedEngine, folder: Path, model_only: bool = False) -> None:
+def require_loadable(
+    engine: DeepSpeedEngine, folder: Path, model_only: bool = False, reading: SharedRead | None = None
+) -> None:
     """Stop on every rank if a file of a checkpoint cannot be read without running what stands in it; collective.
 
     DeepSpeed reads one file on one rank, where an error would leave the others waiting. So all are looked into before:
@@ -54,6 +57,7 @@ def require_loadable(engine: DeepSpeedEngine, folder: Path, model_only: bool = F
         engine: that loads.
         folder: of the tag.
         model_only: leave out the optimizer's files, which are not read.
+        reading: of the folder; a rank looks into its own files, and those that are read by all are shared out.
 
     Raises:
         ValueError: with the file, what it would import, and the remedy.
@@ -63,22 +67,30 @@ def require_loadable(engine: DeepSpeedEngine, folder: Path, model_only: bool = F
     with agreed(optimizer):
         paths = matching_files(folder, "*model_states.pt" if model_only else "*_states.pt")
         first, step = (0, 1) if engine.use_node_local_storage() else (communicator.dp_rank, communicator.dp_size)
-        for path in paths[first::step]:
-            load(path)
+        for number, path in enumerate(paths):
+            listed = None if reading is None else reading.files.get(path.name)
+            owner = None if listed is None else listed.rank
+            if number % step == first if owner is None else owner == reading.rank:
+                load(path, reading=reading)
 
 
-def require_own_share(engine: DeepSpeedEngine, folder: Path) -> None:
+def require_own_share(engine: DeepSpeedEngine, folder: Path, reading: SharedRead | None = None) -> None:
     """Stop on every rank unless each finds the states that it saved, whole; a collective call.
 
     For a checkpoint that DeepSpeed loads by itself, the same ranks having saved it. Stage 3 has its tensors in the
     param groups meanwhile (`stepped_params`).
+
+    Args:
+        engine: that loads.
+        folder: of the tag.
+        reading: of the folder.
 
     Raises:
         ValueError: with what is missing or another's, and the remedy.
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
     with agreed(optimizer):
-        files = CheckpointFiles.find(folder, every=False, unpickle=optimizer.unpickle_checkpoints)
+        files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, reading)
         if files.models:
             _, state_dict = files.of_rank(optimizer.communicator.dp_rank)
             optimizer.require_fit(state_dict)

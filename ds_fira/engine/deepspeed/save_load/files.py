@@ -16,6 +16,7 @@ import torch
 
 from ds_fira.checkpoint import safe_load
 from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict
+from ds_fira.checkpoint.shared_read import SharedRead
 from ds_fira.checkpoint.tag_folder import matching_files
 
 T = TypeVar("T")
@@ -35,20 +36,25 @@ class CheckpointFiles:
         models: with the module's weights: one, or under stage 3 one a rank.
         optimizers: one a rank; none at stage 0, where the states are in the model's file.
         unpickle: see `load`.
+        reading: by which all ranks read them, None where this process does it alone.
     """
 
     models: tuple[Path, ...]
     optimizers: tuple[Path, ...]
     unpickle: bool = False
+    reading: SharedRead | None = None
 
     @classmethod
-    def find(cls, folder: Path, every: bool = True, unpickle: bool = False) -> CheckpointFiles:
+    def find(
+        cls, folder: Path, every: bool = True, unpickle: bool = False, reading: SharedRead | None = None
+    ) -> CheckpointFiles:
         """The files in the folder of a tag.
 
         Args:
             folder: of the tag.
             every: whether there have to be those of all ranks that saved it; on node-local storage there are not.
             unpickle: see `load`.
+            reading: of that folder.
 
         Raises:
             ValueError: some are missing.
@@ -59,7 +65,7 @@ class CheckpointFiles:
         # A folder that was saved into twice, in bf16 and not, has two sets; the newer one counts.
         found = [_by_rank(folder, OPTIMIZER_FILE, names) for names in ("bf16_*", "zero_*")]
         optimizers = max(found, key=lambda files: max((path.stat().st_mtime for path in files.values()), default=0.0))
-        files = cls(tuple(models.values()), tuple(optimizers.values()), unpickle)
+        files = cls(tuple(models.values()), tuple(optimizers.values()), unpickle, reading)
         if not optimizers or not every:
             return files
         if absent := files.find_absent():
@@ -87,7 +93,7 @@ class CheckpointFiles:
 
     def model(self, number: int = 0) -> dict[str, object]:
         """What the file with the module's weights holds, of one rank under stage 3."""
-        return load(self.models[number], self.unpickle)
+        return load(self.models[number], self.unpickle, self.reading)
 
     def of_rank(self, rank: int) -> tuple[Mapping[str, object], StateDict]:
         """As `optimizer_state`, of the rank by its number: files of other ranks may be on other nodes.
@@ -104,7 +110,7 @@ class CheckpointFiles:
     def optimizer_state(self, number: int) -> tuple[Mapping[str, object], StateDict]:
         """What a rank's wrapper has saved, and in it the state dict of the optimizer."""
         path = self.optimizers[number] if self.optimizers else self.models[0]
-        wrapper = load(path, self.unpickle).get(OUTER if self.optimizers else "optimizer")
+        wrapper = load(path, self.unpickle, self.reading).get(OUTER if self.optimizers else "optimizer")
         if not isinstance(wrapper, Mapping):
             raise ValueError(
                 f"{path} holds no optimizer states; load with load_optimizer_states=False, or another tag."
@@ -132,19 +138,24 @@ def _by_rank(folder: Path, pattern: re.Pattern[str], names: str) -> dict[int, Pa
     return dict(sorted((int(match[1] or 0), path) for match, path in matches if match))
 
 
-def load(path: Path, unpickle: bool = False) -> dict[str, object]:
+def load(path: Path, unpickle: bool = False, reading: SharedRead | None = None) -> dict[str, object]:
     """One of DeepSpeed's files, its tensors mapped, not read; nothing that stands in it is run.
 
     Args:
         path: of the file.
         unpickle: run it, as DeepSpeed's own loader does; only where the user has said so.
+        reading: what it has of the file is not read again; tensors are zeros as far as it has not got them.
 
     Raises:
         UnsafeFileError: it cannot be read without running it; a `ValueError`.
         ValueError: it cannot be read, or is none of DeepSpeed's.
         OSError: it cannot be opened.
     """
-    content = torch.load(path, map_location="cpu", weights_only=False) if unpickle else safe_load.read(path)
+    image = None if reading is None else reading.images.get(path.name)
+    if image is not None and image.legible:
+        content = image.structure()
+    else:
+        content = torch.load(path, map_location="cpu", weights_only=False) if unpickle else safe_load.read(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} where DeepSpeed keeps a dict; load another tag.")
     return content

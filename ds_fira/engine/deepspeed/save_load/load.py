@@ -1,7 +1,8 @@
 """Load what other ranks, another ZeRO stage or dtype saved, when a user calls `engine.load_checkpoint`.
 
-Reads DeepSpeed's own checkpoint files, of all ranks that saved, mapped into memory, and copies what this rank needs.
-Where nothing but time has passed (the same ranks, stage, dtype and settings), DeepSpeed loads its files itself.
+Reads DeepSpeed's own checkpoint files, of all ranks that saved, each byte on one rank, and copies what this rank needs.
+Where nothing but time has passed (the same ranks, stage, dtype and settings), DeepSpeed loads its files itself, which
+it finds in memory.
 
 What it relies on, of DeepSpeed 0.17 to 0.19, beside what `ds_fira.engine.deepspeed.save_load.files` does:
 `update_lp_params` and `_link_all_hp_params` of stages 1 and 2; the flat groups and their partitioned parameters of
@@ -31,6 +32,8 @@ from ds_fira.engine.deepspeed.projection import project_as_saved
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, require_loadable, require_own_share
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
+from ds_fira.engine.deepspeed.save_load.fill import FROZEN, fill_elsewhere, fill_own, opened, release, untrained
+from ds_fira.engine.deepspeed.save_load.pick import current_reading
 from ds_fira.optim.base import LowRankOptimizer
 
 # The path that was loaded, and the client state.
@@ -52,7 +55,7 @@ def read_header(optimizer: LowRankOptimizer, folder: Path) -> tuple[str | None, 
     layout, groups = None, ()
     with agreed(optimizer):
         if optimizer.communicator.dp_rank == 0:
-            files = CheckpointFiles.find(folder, every=False, unpickle=optimizer.unpickle_checkpoints)
+            files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, current_reading())
             state_dict = files.optimizer_state(0)[1] if files.models else {}
             if KEY in state_dict:
                 saved = SavedState()
@@ -80,20 +83,28 @@ def load_elsewhere(
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
     communicator, stage = optimizer.communicator, engine.zero_optimization_stage()
+    reading, wanted = current_reading(), []
+    if reading is not None:
+        reading.spread_structure([name for name in reading.images if reading.files[name].rank is not None])
     with agreed(optimizer):
-        files = CheckpointFiles.find(folder, unpickle=optimizer.unpickle_checkpoints)
+        files = CheckpointFiles.find(folder, unpickle=optimizer.unpickle_checkpoints, reading=reading)
         saved = files.read()
         refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
+        if reading is not None:
+            with stepped_params(engine):
+                wanted = reading.touched_by(lambda: optimizer.restore(saved, weights=True, rehearsal=True))
+    simple, methods = stage < 3 and len(files.models) == 1 and not files.partitioned, {}
+    if reading is not None:
+        reading.deliver(wanted)
+        methods = fill_elsewhere(reading, files, engine, options, simple)
+    with agreed(optimizer):
         with stepped_params(engine):
             optimizer.restore(saved, weights=True)
         optimizer.carry_groups(saved)
         rest = _untrained(files)
-    simple = stage < 3 and len(files.models) == 1 and not files.partitioned
-    with replaced(
-        engine,
-        _get_all_ckpt_names=lambda *_: [str(files.models[0])],
-        **({} if simple else {"load_module_state_dict": lambda **_: _load_untrained(engine, rest)}),
-    ):
+    if not simple:
+        methods = {"load_module_state_dict": lambda **_: _load_untrained(engine, rest)}
+    with replaced(engine, _get_all_ckpt_names=lambda *_: [str(files.models[0])], **methods):
         # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
         path, client_state = load_engine_state(
             **{**options, "load_optimizer_states": stage > 0, "load_lr_scheduler_states": False}
@@ -108,6 +119,7 @@ def load_elsewhere(
     _carry_loss_scale(engine.optimizer, files.optimizer_state(0)[0])
     for key in ("optimizer", "lr_scheduler"):
         client_state.pop(key, None)
+    release(reading)
     if communicator.dp_rank == 0:
         logger.info(
             f"{optimizer.algorithm.name}: resumed at step {engine.global_steps} on {communicator.dp_size} ranks at "
@@ -172,7 +184,7 @@ def _untrained(files: CheckpointFiles) -> dict[str, Tensor]:
     found = {name: value for name, value in models[0]["module"].items() if isinstance(value, Tensor)}
     shapes = models[0].get("frozen_param_shapes") if files.partitioned else None
     for name, shape in (shapes or {}).items():
-        whole = torch.cat([model["frozen_param_fragments"][name].reshape(-1) for model in models])
+        whole = torch.cat([model[FROZEN][name].reshape(-1) for model in models])
         found[name] = whole[: shape.numel()].view(shape)
     return normalized(found)
 
@@ -180,13 +192,13 @@ def _untrained(files: CheckpointFiles) -> dict[str, Tensor]:
 def _load_untrained(engine: DeepSpeedEngine, values: Mapping[str, Tensor]) -> None:
     """Set the buffers and the frozen weights; what is trained comes from the master copies. A collective call."""
     module: nn.Module = engine.module
-    trained = {name for group in engine.basic_optimizer.members for name, _ in group}
+    wanted = untrained(engine)
     kept = normalized(module.state_dict(keep_vars=True)).keys()
     for name, buffer in normalized(dict(module.named_buffers())).items():
         if name in kept and name in values:
             buffer.data.copy_(values[name])
     for name, param in normalized(dict(module.named_parameters())).items():
-        if name not in trained and name in values:
+        if name in wanted and name in values:
             with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
                 if param.numel() == values[name].numel():
                     param.data.copy_(values[name])
@@ -201,10 +213,13 @@ def load_states(
         return load_checkpoint(engine, load_dir, tag, **options)
     optimizer, folder = engine.basic_optimizer, Path(load_dir, str(tag))
     optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
-    with only_safe_loads(not optimizer.unpickle_checkpoints):
+    reading, methods = current_reading(), {}
+    with only_safe_loads(not optimizer.unpickle_checkpoints, opened(reading)):
+        if reading is not None:
+            reading.spread_structure([name for name in reading.images if reading.files[name].rank is None])
         if not optimizer.unpickle_checkpoints:
             # Stage 3 takes the weights from the optimizer's files.
-            require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3)
+            require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3, reading)
         if optimizer_too:
             layout, groups = read_header(optimizer, folder)
             with errors_name(optimizer.algorithm.name):
@@ -214,13 +229,19 @@ def load_states(
                 engine.fira_has_loaded = True
                 return load_elsewhere(engine, folder, load_engine_state, options)
             with stepped_params(engine):
-                require_own_share(engine, folder)
-        return load_checkpoint(engine, load_dir, tag, **options)
+                require_own_share(engine, folder, reading)
+        if reading is not None:
+            methods = fill_own(reading, engine, options)
+        with replaced(engine, **methods):
+            loaded = load_checkpoint(engine, load_dir, tag, **options)
+        release(reading)
+        return loaded
 
 
 def load_zero_states(load_zero: Callable[..., bool], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> bool:
     """`_load_zero_checkpoint`: only where `load_states` has not loaded the states; runs no code of a file."""
     if getattr(engine, "fira_has_loaded", False):
         return True
-    with only_safe_loads(trains_ours(engine) and not engine.basic_optimizer.unpickle_checkpoints):
+    enabled = trains_ours(engine) and not engine.basic_optimizer.unpickle_checkpoints
+    with only_safe_loads(enabled, opened(current_reading())):
         return load_zero(engine, *args, **kwargs)

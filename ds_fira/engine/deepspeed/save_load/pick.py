@@ -21,12 +21,15 @@ from deepspeed.utils import logger
 from ds_fira.checkpoint import manifest, tag_folder
 from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.checkpoint.manifest import FORMAT, REPLACED, STAGING
-from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
+from ds_fira.checkpoint.shared_read import Listed, SharedRead
+from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, OPTIMIZER_FILE, CheckpointFiles
 from ds_fira.sharding.comm import Communicator
 
 T = TypeVar("T")
-# The tag that is being loaded and the names of its files, where its manifest lists them.
-_loading: ContextVar[tuple[str | None, Collection[str] | None]] = ContextVar("_loading", default=(None, None))
+# The tag that is being loaded, the names of its files, where its manifest lists them, and what has been read of them.
+_loading: ContextVar[tuple[str | None, Collection[str] | None, SharedRead | None]] = ContextVar(
+    "_loading", default=(None, None, None)
+)
 
 
 def owns_storage(engine: DeepSpeedEngine) -> bool:
@@ -68,6 +71,9 @@ class Choice:
         self.whole = not partial
         self.local: bool = engine.use_node_local_storage()
         self.owner = owns_storage(engine)
+        # Weights alone of stage 3 are put together by DeepSpeed, which maps the files.
+        self.keeps = not engine.basic_optimizer.unpickle_checkpoints and (self.whole or self.model_only)
+        self.reading: SharedRead | None = None
 
     def make(self) -> str | None:
         """The tag to load, the same on every rank; None leaves it to DeepSpeed, which finds nothing.
@@ -93,8 +99,7 @@ class Choice:
                 own = next((name for name in _names(tag) if self._save_id(name) == save_id), tag)
             found = self._gathered(self._find_fault, own, save_id)
             if not any(found):
-                # Contents are read by all processes of a storage, each file by one.
-                found = self._gathered(self._find_damage, own)
+                found = self._read(own)
             if not any(found):
                 if wanted is None and not faults:
                     faults = {tag_folder.LATEST: "it is missing"}
@@ -157,11 +162,37 @@ class Choice:
             fault = _find_missing_ranks(self.folder / tag)
         return fault
 
+    def _read(self, tag: str) -> list[str | None]:
+        """Read the files of a checkpoint, each byte on one rank; why it cannot be taken, one item of them None if not.
+
+        On storage of the nodes the first rank of each reads all for its sum, and what is loaded is read once more.
+        """
+        if self.local:
+            return self._gathered(self._find_damage, tag)
+        self.reading = None  # and with it what an earlier one held
+        self.reading = SharedRead(self.folder / tag, self._of_first(self._files, tag), self.communicator)
+        found = self._gathered(self.reading.read)
+        return found if any(found) else [self.reading.find_damage()]
+
     def _find_damage(self, tag: str) -> str | None:
-        if self.local and not self.owner:
-            return None
-        share = (0, 1) if self.local else (self.communicator.dp_rank, self.communicator.dp_size)
-        return manifest.find_damage(self.folder / tag, self.model_only, *share)
+        return manifest.find_damage(self.folder / tag, self.model_only) if self.owner else None
+
+    def _files(self, tag: str) -> dict[str, Listed]:
+        """The files of a checkpoint, and how each is read: one a rank by that rank, the others by all."""
+        path = self.folder / tag
+        records = (manifest.read_manifest(path) or {"files": {}})["files"]
+        names = [*records] or [file.name for file in path.glob("*.pt")]
+        matches = {name: OPTIMIZER_FILE.fullmatch(name) or MODEL_FILE.fullmatch(name) for name in sorted(names)}
+        ranks = {int(match[1]) for match in matches.values() if match and match[1]}
+        one_each = self.whole and ranks == {*range(self.communicator.dp_size)}
+        found = {}
+        for name, match in matches.items():
+            if self.model_only and match and match.re is OPTIMIZER_FILE:
+                continue
+            record = records.get(name) or {"size": (path / name).stat().st_size}
+            owner = int(match[1]) if one_each and match and match[1] else None
+            found[name] = Listed(record["size"], record.get("crc32"), owner, bool(match) and self.keeps)
+        return found
 
     def _others(self, faults: dict[str, str]) -> list[str]:
         """What is complete in the folder beside what was tried."""
@@ -211,22 +242,34 @@ def _find_missing_ranks(path: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def only_listed_files(folder: Path, tag: str) -> Iterator[None]:
-    """Hide from DeepSpeed what lies in a checkpoint's folder and does not belong to it, while it loads the tag."""
-    token = _loading.set((tag, manifest.listed_files(folder / tag)))
+def only_listed_files(folder: Path, tag: str, reading: SharedRead | None = None) -> Iterator[None]:
+    """Hide from DeepSpeed what lies in a checkpoint's folder and does not belong to it, while it loads the tag.
+
+    Args:
+        folder: of all checkpoints.
+        tag: that is loaded.
+        reading: what has been read of its files, for `current_reading`.
+    """
+    token = _loading.set((tag, manifest.listed_files(folder / tag), reading))
     try:
         yield
     finally:
         _loading.reset(token)
 
 
+def current_reading() -> SharedRead | None:
+    """What all ranks have read together, and kept, of the tag that is loaded; None where each reads by itself."""
+    reading = _loading.get()[2]
+    return reading if reading is not None and reading.images else None
+
+
 def find_listed(find: Callable[..., list[str]], *args: object) -> list[str]:
     """`_get_all_ckpt_names` and `get_checkpoint_files`: without files that do not belong to the tag that is loaded."""
-    _, listed = _loading.get()
+    _, listed, _ = _loading.get()
     return [path for path in find(*args) if listed is None or Path(path).name in listed]
 
 
 def consolidate_tag(consolidate: Callable[..., T], checkpoint_dir: str, *args: object, **kwargs: object) -> T:
     """`get_fp32_state_dict_from_zero_checkpoint`: of the tag that is loaded; DeepSpeed reads what `latest` names."""
-    tag, _ = _loading.get()
+    tag, *_ = _loading.get()
     return consolidate(checkpoint_dir, *(args if tag is None else (tag, *args)), **kwargs)

@@ -57,9 +57,10 @@ def load_whole(load: Callable[..., object], *args: object, **kwargs: object) -> 
     if trains_ours(engine) and _can_stage(engine) and not engine.load_universal_checkpoint():
         # Asked for both, DeepSpeed looks for the weights of stage 3 where that stage saves none, and says nothing.
         call.arguments["load_optimizer_states"] &= not call.arguments["load_module_only"]
-        tag = call.arguments["tag"] = Choice(engine, call).make()
+        choice = Choice(engine, call)
+        tag = call.arguments["tag"] = choice.make()
         if tag is not None:
-            with only_listed_files(Path(call.arguments["load_dir"]), tag):
+            with only_listed_files(Path(call.arguments["load_dir"]), tag, choice.reading):
                 return load(*call.args, **call.kwargs)
     return load(*call.args, **call.kwargs)
 
