@@ -24,7 +24,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_fira.checkpoint.crc import crc32_combine
+from ds_fira.checkpoint.crc32 import combine
 from ds_fira.checkpoint.file_image import FileImage
 from ds_fira.sharding.comm import Communicator
 
@@ -132,7 +132,7 @@ class SharedRead:
         sums = sorted(item for of_rank in self.communicator.gather_objects(self._sums) for item in of_rank)
         found: dict[str, int] = {}
         for name, start, stop, crc in sums:
-            found[name] = crc32_combine(found.get(name, 0), crc, stop - start)
+            found[name] = combine(found.get(name, 0), crc, stop - start)
         for name in sorted(self.files):
             if self.files[name].crc32 not in (None, found.get(name, 0)):
                 return _changed(name)

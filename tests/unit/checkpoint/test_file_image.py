@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_fira.checkpoint.crc import crc32_combine
+from ds_fira.checkpoint.crc32 import combine
 from ds_fira.checkpoint.file_image import SMALL, FileImage
 from ds_fira.checkpoint.safe_load import UnsafeFileError
 from ds_fira.checkpoint.shared_read import Listed, divide
@@ -22,14 +22,14 @@ from ds_fira.checkpoint.shared_read import Listed, divide
 @pytest.mark.parametrize("lengths", [(0, 0), (0, 9), (9, 0), (1, 1), (300, 70_001), (5, 1 << 20)])
 def test_a_sum_of_two_pieces_is_zlib_s(lengths: tuple[int, int]) -> None:
     first, second = (random.Random(number).randbytes(length) for number, length in enumerate(lengths))
-    assert crc32_combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+    assert combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
 
 
 def test_sums_of_lengths_that_no_test_can_hold() -> None:
     """Zeros behind zeros, of a terabyte: in one piece, and in two."""
-    whole = crc32_combine(1, 0, (1 << 40) + 3)
-    assert whole == crc32_combine(crc32_combine(1, 0, 1 << 40), 0, 3)
-    assert whole == crc32_combine(crc32_combine(1, 0, 3), 0, 1 << 40)
+    whole = combine(1, 0, (1 << 40) + 3)
+    assert whole == combine(combine(1, 0, 1 << 40), 0, 3)
+    assert whole == combine(combine(1, 0, 3), 0, 1 << 40)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
