@@ -118,12 +118,12 @@ def _uploaded(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> tuple[
         "make that step with the gradients that are captured, and clear them by zero_grad(set_to_none=False)",
     )
     # Rows of whole 16-byte units, as a kernel is compiled anew for another alignment.
-    whole = [row + (0,) * (len(row) % 2) for row in rows]
-    table = torch.tensor(whole if len(whole) > 1 else whole[0], dtype=torch.int64)
+    padded = [row + (0,) * (len(row) % 2) for row in rows]
+    table = torch.tensor(padded if len(padded) > 1 else padded[0], dtype=torch.int64)
     if device.type == "cuda":
         # From pinned memory the host does not wait for what the device has yet to do.
         table = table.pin_memory().to(device, non_blocking=True)
-    return table.unbind() if len(whole) > 1 else (table,)
+    return table.unbind() if len(padded) > 1 else (table,)
 
 
 @triton.jit

@@ -135,8 +135,8 @@ class DeviceTurn(Turn):
         if kept.takes(positions):
             if not known:
                 self._keep(positions, held, delivery, arrived)
-            arrived, whole = kept.wire, tuple(self._parts)
-            delivery = self._layout.known(("bases", whole), lambda: self._pieces.bases(whole))
+            arrived, present = kept.wire, tuple(self._parts)
+            delivery = self._layout.known(("bases", present), lambda: self._pieces.bases(present))
         if arrived is not None:
             self._take(arrived, ("rows", held), lambda: self._pieces.pieces_of_borrowed_bases(held, delivery))
 

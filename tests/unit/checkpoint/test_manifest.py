@@ -44,7 +44,7 @@ def as_format_1(one: Path, **entries: Any) -> None:
 def test_it_is_plain_json(one: Path) -> None:
     """Other programs read it."""
     content = json.loads((one / manifest.MANIFEST).read_text())
-    keys = {"format", "serial", "save_latest", "latest_was", "save_id", "world_size", "files", "sha256"}
+    keys = {"format", "serial", "save_latest", "latest_was", "save_id", "world_size", "global_steps", "files", "sha256"}
     assert set(content) == keys
     assert content["format"] == 2
 
