@@ -23,7 +23,7 @@ from ds_fira.runtime import lost_peer
 T = TypeVar("T")
 BEAT = 1.0  # seconds
 _POLL = 0.02  # seconds
-PATIENCE = 60.0  # seconds
+PATIENCE = 20.0  # seconds, as of a lock of a folder
 HURRIED = 10.0  # seconds, once this process ends
 LEAVING = 10.0  # seconds for which the process with the store waits for the others to have read the last answer
 
@@ -46,6 +46,7 @@ class Meeting:
         self._patience, self._round, self._looked = PATIENCE, 0, time.monotonic()
         self._ended = threading.Event()
         self._hearts: dict[int, tuple[int, float]] = {}
+        self._gone: list[int] = []
         self._store = self._opened() if self._size > 1 else None
         if self._store is not None:
             threading.Thread(target=self._beat, args=(self._opened(),), name="ds_fira meeting", daemon=True).start()
@@ -127,7 +128,9 @@ class Meeting:
             before, since = self._hearts.get(rank, (-1, now))
             self._hearts[rank] = (beats, now if beats != before else since)
             if beats == before and now - since > self._patience:
-                raise RankGone(f"the process of rank {rank} has not answered for {self._patience:.0f} s")
+                self._gone.append(rank)
+        if self._gone:
+            raise RankGone(f"the process of rank {self._gone[0]} has not answered for {self._patience:.0f} s")
 
     def close(self) -> None:
         """Leave; the rank that holds the store waits a moment for the others to have read what they need."""
@@ -135,7 +138,8 @@ class Meeting:
             with contextlib.suppress(Exception):
                 self._store.add("left", 1)
                 end = time.monotonic() + min(LEAVING, self._patience)
-                while self._rank == 0 and self._store.add("left", 0) < self._size and time.monotonic() < end:
+                others = self._size - len(self._gone)
+                while self._rank == 0 and self._store.add("left", 0) < others and time.monotonic() < end:
                     time.sleep(_POLL)
                 if self._rank == 0:
                     self._store.delete_key(f"{self._round}/all")

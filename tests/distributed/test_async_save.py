@@ -19,6 +19,7 @@ import torch
 from ds_fira.checkpoint.manifest import find_damage, find_fault
 from ds_fira.checkpoint.tag_folder import find_complete, read_latest
 from ds_fira.optim.settings import check_params
+from ds_fira.runtime.meeting import PATIENCE
 from tests.distributed.crash_jobs import TIMEOUT, Kill, Run
 from tests.distributed.test_crash import SENTENCE, flat, last
 from tests.ranks import Pools
@@ -87,6 +88,7 @@ def test_the_training_goes_on(size: int, stage: int, dtype: str, ranks: Pools, t
 def test_an_error_is_raised_at_the_same_step_on_every_rank(stage: int, ranks: Pools, tmp_path: Path) -> None:
     """A disk without room, a folder that vanishes, a state that cannot be pickled; the training goes on behind each."""
     first, second = ranks.run(2, "fail_behind", MODULE, folder=str(tmp_path), stage=stage)
+    paths = [Path(seen.pop("path")) for seen in (first, second)]  # a file of the rank's own at stage 3
     assert first == second
     assert first["the former"] is None
     for name, reason in (("full", "rank 1 could not write .*: File too large"), ("vanished", "rank \\d .*could not")):
@@ -96,7 +98,7 @@ def test_an_error_is_raised_at_the_same_step_on_every_rank(stage: int, ranks: Po
         assert "\n" not in error
     assert re.match("CheckpointError: FiraAdam: rank 0 could not save .*lambda", first["at the next save"])
     assert re.match("CheckpointError: FiraAdam: rank 0 could not save .*lambda", first["at the end"])
-    assert Path(first["path"]).parent.name == "next"
+    assert [path.parent.name for path in paths] == ["next", "next"]
     assert {"kept", "next", "latest"} <= set(first["names"])
     assert not {"full", "vanished", "bad", "after"} & set(first["names"])
 
@@ -170,7 +172,7 @@ def kill_behind(chance: random.Random, folder: Path, size: int, stage: int, case
     statuses, waited = run.wait()
     case = f"{case}: {kind} {kills} {statuses}"
     logs = [run.log(rank) for rank in range(size)]
-    assert waited < TIMEOUT, f"{case}\n{logs}"
+    assert waited < TIMEOUT + PATIENCE, f"{case}\n{logs}"
     for rank, status in enumerate(statuses):
         gone = status == -signal.SIGKILL and rank in victims
         assert gone or status == 0 or (status == 1 and SENTENCE in logs[rank]), f"{case}\n{logs}"
