@@ -1,14 +1,14 @@
 """Validation loss by the precision of the optimizer's products, seed by seed: is bfloat16 good enough?
 
     python -m benchmarks.quality.precision_training FOLDER [--precisions float32 tf32 bfloat16] [--seeds 0 1 2]
-    [--steps 400] [--layers 4] [--rank 32] [--gap 50] [--json FILE]
+    [--steps 400] [--layers 4] [--rank 32] [--gap 50] [--preset recommended] [--json FILE]
 
 A LLaMA of about one million parameters on the packaged film reviews (prepared once in FOLDER), trained by `FiraAdam`
-with the settings of `ds_configs/`. The products are emulated wherever this runs: their operands are rounded to what the
-kernels round them to on a GPU (G, P, R and C; not the G of phi * G), and multiplied and added in float32. All runs of a
-seed see the same weights and batches. A run that is done is kept in FOLDER, and not made again: an interrupted command
-goes on where it was. Printed are the losses, in nats per token, and for every precision the differences to float32 by
-seed, their mean and its standard error.
+with the settings of `ds_configs/`, of the published method or of a preset. The products are emulated wherever this
+runs: their operands are rounded to what the kernels round them to on a GPU (G, P, R and C; not the G of phi * G), and
+multiplied and added in float32. All runs of a seed see the same weights and batches. A run that is done is kept in
+FOLDER, and not made again: an interrupted command goes on where it was. Printed are the losses, in nats per token, and
+for every precision the differences to float32 by seed, their mean and its standard error.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.quality.gradients import TextData, text
 from benchmarks.quality.precision import OPERANDS, emulated
 from benchmarks.quality.refresh_quality import VOCAB_SIZE, final_loss
 from ds_fira.core import subspace_solvers
+from ds_fira.optim.presets import PRESETS
 
 REFERENCE = "float32"
 SETTINGS = {"subspace": "randomized", "refresh_moments": "rotate"}
@@ -34,6 +35,8 @@ def loss_of(data: TextData, precision: str, seed: int, args: argparse.Namespace)
     """Final validation loss of one run, read where it was made before with the same options."""
     options = {name: getattr(args, name) for name in ("steps", "batch_size", "seq_length", "layers", "rank", "gap")}
     key = "-".join([precision, f"seed{seed}", *(f"{name}{value}" for name, value in options.items())])
+    preset = {} if args.preset is None else {"preset": args.preset}
+    key += "".join(f"-{name}" for name in preset.values())
     kept = args.folder / f"precision-{key}.json"
     if kept.exists():
         return json.loads(kept.read_text())["loss"]
@@ -48,6 +51,7 @@ def loss_of(data: TextData, precision: str, seed: int, args: argparse.Namespace)
             # On a CPU products under "tf32", the default, are in float32; "float32" would refresh in another way too.
             matmul_precision="tf32" if precision == REFERENCE else precision.removesuffix(", cut"),
             **SETTINGS,
+            **preset,
         )
     scratch = kept.with_suffix(".partial")
     scratch.write_text(json.dumps({"loss": loss, "seconds": time.perf_counter() - start}))
@@ -84,6 +88,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--gap", type=int, default=50)
+    parser.add_argument("--preset", choices=PRESETS, help="instead of the published method")
     parser.add_argument("--json", help="also write the losses to this file")
     args = parser.parse_args()
     # As in larger models, whose bases are not found exactly.

@@ -49,12 +49,13 @@ def final_loss(data: TextData, seed: int, args: argparse.Namespace, **settings: 
         data: to train and to validate on.
         seed: of weights and batches.
         args: `layers`, `steps` and `batch_size`.
-        settings: of the optimizer's projected matrices.
+        settings: of the optimizer's projected matrices; alpha is 0.25 unless they name a preset.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     model = llama(HIDDEN, INTERMEDIATE, args.layers, HEADS, VOCAB_SIZE).to(device)
-    groups = ds_fira.param_groups(model, alpha=0.25, **settings)
+    settings = settings if "preset" in settings else {"alpha": 0.25, **settings}
+    groups = ds_fira.param_groups(model, **settings)
     optimizer = ds_fira.FiraAdam(groups, lr=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, args.steps))
     batches = training_batches(data, args.batch_size, seed)

@@ -80,7 +80,7 @@ def _solver(state: MatrixState, settings: GroupSettings) -> Callable[..., Tensor
         rank=settings.rank,
         side=state.side,
         method=settings.subspace,
-        strict=settings.matmul_precision == "float32",
+        strict=settings.chosen_precision == "float32",
         # Moments that are rotated go into whatever basis of the subspace there is.
         ordered=settings.refresh_moments != "rotate",
     )

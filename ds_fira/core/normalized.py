@@ -35,7 +35,7 @@ FLOOR_OF_BFLOAT16_BASES = 1e-2
 
 def residual_floor(settings: GroupSettings) -> float:
     """Tau: the share of |G_j|^2 below which |G_j|^2 - |R_j|^2 is taken for rounding."""
-    floor = ROUNDING[settings.matmul_precision].squares
+    floor = ROUNDING[settings.chosen_precision].squares
     return floor if settings.state_dtype == "float32" else max(floor, FLOOR_OF_BFLOAT16_BASES)
 
 

@@ -133,8 +133,12 @@ class GroupSettings(BaseModel):
     """how basis and moments are stored: "float32" (float64 for float64 weights), "bfloat16", or "int8" (`pip install
     ds_fira[int8]`)
     """
-    matmul_precision: Literal["float32", "tf32", "bfloat16"] = setting("tf32")
-    """the precision of the matrix products of a step; on a CPU tf32 is float32"""
+    matmul_precision: Literal["float32", "tf32", "bfloat16"] | None = setting(
+        None, "choose 'float32', 'tf32' or 'bfloat16', or leave it out"
+    )
+    """the precision of the matrix products of a step; None is "bfloat16" on a GPU and "tf32" on a CPU, where tf32 is
+    float32
+    """
     exact_cuts: StrictBool = setting(False)
     """whether a matrix that ZeRO splits is stepped whole on its owner, equal to the bit to a matrix that is not split,
     even where exchanging low-rank data is cheaper
@@ -150,6 +154,8 @@ class GroupSettings(BaseModel):
     rule: Rule | None = Field(None, exclude=True, repr=False)
     # Where the kernels read the learning rate of a capturable group, whatever `lr` says.
     lr_tensor: Tensor | None = Field(None, exclude=True, repr=False)
+    # Where its tensors are stepped: the kind of device, "cpu" without any.
+    device_type: str = Field("cpu", exclude=True, repr=False)
 
     @classmethod
     def of(cls, group: Mapping[str, object]) -> GroupSettings:
@@ -167,6 +173,10 @@ class GroupSettings(BaseModel):
             values["lr_tensor"] = values["lr"] if on_device else None
             values["lr"] = math.nan if on_device else float(values["lr"])
         values["betas"] = tuple(values["betas"])
+        params = group.get("params")
+        # A group that is being made may hold pairs with names, or something that can be read once.
+        if isinstance(params, list) and params and isinstance(params[0], Tensor):
+            values["device_type"] = params[0].device.type
         kind = algorithm.rule
         if kind is not None:
             values["rule"] = kind.model_construct(**{name: group[name] for name in kind.model_fields})
@@ -226,6 +236,16 @@ class GroupSettings(BaseModel):
         return form.limiter if self.limiter is None or form.factors is None else self.limiter
 
     @property
+    def chosen_precision(self) -> str:
+        """The precision of the products, where none was given that of the device on which they are made."""
+        return self.matmul_precision or ("bfloat16" if self.device_type == "cuda" else "tf32")
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """The settings that may be left to others, by name, as they act."""
+        return {"limiter": self.chosen_limiter, "matmul_precision": self.chosen_precision}
+
+    @property
     def has_limiter(self) -> bool:
         """Whether the growth of the residual is limited, so that its norm is needed in every step."""
         return self.chosen_limiter == "growth"
@@ -252,7 +272,7 @@ class GroupSettings(BaseModel):
         return None
 
 
-# The names of the settings; `rule` is an algorithm's base optimizer and `lr_tensor` a place, no settings.
-GROUP_FIELDS = tuple(name for name in GroupSettings.model_fields if name not in ("rule", "lr_tensor"))
+# The names of the settings; not `rule`, an algorithm's base optimizer, and places, which are excluded as it is.
+GROUP_FIELDS = tuple(name for name, field in GroupSettings.model_fields.items() if not field.exclude)
 _DEFAULTS = {name: GroupSettings.model_fields[name].default for name in GROUP_FIELDS}
 _DEFAULT_SETTINGS = GroupSettings()

@@ -141,7 +141,7 @@ def update(task: MatrixTask) -> StepStats | None:
         return kernels.step_together([task])
     weight, grad = task.weight, task.grad
     host = grad.device.type == "cpu"
-    basis, precision = state.basis.to(state.dtype), settings.matmul_precision
+    basis, precision = state.basis.to(state.dtype), settings.chosen_precision
     low_rank, grad_sq = F.project(grad, basis, state.side, precision)  # line 8: R
     grad_square = scalar(grad_sq.sum(-1), host)
     grad_finite = is_finite(grad_square, state.dtype)

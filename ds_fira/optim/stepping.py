@@ -111,7 +111,7 @@ class Stepping(Resumable):
 
     def _negligible_ratio(self, param: Tensor, settings: GroupSettings) -> float:
         dtype = self.attachment.gradient_dtypes.get(param, param.grad.dtype)
-        precision = settings.matmul_precision
+        precision = settings.chosen_precision
         if precision == "tf32" and param.device.type == "cpu" and not kernels.supports(param):
             precision = "float32"  # as torch's functions multiply there
         return negligible_ratio(dtype, precision)

@@ -91,7 +91,7 @@ class SplitStep:
                 None,
                 (len(alike), first.rows, first.shape[1], first.rank),
                 first.side,
-                self.settings.matmul_precision,
+                self.settings.chosen_precision,
             )
         for side, cut in with_edges(parts):
             basis, edges = self._edge_bases(cut), [part.edges for part, _ in cut]
@@ -252,7 +252,7 @@ class SplitStep:
                 (len(alike), first.rows, first.shape[1], first.rank),
                 settings.decay_factor,
                 by_row=not first.left,
-                precision=settings.matmul_precision,
+                precision=settings.chosen_precision,
             )
         for side, cut in with_edges(parts):
             launch_update_edges(

@@ -113,7 +113,7 @@ class _BatchStep:
             self.moments.append(moment(stored, [views[name + suffix] for suffix in stored]))
         self.shape = (self.rank, self.n) if self.left else (self.m, self.rank)
 
-        count, precision = self.count, self.settings.matmul_precision
+        count, precision = self.count, self.settings.chosen_precision
         factors = 0 if form.factors is None else 1 if one else self.lines
         self.strips = strips(self.lines, precision)
         self.parts = programs(self.m, self.n, precision) if self.settings.measures_residual else 0
@@ -138,7 +138,7 @@ class _BatchStep:
     def make(self) -> BatchStats:
         """Lines 8 to 16."""
         settings, side, rule = self.settings, self.state.side, self.settings.rule
-        precision, by_row = settings.matmul_precision, not self.left
+        precision, by_row = settings.chosen_precision, not self.left
         sizes = (self.count, self.m, self.n, self.rank)
         low_rank, direction = (self.singles.view(place, self.shape[1], 1) for place in (self.low_rank, self.direction))
         squares = Squares(*(self.doubles.view(place) for place in self.squares))

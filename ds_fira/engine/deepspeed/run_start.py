@@ -34,8 +34,8 @@ def record_start(engine: DeepSpeedEngine, event_steps: int) -> None:
         return
     optimizer: LowRankOptimizer = engine.basic_optimizer
     projected = [group for group in optimizer.param_groups if group.get("rank") is not None]
-    # As they act: without a choice, the limiter that goes with the residual.
-    chosen = [{**settings_of(group), "limiter": GroupSettings.of(group).chosen_limiter} for group in projected]
+    # As they act: without a choice, the limiter goes with the residual, and the precision with the device.
+    chosen = [{**settings_of(group), **GroupSettings.of(group).chosen} for group in projected]
     # A schedule changes the rate at every step; its values are in a csv file.
     settings = [{name: plain(value) for name, value in group.items() if name != "lr"} for group in chosen]
     run_record.add_start(

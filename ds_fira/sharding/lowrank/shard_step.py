@@ -110,7 +110,7 @@ class ShardStep:
             return
         for block in self.plan.blocks:
             part, squares = F.project(
-                block.view(self.grad), self._basis_of(block), state.side, self.settings.matmul_precision
+                block.view(self.grad), self._basis_of(block), state.side, self.settings.chosen_precision
             )
             along = self._along(block)
             self.along_entries(self.low_rank, along).add_(part)
@@ -226,7 +226,7 @@ class ShardStep:
                 side=self.state.side,
                 alpha=self.settings.inner_alpha,
                 needed=True,
-                precision=self.settings.matmul_precision,
+                precision=self.settings.chosen_precision,
             )
         return total
 
@@ -258,7 +258,7 @@ class ShardStep:
                 None if settings.residual_form.factors is None else phi[along],
                 by_row=side == "right",
                 decay_factor=settings.decay_factor,
-                precision=settings.matmul_precision,
+                precision=settings.chosen_precision,
             )
 
     def decay(self) -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from benchmarks.quality.precision import OPERANDS, emulated, rounded
 from ds_fira import FiraAdam
 from ds_fira.core import kernels
 from ds_fira.core.precision import ROUNDING, negligible_ratio
+from ds_fira.core.settings import GroupSettings
 from tests.unit.core.kernel_cases import DEVICE, SIDES, error, flag, random, random_basis
 
 
@@ -158,3 +160,14 @@ def test_rounding_in_tf32_is_no_history_of_the_limiter() -> None:
     param.grad = grad.to(DEVICE)
     optimizer.step()
     assert float(optimizer.state[param]["residual_norm"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "wanted"),
+    [("cpu", None, "tf32"), ("cuda", None, "bfloat16"), ("cuda", "tf32", "tf32"), ("cpu", "bfloat16", "bfloat16")],
+)
+def test_the_device_chooses_the_precision_that_the_user_leaves_out(device: str, given: str | None, wanted: str) -> None:
+    """Products are in bfloat16 on a GPU; under offload the stepped tensors, and so the products, are the CPU's."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        group = {"params": [torch.empty(4, 6, device=device)], "rank": 2, "matmul_precision": given}
+    assert GroupSettings.of(group).chosen["matmul_precision"] == wanted
