@@ -39,20 +39,28 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
 
 
+@pytest.mark.full
+def test_as_a_shell_starts_it(saved: Path) -> None:
+    """In a new interpreter."""
+    fine = call(str(saved / "float32"), "--tag", "fine", "--verify", "--json")
+    assert (fine.returncode, len(json.loads(fine.stdout))) == (0, 1)
+    assert "Traceback" not in fine.stderr
+
+
 def test_as_a_shell_runs_it(saved: Path, tmp_path: Path) -> None:
     """Standard output is one JSON document or the text, and everything else is on standard error."""
     folder = shutil.copytree(saved / "float32", tmp_path / "copy")
-    fine = call(str(folder), "--tag", "fine", "--verify", "--json")
+
+    def forked(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run_command(["checkpoint", *arguments], tmp_path, {"DS_ACCELERATOR": None})
+
+    fine = forked(str(folder), "--tag", "fine", "--verify", "--json")
     assert fine.returncode == 0
     (entry,) = json.loads(fine.stdout)
     assert (entry["fault"], entry["step"], entry["states"]["finite"]) == (None, 1, True)
     content = bytearray((folder / "fine" / MODEL).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "fine" / MODEL).write_bytes(content)
-
-    def forked(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return run_command(["checkpoint", *arguments], tmp_path, {"DS_ACCELERATOR": None})
-
     changed = forked(str(folder), "--verify", "--json")
     assert changed.returncode == 1
     entries = {entry["tag"]: entry["fault"] for entry in json.loads(changed.stdout)}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.crash_jobs import Run
+from tests.grids import full_if
 from tests.ranks import Pools
 
 LIMIT = 10.0  # seconds
@@ -28,7 +29,7 @@ CASES = [
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("half", full_if(bool, [0, 1]))
 def test_the_others_end_with_the_sentence_of_the_rank_that_failed(tmp_path: Path, half: int) -> None:
     """In a refresh, in and behind a step, with a collective under way; on rank 0, which holds the store, and the last;
     caught or not.

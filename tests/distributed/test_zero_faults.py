@@ -37,7 +37,7 @@ RUNS: dict[str, tuple[int, int, str, dict[str, Any], dict[str, Any], float]] = {
 }
 
 
-FAST = ("stage 0", "whole, stage 2", "lean cuts, stage 2")
+FAST = ("stage 0", "lean cuts, stage 2")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.full) for n in RUNS])

@@ -84,6 +84,7 @@ assert not torch.equal(params[0], torch.ones(4, 6))
 """
 
 
+@pytest.mark.full
 def test_torch_functions_take_over_where_triton_cannot_compile(tmp_path: Path) -> None:
     """As in a slim container: Triton imports, and the compiler that CC names is not there. One warning says so."""
     stub = tmp_path / "libcuda.so.1"

@@ -166,7 +166,8 @@ def ends_with(process: subprocess.Popen[bytes], folder: Path, ranks: int) -> int
 @pytest.mark.parametrize(
     ("launcher", "restarts"),
     [
-        *((launcher, "0") for launcher in ("python", "torchrun", "mpirun", "deepspeed")),
+        *((launcher, "0") for launcher in ("python", "torchrun")),
+        *(pytest.param(launcher, "0", marks=pytest.mark.full) for launcher in ("mpirun", "deepspeed")),
         # Restarts are one level above the launcher: what is below is the same for the others.
         *(pytest.param(launcher, "2", marks=pytest.mark.full) for launcher in ("python", "torchrun")),
     ],

@@ -77,10 +77,18 @@ def drive(kind: str, kernel: bool, steps: int = 5, spoil: int | None = None, **s
         pytest.param("flat", {"residual": "normalized"}, marks=pytest.mark.full),
         ("tall", {"residual": "normalized", "scaling": "matrix", "state_dtype": "bfloat16"}),
         ("experts", {"residual": "normalized", "scaling": "matrix", "limiter": "growth"}),
-        ("flat", {"residual": "normalized", "residual_beta": 0.0, "residual_warmup": 6}),
+        ("wide", {"residual": "normalized", "residual_beta": 0.0, "residual_warmup": 6}),
+        pytest.param(
+            "flat", {"residual": "normalized", "residual_beta": 0.0, "residual_warmup": 6}, marks=pytest.mark.full
+        ),
         pytest.param("flat", {"state_dtype": "bfloat16"}, marks=pytest.mark.full),
         ("experts", {"state_dtype": "int8"}),
-        ("flat", {"proj_type": "reverse_std", "subspace": "gram", "refresh_moments": "rotate", "stagger": True}),
+        ("tall", {"proj_type": "reverse_std", "subspace": "gram", "refresh_moments": "rotate", "stagger": True}),
+        pytest.param(
+            "flat",
+            {"proj_type": "reverse_std", "subspace": "gram", "refresh_moments": "rotate", "stagger": True},
+            marks=pytest.mark.full,
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(map(str, value.values())) or "defaults",
 )
