@@ -6,6 +6,7 @@ mantissa, the exponent of float32) or to bfloat16 (7 bits). Sums stay in float32
 
 from __future__ import annotations
 
+import functools
 from contextlib import ContextDecorator
 from typing import NamedTuple
 
@@ -67,6 +68,16 @@ class matmul_precision(ContextDecorator):
     def __exit__(self, *_: object) -> None:
         for backend, before in self._before.pop():
             backend.fp32_precision = before
+
+
+@functools.cache
+def precision_of(device: torch.device) -> str:
+    """The precision of products on a device where the user names none: bfloat16 where it has units for it.
+
+    On a GPU with compute capability 8.0 or more; earlier ones multiply float32. A CPU takes TF32, which is float32.
+    """
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if fast else "tf32"
 
 
 def negligible_ratio(dtype: torch.dtype, precision: str) -> float:

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from ds_fira.core.algorithms import ADAM_STATES, algorithm_of
+from ds_fira.core.precision import precision_of
 from ds_fira.core.residuals import RESIDUALS, ResidualForm
 from ds_fira.core.rules import Kind, Rule
 from ds_fira.core.subspace import Side, projection_side, refresh_offset
@@ -136,8 +137,8 @@ class GroupSettings(BaseModel):
     matmul_precision: Literal["float32", "tf32", "bfloat16"] | None = setting(
         None, "choose 'float32', 'tf32' or 'bfloat16', or leave it out"
     )
-    """the precision of the matrix products of a step; None is "bfloat16" on a GPU and "tf32" on a CPU, where tf32 is
-    float32
+    """the precision of the matrix products of a step; None is "bfloat16" on a GPU that has it and "tf32" elsewhere,
+    which is float32 on a CPU
     """
     exact_cuts: StrictBool = setting(False)
     """whether a matrix that ZeRO splits is stepped whole on its owner, equal to the bit to a matrix that is not split,
@@ -154,8 +155,8 @@ class GroupSettings(BaseModel):
     rule: Rule | None = Field(None, exclude=True, repr=False)
     # Where the kernels read the learning rate of a capturable group, whatever `lr` says.
     lr_tensor: Tensor | None = Field(None, exclude=True, repr=False)
-    # Where its tensors are stepped: the kind of device, "cpu" without any.
-    device_type: str = Field("cpu", exclude=True, repr=False)
+    # Where its tensors are stepped.
+    device: torch.device = Field(torch.device("cpu"), exclude=True, repr=False)
 
     @classmethod
     def of(cls, group: Mapping[str, object]) -> GroupSettings:
@@ -176,7 +177,7 @@ class GroupSettings(BaseModel):
         params = group.get("params")
         # A group that is being made may hold pairs with names, or something that can be read once.
         if isinstance(params, list) and params and isinstance(params[0], Tensor):
-            values["device_type"] = params[0].device.type
+            values["device"] = params[0].device
         kind = algorithm.rule
         if kind is not None:
             values["rule"] = kind.model_construct(**{name: group[name] for name in kind.model_fields})
@@ -238,7 +239,7 @@ class GroupSettings(BaseModel):
     @property
     def chosen_precision(self) -> str:
         """The precision of the products, where none was given that of the device on which they are made."""
-        return self.matmul_precision or ("bfloat16" if self.device_type == "cuda" else "tf32")
+        return self.matmul_precision or precision_of(self.device)
 
     @property
     def chosen(self) -> dict[str, str]:

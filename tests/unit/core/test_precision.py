@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from benchmarks.quality.precision import OPERANDS, emulated, rounded
 from ds_fira import FiraAdam
 from ds_fira.core import kernels
-from ds_fira.core.precision import ROUNDING, negligible_ratio
+from ds_fira.core.precision import ROUNDING, negligible_ratio, precision_of
 from ds_fira.core.settings import GroupSettings
 from tests.unit.core.kernel_cases import DEVICE, SIDES, error, flag, random, random_basis
 
@@ -163,11 +163,22 @@ def test_rounding_in_tf32_is_no_history_of_the_limiter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "given", "wanted"),
-    [("cpu", None, "tf32"), ("cuda", None, "bfloat16"), ("cuda", "tf32", "tf32"), ("cpu", "bfloat16", "bfloat16")],
+    ("device", "capability", "given", "wanted"),
+    [
+        ("cpu", None, None, "tf32"),
+        ("cuda", (9, 0), None, "bfloat16"),
+        ("cuda", (7, 0), None, "tf32"),
+        ("cuda", (9, 0), "tf32", "tf32"),
+        ("cpu", None, "bfloat16", "bfloat16"),
+    ],
 )
-def test_the_device_chooses_the_precision_that_the_user_leaves_out(device: str, given: str | None, wanted: str) -> None:
-    """Products are in bfloat16 on a GPU; under offload the stepped tensors, and so the products, are the CPU's."""
+def test_the_device_chooses_the_precision_that_the_user_leaves_out(
+    device: str, capability: tuple[int, int] | None, given: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the stepped tensors: under offload the CPU's. A Volta has no units for bfloat16."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    precision_of.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         group = {"params": [torch.empty(4, 6, device=device)], "rank": 2, "matmul_precision": given}
     assert GroupSettings.of(group).chosen["matmul_precision"] == wanted
+    precision_of.cache_clear()
