@@ -137,8 +137,10 @@ def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 OFFLOAD = {"device": "cpu", "pin_memory": False}
 FEATURES = [
-    Feature("`engine.compile()`", stages=(0, 1, 2), way=compiled_engine),
+    Feature("`engine.compile()`", stages=(0, 1, 2, 3), way=compiled_engine),
     Feature("`torch.compile(model)` before `deepspeed.initialize`", stages=(0, 1, 2), way=compiled_model),
+    # With torch's AdamW too.
+    Feature("the same at stage 3", REMOVED, stages=(3,), way=compiled_model),
     Feature("`compile.deepcompile`", REFUSED, extra={"compile": {"deepcompile": True}}),
     Feature("sequence parallelism: Ulysses, DeepSpeed's `parallel_state_sp`", stages=(1, 2), dtype="fp32", way=ulysses),
     Feature(
