@@ -269,7 +269,7 @@ def test_every_stage_is_rehearsed(tmp_path: Path) -> None:
     answered = {(found["stage"], found["what"]) for found in lines if found["value"] is not None}
     assert {stage for stage, _ in answered} >= set(range(len(STAGES)))
     assert not [found for found in lines if found["what"] == "compilation" and found["failed"]]
-    of_the_device = {"launch of a kernel", "peak beyond", "peak memory"}
+    of_the_device = {"launch of a kernel", "peak beyond", "peak memory", "replay of a step", "host time of a replay"}
     for question in QUESTIONS:
         missing = {what for what in question.what if (question.stage, what) not in answered} - of_the_device
         assert not missing, question.text
