@@ -2,15 +2,16 @@
 
     python -m benchmarks.speed.checkpoints [--ranks 1 2 4] [--stage 2] [--millions 16] [--json FILE]
 
-Both save and load in turn, so that a busy machine slows both alike; seconds are medians of the slowest rank. Bytes and
+Both save and load in turn, so that a busy machine slows both alike; seconds are medians of the slowest rank, processor
+seconds those of the thread that calls, which other programs do not lengthen by taking turns. A copy of as many bytes as
+a rank's save from behind copies is the least that its call can take. Bytes and
 memory are what the kernel counts of each process, read from another one: bytes read of files (`rchar`; what comes from
 other ranks is not in it), bytes written to the disk's cache (`write_bytes`; none on a tmpfs), the highest resident
 memory above what it was before. torch's checkpoint gets each rank's share and no more: an even part of the module's
 weights, its master weights and states. It computes no sums, and after a load each rank lacks the other ranks' weights;
 ours verifies every byte, and the module is whole.
 
-Where the installed version has `async_save`, a save from behind is beside that of torch: how long the call takes, and
-how long until the checkpoint is there.
+The save is one from behind, beside that of torch: how long the call takes, and how long until the checkpoint is there.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from torch import Tensor, nn
 
 import ds_fira
 from benchmarks.common import save
+from ds_fira.engine.deepspeed.save_load.behind import Behind
 from ds_fira.engine.deepspeed.save_load.load import stepped_params
 from ds_fira.optim.registry import fira_of
-from ds_fira.optim.settings import legal_settings
 
 SIDES = (1024, 2048)
 RANK = 128
-ASYNC = "async_save"
+NAMES = ("save", "copy", "torch_save", "torch_async_save", "load", "torch_load")  # the copy knows the bytes of a save
+_REST = 0.2  # seconds before each, or what follows on a busy machine would pay for what went before
 
 
 class Matrices(nn.Module):
@@ -57,13 +59,21 @@ class Matrices(nn.Module):
         return sum(layer(tokens).square().mean() for layer in self.layers)
 
 
+# Seconds, and processor seconds of the thread that calls.
+Taken = tuple[float, float]
+
+
+def _taken(call: Callable[[], object]) -> Taken:
+    start, spent = time.perf_counter(), time.thread_time()
+    call()
+    return time.perf_counter() - start, time.thread_time() - spent
+
+
 class Rank:
     """What one process measures."""
 
     def __init__(self, stage: int, millions: int, folder: Path) -> None:
-        params: dict[str, Any] = {"rank": RANK, "lr": 0.001, "subspace": "randomized"}
-        if ASYNC in legal_settings():
-            params[ASYNC] = True
+        params = {"rank": RANK, "lr": 0.001, "subspace": "randomized", "async_save": True, "keep_last": 1}
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "optimizer": {"type": "FiraAdam", "params": params},
@@ -75,6 +85,7 @@ class Rank:
         self.engine.backward(self.engine(torch.ones(1, SIDES[0], dtype=torch.bfloat16)))
         self.engine.step()
         self.folder, self.rank, self.number = folder, torch.distributed.get_rank(), 0
+        self.piece: Tensor | None = None
         self.state = {f"rank{self.rank}": self._own(stage)}
 
     def _own(self, stage: int) -> dict[str, Tensor]:
@@ -90,46 +101,43 @@ class Rank:
                 found |= {f"{number}.{key}": value.clone() for key, value in optimizer.state[param].items()}
         return found
 
-    def save(self) -> float:
-        """Ours, until the checkpoint is there; returns how long the call took."""
+    def copy(self) -> Taken:
+        """What the system copies in one piece, as many bytes as a save from behind copies of this rank."""
+        if self.piece is None:
+            self.piece = torch.ones(Behind.of(self.engine).copies.nbytes, dtype=torch.uint8)
+            self.target = self.piece.clone()
+        return _taken(lambda: self.target.copy_(self.piece))
+
+    def save(self) -> Taken:
+        """Ours, until the checkpoint is there; returns what the call took."""
         self.number += 1
         tag = f"ours{self.number}"
-        start = time.perf_counter()
-        self.engine.save_checkpoint(str(self.folder), tag)
-        stall = time.perf_counter() - start
-        while not (self.folder / "latest").exists() or (self.folder / "latest").read_text() != tag:
-            time.sleep(0.005)
+        stall = _taken(lambda: self.engine.save_checkpoint(str(self.folder), tag))
+        Behind.of(self.engine).wait(self.engine, "the benchmark")
         return stall
 
-    def load(self) -> float:
+    def load(self) -> Taken:
         """Ours, of the last save."""
-        start = time.perf_counter()
-        self.engine.load_checkpoint(str(self.folder))
-        return time.perf_counter() - start
+        return _taken(lambda: self.engine.load_checkpoint(str(self.folder)))
 
-    def torch_save(self) -> float:
+    def torch_save(self) -> Taken:
         """That of torch, of the same state."""
-        start = time.perf_counter()
-        dcp.save(self.state, checkpoint_id=self.folder / "torch")
-        return time.perf_counter() - start
+        return _taken(lambda: dcp.save(self.state, checkpoint_id=self.folder / "torch"))
 
-    def torch_async_save(self) -> float:
-        """That of torch from behind, until the checkpoint is there; returns how long the call took."""
-        start = time.perf_counter()
-        future = dcp.async_save(self.state, checkpoint_id=self.folder / "torch")
-        stall = time.perf_counter() - start
-        future.result()
+    def torch_async_save(self) -> Taken:
+        """That of torch from behind, until the checkpoint is there; returns what the call took."""
+        futures: list[Any] = []
+        stall = _taken(lambda: futures.append(dcp.async_save(self.state, checkpoint_id=self.folder / "torch")))
+        futures[0].result()
         return stall
 
-    def torch_load(self) -> float:
+    def torch_load(self) -> Taken:
         """That of torch, of the last save."""
-        start = time.perf_counter()
-        dcp.load(self.state, checkpoint_id=self.folder / "torch")
-        return time.perf_counter() - start
+        return _taken(lambda: dcp.load(self.state, checkpoint_id=self.folder / "torch"))
 
-    def share(self) -> float:
+    def share(self) -> Taken:
         """The bytes of what this rank's state is."""
-        return float(sum(value.nbytes for value in self.state[f"rank{self.rank}"].values()))
+        return float(sum(value.nbytes for value in self.state[f"rank{self.rank}"].values())), 0.0
 
 
 def _serve(rank: int, ranks: int, port: int, connection: Any, stage: int, millions: int, folder: Path) -> None:
@@ -182,9 +190,10 @@ def measure(ranks: int, stage: int, millions: int, repeats: int, folder: Path) -
         after = [counters(process.pid) for process in processes]
         pairs = list(zip(before, after, strict=True))
         return {
-            "stall": max(value for value, _ in answers),
+            "stall": max(wall for (wall, _), _ in answers),
+            "processor": max(spent for (_, spent), _ in answers),
             "seconds": max(taken for _, taken in answers),
-            "values": [value for value, _ in answers],
+            "values": [value for (value, _), _ in answers],
             "read": [now["read"] - then["read"] for then, now in pairs],
             "written": [now["written"] - then["written"] for then, now in pairs],
             "peak": [max(0, now["peak"] - then["now"]) for then, now in pairs],
@@ -192,34 +201,44 @@ def measure(ranks: int, stage: int, millions: int, repeats: int, folder: Path) -
 
     taken: dict[str, list[dict[str, Any]]] = {}
     share = call("share")["values"]
-    names = ("save", "torch_save", "torch_async_save", "load", "torch_load")
     for _ in range(repeats + 1):
-        for name in names:
+        for name in NAMES:
+            time.sleep(_REST)
             taken.setdefault(name, []).append(call(name))
     for connection in connections:
         connection.send(None)
     for process in processes:
         process.join(30)
     # The first turn makes folders and buffers that later ones find.
-    return {"share": share, **{name: _middle(found[1:]) for name, found in taken.items()}}
+    turns = {name: found[1:] for name, found in taken.items()}
+    return {"share": share, **{name: _middle(found) for name, found in turns.items()}, "ratios": ratios(turns, share)}
 
 
 def _middle(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of the turns; of bytes and memory those of the rank that has most."""
-    middle: Callable[[str], float] = lambda key: statistics.median(turn[key] for turn in found)  # noqa: E731
-    largest = {key: statistics.median(max(turn[key]) for turn in found) for key in ("read", "written", "peak")}
-    return {"stall": middle("stall"), "seconds": middle("seconds"), **largest}
+    """Medians of the turns, and the least; of bytes and memory those of the rank that has most."""
+    times = ("stall", "processor", "seconds")
+    return {
+        **{key: statistics.median(turn[key] for turn in found) for key in times},
+        **{f"least {key}": min(turn[key] for turn in found) for key in times},
+        **{key: statistics.median(max(turn[key]) for turn in found) for key in ("read", "written", "peak")},
+    }
 
 
-def ratios(figures: dict[str, Any]) -> dict[str, float]:
-    """Ours over torch's; bytes and memory over the largest share too."""
-    behind = ASYNC in legal_settings()
-    saves = (figures["save"], figures["torch_async_save" if behind else "torch_save"])
-    share, loads = max(figures["share"]), (figures["load"], figures["torch_load"])
-    result = {f"save {key}": saves[0][key] / saves[1][key] for key in ("stall", "seconds", "written") if saves[1][key]}
-    result |= {f"load {key}": loads[0][key] / loads[1][key] for key in ("seconds", "read") if loads[1][key]}
-    result |= {f"save {key} of share": saves[0][key] / share for key in ("written", "peak")}
-    return result | {f"load {key} of share": loads[0][key] / share for key in ("read", "peak")}
+def ratios(turns: dict[str, list[dict[str, Any]]], share: list[float]) -> dict[str, float]:
+    """Ours over a copy and over torch's, medians of the pairs of a turn and the least; bytes over the largest share."""
+    result: dict[str, float] = {}
+    for ours, theirs, keys in (
+        ("save", "copy", ("stall", "processor")),
+        ("save", "torch_async_save", ("stall", "seconds")),
+        ("load", "torch_load", ("seconds", "processor")),
+    ):
+        for key in keys:
+            found = [ours_[key] / theirs_[key] for ours_, theirs_ in zip(turns[ours], turns[theirs], strict=True)]
+            result[f"{ours} {key} of {theirs}"] = statistics.median(found)
+            result[f"{ours} {key} of {theirs}, least"] = min(found)
+    for name, key in (("save", "written"), ("save", "peak"), ("load", "read"), ("load", "peak")):
+        result[f"{name} {key} of share"] = _middle(turns[name])[key] / max(share)
+    return result
 
 
 def main() -> None:
@@ -239,24 +258,17 @@ def main() -> None:
             figures = measure(ranks, args.stage, args.millions, args.repeats, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        results[str(ranks)] = {**figures, "ratios": ratios(figures)}
+        results[str(ranks)] = figures
         size = max(figures["share"]) / 1e6
         print(f"{ranks} ranks, stage {args.stage}, {args.millions} M parameters, {size:.1f} MB a rank")
-        for name in ("save", "torch_save", "torch_async_save", "load", "torch_load"):
+        for name in NAMES:
             row = figures[name]
             megabytes = ", ".join(f"{key} {row[key] / 1e6:8.1f} MB" for key in ("read", "written", "peak"))
-            print(f"  {name:<16} call {row['stall']:7.3f} s, all {row['seconds']:7.3f} s, {megabytes}")
-        told = ", ".join(f"{key} {value:.2f}" for key, value in results[str(ranks)]["ratios"].items())
-        print(f"  ours over torch's: {told}", flush=True)
-    asynchronous = ASYNC in legal_settings()
-    save(
-        args.json,
-        torch.device("cpu"),
-        stage=args.stage,
-        millions=args.millions,
-        asynchronous=asynchronous,
-        ranks=results,
-    )
+            times = f"call {row['stall']:7.3f} s ({row['processor']:.3f} of the processor), all {row['seconds']:7.3f} s"
+            print(f"  {name:<16} {times}, {megabytes}")
+        told = ", ".join(f"{key} {value:.2f}" for key, value in figures["ratios"].items())
+        print(f"  ratios: {told}", flush=True)
+    save(args.json, torch.device("cpu"), stage=args.stage, millions=args.millions, ranks=results)
 
 
 if __name__ == "__main__":

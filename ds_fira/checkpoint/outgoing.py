@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_fira.checkpoint.crc32 import combined
 from ds_fira.checkpoint.manifest import Record
-from ds_fira.checkpoint.pickled import bytes_of
+from ds_fira.checkpoint.pickled import bytes_of, with_item
 from ds_fira.checkpoint.ranged_file import RangedFile, Stream
 from ds_fira.checkpoint.zip_layout import ALIGNMENT, ZipLayout
 
@@ -83,6 +83,27 @@ class Outgoing:
     def key(self) -> tuple[int, str]:
         """The same for this file on all of its ranks; nodes have files of one name."""
         return self.owner, self.name
+
+    def add_whole(self, storages: Mapping[int, torch.UntypedStorage]) -> None:
+        """Let this rank write all of some storages, by their numbers."""
+        numbers = list(storages)
+        found = extents_of(list(storages.values()))
+        self.extents += (Extent(numbers[each.storage], each.start, each.data) for each in found)
+
+    def add_item(self, key: str, value: object) -> None:
+        """Put one item more into the dict that the file holds; for its owner, before anything is written.
+
+        Raises:
+            Exception: the value cannot be pickled.
+        """
+        if self.old is not None:
+            self.old = {**self.old, key: value}
+        elif self.frame is not None:
+            count = len(self.frame.sizes)
+            self.pickled, storages = with_item(self.pickled, key, value, count)
+            sizes = (*self.frame.sizes, *(storage.nbytes() for storage in storages))
+            self.frame = replace(self.frame, pickle_size=len(self.pickled), sizes=sizes)
+            self.add_whole(dict(enumerate(storages, count)))
 
     def write(self, folder: Path, frame: Frame | None) -> tuple[list[Sum], int]:
         """Write this rank's bytes, and flush them to the disk.

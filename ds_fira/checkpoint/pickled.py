@@ -15,20 +15,22 @@ from torch import Tensor
 from torch.serialization import location_tag
 
 _PROTOCOL = 2  # torch.save's
-_STORAGES = (torch.storage.TypedStorage, torch.UntypedStorage)
+_STORAGES = frozenset({torch.storage.TypedStorage, torch.UntypedStorage})
+_START, _SET, _STOP = b"\x80\x02", b"s", b"."  # of a pickle: the protocol; an item of the dict below it; its end
 
 
 class _Pickler(pickle.Pickler):
     """Puts a number in the place of every storage."""
 
-    def __init__(self, buffer: io.BytesIO) -> None:
+    def __init__(self, buffer: io.BytesIO, first: int) -> None:
         super().__init__(buffer, protocol=_PROTOCOL)
         self.storages: dict[str, torch.UntypedStorage] = {}
+        self._first = first
         self._keys: dict[int, str] = {}
         self._dtypes: dict[int, torch.dtype] = {}
 
     def persistent_id(self, value: object) -> tuple[object, ...] | None:
-        if not isinstance(value, _STORAGES):  # first, since this is asked of every object that is pickled
+        if type(value) not in _STORAGES:  # first, since this is asked of every object that is pickled
             return None
         if isinstance(value, torch.storage.TypedStorage):
             storage, dtype, length = value._untyped_storage, value.dtype, value._size()
@@ -41,21 +43,40 @@ class _Pickler(pickle.Pickler):
                 f"tensors of {dtype} and {self._dtypes[place]} lie in the same memory, which a file of torch.save "
                 "cannot hold"
             )
-        key = self._keys.setdefault(storage._cdata, str(len(self._keys)))
+        key = self._keys.setdefault(storage._cdata, str(self._first + len(self._keys)))
         self.storages[key] = storage
         return "storage", kind, key, location_tag(storage), length
 
 
-def pickled(value: object) -> tuple[bytes, list[torch.UntypedStorage]]:
+def pickled(value: object, first: int = 0) -> tuple[bytes, list[torch.UntypedStorage]]:
     """The pickle of a value as it stands in a file of `torch.save`, and the storages that it names, in order.
+
+    Args:
+        value: of anything that can be pickled.
+        first: the number of the first storage.
 
     Raises:
         Exception: whatever pickling raises of a value that cannot be pickled.
     """
     buffer = io.BytesIO()
-    pickler = _Pickler(buffer)
+    pickler = _Pickler(buffer, first)
     pickler.dump(value)
     return buffer.getvalue(), list(pickler.storages.values())
+
+
+def with_item(structure: bytes, key: str, value: object, first: int) -> tuple[bytes, list[torch.UntypedStorage]]:
+    """The pickle of a dict with one item more, and the storages of that.
+
+    Args:
+        structure: the pickle of the dict, of this module.
+        key: of the item, not in the dict.
+        value: of the item.
+        first: how many storages the dict has.
+    """
+    # A pickle is a program that leaves its value on a stack: this one goes on where the first would have stopped.
+    name, (item, storages) = pickled(key)[0], pickled(value, first)
+    parts = (structure, name.removeprefix(_START), item.removeprefix(_START))
+    return b"".join(part.removesuffix(_STOP) for part in parts) + _SET + _STOP, storages
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

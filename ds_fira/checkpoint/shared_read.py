@@ -24,12 +24,14 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_fira.checkpoint.byte_ranges import FileRange, batches, merged
 from ds_fira.checkpoint.crc32 import combine
 from ds_fira.checkpoint.file_image import FileImage
 from ds_fira.sharding.comm import Communicator
 
 _BLOCK = 1 << 22  # bytes read at a time
 PIECE = 1 << 26  # bytes that travel at a time
+_NEAR = 1 << 12  # bytes between two tensors that travel together with them: in a file they are some hundred
 
 
 class ReadRange(NamedTuple):
@@ -38,14 +40,6 @@ class ReadRange(NamedTuple):
     start: int
     stop: int
     rank: int
-
-
-class FileRange(NamedTuple):
-    """Bytes of a file, by its name."""
-
-    name: str
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +80,7 @@ class SharedRead:
         images: of those that are kept.
         ready: the names of those in which all is there that anyone will read.
         kept: by name, what of a file the caller may hold on to when it is loaded.
+        sums: of what this rank has read: names, bounds and CRC-32.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, Listed], communicator: Communicator) -> None:
@@ -95,7 +90,7 @@ class SharedRead:
         self.images = {name: FileImage(folder / name, file.size) for name, file in files.items() if file.kept}
         self.ready: set[str] = set()
         self.kept: dict[str, list[FileRange]] = {}
-        self._sums: list[tuple[str, int, int, int]] = []
+        self.sums: list[tuple[str, int, int, int]] = []
         self._in_memory = sorted((image.start, name) for name, image in self.images.items())
 
     def read(self) -> str | None:
@@ -111,12 +106,14 @@ class SharedRead:
                     return _changed(name)
                 except OSError as error:
                     return f"its file {name} cannot be read: {error.strerror or error}"
-                self._sums.append((name, start, stop, crc))
+                self.sums.append((name, start, stop, crc))
         return None
 
     def _read(self, name: str, start: int, stop: int, scratch: memoryview) -> int:
         """Read a range of a file; its CRC-32."""
         crc, image = 0, self.images.get(name)
+        if image is not None:
+            image.expect(range(start, stop))
         with open(self.folder / name, "rb", buffering=0) as file:
             while start < stop:
                 end = min(stop, start + _BLOCK)
@@ -127,11 +124,14 @@ class SharedRead:
                 crc, start = zlib.crc32(block[:count], crc), start + count
         return crc
 
-    def find_damage(self) -> str | None:
-        """Compare what all ranks have read with what was noted; the same on every rank; a collective call."""
-        sums = sorted(item for of_rank in self.communicator.gather_objects(self._sums) for item in of_rank)
+    def find_damage(self, sums: Iterable[Iterable[tuple[str, int, int, int]]]) -> str | None:
+        """Compare what was read with what was noted.
+
+        Args:
+            sums: of every rank.
+        """
         found: dict[str, int] = {}
-        for name, start, stop, crc in sums:
+        for name, start, stop, crc in sorted(item for of_rank in sums for item in of_rank):
             found[name] = combine(found.get(name, 0), crc, stop - start)
         for name in sorted(self.files):
             if self.files[name].crc32 not in (None, found.get(name, 0)):
@@ -142,6 +142,8 @@ class SharedRead:
         """Give all ranks what is needed to unpickle some files, without the tensors' content; a collective call."""
         steps = [self.images[name].outline() for name in names]
         for asked in zip(*steps, strict=True):
+            if not any(asked):  # on no rank: all of them have the same bytes by now
+                continue
             own = []
             for name, places in zip(names, asked, strict=True):
                 view = self.images[name].view
@@ -154,15 +156,21 @@ class SharedRead:
     def spread(self, places: Iterable[FileRange]) -> None:
         """Give all ranks the same bytes; a collective call."""
         by_rank: dict[int, list[FileRange]] = defaultdict(list)
-        for piece, rank in self._cut(merged(places)):
+        for piece, rank in self._cut(merged(places, _NEAR)):
             by_rank[rank].append(piece)
+        if self.communicator.dp_size == 1:
+            return
         for rank, pieces in sorted(by_rank.items()):
-            for batch in _batches(pieces, PIECE):
-                size = sum(stop - start for _, start, stop in batch)
-                mine = rank == self.rank
-                packed = self._packed(batch) if mine else torch.empty(size, dtype=torch.uint8)
+            for batch in batches(pieces, PIECE):
+                mine, (first, *more) = rank == self.rank, batch
+                if not more:  # one piece travels from memory to memory as it is
+                    packed = self._place(first)
+                elif mine:
+                    packed = self._packed(batch)
+                else:
+                    packed = torch.empty(sum(stop - start for _, start, stop in batch), dtype=torch.uint8)
                 arrived = self.communicator.broadcast(packed, rank)
-                if not mine:
+                if not mine and (more or arrived is not packed):
                     self._unpack(batch, arrived)
 
     def deliver(self, places: Iterable[FileRange]) -> None:
@@ -171,11 +179,11 @@ class SharedRead:
         others = [rank for rank in range(size) if rank != self.rank]
         room = max(1, PIECE // size)
         # One list of batches for every other rank: what goes there, what comes from there.
-        sent = {rank: _batches([piece for piece, _ in self._cut(wanted[rank], self.rank)], room) for rank in others}
+        sent = {rank: batches([piece for piece, _ in self._cut(wanted[rank], self.rank)], room) for rank in others}
         arriving = defaultdict(list)
         for piece, rank in self._cut(wanted[self.rank]):
             arriving[rank].append(piece)
-        expected = {rank: _batches(arriving[rank], room) for rank in others}
+        expected = {rank: batches(arriving[rank], room) for rank in others}
         turns = max((len(batches) for batches in (*sent.values(), *expected.values())), default=0)
         turns = int(max(row[0] for row in self.communicator.gather_numbers([turns])))
         for turn in range(turns):
@@ -200,13 +208,18 @@ class SharedRead:
     def _packed(self, places: Sequence[FileRange]) -> Tensor:
         if not places:
             return torch.empty(0, dtype=torch.uint8)
-        return torch.cat([self.images[name].bytes[start:stop] for name, start, stop in places])
+        return torch.cat([self._place(place) for place in places])
 
     def _unpack(self, places: Sequence[FileRange], arrived: Tensor) -> None:
-        first = 0
-        for name, start, stop in places:
-            self.images[name].bytes[start:stop].copy_(arrived[first : first + stop - start])
-            first += stop - start
+        sizes = [stop - start for _, start, stop in places]
+        for place, content in zip(places, arrived.split(sizes), strict=True):
+            self._place(place).copy_(content)
+
+    def _place(self, place: FileRange) -> Tensor:
+        """The memory of some bytes, all of which are there or will be written next."""
+        image = self.images[place.name]
+        image.expect(range(place.start, place.stop))
+        return image.bytes[place.start : place.stop]
 
     def holds(self, name: str) -> bool:
         """Whether this rank has read all of a file."""
@@ -256,32 +269,6 @@ class _Touched(TorchDispatchMode):
         if not func.is_view:
             self.found += self.reading.ranges_of(tree_leaves((args, kwargs)))
         return func(*args, **(kwargs or {}))
-
-
-def merged(places: Iterable[FileRange]) -> list[FileRange]:
-    """Places in order, each byte once."""
-    found: list[FileRange] = []
-    for name, start, stop in sorted(places):
-        if found and found[-1].name == name and start <= found[-1].stop:
-            found[-1] = found[-1]._replace(stop=max(stop, found[-1].stop))
-        else:
-            found.append(FileRange(name, start, stop))
-    return found
-
-
-def _batches(places: Iterable[FileRange], room: int) -> list[list[FileRange]]:
-    """Places in batches of so many bytes, cut where one is full."""
-    batches: list[list[FileRange]] = []
-    free = 0
-    for name, start, stop in places:
-        while start < stop:
-            if free == 0:
-                batches.append([])
-                free = room
-            end = min(stop, start + free)
-            batches[-1].append(FileRange(name, start, end))
-            free, start = free - (end - start), end
-    return batches
 
 
 def _at(batches: Sequence[list[FileRange]], number: int) -> list[FileRange]:

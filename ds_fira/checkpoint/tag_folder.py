@@ -7,6 +7,7 @@ names they lie.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from ds_fira.checkpoint import manifest
@@ -19,9 +20,15 @@ _LONGEST_NAME, _LONGEST_TAG = 240, 2000  # bytes; file systems allow 255 and 409
 _SHOWN = 80  # characters of a tag in a sentence
 
 
-def matching_files(checkpoint: Path, pattern: str) -> list[Path]:
-    """The files of a checkpoint whose names match, in order; without what its manifest does not name."""
-    listed = manifest.listed_files(checkpoint)
+def matching_files(checkpoint: Path, pattern: str, listed: Collection[str] | None = None) -> list[Path]:
+    """The files of a checkpoint whose names match, in order; without what its manifest does not name.
+
+    Args:
+        checkpoint: its folder.
+        pattern: of names, as a shell's.
+        listed: what it names, where that is known; else it is read.
+    """
+    listed = manifest.listed_files(checkpoint) if listed is None else listed
     return [path for path in sorted(checkpoint.glob(pattern)) if listed is None or path.name in listed]
 
 

@@ -33,7 +33,7 @@ class RankGone(RuntimeError):
 
 
 class Meeting:
-    """The ranks of one undertaking; made and used by one thread of each.
+    """The ranks of one undertaking; used by one thread of each at a time, and begun by the first thing that is told.
 
     Args:
         name: the same on all ranks, of no other undertaking.
@@ -47,18 +47,14 @@ class Meeting:
         self._ended = threading.Event()
         self._hearts: dict[int, tuple[int, float]] = {}
         self._gone: list[int] = []
-        self._store = self._opened() if self._size > 1 else None
-        if self._store is not None:
-            threading.Thread(target=self._beat, args=(self._opened(),), name="ds_fira meeting", daemon=True).start()
+        self._store: torch.distributed.Store | None = None
 
-    @property
-    def available(self) -> bool:
-        """Whether the ranks can meet."""
-        return self._size == 1 or self._store is not None
+    def _begin(self) -> None:
+        self._store = self._opened()
+        threading.Thread(target=self._beat, args=(self._opened(),), name="ds_fira meeting", daemon=True).start()
 
-    def _opened(self) -> torch.distributed.Store | None:
-        store = lost_peer.open_store()
-        return None if store is None else torch.distributed.PrefixStore(f"meeting/{self._name}", store)
+    def _opened(self) -> torch.distributed.Store:
+        return torch.distributed.PrefixStore(f"meeting/{self._name}", lost_peer.open_store())
 
     def _beat(self, store: torch.distributed.Store) -> None:
         with contextlib.suppress(Exception):  # the process with the store is gone
@@ -80,6 +76,8 @@ class Meeting:
         """
         if self._size == 1:
             return [item]
+        if self._store is None:
+            self._begin()
         self._round += 1
         here = f"{self._round}/"
         self._store.set(f"{here}item/{self._rank}", zlib.compress(pickle.dumps(item), 1))

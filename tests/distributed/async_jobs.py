@@ -146,6 +146,29 @@ def fail_behind(folder: str, stage: int) -> dict[str, Any]:
     return results
 
 
+def disagree(folder: str) -> dict[str, Any]:
+    """Saves from behind to which ranks give several tags, or for which one alone has other tensors than before."""
+    rank, results = dist.get_rank(), {}
+    with engine_of(checkpoint={"tag_validation": "Fail"}) as engine:
+        engine.basic_optimizer.saving = engine.basic_optimizer.saving._replace(async_save=True)
+        engine.save_checkpoint(folder, "alike")
+        Behind.of(engine).wait(engine, "the test")
+        engine.save_checkpoint(folder, f"rank {rank}")
+        results["tags"] = step_until_told(engine)
+        more = {} if rank == 0 else {"more": torch.ones(100)}
+        hook = engine.module.register_state_dict_post_hook(lambda module, found, *_: found.update(more))
+        engine.save_checkpoint(folder, "changed")
+        results["changed"] = step_until_told(engine)
+        engine.save_checkpoint(folder, "apart")
+        kept = weights(engine)
+        Behind.of(engine).wait(engine, "the test")
+        hook.remove()
+        results["path"] = str(engine.load_checkpoint(folder)[0])
+        results["weights"] = all(torch.equal(a, b) for a, b in zip(weights(engine), kept, strict=True))
+    results["names"] = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+    return results
+
+
 def leave(folder: str, stage: int) -> None:
     """Begin a save and end: nothing is destroyed, nothing waits but the end of the process."""
     slow_disk(0.05)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fira.checkpoint.shared_read import FileRange, Listed, SharedRead
+from ds_fira.checkpoint.byte_ranges import FileRange
+from ds_fira.checkpoint.shared_read import Listed, SharedRead
 from ds_fira.sharding.comm import Communicator
 from tests.distributed.probes import stepped_and_states
 from tests.distributed.resize_jobs import advance, module_weights
@@ -66,7 +67,7 @@ def exchange(folder: str, sizes: list[int], seed: int) -> list[str]:
     files = {name: Listed(len(content), zlib.crc32(content), kept=True) for name, content in contents.items()}
     files["0.bin"] = replace(files["0.bin"], rank=communicator.dp_size - 1)
     reading, wrong = SharedRead(path, files, communicator), []
-    if reading.read() is not None or reading.find_damage() is not None:
+    if reading.read() is not None or reading.find_damage(communicator.gather_objects(reading.sums)) is not None:
         wrong.append("what was read")
 
     def drawn(chance: random.Random) -> list[FileRange]:
@@ -85,7 +86,9 @@ def exchange(folder: str, sizes: list[int], seed: int) -> list[str]:
     compare(own if communicator.dp_rank else [], "delivered")
     files["1.bin"] = replace(files["1.bin"], crc32=files["1.bin"].crc32 ^ 1)
     again = SharedRead(path, files, communicator)
-    if again.read() is not None or again.find_damage() != "the content of its file 1.bin has changed":
+    again.read()
+    damage = again.find_damage(communicator.gather_objects(again.sums))
+    if damage != "the content of its file 1.bin has changed":
         wrong.append("a changed file")
     return wrong
 

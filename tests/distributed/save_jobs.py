@@ -14,6 +14,7 @@ import torch
 from deepspeed.checkpoint.constants import CHECKPOINT_PARALLEL_DIMS
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from ds_fira.checkpoint.tag_folder import LOCK
 from tests.distributed.crash_jobs import SETTINGS, SHAPES
@@ -210,6 +211,39 @@ def save_without_fira(folder: str) -> list[str]:
     engine.load_checkpoint(folder)
     engine.destroy()
     return sorted(path.name for path in (Path(folder) / "plain").iterdir())
+
+
+def load_without_fira(folder: str, stage: int, async_save: bool) -> dict[str, bool]:
+    """Whether an engine with torch's AdamW takes over the module's weights that one with FiraAdam saved, and trains."""
+    with engine_of(stage) as engine:
+        engine.basic_optimizer.saving = engine.basic_optimizer.saving._replace(async_save=async_save)
+        step(engine)
+        engine.save_checkpoint(folder)
+        kept = whole_weights(engine)
+    seen = {}
+    plain = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
+    for option in ({"load_optimizer_states": False}, {"load_module_only": True}):
+        other = build(config(stage, "bf16", {}) | plain, SHAPES, seed=7)
+        before = whole_weights(other)
+        # Asked for the weights alone, DeepSpeed takes those of stage 3 only where it is asked for no states too.
+        path, _ = other.load_checkpoint(folder, **({"load_optimizer_states": False} if stage == 3 else {}) | option)
+        name = f"{path is not None} {next(iter(option))}"
+        seen[f"{name} other before"] = not any(torch.equal(kept[key], before[key]) for key in kept if "norm" not in key)
+        seen[name] = all(torch.equal(weight, kept[key]) for key, weight in whole_weights(other).items())
+        step(other)
+        seen[f"{name} trains"] = all(bool(weight.isfinite().all()) for weight in whole_weights(other).values())
+        other.destroy()
+    if stage > 0:
+        masters = get_fp32_state_dict_from_zero_checkpoint(folder)
+        seen["exported"] = all(torch.equal(masters[key].bfloat16(), weight) for key, weight in kept.items())
+    seen["read"] = all(isinstance(torch.load(file, weights_only=False), dict) for file in Path(folder).rglob("*.pt"))
+    return seen
+
+
+def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """A copy of the module's parameters, put together where stage 3 has partitioned them."""
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
 
 
 def save_under_own_tags(folder: str) -> dict[str, Any]:

@@ -102,6 +102,18 @@ def test_an_error_is_raised_at_the_same_step_on_every_rank(stage: int, ranks: Po
     assert not {"full", "vanished", "bad", "after"} & set(first["names"])
 
 
+def test_ranks_that_do_not_agree_hear_of_it_later(ranks: Pools, tmp_path: Path) -> None:
+    """Several tags, tensors that one rank alone has: they end a save, on all ranks at one step; the next is whole."""
+    first, second = ranks.run(2, "disagree", MODULE, folder=str(tmp_path))
+    assert first == second
+    assert first["tags"][0] >= 1
+    assert re.match("TagsDiffer: FiraAdam: .* 2 different tags, .*not consistent across all ranks", first["tags"][1])
+    assert re.match(r"CheckpointError: FiraAdam: .*'changed' was given .* on ranks \[1\] .*again", first["changed"][1])
+    assert (Path(first["path"]).parent.name, first["weights"]) == ("apart", True)
+    assert first["names"] == ["alike", "apart"]
+    assert find_damage(tmp_path / "apart") is None
+
+
 @pytest.mark.parametrize("size", [2, pytest.param(1, marks=full)])
 def test_the_end_of_a_process_waits(size: int, tmp_path: Path) -> None:
     run = Run(tmp_path, world_size=size, function=f"{MODULE}.leave", stage=2)

@@ -9,6 +9,7 @@ import pytest
 
 from ds_fira.checkpoint.manifest import MANIFEST
 from ds_fira.checkpoint.tag_folder import LOCK
+from ds_fira.engine.deepspeed.save_load.agreement import TagsDiffer
 from tests.ranks import Pools
 
 MODULE = "tests.distributed.save_jobs"
@@ -92,11 +93,21 @@ def test_other_optimizers_are_left_alone(ranks: Pools, tmp_path: Path) -> None:
         assert len(names) == 3
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_alone_takes_the_weights_over(stage: int, ranks: Pools, tmp_path: Path) -> None:
+    """An engine with torch's AdamW loads the module from what FiraAdam's engine saved; `zero_to_fp32` reads it."""
+    for seen in ranks.run(2, "load_without_fira", MODULE, folder=str(tmp_path), stage=stage, async_save=stage > 1):
+        assert len(seen) == 7 + (stage > 0)
+        assert all(seen.values()), seen
+        assert not [name for name in seen if name.startswith("False")]
+
+
 def test_tag_validation_decides_about_different_tags(ranks: Pools, tmp_path: Path) -> None:
-    """`Fail` is DeepSpeed's error and writes nothing; `Warn` and `Ignore` save one checkpoint, under rank 0's tag."""
+    """`Fail` raises what DeepSpeed does and writes nothing; `Warn` and `Ignore` save once, under rank 0's tag."""
     for result in ranks.run(2, "save_under_own_tags", MODULE, folder=str(tmp_path)):
         error, loaded, names = result["Fail"]
-        assert error.startswith("AssertionError: ")
+        assert issubclass(TagsDiffer, AssertionError)
+        assert error.startswith("TagsDiffer: FiraAdam: ")
         assert "is not consistent across all ranks" in error
         assert (loaded, names) == (None, [])
         for mode in ("Warn", "Ignore"):

@@ -97,10 +97,9 @@ PATCHES = (
     # Raises what went wrong in a save from behind, before anything is stepped; called on all ranks alike.
     Patch(DeepSpeedEngine, "step", behind.hear_before_step),
     # --- It saves and loads.
-    # Survives a crash, then adds generators, counters and records; writes through checkpoint_engine.save and
+    # Survives a crash, with generators, counters and records; writes through checkpoint_engine.save and
     # _copy_recovery_script, and client_state beside the weights.
     Patch(DeepSpeedEngine, "save_checkpoint", save.save_whole),
-    Patch(DeepSpeedEngine, "save_checkpoint", client_state.save_with_resume_state),
     # Hide files that are not the checkpoint's; loading finds its files through these.
     Patch(DeepSpeedEngine, "_get_all_ckpt_names", pick.find_listed),
     Patch(zero_to_fp32, "get_checkpoint_files", pick.find_listed),
@@ -126,7 +125,8 @@ TEMPORARY = (
     ("TorchCheckpointEngine", "makedirs", "save_load.capture"),  # none: the folder is made later
     ("an engine, not its class", "save_non_zero_checkpoint", "save_load.capture"),  # true: every rank has a part
     ("DeepSpeedEngine", "_copy_recovery_script", "save_load.capture"),  # into the staging folder, later
-    ("DeepSpeedEngine", "_checkpoint_tag_validation", "save_load.capture"),  # none: the ranks have agreed before
+    ("DeepSpeedEngine", "_checkpoint_tag_validation", "save_load.capture"),  # none: the ranks agree on it later
+    ("deepspeed.runtime.engine", "dist", "save_load.capture"),  # without barriers
     ("DeepSpeedEngine", "_get_all_ckpt_names", "save_load.load"),  # one model file for every rank
     ("DeepSpeedEngine", "load_module_state_dict", "save_load.load"),  # weights that other ranks saved
     ("deepspeed.comm", "get_rank", "rehearsal"),  # 0, where no rank has started

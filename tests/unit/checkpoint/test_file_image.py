@@ -1,11 +1,9 @@
-"""Files in memory of which only a part is there, who reads which part, and sums of parts."""
+"""Files in memory of which only a part is there, and who reads which part."""
 
 from __future__ import annotations
 
 import os
-import random
 import zipfile
-import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,23 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from ds_fira.checkpoint.crc32 import combine
 from ds_fira.checkpoint.file_image import SMALL, FileImage
 from ds_fira.checkpoint.safe_load import UnsafeFileError
 from ds_fira.checkpoint.shared_read import Listed, divide
-
-
-@pytest.mark.parametrize("lengths", [(0, 0), (0, 9), (9, 0), (1, 1), (300, 70_001), (5, 1 << 20)])
-def test_a_sum_of_two_pieces_is_zlib_s(lengths: tuple[int, int]) -> None:
-    first, second = (random.Random(number).randbytes(length) for number, length in enumerate(lengths))
-    assert combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
-
-
-def test_sums_of_lengths_that_no_test_can_hold() -> None:
-    """Zeros behind zeros, of a terabyte: in one piece, and in two."""
-    whole = combine(1, 0, (1 << 40) + 3)
-    assert whole == combine(combine(1, 0, 1 << 40), 0, 3)
-    assert whole == combine(combine(1, 0, 3), 0, 1 << 40)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])

@@ -1,11 +1,9 @@
-"""Files of torch.save that were laid out before they were written, and sums that were put together."""
+"""Files of torch.save that were laid out before they were written."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import os
-import random
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,37 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from ds_fira.checkpoint.crc32 import combine, combined
 from ds_fira.checkpoint.pickled import bytes_of, pickled, tensors_in
 from ds_fira.checkpoint.zip_layout import ZipLayout
-
-
-def test_combined_sums_are_zlibs() -> None:
-    chance = random.Random(1)
-    content = chance.randbytes(100_000)
-    for _ in range(50):
-        cuts = sorted({0, len(content), *(chance.randrange(len(content)) for _ in range(chance.randrange(6)))})
-        parts = [content[a:b] for a, b in itertools.pairwise(cuts)]
-        assert combined((zlib.crc32(part), len(part)) for part in parts) == zlib.crc32(content)
-    assert combine(zlib.crc32(b"ab"), zlib.crc32(b""), 0) == zlib.crc32(b"ab")
-
-
-def test_sums_of_more_than_four_gigabytes() -> None:
-    """A run of 2^33 + 5 zeros: its sum is known from halves, and each half from its own halves."""
-    length, known = 1 << 20, zlib.crc32(bytes(1 << 20))
-    while length < 1 << 33:
-        known, length = combine(known, known, length), 2 * length
-    direct = 0
-    for _ in range((1 << 24) // (1 << 20)):
-        direct = zlib.crc32(bytes(1 << 20), direct)
-    half = zlib.crc32(bytes(1 << 20))
-    for power in range(20, 24):
-        half = combine(half, half, 1 << power)
-    assert half == direct
-    five = combine(known, zlib.crc32(bytes(5)), 5)
-    assert combine(combine(zlib.crc32(b"start"), known, length), zlib.crc32(bytes(5)), 5) == combine(
-        zlib.crc32(b"start"), five, length + 5
-    )
 
 
 def state() -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """Saves that go on while the training does: one at a time, of one engine.
 
 `engine.save_checkpoint` copies what this rank writes to the host and returns. A thread does the rest, as a save does
-that the training waits for. Its end is agreed on: from the save on, every `engine.step` starts one small all-reduce
-whose answer it reads a step later, so that the ranks learn at the same step that all of them are done, and raise there
-what went wrong. Between saves a step costs nothing.
+that the training waits for; it also tells the other ranks what they have to know. Its end is agreed on: from the save
+on, every `engine.step` starts one small all-reduce whose answer it reads a step later, so that the ranks learn at the
+same step that all of them are done, and raise there what went wrong. Between saves a step costs nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,9 +21,10 @@ from deepspeed.utils import logger
 
 from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.checkpoint.host_copies import HostCopies
+from ds_fira.checkpoint.outgoing import Outgoing
 from ds_fira.engine.deepspeed.monitor import PREFIX
-from ds_fira.engine.deepspeed.save_load.capture import Capture
-from ds_fira.engine.deepspeed.save_load.writing import Writing
+from ds_fira.engine.deepspeed.save_load.agreement import Known
+from ds_fira.engine.deepspeed.save_load.writing import Target, Writing
 from ds_fira.runtime import lost_peer
 from ds_fira.runtime.background import Background
 from ds_fira.runtime.meeting import Meeting
@@ -30,6 +32,7 @@ from ds_fira.runtime.termination import SharedFlag
 
 T = TypeVar("T")
 _BEHIND = "_ds_fira_behind"
+_numbers = itertools.count(1)  # of the saves of this process from behind, the same on all ranks
 _WORTH_TELLING = 0.1  # seconds that a save waited for the one before
 
 
@@ -38,17 +41,19 @@ class Report:
     """What a save took.
 
     Attributes:
-        tag: of the checkpoint.
+        target: of the save.
         samples: that the engine had seen.
-        afterwards: looks into what was saved.
+        look_into: looks into what was saved, by its tag.
+        began: when the training stopped, by `time.monotonic`.
         stall: seconds for which the training stood still.
         seconds: from the call until the checkpoint was published.
         nbytes: that all ranks wrote.
     """
 
-    tag: str
+    target: Target
     samples: int
-    afterwards: Callable[[], None]
+    look_into: Callable[[str], None]
+    began: float
     stall: float = 0.0
     seconds: float = 0.0
     nbytes: int = 0
@@ -57,14 +62,14 @@ class Report:
         """Say it in the log and to the monitors."""
         if engine.global_rank == 0:
             logger.info(
-                f"{engine.basic_optimizer.algorithm.name}: saved {self.tag!r}: {self.nbytes / 1e6:.1f} MB in "
+                f"{engine.basic_optimizer.algorithm.name}: saved {self.target.tag!r}: {self.nbytes / 1e6:.1f} MB in "
                 f"{self.seconds:.2f} s, for {self.stall:.3f} s of which the training stood still"
             )
         if engine.monitor.enabled:
             figures = {"save_bytes": self.nbytes, "save_seconds": self.seconds, "save_stall_seconds": self.stall}
             events = [(PREFIX + name, float(value), self.samples) for name, value in figures.items()]
             engine.monitor.write_events(events)
-        self.afterwards()
+        self.look_into(self.target.tag)
 
 
 @dataclass
@@ -73,10 +78,12 @@ class Behind:
 
     Attributes:
         copies: of what is being written.
+        known: what the ranks have told each other before.
         under_way: the save that has not been heard of yet, and its report.
     """
 
     copies: HostCopies = field(default_factory=HostCopies)
+    known: Known = field(default_factory=Known)
     under_way: tuple[Background[int], Report] | None = None
     _flag: SharedFlag | None = None
     _asked: bool = False
@@ -86,40 +93,40 @@ class Behind:
         """Those of an engine."""
         return vars(engine).setdefault(_BEHIND, cls())
 
-    def start(self, writing: Writing, capture: Capture, save_id: str, report: Report, began: float) -> None:
+    @staticmethod
+    def meeting() -> Meeting:
+        """Of the next save, which every rank begins as its next one too."""
+        return Meeting(f"save {next(_numbers)}")
+
+    def start(
+        self,
+        writing: Writing,
+        files: Sequence[Outgoing],
+        finish: Callable[[Meeting], int],
+        meeting: Meeting,
+        report: Report,
+    ) -> None:
         """Copy, and let a thread write.
 
         Args:
             writing: of the save.
-            capture: what it writes.
-            save_id: the same on all ranks.
+            files: what this rank has a part in.
+            finish: does everything else; returns the bytes that all ranks have written.
+            meeting: for `finish`.
             report: to be filled in.
-            began: when the training stopped, by `time.monotonic`.
         """
         with writing.caught():
-            self.copies.take([extent for file in capture.files for extent in file.extents])
-        meeting: list[Meeting] = []
+            self.copies.take([extent for file in files for extent in file.extents])
 
         def write() -> int:
-            meeting.append(Meeting(save_id))
-            try:
-                report.nbytes = writing.run(meeting[0], capture.files, capture.write_scripts)
-            except CheckpointError:
-                raise
-            except Exception as error:
-                raise writing.given_up(error) from error
-            finally:
-                meeting[0].close()
-            report.seconds = time.monotonic() - began
+            report.nbytes = writing.among(meeting, finish)
+            meeting.close()
+            report.seconds = time.monotonic() - report.began
             return report.nbytes
 
-        def hurry() -> None:
-            for each in meeting:
-                each.hurry()
-
-        self.under_way = (Background(write, hurry), report)
+        self.under_way = (Background(write, meeting.hurry), report)
         self._asked = False
-        report.stall = time.monotonic() - began
+        report.stall = time.monotonic() - report.began
 
     def wait(self, engine: DeepSpeedEngine, why: str) -> None:
         """Wait for the save under way, if any.
@@ -132,7 +139,7 @@ class Behind:
         waited = self.under_way[0].wait()
         if waited > _WORTH_TELLING and engine.global_rank == 0:
             name = engine.basic_optimizer.algorithm.name
-            logger.info(f"{name}: {why} waited {waited:.2f} s for the save of {self.under_way[1].tag!r} to end")
+            logger.info(f"{name}: {why} waited {waited:.2f} s for the save of {self.under_way[1].target.tag!r} to end")
         self._hear(engine)
 
     def look(self, engine: DeepSpeedEngine) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
+
+_signature = functools.lru_cache(inspect.signature)
 
 
 def bound(method: Callable[..., object], *args: object, **kwargs: object) -> inspect.BoundArguments:
     """The arguments of a call by name, with the defaults of those that are not given."""
-    call = inspect.signature(method).bind(*args, **kwargs)
+    call = _signature(method).bind(*args, **kwargs)
     call.apply_defaults()
     return call
 

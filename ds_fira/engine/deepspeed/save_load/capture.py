@@ -1,10 +1,12 @@
 """Take what DeepSpeed hands to its checkpoint engine, and say who writes which bytes of it.
 
 Written against DeepSpeed 0.19.8. What it relies on: `save_checkpoint` writes through `checkpoint_engine.save`, after
-`makedirs` of the same object, and copies its scripts by `_copy_recovery_script`. Every rank builds the content of the
-module's file, and those whose `save_non_zero_checkpoint` is set save it: rank 0 below stage 3, or the first of each
-node. Below stage 3 all ranks hold the same parameters, and at stage 0 the same states. So there every rank saves it
-here, its part of the bytes. Buffers, which may differ between ranks, and everything else in it are the first one's.
+`makedirs` of the same object, and copies its scripts by `_copy_recovery_script`. It keeps the ranks in step by barriers
+of its module's `dist`, which nothing needs here: the folder is made later, and nobody writes before all have agreed.
+Every rank builds the content of the module's file, and those whose `save_non_zero_checkpoint` is set save it: rank 0
+below stage 3, or the first of each node. Below stage 3 all ranks hold the same parameters, and at stage 0 the same
+states. So there every rank saves it here, its part of the bytes. Buffers, which may differ between ranks, and
+everything else in it are the first one's.
 
 At stage 3 the module's file, and at every stage above 0 that of the optimizer's states, is one a rank in DeepSpeed,
 with what that rank alone has.
@@ -16,15 +18,18 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
+import deepspeed.runtime.engine as deepspeed_engine
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.utils.serialization import config as serialization
 
 from ds_fira.checkpoint.manifest import FORMAT, MARK
-from ds_fira.checkpoint.outgoing import Extent, Frame, Outgoing, extents_of
+from ds_fira.checkpoint.outgoing import Frame, Outgoing, extents_of
 from ds_fira.checkpoint.pickled import pickled, tensors_in
 from ds_fira.checkpoint.process_identity import boot
 from ds_fira.engine.deepspeed.save_load.calls import replaced
@@ -50,11 +55,39 @@ def peers_of(engine: DeepSpeedEngine, communicator: Communicator) -> Sequence[in
     return [each for each in range(size) if owner(each) == owner(rank)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Handed:
+    """What DeepSpeed has handed over for one file.
+
+    Attributes:
+        file: what becomes of it.
+        content: for `torch.save`.
+        shared: the storages in it that all of `peers` hold alike.
+    """
+
+    file: Outgoing
+    content: object
+    shared: list[torch.UntypedStorage]
+
+
+class _NoBarriers:
+    """`deepspeed.comm` as DeepSpeed's engine sees it during a save."""
+
+    def __init__(self, comm: ModuleType) -> None:
+        self._comm = comm
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._comm, name)
+
+    def barrier(self, *_: object, **__: object) -> None:
+        """The ranks agree later."""
+
+
 class Capture:
     """The files of one save on one rank.
 
     Attributes:
-        files: what this rank has a part in, once `share_out` has been called.
+        files: what this rank has a part in, once `share_out` has been called; whole once `complete` has been.
         copies_scripts: whether DeepSpeed's scripts are this rank's to write.
     """
 
@@ -75,7 +108,8 @@ class Capture:
         """
         self._engine, self._folder, self._peers, self._caught = engine, folder, peers, caught
         self._rank = engine.global_rank
-        self._replicated: list[tuple[Outgoing, list[torch.UntypedStorage], list[torch.UntypedStorage]]] = []
+        self._handed: list[_Handed] = []
+        self._incomplete: list[Outgoing] = []
         self.files: list[Outgoing] = []
         self.copies_scripts = False
 
@@ -85,8 +119,13 @@ class Capture:
         engine = self._engine
         spread = {"save_non_zero_checkpoint": True} if self._spreads else {}
         writer = {"save": self._save, "makedirs": lambda *_, **__: None}
-        here = {"_copy_recovery_script": self._copy, "_checkpoint_tag_validation": lambda _: None}  # agreed on already
-        with replaced(engine.checkpoint_engine, **writer), replaced(engine, **spread, **here):
+        here = {"_copy_recovery_script": self._copy, "_checkpoint_tag_validation": lambda _: None}  # agreed on later
+        comm = _NoBarriers(deepspeed_engine.dist)
+        with (
+            replaced(engine.checkpoint_engine, **writer),
+            replaced(engine, **spread, **here),
+            replaced(deepspeed_engine, dist=comm),
+        ):
             yield
 
     @property
@@ -105,17 +144,7 @@ class Capture:
             name = Path(path).relative_to(self._folder).as_posix()
             shared = self._shared(state_dict) if self._spreads and MODEL_FILE.fullmatch(name) else []
             file = Outgoing(name, self._peers[0] if shared else self._rank)
-            storages: list[torch.UntypedStorage] = []
-            if not self._zipped:
-                file.old = _marked(state_dict)
-            elif file.owner == self._rank:
-                file.pickled, storages = pickled(_marked(state_dict))
-                sizes = tuple(storage.nbytes() for storage in storages)
-                numbers = {storage._cdata: number for number, storage in enumerate(storages)}
-                order = tuple(numbers[storage._cdata] for storage in shared)
-                file.frame = Frame(len(file.pickled), sizes, order, serialization.save.storage_alignment)
-            self.files.append(file)
-            self._replicated.append((file, shared, storages))
+            self._handed.append(_Handed(file, state_dict, shared))
 
     def _shared(self, state_dict: dict[str, object]) -> list[torch.UntypedStorage]:
         own = {buffer.untyped_storage()._cdata for buffer in self._engine.module.buffers()}
@@ -129,27 +158,54 @@ class Capture:
     @property
     def digest(self) -> str:
         """Of the tensors that are to be shared out; the same on ranks that can."""
-        sizes = [[storage.nbytes() for storage in shared] for _, shared, _ in self._replicated if shared]
+        sizes = [[storage.nbytes() for storage in handed.shared] for handed in self._handed if handed.shared]
         return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
     def share_out(self, same: bool) -> None:
-        """Give every rank its part of the bytes.
+        """Pickle the structure of what this rank owns, and give every rank its part of the bytes.
 
         Args:
             same: whether all ranks have the same digest; where they have not, the owners write all.
         """
-        place = self._peers.index(self._rank)
-        for file, shared, storages in self._replicated:
-            taken = {storage._cdata for storage in shared} if same else set()
-            mine = extents_of(shared, place, len(self._peers)) if taken else []
-            if file.frame is not None:
-                order = file.frame.shared
-                mine = [Extent(order[each.storage], each.start, each.data) for each in mine]
-                rest = [number for number, storage in enumerate(storages) if storage._cdata not in taken]
-                whole = extents_of([storages[number] for number in rest])
-                mine += [Extent(rest[each.storage], each.start, each.data) for each in whole]
-            file.extents = mine
-        self._replicated.clear()
+        for handed in self._handed:
+            with self._caught(self._folder / handed.file.name):
+                self._lay_out(handed, same)
+                self.files.append(handed.file)
+        self._handed.clear()
+
+    def _lay_out(self, handed: _Handed, same: bool) -> None:
+        file, content, shared = handed.file, handed.content, handed.shared if same else []
+        if isinstance(content, dict) and KEY in content:
+            content = {key: value for key, value in content.items() if key != KEY}
+            self._incomplete.append(file)
+        elif isinstance(content, dict) and OUTER in content:
+            content = {**content, KEY: {MARK: FORMAT}}
+        if not self._zipped:
+            file.old = content
+            return
+        file.extents = extents_of(shared, self._peers.index(self._rank), len(self._peers)) if shared else []
+        if file.owner != self._rank:
+            return
+        file.pickled, storages = pickled(content)
+        numbers = {storage._cdata: number for number, storage in enumerate(storages)}
+        order = tuple(numbers.pop(storage._cdata) for storage in shared)
+        for extent in file.extents:
+            extent.storage = order[extent.storage]
+        sizes = tuple(storage.nbytes() for storage in storages)
+        file.frame = Frame(len(file.pickled), sizes, order, serialization.save.storage_alignment)
+        file.add_whole({number: storages[number] for number in numbers.values()})
+
+    def complete(self, resume: Mapping[str, object]) -> None:
+        """Put what all ranks have gathered meanwhile into the files with the client state.
+
+        Args:
+            resume: of `client_state.resume_state`.
+        """
+        item = {**resume, MARK: FORMAT}  # the mark says that there is a manifest, and of which format
+        for file in self._incomplete:
+            with self._caught(self._folder / file.name):
+                file.add_item(KEY, item)
+        self._incomplete.clear()
 
     def write_scripts(self, folder: Path) -> None:
         """Put DeepSpeed's scripts into a folder, on the rank that has them.
@@ -162,10 +218,3 @@ class Capture:
                 self._engine._copy_recovery_script(os.fspath(folder))
             except OSError as error:
                 raise OSError(error.errno, error.strerror, os.fspath(folder)) from None
-
-
-def _marked(state_dict: object) -> object:
-    """A file's content, in whose entry of ours it says that there is a manifest, and of which format."""
-    if not isinstance(state_dict, dict) or not {KEY, OUTER} & state_dict.keys():
-        return state_dict
-    return {**state_dict, KEY: {**state_dict.get(KEY, {}), MARK: FORMAT}}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -21,34 +22,53 @@ from ds_fira.checkpoint.tag_folder import matching_files
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, load
 from ds_fira.optim.base import LowRankOptimizer
 
+T = TypeVar("T")
+
 
 @contextmanager
 def agreed(optimizer: LowRankOptimizer) -> Iterator[None]:
-    """Stop on every rank if what is done inside fails on any; inside an engine a collective call.
-
-    Args:
-        optimizer: gives the ranks, and its name to the sentence.
-
-    Raises:
-        ValueError: with the sentence of the first rank that failed, the same on every rank.
-    """
-    error, communicator = None, optimizer.communicator
+    """Stop on every rank if what is done inside fails on any; as `gathered`."""
+    error = None
     try:
         yield
     except Exception as raised:
         error = raised
+    _settle(optimizer, error, None)
+
+
+def gathered(optimizer: LowRankOptimizer, function: Callable[[], T]) -> list[T]:
+    """What a function returns on every rank, in order of rank; inside an engine a collective call.
+
+    Args:
+        optimizer: gives the ranks, and its name to the sentence.
+        function: that may fail on some.
+
+    Raises:
+        ValueError: with the sentence of the first rank that failed, the same on every rank.
+    """
+    answer = error = None
+    try:
+        answer = function()
+    except Exception as raised:
+        error = raised
+    return _settle(optimizer, error, answer)
+
+
+def _settle(optimizer: LowRankOptimizer, error: Exception | None, answer: T) -> list[T]:
+    communicator = optimizer.communicator
     rank = 0 if communicator is None else communicator.dp_rank
     text = None if error is None else load_sentence(error, optimizer.algorithm.name, rank)
-    texts = [text] if communicator is None else communicator.gather_objects(text)
-    failed = [told for told in texts if told is not None]
+    told = [(text, answer)] if communicator is None else communicator.gather_objects((text, answer))
+    failed = [text for text, _ in told if text is not None]
     if failed:
         raise ValueError(failed[0]) from error
+    return [answer for _, answer in told]
 
 
 def require_loadable(
     engine: DeepSpeedEngine, folder: Path, model_only: bool = False, reading: SharedRead | None = None
 ) -> None:
-    """Stop on every rank if a file of a checkpoint cannot be read without running what stands in it; collective.
+    """Raise if a file of a checkpoint cannot be read without running what stands in it.
 
     DeepSpeed reads one file on one rank, where an error would leave the others waiting. So all are looked into before:
     each by one of the ranks that share a storage.
@@ -64,14 +84,13 @@ def require_loadable(
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
     communicator = optimizer.communicator
-    with agreed(optimizer):
-        paths = matching_files(folder, "*model_states.pt" if model_only else "*_states.pt")
-        first, step = (0, 1) if engine.use_node_local_storage() else (communicator.dp_rank, communicator.dp_size)
-        for number, path in enumerate(paths):
-            listed = None if reading is None else reading.files.get(path.name)
-            owner = None if listed is None else listed.rank
-            if number % step == first if owner is None else owner == reading.rank:
-                load(path, reading=reading)
+    known = None if reading is None else reading.files
+    paths = matching_files(folder, "*model_states.pt" if model_only else "*_states.pt", known)
+    first, step = (0, 1) if engine.use_node_local_storage() else (communicator.dp_rank, communicator.dp_size)
+    for number, path in enumerate(paths):
+        owner = None if known is None else known[path.name].rank
+        if number % step == first if owner is None else owner == reading.rank:
+            load(path, reading=reading)
 
 
 def require_own_share(engine: DeepSpeedEngine, folder: Path, reading: SharedRead | None = None) -> None:

@@ -13,7 +13,7 @@ over the ranks as they are saved.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypedDict
 
 import numpy as np
@@ -41,24 +41,13 @@ class RngState(TypedDict):
     numpy: dict[str, object]
 
 
-def save_with_resume_state(
-    save: Callable[..., object], engine: DeepSpeedEngine, *args: object, **kwargs: object
-) -> object:
-    """`save_checkpoint`: also saves what an exact resume needs."""
-    if not trains_ours(engine):
-        return save(engine, *args, **kwargs)
-    call = bound(save, engine, *args, **kwargs)
-    call.arguments["client_state"] = {**call.arguments["client_state"], KEY: _state_of_all(engine)}
-    return save(*call.args, **call.kwargs)
-
-
 def load_with_resume_state(
     load: Callable[..., tuple[str | None, dict[str, object] | None]],
     engine: DeepSpeedEngine,
     *args: object,
     **kwargs: object,
 ) -> tuple[str | None, dict[str, object] | None]:
-    """`load_checkpoint`: also takes over what `save_with_resume_state` saved, where states are loaded."""
+    """`load_checkpoint`: also takes over what `resume_state` saved, where states are loaded."""
     path, client_state = load(engine, *args, **kwargs)
     saved = client_state.pop(KEY, None) if client_state else None
     given = bound(load, engine, *args, **kwargs).arguments
@@ -68,19 +57,30 @@ def load_with_resume_state(
     return path, client_state
 
 
-def _state_of_all(engine: DeepSpeedEngine) -> dict[str, object]:
-    """Generators and counters of every rank, in order of rank; a collective call."""
-    optimizer = engine.basic_optimizer
-    own = {"rng": _with(Tensor, Tensor.numpy, rng_state()), "metrics": optimizer.metrics.state_dict()}
-    # A tensor among what is gathered would be a file of torch.save of its own, while the training waits.
-    ranks = [
-        {**part, "rng": _with(np.ndarray, torch.from_numpy, part["rng"])}
-        for part in optimizer.communicator.gather_objects(own)
-    ]
-    state = {"ranks": ranks, "replicated": optimizer.replicated}
-    if optimizer.recorder is not None:
-        state["scaling_factors"] = optimizer.recorder.gather(optimizer.communicator, optimizer.replicated)
-    return state
+def own_part(engine: DeepSpeedEngine) -> Callable[[], dict[str, object]]:
+    """Generators and counters of this rank as they are now; what it returns makes of them what the others get."""
+    states, metrics = _rng_states(), engine.basic_optimizer.metrics.state_dict()
+    # A tensor among what is gathered would be a file of torch.save of its own.
+    return lambda: {"rng": _with(Tensor, Tensor.numpy, _plain(states)), "metrics": metrics}
+
+
+def own_record(engine: DeepSpeedEngine) -> dict[str, object]:
+    """What all ranks know alike; a collective call where scaling factors are recorded."""
+    optimizer, recorder = engine.basic_optimizer, engine.basic_optimizer.recorder
+    found: dict[str, object] = {"replicated": optimizer.replicated}
+    if recorder is not None:
+        found["scaling_factors"] = recorder.gather(optimizer.communicator, optimizer.replicated)
+    return found
+
+
+def resume_state(parts: Iterable[Mapping[str, object]], record: Mapping[str, object]) -> dict[str, object]:
+    """What is saved for an exact resume.
+
+    Args:
+        parts: what `own_part` of every rank has made, in order of rank.
+        record: of `own_record`.
+    """
+    return {"ranks": [{**part, "rng": _with(np.ndarray, torch.from_numpy, part["rng"])} for part in parts], **record}
 
 
 def _with(kind: type, change: Callable[[object], object], value: object) -> object:
@@ -116,11 +116,22 @@ def rng_state() -> RngState:
         Tensors, numbers, strings and lists, so that `torch.load(..., weights_only=True)` reads it: about 12 kB. The
         device's is None where the device is the CPU.
     """
-    version, internal, gauss_next = random.getstate()
-    numpy = dict(zip(NUMPY_PARTS, np.random.get_state(), strict=True))  # the generator that others draw from
+    return _plain(_rng_states())
+
+
+def _rng_states() -> tuple[object, ...]:
+    """Copies of the generators' states, each as it is given."""
+    device = get_accelerator().get_rng_state() if get_accelerator().device_name() != "cpu" else None
+    # numpy's is the one that others draw from.
+    return torch.get_rng_state(), device, random.getstate(), np.random.get_state()
+
+
+def _plain(states: tuple[object, ...]) -> RngState:
+    cpu, device, (version, internal, gauss_next), drawn = states
+    numpy = dict(zip(NUMPY_PARTS, drawn, strict=True))
     return {
-        "cpu": torch.get_rng_state(),
-        "device": get_accelerator().get_rng_state() if get_accelerator().device_name() != "cpu" else None,
+        "cpu": cpu,
+        "device": device,
         "python": [version, torch.tensor(internal, dtype=torch.int64), gauss_next],
         "numpy": {**numpy, "key": torch.from_numpy(numpy["key"].astype(np.int64))},
     }

@@ -7,7 +7,7 @@ What it relies on, of DeepSpeed 0.19.8: the names of the files and their keys (`
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -59,11 +59,12 @@ class CheckpointFiles:
         Raises:
             ValueError: some are missing.
         """
-        models = _by_rank(folder, MODEL_FILE, "*")
+        listed = None if reading is None else reading.files
+        models = _by_rank(folder, MODEL_FILE, "*", listed)
         if not models:
             return cls((), ())
         # A folder that was saved into twice, in bf16 and not, has two sets; the newer one counts.
-        found = [_by_rank(folder, OPTIMIZER_FILE, names) for names in ("bf16_*", "zero_*")]
+        found = [_by_rank(folder, OPTIMIZER_FILE, names, listed) for names in ("bf16_*", "zero_*")]
         optimizers = max(found, key=lambda files: max((path.stat().st_mtime for path in files.values()), default=0.0))
         files = cls(tuple(models.values()), tuple(optimizers.values()), unpickle, reading)
         if not optimizers or not every:
@@ -133,8 +134,8 @@ class CheckpointFiles:
         return saved
 
 
-def _by_rank(folder: Path, pattern: re.Pattern[str], names: str) -> dict[int, Path]:
-    matches = [(pattern.fullmatch(path.name), path) for path in matching_files(folder, names)]
+def _by_rank(folder: Path, pattern: re.Pattern[str], names: str, listed: Collection[str] | None) -> dict[int, Path]:
+    matches = [(pattern.fullmatch(path.name), path) for path in matching_files(folder, names, listed)]
     return dict(sorted((int(match[1] or 0), path) for match, path in matches if match))
 
 

@@ -21,8 +21,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.storage import TypedStorage, UntypedStorage
 
+from ds_fira.checkpoint.byte_ranges import FileRange
 from ds_fira.checkpoint.safe_load import StandIn
-from ds_fira.checkpoint.shared_read import PIECE, FileRange, SharedRead
+from ds_fira.checkpoint.shared_read import PIECE, SharedRead
 from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, CheckpointFiles, load, normalized
 
 FROZEN = "frozen_param_fragments"

@@ -30,7 +30,7 @@ from ds_fira.engine.deepspeed.attach import attach
 from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.projection import project_as_saved
 from ds_fira.engine.deepspeed.save_load.calls import replaced
-from ds_fira.engine.deepspeed.save_load.check import agreed, require_loadable, require_own_share
+from ds_fira.engine.deepspeed.save_load.check import agreed, gathered, require_loadable, require_own_share
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
 from ds_fira.engine.deepspeed.save_load.fill import FROZEN, fill_elsewhere, fill_own, opened, release, untrained
 from ds_fira.engine.deepspeed.save_load.pick import current_reading
@@ -43,25 +43,22 @@ SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def read_header(optimizer: LowRankOptimizer, folder: Path) -> tuple[str | None, Sequence[SavedGroup]]:
-    """Read on rank 0, and give all ranks, what a checkpoint says of the run that saved it; a collective call.
+    """What a checkpoint says of the run that saved it.
 
     Returns:
         A digest of what lay where on all of its ranks, None where the states of the first rank do not say; and its
         param groups, none where they do not say.
 
     Raises:
-        ValueError: it cannot be read; the same on every rank.
+        ValueError: it cannot be read.
     """
-    layout, groups = None, ()
-    with agreed(optimizer):
-        if optimizer.communicator.dp_rank == 0:
-            files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, current_reading())
-            state_dict = files.optimizer_state(0)[1] if files.models else {}
-            if KEY in state_dict:
-                saved = SavedState()
-                saved.add(state_dict)
-                layout, groups = state_dict[KEY].get("layout"), saved.groups
-    return optimizer.communicator.gather_objects((layout, groups))[0]
+    files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, current_reading())
+    state_dict = files.optimizer_state(0)[1] if files.models else {}
+    if KEY not in state_dict:
+        return None, ()
+    saved = SavedState()
+    saved.add(state_dict)
+    return state_dict[KEY].get("layout"), saved.groups
 
 
 def load_elsewhere(
@@ -217,11 +214,17 @@ def load_states(
     with only_safe_loads(not optimizer.unpickle_checkpoints, opened(reading)):
         if reading is not None:
             reading.spread_structure([name for name in reading.images if reading.files[name].rank is None])
-        if not optimizer.unpickle_checkpoints:
-            # Stage 3 takes the weights from the optimizer's files.
-            require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3, reading)
+
+        def look() -> tuple[str | None, Sequence[SavedGroup]] | None:
+            if not optimizer.unpickle_checkpoints:
+                # Stage 3 takes the weights from the optimizer's files.
+                require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3, reading)
+            reads = optimizer_too and optimizer.communicator.dp_rank == 0
+            return read_header(optimizer, folder) if reads else None
+
+        header = gathered(optimizer, look)[0]
         if optimizer_too:
-            layout, groups = read_header(optimizer, folder)
+            layout, groups = header
             with errors_name(optimizer.algorithm.name):
                 project_as_saved(optimizer, groups, functools.partial(attach, engine))
             if layout not in (None, optimizer.attachment.digest):

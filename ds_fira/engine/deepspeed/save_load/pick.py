@@ -97,9 +97,10 @@ class Choice:
             own = tag
             if self.local and save_id:
                 own = next((name for name in _names(tag) if self._save_id(name) == save_id), tag)
-            found = self._gathered(self._find_fault, own, save_id)
+            looked = self._gathered(self._look_at, own, save_id)
+            found = [fault for fault, _ in looked]
             if not any(found):
-                found = self._read(own)
+                found = self._read(own, looked[0][1])
             if not any(found):
                 if wanted is None and not faults:
                     faults = {tag_folder.LATEST: "it is missing"}
@@ -162,7 +163,13 @@ class Choice:
             fault = _find_missing_ranks(self.folder / tag)
         return fault
 
-    def _read(self, tag: str) -> list[str | None]:
+    def _look_at(self, tag: str, save_id: str | None) -> tuple[str | None, dict[str, Listed]]:
+        """What is missing of a checkpoint; on rank 0 also which files are to be read together."""
+        fault = self._find_fault(tag, save_id)
+        first = self.communicator.dp_rank == 0 and not self.local and fault is None
+        return fault, self._files(tag) if first else {}
+
+    def _read(self, tag: str, files: dict[str, Listed]) -> list[str | None]:
         """Read the files of a checkpoint, each byte on one rank; why it cannot be taken, one item of them None if not.
 
         On storage of the nodes the first rank of each reads all for its sum, and what is loaded is read once more.
@@ -170,9 +177,9 @@ class Choice:
         if self.local:
             return self._gathered(self._find_damage, tag)
         self.reading = None  # and with it what an earlier one held
-        self.reading = SharedRead(self.folder / tag, self._of_first(self._files, tag), self.communicator)
-        found = self._gathered(self.reading.read)
-        return found if any(found) else [self.reading.find_damage()]
+        self.reading = SharedRead(self.folder / tag, files, self.communicator)
+        faults, sums = zip(*self._gathered(lambda: (self.reading.read(), self.reading.sums)), strict=True)
+        return list(faults) if any(faults) else [self.reading.find_damage(sums)]
 
     def _find_damage(self, tag: str) -> str | None:
         return manifest.find_damage(self.folder / tag, self.model_only) if self.owner else None

@@ -5,15 +5,15 @@ cannot write leave the others in a barrier, and loads whatever is there. Here it
 folder, as if the user had asked for that; `ds_fira/checkpoint/atomic_save.py` does the rest, on the ranks that own a
 storage.
 
-What this relies on in DeepSpeed: `save_checkpoint` writes through `checkpoint_engine.save` and `_copy_recovery_script`
-and ends with the epilogue of stage 3, if any, and one barrier.
+What this relies on in DeepSpeed: `save_checkpoint` writes through `checkpoint_engine.save` and `_copy_recovery_script`,
+and the only collective in it, but for barriers, is the epilogue of stage 3 at its end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +26,14 @@ from deepspeed.utils import logger
 from ds_fira.checkpoint import folder_lock
 from ds_fira.checkpoint.tag_folder import staging_tag
 from ds_fira.engine.deepspeed.chosen import trains_ours
+from ds_fira.engine.deepspeed.save_load.agreement import Agreement, Known
 from ds_fira.engine.deepspeed.save_load.behind import Behind, Report, refuse_unsaveable
 from ds_fira.engine.deepspeed.save_load.calls import bound
 from ds_fira.engine.deepspeed.save_load.capture import Capture, peers_of
 from ds_fira.engine.deepspeed.save_load.check import warn_if_unloadable
-from ds_fira.engine.deepspeed.save_load.client_state import KEY
+from ds_fira.engine.deepspeed.save_load.client_state import KEY, own_part, own_record, resume_state
 from ds_fira.engine.deepspeed.save_load.pick import Choice, only_listed_files, owns_storage
-from ds_fira.engine.deepspeed.save_load.writing import Target, Writing
+from ds_fira.engine.deepspeed.save_load.writing import Ranks, Target, Writing
 from ds_fira.runtime.lost_peer import tell_lost_contact
 from ds_fira.sharding.comm import Communicator
 
@@ -43,10 +44,13 @@ def save_whole(save: Callable[..., object], *args: object, **kwargs: object) -> 
     engine = call.arguments["self"]
     if not trains_ours(engine) or not call.arguments["save_dir"]:
         return save(*args, **kwargs)
+    look_into = _look_into(engine, call)
     if _can_stage(engine):
-        return _Save(engine, call).run(save)
-    done = save(*args, **kwargs)
-    _look_into(engine, call, _tag_of(engine, call))()
+        return _Save(engine, call).run(save, look_into)
+    resume = resume_state(Communicator().gather_objects(own_part(engine)()), own_record(engine))
+    call.arguments["client_state"] = {**call.arguments["client_state"], KEY: resume}
+    done = save(*call.args, **call.kwargs)
+    look_into(_tag_of(engine, call))
     return done
 
 
@@ -84,10 +88,10 @@ def _tag_of(engine: DeepSpeedEngine, call: inspect.BoundArguments) -> str:
     return f"global_step{engine.global_steps}" if tag is None else str(tag)
 
 
-def _look_into(engine: DeepSpeedEngine, call: inspect.BoundArguments, tag: str) -> Callable[[], None]:
-    """What says, once it is called after the save, that a load would refuse what the user has put into it."""
-    given = {key: value for key, value in call.arguments["client_state"].items() if key != KEY}
-    return functools.partial(warn_if_unloadable, engine, Path(call.arguments["save_dir"], tag), given)
+def _look_into(engine: DeepSpeedEngine, call: inspect.BoundArguments) -> Callable[[str], None]:
+    """What says, called with the tag after the save, that a load would refuse what the user has put into it."""
+    folder, given = Path(call.arguments["save_dir"]), dict(call.arguments["client_state"])
+    return lambda tag: warn_if_unloadable(engine, folder / tag, given)
 
 
 def _can_stage(engine: DeepSpeedEngine) -> bool:
@@ -106,78 +110,66 @@ class _Save:
     """One call of `save_checkpoint` on one rank."""
 
     def __init__(self, engine: DeepSpeedEngine, call: inspect.BoundArguments) -> None:
-        given = call.arguments
+        given, saving = call.arguments, engine.basic_optimizer.saving
         self._engine, self._call, self._communicator = engine, call, Communicator()
-        self._tag = _tag_of(engine, call)
         self._target = Target(
             folder=Path(given["save_dir"]),
-            tag=self._tag,
+            tag=_tag_of(engine, call),
             save_latest=given["save_latest"],
             owner=owns_storage(engine),
             name=engine.basic_optimizer.algorithm.name,
             user=engine,
-            keep_last=engine.basic_optimizer.saving.keep_last,
-            keep_every=engine.basic_optimizer.saving.keep_every,
+            details={"world_size": self._communicator.dp_size, "global_steps": engine.global_steps},
+            keep_last=saving.keep_last,
+            keep_every=saving.keep_every,
         )
         self._writing = Writing(self._target)
 
-    def run(self, save: Callable[..., object]) -> object:
+    def run(self, save: Callable[..., object], look_into: Callable[[str], None]) -> object:
         """Save, or begin to; raises `CheckpointError` on every rank where one cannot, or could not the last time."""
-        behind = Behind.of(self._engine)
-        behind.wait(self._engine, "save_checkpoint")
-        began = time.monotonic()
+        engine, behind = self._engine, Behind.of(self._engine)
+        behind.wait(engine, "save_checkpoint")
+        report = Report(self._target, engine.global_samples, look_into, time.monotonic())
         capture = self._capture(save)
-        capture.share_out(self._agree(capture.digest))
-        afterwards = _look_into(self._engine, self._call, self._target.tag)
-        report = Report(self._target.tag, self._engine.global_samples, afterwards)
-        if self._engine.basic_optimizer.saving.async_save:
-            behind.start(self._writing, capture, self._target.details["save_id"], report, began)
-            return True
-        report.nbytes = self._writing.run(self._communicator, capture.files, capture.write_scripts)
-        report.seconds = report.stall = time.monotonic() - began
-        report.tell(self._engine)
+        if engine.basic_optimizer.saving.async_save:
+            meeting = behind.meeting()
+            agreement = Agreement(engine, self._target, capture.digest, behind.known)
+            if agreement.due:
+                with contextlib.suppress(Exception):  # raised from behind, at the same step as on the other ranks
+                    agreement.make(meeting)
+            capture.share_out(agreement.same)
+            finish = functools.partial(self._finish, agreement=agreement, capture=capture)
+            behind.start(self._writing, capture.files, finish, meeting, report)
+        else:
+            agreement = Agreement(engine, self._target, capture.digest, Known())  # all is new to it
+            agreement.make(self._communicator)
+            capture.share_out(agreement.same)
+            report.nbytes = self._finish(self._communicator, agreement, capture)
+            report.seconds = report.stall = time.monotonic() - report.began
+            report.tell(engine)
         return True
 
-    def _agree(self, digest: str) -> bool:
-        """Take rank 0's id of the save; and its tag, if ranks gave several and `checkpoint.tag_validation` lets them.
-
-        Files in folders that depend on the rank would not be a checkpoint.
-
-        Returns:
-            Whether the digest is the same on all ranks.
-
-        Raises:
-            AssertionError: DeepSpeed's, on every rank, with `checkpoint.tag_validation` = "Fail".
-        """
-        own = (self._tag, secrets.token_hex(8), digest)
-        names, ids, digests = zip(*self._communicator.gather_objects(own), strict=True)
-        size, steps = self._communicator.dp_size, self._engine.global_steps
-        self._target.details = {"world_size": size, "global_steps": steps, "save_id": ids[0]}
-        same = len(set(digests)) == 1
-        if len(set(names)) == 1:
-            return same
-        self._engine._checkpoint_tag_validation(self._tag)
-        self._target.tag = names[0]
-        if dist.get_rank() == 0:
-            logger.warning(
-                f"{self._target.name}: save_checkpoint got {len(set(names))} different tags, such as {max(names)!r}; "
-                f"saving under rank 0's, {names[0]!r}: give all ranks the same tag."
-            )
-        return same
+    def _finish(self, ranks: Ranks, agreement: Agreement, capture: Capture) -> int:
+        """Do what is not the copy; returns the bytes that all ranks have written."""
+        agreement.make(ranks)
+        capture.complete(agreement.resume)
+        return self._writing.run(ranks, capture.files, capture.write_scripts)
 
     def _capture(self, save: Callable[..., object]) -> Capture:
         """Let DeepSpeed build what it would write; its errors are kept for all ranks."""
-        self._call.arguments |= {"tag": staging_tag(self._tag), "save_latest": False}
-        peers = peers_of(self._engine, self._communicator)
-        capture = Capture(self._engine, self._target.staging, peers, self._writing.caught)
+        given = self._call.arguments
+        # The entry of ours is completed later, when all ranks have told of theirs.
+        client_state = {**given["client_state"], KEY: {}}
+        given |= {"tag": staging_tag(self._target.tag), "save_latest": False, "client_state": client_state}
+        known = Behind.of(self._engine).known
+        known.peers = known.peers or peers_of(self._engine, self._communicator)
+        capture = Capture(self._engine, self._target.staging, known.peers, self._writing.caught)
         with capture.installed():
             try:
                 save(*self._call.args, **self._call.kwargs)
             except Exception as error:
                 self._writing.keep(error)
-                # The others are on their way to the end of DeepSpeed's function: meet them there. Here, so that an
-                # error of the barrier has this one as its context.
+                # The others are on their way to the end of DeepSpeed's function: meet them there.
                 if self._engine._optimizer_has_ckpt_event_epilogue():
                     self._engine.optimizer.checkpoint_event_epilogue()
-                dist.barrier()
         return capture

@@ -23,6 +23,7 @@ from ds_fira.checkpoint.manifest import Record
 from ds_fira.checkpoint.outgoing import Outgoing, Sum
 from ds_fira.checkpoint.tag_folder import find_tag_fault, shown, staging_tag
 from ds_fira.engine.deepspeed.save_load.pick import require_all
+from ds_fira.runtime.meeting import Meeting
 
 T = TypeVar("T")
 
@@ -164,8 +165,21 @@ class Writing:
                     self.written += written
         return records
 
-    def given_up(self, error: Exception) -> CheckpointError:
-        """What to raise where the ranks could not even agree, such as when one of them is gone."""
+    def among(self, meeting: Meeting, function: Callable[[Meeting], T]) -> T:
+        """What a function returns that agrees through a meeting, which ends where that fails.
+
+        Raises:
+            CheckpointError: also where the ranks could not even agree, such as when one of them is gone.
+        """
+        try:
+            return function(meeting)
+        except Exception as error:
+            meeting.close()
+            if isinstance(error, CheckpointError):
+                raise
+            raise self._given_up(error) from error
+
+    def _given_up(self, error: Exception) -> CheckpointError:
         tag = self._target.tag
         return CheckpointError(
             f"{self._target.name}: the save of {tag!r} was given up and earlier checkpoints are as they were, because "
