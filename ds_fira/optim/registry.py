@@ -34,4 +34,4 @@ def fira_of(engine_or_optimizer: object) -> LowRankOptimizer:
             f"ds_fira: {type(engine_or_optimizer).__name__} trains with no optimizer of this package; set "
             f"optimizer.type to {' or '.join(map(repr, TYPES))} in its DeepSpeed config."
         )
-    return found
+    return found.itself
