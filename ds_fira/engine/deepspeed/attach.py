@@ -22,6 +22,7 @@ from ds_fira.core.settings import GroupSettings
 from ds_fira.engine.deepspeed import unsupported
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
+from ds_fira.engine.deepspeed.param_states import link_params
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.save_load.files import normalized
@@ -114,6 +115,7 @@ def attach_built(
         refuse_partitioned_weights(engine)
         note_frozen(engine)
         attach(engine)
+        link_params(engine)
         show_user_groups(engine)
 
 
@@ -144,6 +146,7 @@ def attach(engine: DeepSpeedEngine) -> None:
             layouts=layouts,
             slices={flat.hp_partition: flat.slices(communicator.dp_rank, names) for flat in flats},
             matrices=matrices,
+            names=names,
             gradient_dtypes={flat.hp_partition: flat.lp_params[0].dtype for flat in flats},
             digest=digest(
                 (stage, engine.optimizer.__class__.__name__, communicator.dp_size),

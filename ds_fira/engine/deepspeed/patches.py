@@ -22,10 +22,11 @@ import deepspeed.runtime.engine as deepspeed_engine
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import zero_to_fp32
+from deepspeed.utils import mixed_precision_linkage, zero_to_fp32
 
-from ds_fira.engine.deepspeed import attach, loss_scale, monitor, peers, schedulers, thawed, weight_sync
+from ds_fira.engine.deepspeed import attach, loss_scale, monitor, param_states, peers, schedulers, thawed, weight_sync
 from ds_fira.engine.deepspeed.save_load import behind, client_state, load, pick, save
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.registry import TYPES, add_types
@@ -105,6 +106,15 @@ PATCHES = (
     Patch(DeepSpeedEngine, "step", peers.step_among_peers),
     # Raises what went wrong in a save from behind, before anything is stepped; called on all ranks alike.
     Patch(DeepSpeedEngine, "step", behind.hear_before_step),
+    # --- A script reads and sets states by deepspeed.utils.safe_get_* and safe_set_*.
+    # Of stages 1 and 2: become methods of every parameter, which has been told of its optimizer.
+    Patch(mixed_precision_linkage, "get_full_hp_param", param_states.get_full),
+    Patch(mixed_precision_linkage, "set_full_hp_param", param_states.set_full),
+    # Of stage 3: take the key of a state last, or leave it out for the weights.
+    Patch(DeepSpeedZeroOptimizer_Stage3, "get_full_hp_param", param_states.get_full_sliced),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", param_states.set_full_sliced),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "get_local_fp32_param", param_states.get_local),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "set_local_hp_param", param_states.set_local),
     # --- It saves and loads.
     # Survives a crash, then adds generators, counters and records; writes through checkpoint_engine.save and
     # _copy_recovery_script, and client_state beside the weights.
