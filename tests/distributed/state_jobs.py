@@ -206,7 +206,8 @@ def plain(state: ds_fira.LowRankState) -> dict[str, Any]:
 
 def gathered(stage: int, experts: bool = False, **params: Any) -> dict[str, dict[str, Any]]:
     """The low-rank states of every projected parameter after three steps, at a rate of 0, where all stages agree."""
-    ds_config = config(stage, "fp32", PARAMS | {"lr": 0.0} | params)
+    # An expert sees one or two tokens, so that of its gradient only one direction is sure to be there.
+    ds_config = config(stage, "fp32", PARAMS | {"lr": 0.0} | ({"rank": 1} if experts else {}) | params)
     torch.manual_seed(0)
     engine = build(ds_config, SHAPES, model=ExpertNet() if experts else Net(SHAPES))
     for number in range(3):
