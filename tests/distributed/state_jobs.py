@@ -26,6 +26,7 @@ from deepspeed.utils import (
 from torch import Tensor
 
 import ds_fira
+from ds_fira.engine.deepspeed.save_load.load import write_back
 from ds_fira.optim.registry import fira_of
 from tests.distributed.zero_jobs import ExpertNet, Net, batches, build, config
 
@@ -249,7 +250,7 @@ def transplant(
             again = ds_fira.low_rank_state(second, name)
             assert torch.equal(again.basis, state.basis)
             assert all(torch.equal(again.moments[key], state.moments[key]) for key in KEYS)
-    _refresh_module(second)
+    write_back(second)
     for engine in (first, second):
         backward(engine, 3)
         engine.step()
@@ -272,13 +273,6 @@ def _set_weight(engine: Any, param: Tensor, value: Tensor) -> None:
         param.data.copy_(value)
     else:
         safe_set_full_fp32_param(param, value)
-
-
-def _refresh_module(engine: Any) -> None:
-    """The module's weights from the master copies, as a step makes them."""
-    from ds_fira.engine.deepspeed.save_load.load import write_back
-
-    write_back(engine)
 
 
 def rounded(state_dtype: str) -> dict[str, float]:
