@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed.state_jobs import PROJECTED, SHAPES
 
-JOBS = "tests.distributed.state_jobs"
+JOBS, LOW_RANK = "tests.distributed.state_jobs", "tests.distributed.low_rank_state_jobs"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,12 @@ def test_every_rank_says_what_there_is_not(ranks, stage):
     assert len(said[0]) == {0: 5, 1: 9, 2: 9, 3: 12}[stage]
 
 
+@pytest.mark.parametrize(("stage", "extra"), [(1, {"zero_round_robin_gradients": True}), (3, {})])
+def test_where_parameters_lie_otherwise(ranks, stage, extra):
+    """In another order, and with padding: 5 and 55 elements on two ranks."""
+    assert ranks.run(2, "odd_places", JOBS, stage=stage, **extra) == [True, True]
+
+
 def test_states_before_the_first_step(ranks):
     for stage in (0, 2, 3):
         assert ranks.run(2, "before_the_first_step", JOBS, stage=stage) == [True, True]
@@ -71,10 +77,10 @@ GATHERED = {2: [(1, False), (2, True), (3, False)], 3: [(2, False), (3, True)]}
 @pytest.mark.parametrize("world", GATHERED)
 def test_every_stage_and_exchange_gathers_the_same(ranks, world, experts):
     """The states of stage 0, which are read as they are kept; on every rank."""
-    whole = ranks.run(world, "gathered", JOBS, stage=0, experts=experts)[0]
+    whole = ranks.run(world, "gathered", LOW_RANK, stage=0, experts=experts)[0]
     assert experts or [whole[name]["shape"] for name in PROJECTED] == SHAPES
     for stage, exact_cuts in GATHERED[world]:
-        for found in ranks.run(world, "gathered", JOBS, stage=stage, experts=experts, exact_cuts=exact_cuts):
+        for found in ranks.run(world, "gathered", LOW_RANK, stage=stage, experts=experts, exact_cuts=exact_cuts):
             assert found.keys() == whole.keys()
             for name, state in found.items():
                 exact = ("name", "shape", "side", "rank")
@@ -107,7 +113,7 @@ def pairs_of(state: dict[str, Any], other: dict[str, Any]) -> list[tuple[torch.T
     ],
 )
 def test_a_state_carried_by_hand_steps_alike(ranks, stages, params):
-    for pairs in ranks.run(2, "transplant", JOBS, stages=stages, params=params):
+    for pairs in ranks.run(2, "transplant", LOW_RANK, stages=stages, params=params):
         assert pairs.keys() == set(PROJECTED)
         for ours, theirs in pairs.values():
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -115,7 +121,7 @@ def test_a_state_carried_by_hand_steps_alike(ranks, stages, params):
 
 def test_states_of_fewer_bits(ranks):
     for state_dtype, most in (("bfloat16", 2**-8), ("int8", 0.02)):
-        for off in ranks.run(2, "rounded", JOBS, state_dtype=state_dtype):
+        for off in ranks.run(2, "rounded", LOW_RANK, state_dtype=state_dtype):
             assert off["exp_avg"] <= most
             assert off["exp_avg_sq"] <= most
             assert off["head"] == 0.0  # small parameters keep float32
