@@ -7,6 +7,7 @@ Importing this package registers `FiraAdam`, `GaLoreAdam` and `FiraRMSProp` with
 from ds_fira.checkpoint.released_files import read_released_state
 from ds_fira.core.rules import Rule
 from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
+from ds_fira.optim.low_rank_state import LowRankState, low_rank_state, set_low_rank_state
 from ds_fira.optim.param_groups import param_groups
 from ds_fira.optim.plug import FiraRMSProp, plug
 from ds_fira.optim.report import memory_report, metrics, read_scaling_factors, scaling_factors, write_scaling_factors
@@ -29,12 +30,14 @@ __all__ = [
     "FiraAdam",
     "FiraRMSProp",
     "GaLoreAdam",
+    "LowRankState",
     "Rule",
     "Termination",
     "__version__",
     "checkpoint_activations",
     "init_distributed",
     "load_released_state",
+    "low_rank_state",
     "memory_report",
     "metrics",
     "param_groups",
@@ -43,6 +46,7 @@ __all__ = [
     "read_scaling_factors",
     "register",
     "scaling_factors",
+    "set_low_rank_state",
     "shutdown",
     "state_bytes",
     "write_scaling_factors",

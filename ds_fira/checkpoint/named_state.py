@@ -36,6 +36,7 @@ class Description(TypedDict, total=False):
     members: list[list[list[object]]]
     places: list[dict[str, list[list[object]]]]
     states: list[list[str]]
+    user_groups: list[int]
     scaling_factors: dict[str, object]
 
 
@@ -146,10 +147,12 @@ class SavedState:
         self.algorithm = Algorithm.from_plain(plain.get("method"))
         if not self.groups:
             upgraded = ALGORITHMS.get(self.algorithm.name, self.algorithm).upgraded
-            for group, members, given in zip(groups, plain["members"], plain["settings"], strict=True):
+            # Before 0.2.0 every param group was one of its own for a scheduler.
+            origins = plain.get("user_groups", range(len(groups)))
+            for group, members, given, origin in zip(groups, plain["members"], plain["settings"], origins, strict=True):
                 values = {key: value for key, value in group.items() if key not in ("params", "param_names")}
                 shapes = {name: tuple(shape) for name, shape in members}
-                self.groups.append(SavedGroup(shapes, upgraded(given), upgraded(values)))
+                self.groups.append(SavedGroup(shapes, upgraded(given), upgraded(values), origin))
         numbers = [number for group in groups for number in group["params"]]
         # Version 0.1.0 did not say what states there were.
         kept = plain.get("states") or [()] * len(numbers)

@@ -26,11 +26,13 @@ class SavedGroup:
         members: names and shapes of its parameters, over all ranks.
         given: the settings it was made with.
         values: its settings when it was saved, and what else it carried.
+        origin: the number of the user's group that it was a part of; None where it was one by itself.
     """
 
     members: dict[str, tuple[int, ...]]
     given: dict[str, object]
     values: dict[str, object]
+    origin: int | None = None
 
     @property
     def projects_full_rank(self) -> bool:
@@ -180,6 +182,16 @@ def _numbered(saved: Sequence[SavedGroup], listed: Members) -> list[tuple[int, t
     return [(number[name], (name, shape)) for name, shape in listed if name in number]
 
 
+def _whole(saved: Sequence[SavedGroup]) -> list[SavedGroup]:
+    """The user's groups, each from its parts, as far as their members go."""
+    found: dict[object, SavedGroup] = {}
+    for index, group in enumerate(saved):
+        key = (index,) if group.origin is None else group.origin
+        before = found[key].members if key in found else {}
+        found[key] = SavedGroup({**before, **group.members}, group.given, group.values, group.origin)
+    return [found[key] for key in (found if any(group.origin is None for group in saved) else sorted(found))]
+
+
 def _equal(first: object, second: object) -> bool:
     first, second = (float(value) if isinstance(value, Tensor) else value for value in (first, second))
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
@@ -190,13 +202,13 @@ def _equal(first: object, second: object) -> bool:
 
 
 def carry_schedule(state: object, own: object, saved: Sequence[SavedGroup], members: Sequence[Members]) -> object:
-    """Bring the lists of one value a param group, in the state of a learning-rate scheduler, to the groups now.
+    """Bring the lists of one value a group, in the state of a learning-rate scheduler, to the groups now.
 
     Args:
-        state: saved.
+        state: saved; its lists have a value for each of the user's groups, and before 0.2.0 for each of their parts.
         own: the state dict of the new scheduler; shows which lists go by the groups.
         saved: the groups of the run that saved.
-        members: as in `refuse_changed_structure`.
+        members: of every group that the new scheduler sees, names and shapes of its parameters, over all ranks.
     """
     if isinstance(state, dict) and isinstance(own, dict):
         return {
@@ -205,9 +217,10 @@ def carry_schedule(state: object, own: object, saved: Sequence[SavedGroup], memb
         }
     if isinstance(state, list | tuple) and isinstance(own, list | tuple):
         nested = any(isinstance(value, dict) and "last_epoch" in value for value in state)  # SequentialLR's own
-        if len(state) == len(saved) and len(own) == len(members) and not nested:
-            order = [min((index for index, _ in _numbered(saved, listed)), default=0) for listed in members]
-            return type(state)(state[index] for index in order)
+        for groups in (saved, _whole(saved)):
+            if len(state) == len(groups) and len(own) == len(members) and not nested:
+                order = [min((index for index, _ in _numbered(groups, listed)), default=0) for listed in members]
+                return type(state)(state[index] for index in order)
         if len(state) == len(own):
             return type(state)(carry_schedule(a, b, saved, members) for a, b in zip(state, own, strict=True))
     return state

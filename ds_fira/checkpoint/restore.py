@@ -59,7 +59,7 @@ def restore(
             for part in known:
                 dtype = compute_dtype(param.dtype)
                 target = state_views(state, part.side, part.mark, part.index, algorithm=algorithm, dtype=dtype)
-                _restore_matrix(part, target, saved.matrices[part.name])
+                restore_matrix(part, target, saved.matrices[part.name])
         elif any(saved.moments.get(part.name) for part in held.params):
             _restore_moments(param, state_of(param), held.params, saved, algorithm)
 
@@ -77,7 +77,17 @@ def refuse_other_states(saved: SavedState, algorithm: Algorithm) -> None:
         )
 
 
-def _restore_matrix(held: StateSlice, target: MatrixState, parts: list[tuple[StateSlice, MatrixState]]) -> None:
+def restore_matrix(held: StateSlice, target: MatrixState, parts: list[tuple[StateSlice, MatrixState]]) -> None:
+    """Copy into one rank's state of a matrix, whole or a part, from parts that cover it.
+
+    Args:
+        held: which part.
+        target: its state; changed.
+        parts: of the same matrix.
+
+    Raises:
+        ValueError: something of it is in none of them.
+    """
     first = parts[0][1]
     target.step.copy_(first.step)
     target.refresh_step.copy_(first.refresh_step)

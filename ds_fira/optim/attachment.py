@@ -32,6 +32,7 @@ class EngineAttachment:
         slices: by stepped tensor, the elements of parameters that it holds.
         matrices: by flat partition, the projected matrices in it.
         gradient_dtypes: by stepped tensor, the dtype in which its gradient was computed.
+        names: of the module's parameters, by their `id`.
         digest: of all that is the same on every rank; a state dict of another digest was saved elsewhere.
     """
 
@@ -43,6 +44,7 @@ class EngineAttachment:
     slices: Mapping[Tensor, tuple[ParamSlice, ...]] = field(default_factory=dict)
     matrices: Mapping[Tensor, LocalMatrices] = field(default_factory=dict)
     gradient_dtypes: Mapping[Tensor, torch.dtype] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
     digest: str = ""
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_fira.checkpoint.named_state import KEY as DESCRIPTION
+from ds_fira.checkpoint.named_state import StateDict
 from ds_fira.core import kernels
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.capture import capturing
@@ -37,13 +39,14 @@ from ds_fira.optim.settings import (
     without_torch_options,
 )
 from ds_fira.optim.state_size import ParamRecord
+from ds_fira.optim.user_groups import GivenGroups
 from ds_fira.sharding.comm import is_first_process
 from ds_fira.sharding.geometry import matrices_of
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, warn_of_costly_ranks
 from ds_fira.sharding.refresher import Refresher
 
 
-class LowRankOptimizer(Capturing):
+class LowRankOptimizer(Capturing, GivenGroups):
     """What the optimizers of this package have in common: low-rank states for matrices, and the same for the rest.
 
     Param groups with a `rank` are projected; their parameters are 2-D, or 3-D for experts. Groups without one are
@@ -78,7 +81,7 @@ class LowRankOptimizer(Capturing):
         if model is not None:
             params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         params = [params] if isinstance(params, Tensor) else list(params)
-        groups = grouped(params)
+        groups = given_groups = grouped(params)
         settings = check_params({**preset_in(groups), **given}, algorithm=self.algorithm)
         mark = take_mark(groups, given, self.algorithm.name)
         self.check_sync_every = settings["check_sync_every"]
@@ -97,6 +100,7 @@ class LowRankOptimizer(Capturing):
             settings = check_params({**values_of(mark), **settings}, algorithm=self.algorithm)
         left = {PRESET: {name: mark[name] for name in mark if name not in given}} if mark else {}
         super().__init__(groups, {**group_defaults(settings), **self.algorithm.group_values, **left})
+        self.note_given(given_groups)
         if is_first_process():
             warn_of_costly_ranks(self.param_groups)
 
@@ -112,6 +116,7 @@ class LowRankOptimizer(Capturing):
         self.metrics = StepMetrics()
         self._forget_attachment()
         self._forget_captures()
+        self._forget_given_groups()
         self._refresher = Refresher(self.metrics, self.algorithm.name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,6 +135,7 @@ class LowRankOptimizer(Capturing):
             group.update(upgraded)
         if fresh:
             self.given = [settings_of(group) for group in self.param_groups]
+            self.origins = list(range(len(self.param_groups)))
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group as in `torch.optim`, its own settings checked.
@@ -165,6 +171,7 @@ class LowRankOptimizer(Capturing):
             group[PRESET] = {name: value for name, value in group[PRESET].items() if name not in own}
         # Kept apart from the group, whose values a scheduler or the user may change in the course of a run.
         self.given.append(settings_of(group))
+        self.origins.append(max((*self.origins, *self.idle), default=-1) + 1)
         for param in group["params"]:
             if param.is_complex():
                 raise ValueError(
@@ -188,13 +195,14 @@ class LowRankOptimizer(Capturing):
     def separate(self) -> None:
         """Split groups with a rank that projects some of their matrices only: a flat partition has to be of one kind.
 
-        Not where a scheduler holds a list of one learning rate a group.
+        Not where a scheduler of torch's holds a list of one learning rate a group; one of `user_groups` may.
         """
-        if any("initial_lr" in group for group in self.param_groups):
+        if hasattr(self.step, "_wrapped_by_lr_sched"):
             return
-        groups, given = self.param_groups, self.given
+        groups, given, origins = self.param_groups, self.given, self.origins
         parts = [by_kind(group, group) for group in groups]
         self.given = [dict(own) for own, kinds in zip(given, parts, strict=True) for _ in kinds]
+        self.origins = [number for number, kinds in zip(origins, parts, strict=True) for _ in kinds]
         groups[:] = [part for kinds in parts for part in kinds]
 
     def project_full_rank(self, values: Mapping[int, bool]) -> None:
@@ -215,8 +223,15 @@ class LowRankOptimizer(Capturing):
                 "read norms and loss scales; remove it."
             )
         self.suspended = True
+        self.drop_empty()
         if flat:
             self.separate()
+
+    def state_dict(self) -> StateDict:
+        """As `Resumable.state_dict`, with the numbers of the groups that the user gave."""
+        result = super().state_dict()
+        result[DESCRIPTION]["user_groups"] = list(self.origins)
+        return result
 
     def attach(self, attachment: EngineAttachment) -> None:
         """Take over what an engine says of the stepped tensors, and step from now on."""

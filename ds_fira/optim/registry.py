@@ -25,13 +25,13 @@ def fira_of(engine_or_optimizer: object) -> LowRankOptimizer:
     Raises:
         ValueError: there is none.
     """
-    found = engine_or_optimizer
-    for attribute in ("basic_optimizer", "optimizer"):
-        if not isinstance(found, LowRankOptimizer):
-            found = getattr(found, attribute, None) or found
+    found = getattr(engine_or_optimizer, "basic_optimizer", None) or engine_or_optimizer
+    # accelerate wraps the engine's wrapper once more, and the Trainer's optimizer may be wrapped twice.
+    while not isinstance(found, LowRankOptimizer) and getattr(found, "optimizer", None) is not None:
+        found = found.optimizer
     if not isinstance(found, LowRankOptimizer):
         raise ValueError(
             f"ds_fira: {type(engine_or_optimizer).__name__} trains with no optimizer of this package; set "
             f"optimizer.type to {' or '.join(map(repr, TYPES))} in its DeepSpeed config."
         )
-    return found
+    return found.itself

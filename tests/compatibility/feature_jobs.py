@@ -16,6 +16,7 @@ from torch import distributed, nn
 
 import ds_fira
 from tests.compatibility.option_jobs import PARAMS, SHAPES, STEPS, WatchedNet, forget_autocast, measure, try_config
+from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.sequence_jobs import ulysses
 from tests.distributed.zero_jobs import batches, build, config
 
@@ -193,6 +194,7 @@ FEATURES = [
         top={"zero_force_ds_cpu_optimizer": False},
     ),
     Feature("another optimizer made of a FiraAdam's groups (accelerate under offload)", REFUSED, way=replaced_object),
+    *(Feature(name, SUPPORTED if good else REFUSED, stages, way=way) for name, good, stages, way in ROWS),
     Feature("`elastic_checkpoint`", REFUSED, stages=(1, 2, 3), extra={"zero_elastic_checkpoint": True}),
     Feature("`checkpoint.load_universal`", REFUSED, stages=(1, 2, 3), extra={"checkpoint": {"load_universal": True}}),
     Feature("`hybrid_engine`", REFUSED, stages=(2,), extra={"hybrid_engine": {"enabled": True}}),

@@ -143,8 +143,8 @@ def _features(features: Iterable[dict[str, Any]]) -> str:
         body.append((name, stages, result, said.replace("FiraAdam: ", "").replace("\n", " ").replace("|", "\\|")))
     head = ("feature", "stages tried", "result", "difference from one process, or what is said")
     return (
-        "\n## Other features\n\nTried one by one, as above; what is refused stops before training, on every rank.\n\n"
-        + (_table(head, body))
+        "\n## Other features\n\nTried one by one, as above; what is refused stops before training, a call where it is "
+        "made, on every rank.\n\n" + (_table(head, body))
     )
 
 

@@ -22,9 +22,11 @@ from ds_fira.core.settings import GroupSettings
 from ds_fira.engine.deepspeed import unsupported
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
+from ds_fira.engine.deepspeed.param_states import link_params
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.save_load.files import normalized
+from ds_fira.engine.deepspeed.schedulers import show_user_groups
 from ds_fira.engine.deepspeed.thawed import note_frozen
 from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from ds_fira.optim.attachment import EngineAttachment
@@ -85,6 +87,7 @@ def make_optimizer(engine: DeepSpeedEngine, model_parameters: Iterable[object], 
     whole_training = ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints", "kernels")
     whole_training += SaveSettings._fields
     optimizer = kind(groups, **group_defaults(settings), **{key: settings[key] for key in whole_training})
+    optimizer.note_given(given)
     optimizer.await_attachment(flat=False)  # its groups are of one kind each
     return optimizer
 
@@ -98,6 +101,7 @@ def attach_built(
         if optimizer is not None:
             unsupported.refuse_object(engine, optimizer)
         if isinstance(optimizer, LowRankOptimizer):
+            optimizer = optimizer.itself
             unsupported.refuse_unsupported(engine, optimizer.algorithm.name)
             unsupported.refuse_unsupported_module(engine, optimizer.algorithm.name)
             optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0)
@@ -111,6 +115,8 @@ def attach_built(
         refuse_partitioned_weights(engine)
         note_frozen(engine)
         attach(engine)
+        link_params(engine)
+        show_user_groups(engine)
 
 
 def attach(engine: DeepSpeedEngine) -> None:
@@ -140,9 +146,10 @@ def attach(engine: DeepSpeedEngine) -> None:
             layouts=layouts,
             slices={flat.hp_partition: flat.slices(communicator.dp_rank, names) for flat in flats},
             matrices=matrices,
+            names=names,
             gradient_dtypes={flat.hp_partition: flat.lp_params[0].dtype for flat in flats},
             digest=digest(
-                (stage, type(engine.optimizer).__name__, communicator.dp_size),
+                (stage, engine.optimizer.__class__.__name__, communicator.dp_size),
                 members,
                 [flat.partitioning for flat in flats if stage > 0],
                 layouts,

@@ -161,7 +161,7 @@ def _hook_of(engine: DeepSpeedEngine) -> MonitorHook | None:
 
 def _own_norm(engine: DeepSpeedEngine) -> Tensor | None:
     """The gradient's norm before clipping where no wrapper keeps it: at stage 0 in fp32; None elsewhere."""
-    if engine.optimizer is not engine.basic_optimizer:
+    if not isinstance(engine.optimizer, LowRankOptimizer):
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 

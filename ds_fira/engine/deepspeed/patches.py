@@ -19,15 +19,20 @@ from types import ModuleType
 
 import deepspeed
 import deepspeed.runtime.engine as deepspeed_engine
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import zero_to_fp32
+from deepspeed.utils import mixed_precision_linkage, zero_to_fp32
 
-from ds_fira.engine.deepspeed import attach, loss_scale, monitor, peers, thawed, weight_sync
+from ds_fira.engine.deepspeed import attach, loss_scale, monitor, param_states, peers, schedulers, thawed, weight_sync
 from ds_fira.engine.deepspeed.save_load import behind, client_state, load, pick, save
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.registry import TYPES, add_types
 
+# What an optimizer of this package may be wrapped in.
+WRAPPERS = (*loss_scale.WRAPPERS, BF16_Optimizer)
 # On a class or module of DeepSpeed: the rows that are on.
 _INSTALLED = "_ds_fira_patches"
 
@@ -73,6 +78,11 @@ PATCHES = (
     # optimizer.
     Patch(DeepSpeedEngine, "_configure_optimizer", attach.attach_built),
     Patch(DeepSpeedEngine, "_configure_optimizer", peers.agree_on_refusal),
+    # Schedulers count the groups that the user gave: called once the wrapper is there; asked by DeepSpeed's schedulers.
+    Patch(DeepSpeedEngine, "_configure_lr_scheduler", schedulers.schedule_user_groups),
+    Patch(lr_schedules, "get_torch_optimizer", schedulers.optimizer_to_schedule),
+    # So does who reads or sets a rate by hand, and get_lr and get_mom; DeepSpeed reads its own groups elsewhere.
+    *(Patch(wrapper, "param_groups", schedulers.param_groups_of) for wrapper in WRAPPERS),
     # Lets a process that loses another one say so; called once, after the optimizer is there.
     Patch(DeepSpeedEngine, "_configure_checkpointing", save.explain_lost_contact),
     # --- It trains.
@@ -96,6 +106,15 @@ PATCHES = (
     Patch(DeepSpeedEngine, "step", peers.step_among_peers),
     # Raises what went wrong in a save from behind, before anything is stepped; called on all ranks alike.
     Patch(DeepSpeedEngine, "step", behind.hear_before_step),
+    # --- A script reads and sets states by deepspeed.utils.safe_get_* and safe_set_*.
+    # Of stages 1 and 2: become methods of every parameter, which has been told of its optimizer.
+    Patch(mixed_precision_linkage, "get_full_hp_param", param_states.get_full),
+    Patch(mixed_precision_linkage, "set_full_hp_param", param_states.set_full),
+    # Of stage 3: take the key of a state last, or leave it out for the weights.
+    Patch(DeepSpeedZeroOptimizer_Stage3, "get_full_hp_param", param_states.get_full_sliced),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", param_states.set_full_sliced),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "get_local_fp32_param", param_states.get_local),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "set_local_hp_param", param_states.set_local),
     # --- It saves and loads.
     # Survives a crash, with generators, counters and records; writes through checkpoint_engine.save and
     # _copy_recovery_script, and client_state beside the weights.
@@ -152,14 +171,15 @@ def is_installed(patch: Patch) -> bool:
 
 
 def install(patch: Patch) -> None:
-    """Wrap a method, once."""
+    """Wrap a method, or what reads a property, once."""
     if is_installed(patch) or (patch.optional and not hasattr(patch.owner, patch.name)):
         return
-    original = getattr(patch.owner, patch.name)
+    found = getattr(patch.owner, patch.name)
+    original = found.fget if isinstance(found, property) else found
 
     @functools.wraps(original)
     def patched(*args: object, **kwargs: object) -> object:
         return patch.wrapper(original, *args, **kwargs)
 
-    setattr(patch.owner, patch.name, patched)
+    setattr(patch.owner, patch.name, found.getter(patched) if isinstance(found, property) else patched)
     setattr(patch.owner, _INSTALLED, (*vars(patch.owner).get(_INSTALLED, ()), patch.key))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.named_state import KEY, SavedState
-from ds_fira.checkpoint.reconcile import SavedGroup, carry_schedule, refuse_changed_structure
+from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure
 from ds_fira.checkpoint.safe_load import only_safe_loads
 from ds_fira.engine.deepspeed.attach import attach
 from ds_fira.engine.deepspeed.chosen import trains_ours
@@ -34,6 +34,7 @@ from ds_fira.engine.deepspeed.save_load.check import agreed, gathered, require_l
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
 from ds_fira.engine.deepspeed.save_load.fill import FROZEN, fill_elsewhere, fill_own, opened, release, untrained
 from ds_fira.engine.deepspeed.save_load.pick import current_reading
+from ds_fira.engine.deepspeed.schedulers import carried_schedule
 from ds_fira.optim.base import LowRankOptimizer
 
 # The path that was loaded, and the client state.
@@ -108,10 +109,8 @@ def load_elsewhere(
         )
     model = files.model()
     if options.get("load_lr_scheduler_states", True) and engine.lr_scheduler is not None and model["lr_scheduler"]:
-        schedule = engine.lr_scheduler.state_dict()
-        engine.lr_scheduler.load_state_dict(
-            carry_schedule(model["lr_scheduler"], schedule, saved.groups, optimizer.members)
-        )
+        with carried_schedule(engine, saved.groups):
+            engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
     write_back(engine)
     _carry_loss_scale(engine.optimizer, files.optimizer_state(0)[0])
     for key in ("optimizer", "lr_scheduler"):
@@ -210,7 +209,7 @@ def load_states(
         return load_checkpoint(engine, load_dir, tag, **options)
     optimizer, folder = engine.basic_optimizer, Path(load_dir, str(tag))
     optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
-    reading, methods = current_reading(), {}
+    reading, methods, groups = current_reading(), {}, ()
     with only_safe_loads(not optimizer.unpickle_checkpoints, opened(reading)):
         if reading is not None:
             reading.spread_structure([name for name in reading.images if reading.files[name].rank is None])
@@ -235,7 +234,7 @@ def load_states(
                 require_own_share(engine, folder, reading)
         if reading is not None:
             methods = fill_own(reading, engine, options)
-        with replaced(engine, **methods):
+        with replaced(engine, **methods), carried_schedule(engine, groups):
             loaded = load_checkpoint(engine, load_dir, tag, **options)
         release(reading)
         return loaded

@@ -1,0 +1,117 @@
+"""What ranks run for tests/distributed/test_param_states.py: low-rank states read as whole, and carried by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor
+
+import ds_fira
+from ds_fira.engine.deepspeed.save_load.load import write_back
+from ds_fira.optim.registry import fira_of
+from tests.distributed.state_jobs import KEYS, PARAMS, PROJECTED, SHAPES, backward, make, value_for
+from tests.distributed.zero_jobs import ExpertNet, Net, build, config
+
+
+def plain(state: ds_fira.LowRankState) -> dict[str, Any]:
+    """A state as values that ranks can send."""
+    return dataclasses.asdict(state)
+
+
+def gathered(stage: int, experts: bool = False, **params: Any) -> dict[str, dict[str, Any]]:
+    """The low-rank states of every projected parameter after three steps, at a rate of 0, where all stages agree."""
+    # An expert sees one or two tokens, so that of its gradient only one direction is sure to be there.
+    ds_config = config(stage, "fp32", PARAMS | {"lr": 0.0} | ({"rank": 1} if experts else {}) | params)
+    torch.manual_seed(0)
+    engine = build(ds_config, SHAPES, model=ExpertNet() if experts else Net(SHAPES))
+    for number in range(3):
+        backward(engine, number)
+        engine.step()
+    names = [record.name for record in fira_of(engine).inventory if record.rank is not None]
+    named = dict(engine.module.named_parameters())
+    found = {name: plain(ds_fira.low_rank_state(engine, named[name])) for name in names}
+    if stage == 0 and not experts:
+        # Whole and in its plain form there: what is read is what is kept.
+        for name in names:
+            kept = fira_of(engine).state[named[name]]
+            for key in ("basis", "step", "refresh_step", "residual_norm"):
+                assert torch.equal(kept[key].to(found[name][key].dtype), found[name][key])
+            for key in KEYS:
+                assert torch.equal(kept[key], found[name]["moments"][key])
+    engine.destroy()
+    return found
+
+
+def transplant(
+    stages: tuple[int, int], params: tuple[dict[str, Any], dict[str, Any]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Carry weights and low-rank states from one engine to another by hand; projected weights after a step of both."""
+    first, second = (make("FiraAdam", stage, "fp32", PARAMS | own) for stage, own in zip(stages, params, strict=True))
+    for number in range(3):
+        backward(first, number)
+        first.step()
+    other = dict(second.module.named_parameters())
+    # A step, so that its flat weights are not the first engine's.
+    backward(second, 7)
+    second.step()
+    for name, param in first.module.named_parameters():
+        whole = _weight(first, param)
+        _set_weight(second, other[name], whole)
+        if name in PROJECTED:
+            state = ds_fira.low_rank_state(first, param)
+            ds_fira.set_low_rank_state(second, other[name], state)
+            again = ds_fira.low_rank_state(second, name)
+            assert torch.equal(again.basis, state.basis)
+            assert all(torch.equal(again.moments[key], state.moments[key]) for key in KEYS)
+    write_back(second)
+    for engine in (first, second):
+        backward(engine, 3)
+        engine.step()
+    pairs = {
+        name: [_weight(first, param), _weight(second, other[name])]
+        for name, param in first.module.named_parameters()
+        if name in PROJECTED
+    }
+    first.destroy()
+    second.destroy()
+    return pairs
+
+
+def _weight(engine: Any, param: Tensor) -> Tensor:
+    return param.detach().clone() if engine.zero_optimization_stage() == 0 else safe_get_full_fp32_param(param)
+
+
+def _set_weight(engine: Any, param: Tensor, value: Tensor) -> None:
+    if engine.zero_optimization_stage() == 0:
+        param.data.copy_(value)
+    else:
+        safe_set_full_fp32_param(param, value)
+
+
+def rounded(state_dtype: str) -> dict[str, float]:
+    """What is set comes back within the rounding of the stored form, and what lies beside it is as it was."""
+    engine = make("FiraAdam", 2, "fp32", PARAMS | {"state_dtype": state_dtype})
+    for number in range(2):
+        backward(engine, number)
+        engine.step()
+    first, second = (ds_fira.low_rank_state(engine, name) for name in PROJECTED[:2])
+    moments = {key: value * 3 for key, value in first.moments.items()}
+    ds_fira.set_low_rank_state(engine, PROJECTED[0], dataclasses.replace(first, moments=moments))
+    now, beside = (ds_fira.low_rank_state(engine, name) for name in PROJECTED[:2])
+    assert all(torch.equal(beside.moments[key], second.moments[key]) for key in KEYS)
+    assert now.basis.dtype == now.exp_avg.dtype == torch.float32
+    off = {key: float((now.moments[key] - moments[key]).abs().max() / moments[key].abs().max()) for key in KEYS}
+    head = engine.module.lm_head.weight
+    value = value_for(head, 5)
+    safe_set_full_optimizer_state(head, value, "exp_avg")
+    off["head"] = float((safe_get_full_optimizer_state(head, "exp_avg") - value).abs().max())
+    engine.destroy()
+    return off
