@@ -124,4 +124,4 @@ def test_states_of_fewer_bits(ranks):
         for off in ranks.run(2, "rounded", LOW_RANK, state_dtype=state_dtype):
             assert off["exp_avg"] <= most
             assert off["exp_avg_sq"] <= most
-            assert off["head"] == 0.0  # small parameters keep float32
+            assert off["head"] <= most
