@@ -11,6 +11,7 @@ file of another kind is not `legible` here, and whoever wants it reads it from t
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import mmap
 import struct
@@ -49,8 +50,9 @@ class FileImage:
     def __init__(self, path: Path, size: int) -> None:
         self.path, self.size = path, size
         self._memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
-        # Else a few bytes here and there would take 2 MB each.
-        self._advise("MADV_NOHUGEPAGE", range(size))
+        with contextlib.suppress(OSError, AttributeError):
+            # Else a few bytes here and there would take 2 MB each.
+            self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         self.bytes: Tensor = torch.frombuffer(self._memory, dtype=torch.uint8)[:size]
         self.start: int = self.bytes.data_ptr()
         self._records: dict[str, range] = {}
@@ -59,22 +61,6 @@ class FileImage:
     def view(self, start: int, stop: int) -> memoryview:
         """The memory of some bytes, to read into."""
         return memoryview(self._memory)[start:stop]
-
-    def expect(self, place: range) -> None:
-        """Take large pages for bytes that are all about to come: providing small ones takes longer than reading."""
-        self._advise("MADV_HUGEPAGE", place)
-
-    def forget(self, place: range) -> None:
-        """Give the memory of some bytes back, but for what shares a page with others; they are zeros then."""
-        self._advise("MADV_DONTNEED", place)
-
-    def _advise(self, name: str, place: range) -> None:
-        """Tell the system how to keep the pages that lie in a range, if it knows the word."""
-        first = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = place.stop // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if length > 0:
-            with contextlib.suppress(OSError, AttributeError):
-                self._memory.madvise(getattr(mmap, name), first, length)
 
     def outline(self) -> Iterator[list[range]]:
         """What `structure` needs, step by step: each step says what is to be there before the next one is asked for."""
@@ -143,7 +129,7 @@ class FileImage:
                 unpickler.persistent_load = self._loader()
                 self._structure = unpickler.load()
                 torch._utils._validate_loaded_sparse_tensors()
-        return _with_own_containers(self._structure)
+        return _with_own_containers(self._structure, {})
 
     def _loader(self) -> Callable[[tuple[object, ...]], TypedStorage]:
         """What an unpickler calls for every storage: in the memory of this file."""
@@ -172,14 +158,29 @@ class FileImage:
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         return range(first, min(self.size, first + (last + 1) * tensor.element_size()))
 
+    def forget(self, place: range) -> None:
+        """Give the memory of some bytes back, but for what shares a page with others; they are zeros then."""
+        first = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = place.stop // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0:
+            self._memory.madvise(mmap.MADV_DONTNEED, first, length)
 
-def _with_own_containers(value: object) -> object:
-    """A copy of nested dicts, lists and tuples, whose items are the same; torch's unpickler takes ten times as long."""
-    if type(value) in (dict, OrderedDict):
-        return type(value)((key, _with_own_containers(item)) for key, item in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(map(_with_own_containers, value))
-    return value
+
+def _with_own_containers(value: object, known: dict[int, object]) -> object:
+    """A copy of nested dicts, lists and tuples, whose items are the same; torch's unpickler takes ten times as long.
+
+    Args:
+        value: that is copied.
+        known: the copies made so far, by the places of what they are of: lists may hold each other.
+    """
+    if type(value) not in (dict, OrderedDict, list, tuple) or id(value) in known:
+        return known.get(id(value), value)
+    if isinstance(value, tuple):
+        return tuple(_with_own_containers(item, known) for item in value)
+    own = known[id(value)] = copy.copy(value)  # with the attributes of a module's state dict
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        own[key] = _with_own_containers(item, known)
+    return own
 
 
 # What a zip file that is none, or torn, can raise.

@@ -107,7 +107,7 @@ def resume_elsewhere(saved: dict[str, Any], resumed: dict[str, Any], folder: str
     }
 
 
-def train_object(stage: int, scheduled: bool = False, rule: str | None = None) -> dict[str, Any]:
+def train_object(stage: int, scheduled: str | None = None, rule: str | None = None) -> dict[str, Any]:
     """Train with an optimizer object whose one group has matrices of both kinds."""
     torch.manual_seed(0)
     model = Net(SHAPES)
@@ -124,8 +124,9 @@ def train_object(stage: int, scheduled: bool = False, rule: str | None = None) -
     optimizer = kind(model, lr=0.01, **settings)
     groups = len(optimizer.param_groups)
     kwargs: dict[str, Any] = {"model": model, "optimizer": optimizer, "model_parameters": trained}
-    if scheduled:
-        kwargs["lr_scheduler"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+    if scheduled is not None:
+        target = optimizer if scheduled == "parts" else optimizer.user_groups
+        kwargs["lr_scheduler"] = torch.optim.lr_scheduler.LambdaLR(target, [lambda _: 1.0] * len(target.param_groups))
     ds_config = config(stage, "fp32", {})
     del ds_config["optimizer"]
     with warnings.catch_warnings(record=True) as caught:

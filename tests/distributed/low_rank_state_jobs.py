@@ -98,7 +98,10 @@ def _set_weight(engine: Any, param: Tensor, value: Tensor) -> None:
 
 def rounded(state_dtype: str) -> dict[str, float]:
     """What is set comes back within the rounding of the stored form, and what lies beside it is as it was."""
-    engine = make("FiraAdam", 2, "fp32", PARAMS | {"state_dtype": state_dtype})
+    # Enough elements for the moments of what is not projected to be coded too.
+    ds_config = config(2, "fp32", PARAMS | {"state_dtype": state_dtype})
+    torch.manual_seed(0)
+    engine = build(ds_config, SHAPES, model=Net(SHAPES, vocabulary=1500))
     for number in range(2):
         backward(engine, number)
         engine.step()
@@ -112,6 +115,8 @@ def rounded(state_dtype: str) -> dict[str, float]:
     head = engine.module.lm_head.weight
     value = value_for(head, 5)
     safe_set_full_optimizer_state(head, value, "exp_avg")
+    held = {state["exp_avg"].dtype for state in fira_of(engine).state.values() if "exp_avg" in state}
+    assert torch.float32 not in held
     off["head"] = float((safe_get_full_optimizer_state(head, "exp_avg") - value).abs().max())
     engine.destroy()
     return off

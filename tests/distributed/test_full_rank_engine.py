@@ -46,10 +46,11 @@ def test_over_stages_and_back(ranks, tmp_path, project_full_rank):
         assert result["states"]
 
 
-def test_an_object_with_one_group_of_both_kinds(ranks):
-    """ZeRO's flat tensors are of one kind, so the group is split; the step is that of stage 0."""
+@pytest.mark.parametrize("scheduled", [None, "user_groups"])
+def test_an_object_with_one_group_of_both_kinds(ranks, scheduled):
+    """ZeRO's flat tensors are of one kind, so the group is split, with a scheduler too; the step is that of stage 0."""
     alone = ranks.run(2, "train_object", JOBS, stage=0)[0]
-    sharded = ranks.run(2, "train_object", JOBS, stage=2)[0]
+    sharded = ranks.run(2, "train_object", JOBS, stage=2, scheduled=scheduled)[0]
     assert alone["groups"] == (2, 2)
     assert sharded["groups"] == (2, 3)
     assert alone["projected"] == sharded["projected"] == SMALL
@@ -62,7 +63,7 @@ def test_an_object_with_one_group_of_both_kinds(ranks):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"scheduled": True}, "build the learning-rate scheduler after deepspeed.initialize"),
+        ({"scheduled": "parts"}, "build the learning-rate scheduler after deepspeed.initialize"),
         ({"rule": "FiraNormalized"}, "Normalized is not elementwise"),
     ],
     ids=["a scheduler counts the groups", "a rule sees matrices whole"],

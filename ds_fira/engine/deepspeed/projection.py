@@ -41,7 +41,7 @@ def project_as_flat(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], com
         groups[number][PROJECT_FULL_RANK] = True
     if kept and communicator.dp_rank == 0:
         reason = f"{rule.__name__} is not elementwise" if whole else "ZeRO steps them with others as one flat tensor"
-        remedy = "" if whole else "build the learning-rate scheduler after deepspeed.initialize, "
+        remedy = "" if whole else "build the learning-rate scheduler after deepspeed.initialize or of user_groups, "
         warnings.warn(
             f"{optimizer.algorithm.name}: matrices of param group {', '.join(map(str, kept))} have a rank at which "
             f"low-rank states save nothing, and are projected all the same, because {reason}; {remedy}give a smaller "

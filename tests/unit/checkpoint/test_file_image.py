@@ -77,6 +77,22 @@ def test_a_file_that_is_all_there(saved: Path) -> None:
     assert found["part"].untyped_storage().data_ptr() == found["large"].untyped_storage().data_ptr()
 
 
+def test_each_reader_has_containers_of_its_own(tmp_path: Path) -> None:
+    """What one removes, the next still finds; attributes and what holds itself are kept."""
+    plain: dict[str, object] = {"module": nn.BatchNorm1d(3).state_dict(), "pair": ([1], {2: [3]}), "set": {4}}
+    plain["self"] = plain
+    torch.save(plain, tmp_path / "x.pt")
+    image = whole(tmp_path / "x.pt")
+    first = image.structure()
+    assert first["self"] is first
+    assert first["module"]._metadata[""] == {"version": 2}
+    del first["module"]["weight"]
+    first["pair"][1][2].append(5)
+    second = image.structure()
+    assert second["module"].keys() == plain["module"].keys()
+    assert (second["pair"], second["set"]) == (plain["pair"], plain["set"])
+
+
 def test_the_outline_alone_says_where_every_tensor_is(saved: Path) -> None:
     image, expected, content = outlined(saved), torch.load(saved), saved.read_bytes()
     found = image.structure()

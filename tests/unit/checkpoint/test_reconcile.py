@@ -47,6 +47,18 @@ def rates(optimizer: Optimizer, groups: list[list[str]]) -> dict[str, float]:
     return {name: group["lr"] for group, names in pairs for name in names}
 
 
+@pytest.mark.parametrize("by_user", [True, False], ids=["by the user's groups", "by their parts"])
+def test_a_schedule_of_groups_in_parts_goes_on_over_other_groups(by_user: bool) -> None:
+    """The parts of the run that saved are a, b with c, d, of two groups: a with b and c, and d. Now they are others."""
+    parts, origins, now = [["a"], ["b", "c"], ["d"]], [0, 0, 1], [["d"], ["a"], ["b", "c"]]
+    saved = [SavedGroup(dict.fromkeys(names, SHAPE), {}, {}, n) for names, n in zip(parts, origins, strict=True)]
+    state = {"base_lrs": [0.1, 0.2] if by_user else [0.1, 0.1, 0.2], "last_epoch": 4, "milestones": [1, 2]}
+    own = {"base_lrs": [1.0, 1.0, 1.0], "last_epoch": 0, "milestones": [1, 2]}
+    members = [[(name, SHAPE) for name in names] for names in now]
+    carried = carry_schedule(state, own, saved, members)
+    assert carried == {"base_lrs": [0.2, 0.1, 0.1], "last_epoch": 4, "milestones": [1, 2]}
+
+
 @pytest.mark.parametrize("after", [AFTER, BEFORE, [["b", "c"], ["a"], ["d"]]], ids=["fewer", "same", "moved"])
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_a_schedule_goes_on_over_other_groups(kind: str, after: list[list[str]]) -> None:
