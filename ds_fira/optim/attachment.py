@@ -24,8 +24,9 @@ class EngineAttachment:
     with the elements of many.
 
     Attributes:
-        communicator: the ranks that share the work of a step.
-        replicated: whether each of them steps the same tensors, so that one computes a basis for all.
+        communicator: all ranks that train together.
+        replicas: by stepped tensor, the ranks that step the same one, so that one computes a basis for all; empty where
+            no other rank does.
         members: of every param group, names and shapes of its parameters over all ranks.
         inventory: of every trained parameter over all ranks, how it is optimized.
         layouts: of every flat buffer with projected matrices, which rank holds and steps what.
@@ -36,7 +37,7 @@ class EngineAttachment:
     """
 
     communicator: Communicator | None = None
-    replicated: bool = False
+    replicas: Mapping[Tensor, Communicator] = field(default_factory=dict)
     members: Sequence[Members] = ()
     inventory: Sequence[ParamRecord] = ()
     layouts: Sequence[GroupLayout] = ()
@@ -56,7 +57,7 @@ class Attachable:
 
     @property
     def communicator(self) -> Communicator | None:
-        """The ranks that share the work of a step; None where no engine says."""
+        """All ranks that train together; None where no engine says."""
         return self.attachment.communicator
 
     @property

@@ -221,9 +221,8 @@ class LowRankOptimizer(Capturing):
     def attach(self, attachment: EngineAttachment) -> None:
         """Take over what an engine says of the stepped tensors, and step from now on."""
         self._forget_attachment()
-        self.attachment, communicator = attachment, attachment.communicator
+        self.attachment = attachment
         self._bound.update(attachment.matrices)
-        self._refresher.replicas = communicator if attachment.replicated and communicator.dp_size > 1 else None
         self.suspended = False
 
     @torch.no_grad()
@@ -263,4 +262,4 @@ class LowRankOptimizer(Capturing):
     @property
     def replicated(self) -> bool:
         """Whether other ranks hold the same parameters and states."""
-        return self._refresher.replicas is not None
+        return any(communicator.dp_size > 1 for communicator in self.attachment.replicas.values())

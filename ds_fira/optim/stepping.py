@@ -19,6 +19,7 @@ from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.observe.scaling_series import Series, add_batch
 from ds_fira.optim.stateful import Resumable
+from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.local_matrices import LocalMatrices
 
 
@@ -83,14 +84,16 @@ class Stepping(Resumable):
         """One turn: gather what is split, refresh what is due, update, give back what was gathered."""
         tasks: list[list[MatrixTask]] = []
         gathered: list[Sequence[tuple[Tensor, Tensor]]] = []
-        due: list[MatrixTask] = []
+        due: dict[Communicator | None, list[MatrixTask]] = {}  # by the ranks that have the same matrices
         for param, matrices in members:
             pairs = matrices.exchanges[turn].to_owners(param, param.grad) if matrices.exchanges else ()
             singles = matrices.tasks(param, turn, pairs, settings, self._negligible_ratio(param, settings))
-            due += self._refresher.due(param, singles, matrices.indices, matrices.first_of(turn))
+            found = self._refresher.due(param, singles, matrices.indices, matrices.first_of(turn))
+            due.setdefault(self.attachment.replicas.get(param), []).extend(found)
             gathered.append(pairs)
             tasks.append(singles)
-        self._refresher.refresh(due)
+        for replicas, of_them in due.items():
+            self._refresher.refresh(of_them, replicas)
         recorders: list[Series] = []
         if self._recording:
             for (param, matrices), singles in zip(members, tasks, strict=True):

@@ -123,12 +123,10 @@ class Refresher:
     """Finds the matrices whose refresh is due and gives them new bases.
 
     Attributes:
-        replicas: the ranks that hold the same matrices, so that each basis is computed once for all; None for none.
         listener: is told of every refresh.
     """
 
     def __init__(self, listener: RefreshListener, name: str) -> None:
-        self.replicas: Communicator | None = None
         self.listener = listener
         self._name = name
         self._warned = False
@@ -180,19 +178,24 @@ class Refresher:
         bounds[row] = int(task.state.step)
         return refresh_due(bounds[row], last, gap, offset)
 
-    def refresh(self, due: list[MatrixTask]) -> None:
-        """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all."""
+    def refresh(self, due: list[MatrixTask], replicas: Communicator | None = None) -> None:
+        """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all.
+
+        Args:
+            due: the matrices.
+            replicas: the ranks that hold the same ones, which all make the call; None for this rank alone.
+        """
         if not due:
             return
         shapes = [(task.grad.shape[0], task.grad.shape[1]) for task in due]
         self.announce(shapes, due[0].weight.device, due[0].state.dtype, due[0].settings)
         with self.listener.refreshing(due[0].weight.device):
-            if self.replicas is None:
+            if replicas is None or replicas.dp_size == 1:
                 for batch in batches(due):
                     for task, basis in zip(batch, self._new_bases(batch), strict=True):
                         self._adopt(task, basis)
             else:
-                self._refresh_replicas(due, self.replicas)
+                self._refresh_replicas(due, replicas)
 
     def announce(
         self, shapes: Sequence[tuple[int, int]], device: torch.device, dtype: torch.dtype, settings: GroupSettings

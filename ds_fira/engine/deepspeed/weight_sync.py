@@ -93,10 +93,9 @@ def _replicated(engine: DeepSpeedEngine, optimizer: LowRankOptimizer) -> list[tu
     found = list(engine.module.named_parameters())
     if optimizer.replicated:
         own = {id(param) for _, param in found}
-        params = [param for group in optimizer.param_groups for param in group["params"]]
         found += [
-            (f"master copy of {record.name or i}", param)
-            for i, (param, record) in enumerate(zip(params, optimizer.inventory, strict=True))
+            (f"master copy of {held[0].name or i}", param)
+            for i, (param, held) in enumerate(optimizer.attachment.slices.items())
             if id(param) not in own
         ]
     return found
