@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, Algorithm, algorithm_of
 from ds_fira.core.selection import numel_of, projected_weights, shape_of, undecayed_weights
@@ -16,8 +16,15 @@ from ds_fira.optim.settings import NOT_OF_GROUPS, check_params
 from ds_fira.sharding.plan import split_by_size, split_evenly
 from ds_fira.sharding.projection import is_projected
 
+# Keys that a parameter gives its param group, such as those by which an engine knows experts.
+KeysOf = Callable[[Tensor], Mapping[str, object]]
 # Settings that concern what is not projected too.
 SHARED = ("lr", "betas", "eps", "weight_decay", "capturable")
+
+
+def no_keys(_: Tensor) -> Mapping[str, object]:
+    """Of `KeysOf`, where a parameter gives none."""
+    return {}
 
 
 def param_groups(
@@ -81,22 +88,29 @@ def _marked(groups: list[ParamGroup], mark: Mapping[str, object]) -> list[ParamG
     return [{**group, PRESET: dict(mark)} for group in groups] if mark else groups
 
 
-def by_kind(group: ParamGroup, settings: Mapping[str, object]) -> list[ParamGroup]:
-    """A param group, or two of the same keys where it has a rank that projects some of its parameters only.
+def by_kind(group: ParamGroup, settings: Mapping[str, object], keys_of: KeysOf = no_keys) -> list[ParamGroup]:
+    """A param group, or several: what its rank projects and what it does not, and each by keys that parameters give it.
 
     Args:
         group: with a list of parameters.
         settings: what the group leaves out.
+        keys_of: gives the keys that a group of a parameter has to have.
     """
-    kinds = [is_projected(shape_of(param), {**settings, **group}) for param in parameters_of(group["params"])]
-    if group.get("rank") is None or len(set(kinds)) < 2:
-        return [group]
+    params, ranked = parameters_of(group["params"]), group.get("rank") is not None
+    kinds = [
+        (not (ranked and is_projected(shape_of(param), {**settings, **group})), tuple(keys_of(param).items()))
+        for param in params
+    ]
     # torch lists the names apart, parameter by parameter.
     listed = [key for key in ("params", "param_names") if key in group]
     return [
-        {**group, **{key: [item for item, own in zip(group[key], kinds, strict=True) if own is kind] for key in listed}}
-        for kind in (True, False)
-    ]
+        {
+            **group,
+            **{key: [item for item, own in zip(group[key], kinds, strict=True) if own == kind] for key in listed},
+            **dict(kind[1]),
+        }
+        for kind in sorted(set(kinds))
+    ] or [group]
 
 
 def group_defaults(settings: Mapping[str, object]) -> dict[str, object]:
@@ -111,6 +125,8 @@ def build_groups(
     zero_stage: int,
     dp_size: int,
     algorithm: Algorithm = FIRA_ADAM,
+    keys_of: KeysOf = no_keys,
+    ranks_of: Callable[[ParamGroup], int] | None = None,
 ) -> list[ParamGroup]:
     """Param groups for an optimizer that DeepSpeed builds from its JSON config.
 
@@ -127,6 +143,8 @@ def build_groups(
         zero_stage: 0 keeps one projected group for each user group.
         dp_size: ranks that ZeRO partitions over.
         algorithm: the optimizer.
+        keys_of: as in `by_kind`.
+        ranks_of: gives the ranks that ZeRO partitions a group over, by its keys; None for `dp_size`.
 
     Returns:
         The groups; with a preset, each says what it gives for the model, computed from all that is projected.
@@ -145,18 +163,16 @@ def build_groups(
         params = [p for p in parameters_of(group["params"]) if p.requires_grad and numel_of(p) > 0]
         own = {key: value for key, value in group.items() if key not in ("params", "rank")}
         own |= {"rank": group["rank"]} if group.get("rank") is not None else {}
-        kinds = [params]
-        if zero_stage == 3:  # which cuts every parameter by itself, whatever the groups
-            mixed = by_kind({**own, "params": params}, {**settings, **algorithm.group_values})
-            kinds = [kind["params"] for kind in mixed]
-        for kind in kinds:
+        for kind in _kinds({**own, "params": params}, {**settings, **algorithm.group_values}, zero_stage, keys_of):
+            ranks = dp_size if ranks_of is None else ranks_of(kind)
+            sized, held = [(numel_of(p), p) for p in kind["params"]], [(shape_of(p), p) for p in kind["params"]]
             if zero_stage == 0:
-                parts = [kind]
+                parts = [kind["params"]]
             elif zero_stage < 3 and "rank" in own:
-                parts = split_evenly([(shape_of(p), p) for p in kind], dp_size, lambda shape: most // math.prod(shape))
+                parts = split_evenly(held, ranks, lambda shape: most // math.prod(shape))
             else:
-                parts = split_by_size([(numel_of(p), p) for p in kind], most * dp_size)
-            groups += [{**own, "params": part} for part in parts if part]
+                parts = split_by_size(sized, most * ranks)
+            groups += [{**kind, "params": part} for part in parts if part]
     if rank is not None and not any("rank" in group for group in groups):
         raise ValueError(
             f"{algorithm.name}: rank = {rank!r}, but none of the trainable parameters given to DeepSpeed is a weight "
@@ -166,3 +182,11 @@ def build_groups(
         names = {id(param): name for name, param in module.named_parameters()}
         mark = {**preset_mark(settings[PRESET], projected_matrices(groups, names)), **mark}
     return _marked(groups, mark)
+
+
+def _kinds(group: ParamGroup, settings: Mapping[str, object], zero_stage: int, keys_of: KeysOf) -> list[ParamGroup]:
+    """A group by the keys of its parameters, and at stage 3, which cuts every one by itself, by what is projected."""
+    unranked = {key: value for key, value in group.items() if key != "rank"}
+    if zero_stage == 3:
+        return by_kind(group, settings, keys_of)
+    return [{**group, **kind} for kind in by_kind(unranked, settings, keys_of)]

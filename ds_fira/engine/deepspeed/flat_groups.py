@@ -132,6 +132,7 @@ def flat_groups(wrapper: ZeROOptimizer, holders_of: HoldersOf) -> list[FlatGroup
     if hp_partitions is not None:
         # Parameters lie back to back in bf16, and before 0.19, without parameter_alignment.
         offsets = getattr(wrapper, "round_robin_bit16_offsets", [None] * len(lp_groups))
+        _require_counts(wrapper, lp_groups, holders_of)
         books = zip(hp_partitions, lp_groups, map(holders_of, lp_groups), offsets, strict=True)
         return [_in_buffer(group, *book) for group, book in enumerate(books)]
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
@@ -140,6 +141,18 @@ def flat_groups(wrapper: ZeROOptimizer, holders_of: HoldersOf) -> list[FlatGroup
         f"{wrapper.optimizer.algorithm.name}: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose "
         "layout is not known; use ZeRO stage 0, 1, 2 or 3 of a supported DeepSpeed version."
     )
+
+
+def _require_counts(wrapper: ZeROOptimizer, lp_groups: Sequence[Sequence[Tensor]], holders_of: HoldersOf) -> None:
+    """Stop unless ZeRO has cut every group over the ranks that hold its parameters."""
+    counts = getattr(wrapper, "partition_count", None)
+    for number, (params, count) in enumerate(zip(lp_groups, counts or [None] * len(lp_groups), strict=True)):
+        ranks = holders_of(params).dp_size
+        if count not in (None, ranks):
+            raise RuntimeError(
+                f"{wrapper.optimizer.algorithm.name}: ZeRO cut param group {number} over {count} ranks, and {ranks} "
+                "hold its parameters; leave moe and name of param groups to deepspeed.initialize."
+            )
 
 
 def _in_buffer(

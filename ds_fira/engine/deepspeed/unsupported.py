@@ -176,14 +176,9 @@ def refuse_unsupported_module(engine: DeepSpeedEngine, name: str) -> None:
         name: of the optimizer.
 
     Raises:
-        ValueError: the module has sparse embeddings, complex parameters or DeepSpeed MoE layers.
+        ValueError: the module has sparse embeddings or complex parameters.
     """
     module = engine.module
-    if engine.has_moe_layers:
-        raise ValueError(
-            f"{name}: DeepSpeed MoE layers are not supported yet, because their experts have process groups of their "
-            "own; use a dense model, or one whose experts are ordinary parameters, such as transformers' Mixtral."
-        )
     for path, submodule in module.named_modules():
         if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
             raise ValueError(f"{name}: {path}.sparse = True gives sparse gradients; build it with sparse=False.")

@@ -1,0 +1,101 @@
+"""DeepSpeed's MoE layers: experts are cut over the ranks that hold them, and trained as one process trains them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ds_fira
+from tests.distributed.expert_jobs import STEPS
+from tests.distributed.zero_jobs import config
+from tests.ranks import Pools
+
+MODULE = "tests.distributed.expert_jobs"
+PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1}
+EXPERT = "deepspeed_experts"
+
+
+def combined(runs: list[dict[str, Any]], step: int, clip: float, stage: int) -> dict[str, Tensor]:
+    """The gradient of a step as DeepSpeed makes it: sums over the ranks that hold a parameter, over all ranks."""
+    sums: dict[str, Tensor] = {}
+    for run in runs:
+        for name, grad in run["grads"][step].items():
+            sums[name] = sums[name] + grad.double() if name in sums else grad.double()
+    mean = {name: total / len(runs) for name, total in sums.items()}
+    if clip:
+        norm = torch.stack([grad.norm() for grad in mean.values()]).norm()
+        if stage == 0:  # there every rank takes the norm of what it holds, and DeepSpeed averages those
+            own = [torch.stack([mean[name].norm() for name in run["grads"][step]]).norm() for run in runs]
+            norm = torch.stack(own).mean()
+        mean = {name: grad * min(1.0, clip / (norm.item() + 1e-6)) for name, grad in mean.items()}
+    return {name: grad.float() for name, grad in mean.items()}
+
+
+def reference(runs: list[dict[str, Any]], params: dict[str, Any], clip: float, stage: int) -> dict[str, Tensor]:
+    """What one process makes of the same gradients, parameter by parameter."""
+    weights = {name: nn.Parameter(value.clone()) for run in runs for name, value in run["before"].items()}
+    projected = set(runs[0]["ranked"])
+    settings = {key: value for key, value in params.items() if key != "rank"}
+    groups = [
+        {"params": [weights[name] for name in weights if name in projected], "rank": params["rank"]},
+        {"params": [weights[name] for name in weights if name not in projected]},
+    ]
+    optimizer = ds_fira.FiraAdam(groups, **settings)
+    for step in range(STEPS):
+        for name, grad in combined(runs, step, clip, stage).items():
+            weights[name].grad = grad
+        optimizer.step()
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def check(runs: list[dict[str, Any]], params: dict[str, Any], clip: float, stage: int) -> None:
+    """All ranks hold what one process has, and ranks that hold the same parameter the same bits."""
+    expected = reference(runs, params, clip, stage)
+    seen: dict[str, Tensor] = {}
+    for run in runs:
+        for name, weight in run["after"].items():
+            assert (weight - expected[name]).abs().max() < 1e-6, name
+            assert torch.equal(weight, seen.setdefault(name, weight)), name
+    assert seen.keys() == expected.keys()
+    assert runs[0]["listed"] == sorted(expected)
+
+
+# Ranks, stage, (experts, ep_size) of every layer, further settings, clipping, the ways in which experts are cut.
+CASES = {
+    "alone in a group": (2, 2, [(4, 2)], {}, 0.3, []),
+    "held by all, cut low-rank": (2, 1, [(3, 1)], {}, 0.3, ["low_rank"]),
+    "held by all, gathered": (2, 2, [(3, 1)], {"exact_cuts": True}, 0.0, ["gathered"]),
+    "both in one model, residual": (2, 2, [(2, 2), (3, 1)], {"use_residual": True}, 0.3, ["low_rank"]),
+    "stage 0": (2, 0, [(4, 2), (2, 1)], {}, 0.3, []),
+    "stage 0, ep_size 1": (2, 0, [(3, 1)], {}, 0.0, []),
+    "an object": (2, 2, [(4, 2)], {"way": "object"}, 0.0, []),
+    "four ranks, two groups of two": (4, 2, [(6, 2)], {}, 0.3, ["low_rank"]),
+    "four ranks, gathered": (4, 1, [(6, 2)], {"exact_cuts": True}, 0.3, ["gathered"]),
+    "four ranks, one group": (4, 2, [(4, 4), (3, 1)], {}, 0.3, ["low_rank"]),
+    "four ranks at stage 0": (4, 0, [(4, 2), (4, 4)], {}, 0.3, []),
+}
+FULL = {name for name, case in CASES.items() if case[0] == 4} | {"stage 0, ep_size 1"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in CASES])
+def test_experts_train_as_in_one_process(ranks: Pools, name: str) -> None:
+    """Whole, cut on both ways, replicated; with refreshes, clipping and plain parameters beside them."""
+    size, stage, layers, extra, clip, ways = CASES[name]
+    kwargs = {key: extra[key] for key in ("use_residual", "way") if key in extra}
+    params = {**PARAMS, **{key: value for key, value in extra.items() if key not in kwargs}}
+    ds_config = config(stage, "fp32", params, gradient_clipping=clip)
+    runs = ranks.run(size, "train", MODULE, ds_config=ds_config, layers=layers, **kwargs)
+    check(runs, params, clip, stage)
+    assert runs[0]["ways"] == ways
+    gates = [each for each in runs[0]["listed"] if ".gate." in each]
+    assert len(gates) == len(layers)
+    assert not set(gates) & set(runs[0]["projected"])
+    count = sum(2 * experts for experts, _ in layers)
+    assert sum(EXPERT in each for each in runs[0]["projected"]) == count
+    if stage:
+        assert {(ep_size, True) for _, ep_size in layers} <= {
+            (int(each.removeprefix("ep_size_")), moe) for each, moe, _ in runs[0]["groups"] if moe
+        }
