@@ -37,6 +37,7 @@ class Holders:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.everyone = Communicator(engine.seq_data_parallel_group)
         self._optimizer: LowRankOptimizer = engine.basic_optimizer
+        self._stage = engine.zero_optimization_stage()
         found = getattr(engine, "expert_data_parallel_group", None) or {}
         self._experts = {name: Communicator(group) for name, group in found.items()}
         own = normalized(dict(engine.module.named_parameters()))
@@ -55,6 +56,13 @@ class Holders:
             experts = layers.get(_layer_of(name)) if id(param) in self._copies else None
             # Of a layer in the order of its experts, however many of them are here.
             yield from [name] if experts is None else sorted(experts, key=_number_of)
+
+    @property
+    def file_number(self) -> int:
+        """Of DeepSpeed's file with this rank's optimizer states, where there are several."""
+        if self._stage == 0 and self._copies:
+            return groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
+        return self.everyone.dp_rank
 
     def of(self, params: Sequence[Tensor]) -> Communicator:
         """The ranks that hold some parameters, which have to be the same for all of them.
