@@ -60,11 +60,15 @@ def require_loadable(
         reading: of the folder; a rank looks into its own files, and those that are read by all are shared out.
 
     Raises:
-        ValueError: with the file, what it would import, and the remedy.
+        ValueError: with the file, what it would import, and the remedy; or with that of an expert that is missing.
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
     communicator = optimizer.communicator
     with agreed(optimizer):
+        files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, reading)
+        lost = files.lost_experts() if files.models and not engine.use_node_local_storage() else []
+        if lost:
+            raise ValueError(f"{folder} lacks {lost[0]}, the weights of an expert; load another tag.")
         paths = matching_files(folder, "*model_states.pt" if model_only else "*_states.pt")
         first, step = (0, 1) if engine.use_node_local_storage() else (communicator.dp_rank, communicator.dp_size)
         for number, path in enumerate(paths):

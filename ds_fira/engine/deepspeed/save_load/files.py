@@ -79,16 +79,15 @@ class CheckpointFiles:
         return replace(files, optimizers=files.optimizers[: int(files.model()["dp_world_size"])])
 
     def find_absent(self) -> str:
-        """Words for experts, and optimizer states of ranks that saved, that have no file here; empty where all have."""
-        if lost := self._lost_experts():
-            return f"the file {lost[0]}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''} of experts"
+        """Words for the optimizer states of ranks that saved and have no file here; empty where all have."""
         if self.at_stage_0:
             return ""  # how many there were, nothing says; a state that is missing is found as it is read
         size = int(self.model()["dp_world_size"])
         absent = sorted({*range(size)} - {*self.ranks})
         return f"the optimizer states of ranks {absent} of the {size} that saved it" if absent else ""
 
-    def _lost_experts(self) -> list[str]:
+    def lost_experts(self) -> list[str]:
+        """The names of the files of experts that are not here."""
         counts, folder = self.model().get("num_experts"), self.models[0].parent
         names = [
             f"layer_{layer}_expert_{number}_mp_rank_00_model_states.pt"
