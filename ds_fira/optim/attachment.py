@@ -34,6 +34,7 @@ class EngineAttachment:
         matrices: by flat partition, the projected matrices in it.
         gradient_dtypes: by stepped tensor, the dtype in which its gradient was computed.
         digest: of all that is the same on every rank; a state dict of another digest was saved elsewhere.
+        replicated: whether all ranks hold the same parameters and states, and step the same matrices.
     """
 
     communicator: Communicator | None = None
@@ -45,6 +46,12 @@ class EngineAttachment:
     matrices: Mapping[Tensor, LocalMatrices] = field(default_factory=dict)
     gradient_dtypes: Mapping[Tensor, torch.dtype] = field(default_factory=dict)
     digest: str = ""
+    replicated: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        held = self.replicas.values()
+        alike = any(each.dp_size > 1 for each in held) and all(each is self.communicator for each in held)
+        object.__setattr__(self, "replicated", alike)
 
 
 ALONE = EngineAttachment()
@@ -59,6 +66,16 @@ class Attachable:
     def communicator(self) -> Communicator | None:
         """All ranks that train together; None where no engine says."""
         return self.attachment.communicator
+
+    @property
+    def replicated(self) -> bool:
+        """Whether all ranks hold the same parameters and states, and step and count the same matrices."""
+        return self.attachment.replicated
+
+    def counts(self, param: Tensor) -> bool:
+        """Whether this rank counts a stepped tensor's steps: one of those that step it does, or all ranks alike."""
+        replicas = self.attachment.replicas.get(param)
+        return replicas is None or replicas.dp_rank == 0 or self.replicated
 
     @property
     def members(self) -> Sequence[Members]:

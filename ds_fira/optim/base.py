@@ -262,8 +262,3 @@ class LowRankOptimizer(Capturing):
         return self.attachment.inventory or [
             ParamRecord.of("", shape_of(p), group) for group in self.param_groups for p in group["params"]
         ]
-
-    @property
-    def replicated(self) -> bool:
-        """Whether other ranks hold the same parameters and states."""
-        return any(communicator.dp_size > 1 for communicator in self.attachment.replicas.values())

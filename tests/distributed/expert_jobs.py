@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ds_fira
 from ds_fira.checkpoint.atomic_save import CheckpointError
+from ds_fira.engine.deepspeed.weight_sync import check_sync
 
 HIDDEN, INNER = 12, 20
 # So many that each expert gets a gradient of more than the rank: what rounding makes of the rest would be no basis.
@@ -193,4 +194,21 @@ def run(
         result["message"] = str(error)
     finally:
         engine.destroy()
+    return result
+
+
+def tell(ds_config: dict[str, Any], layers: list[tuple[int, int]]) -> dict[str, Any]:
+    """The steps at which factors were recorded, by weight; and what a flipped bit of an expert on rank 1 gives."""
+    engine = build(ds_config, layers)
+    steps_of(engine, 0, STEPS)
+    result: dict[str, Any] = {"factors": {name: one["steps"] for name, one in ds_fira.scaling_factors(engine).items()}}
+    if torch.distributed.get_rank() == 1:
+        with torch.no_grad():
+            engine.module.layers[0].deepspeed_moe.experts.deepspeed_experts[1].up.weight[0, 0] += 1
+    try:
+        check_sync(engine)
+        result["message"] = ""
+    except RuntimeError as error:
+        result["message"] = str(error)
+    engine.destroy()
     return result

@@ -92,6 +92,8 @@ def test_experts_train_as_in_one_process(ranks: Pools, name: str) -> None:
     runs = ranks.run(size, "train", MODULE, ds_config=ds_config, layers=layers, **kwargs)
     check(runs, params, clip, stage)
     assert runs[0]["ways"] == ways
+    assert runs[0]["metrics"]["matrix_steps"] == STEPS * len(runs[0]["projected"])
+    assert runs[0]["metrics"]["refreshes"] == 3 * len(runs[0]["projected"])
     gates = [each for each in runs[0]["listed"] if ".gate." in each]
     assert len(gates) == len(layers)
     assert not set(gates) & set(runs[0]["projected"])
@@ -178,3 +180,19 @@ def test_a_lost_or_changed_expert_is_found_before_training(ranks: Pools, tmp_pat
     file.write_bytes(content)
     reseal(tmp_path, folder.name)
     assert messages() == {""}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_what_is_told_of_experts_is_of_all(ranks: Pools, stage: int) -> None:
+    """Recorded factors by the numbers of experts; a flipped bit of one is named on every rank, and its rank."""
+    params = {**PARAMS, "record_scaling_factors": 2, "check_sync_every": 1}
+    found = ranks.run(2, "tell", MODULE, ds_config=config(stage, "fp32", params), layers=[(2, 1), (2, 2)])
+    experts = "layers.{}.deepspeed_moe.experts.deepspeed_experts.{}.{}.weight"
+    names = {experts.format(layer, e, key) for layer in range(2) for e in range(2) for key in ("up", "down")}
+    names |= {"embed.weight", "out.weight"}
+    for each in found:
+        assert set(each["factors"]) == names
+        assert {len(steps) for steps in each["factors"].values()} == {STEPS // 2}
+        assert f"no longer hold the same weights, {experts.format(0, 1, 'up')}" in each["message"]
+        assert each["message"] == found[0]["message"]
+        assert "layers.1" not in each["message"]

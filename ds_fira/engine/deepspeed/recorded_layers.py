@@ -32,6 +32,6 @@ def record_weights(
         if not all(under_adamw(shape_of(param), group) for param in flat.lp_params):
             continue
         matrices, communicator = flat.matrices(holders.names, linear), flat.communicator
-        if optimizer.replicated:  # every rank has all of it
+        if optimizer.attachment.replicas:  # every rank has all of it
             matrices = [{communicator.dp_rank: fragments[0]} for fragments in matrices]
         recorder.watch(flat.hp_partition, matrices, group, communicator)

@@ -120,7 +120,7 @@ def _replicated(engine: DeepSpeedEngine, optimizer: LowRankOptimizer) -> list[tu
     known: Holders = engine.fira_holders
     params = list(engine.module.parameters())
     found = [(known.names[id(param)], param, known.of([param])) for param in params]
-    if optimizer.replicated:
+    if optimizer.attachment.replicas:
         own, attachment = {id(param) for param in params}, optimizer.attachment
         found += [
             (f"master copy of {held[0].name or i}", param, attachment.replicas[param])

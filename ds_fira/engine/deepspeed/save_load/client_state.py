@@ -79,7 +79,8 @@ def _state_of_all(engine: DeepSpeedEngine) -> dict[str, object]:
     ]
     state = {"ranks": ranks, "replicated": optimizer.replicated}
     if optimizer.recorder is not None:
-        state["scaling_factors"] = optimizer.recorder.gather(optimizer.communicator, optimizer.replicated)
+        recorder, all_alike = optimizer.recorder, optimizer.replicated
+        state["scaling_factors"] = recorder.gather(optimizer.communicator, all_alike, optimizer.counts)
     return state
 
 
