@@ -23,7 +23,7 @@ from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import EngineAttachment
 from ds_fira.optim.capturing import Capturing, refuse_capturable
 from ds_fira.optim.constructor import Params, bind, documented, signature_of
-from ds_fira.optim.param_groups import KeysOf, by_kind, group_defaults, no_keys
+from ds_fira.optim.param_groups import by_kind, group_defaults
 from ds_fira.optim.presets import PRESET, preset_in, preset_mark, projected_matrices, take_mark, values_of
 from ds_fira.optim.rank_rule import grouped, linear_weights, ranked_groups
 from ds_fira.optim.settings import (
@@ -185,18 +185,15 @@ class LowRankOptimizer(Capturing):
         others = {key: value for key, value in param_group.items() if key not in own or own[key] != value}
         refuse_foreign(others, f"{self.algorithm.name} param group", self.algorithm)
 
-    def separate(self, keys_of: KeysOf = no_keys) -> None:
+    def separate(self) -> None:
         """Split groups with a rank that projects some of their matrices only: a flat partition has to be of one kind.
 
-        Not where a scheduler holds a list of one learning rate a group.
-
-        Args:
-            keys_of: gives the keys that a group of a parameter has to have, by which groups are split as well.
+        And held by the same ranks: experts come apart. Not where a scheduler holds a list of one learning rate a group.
         """
         if any("initial_lr" in group for group in self.param_groups):
             return
         groups, given = self.param_groups, self.given
-        parts = [by_kind(group, group, keys_of) for group in groups]
+        parts = [by_kind(group, group) for group in groups]
         self.given = [dict(own) for own, kinds in zip(given, parts, strict=True) for _ in kinds]
         groups[:] = [part for kinds in parts for part in kinds]
 
@@ -206,12 +203,11 @@ class LowRankOptimizer(Capturing):
             self.param_groups[number][PROJECT_FULL_RANK] = value
         self._forget_attachment()
 
-    def await_attachment(self, flat: bool, keys_of: KeysOf = no_keys) -> None:
+    def await_attachment(self, flat: bool) -> None:
         """Make no step before `attach`: engines step as they are built, with zero gradients, and would decay weights.
 
         Args:
             flat: whether the engine makes each param group one flat tensor, which has to be of one kind.
-            keys_of: as in `separate`.
         """
         if any(group["capturable"] for group in self.param_groups):
             raise ValueError(
@@ -220,7 +216,7 @@ class LowRankOptimizer(Capturing):
             )
         self.suspended = True
         if flat:
-            self.separate(keys_of)
+            self.separate()
 
     def attach(self, attachment: EngineAttachment) -> None:
         """Take over what an engine says of the stepped tensors, and step from now on."""

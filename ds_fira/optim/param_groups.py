@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, Algorithm, algorithm_of
 from ds_fira.core.selection import numel_of, projected_weights, shape_of, undecayed_weights
 from ds_fira.core.settings import ParamGroup
+from ds_fira.optim.expert_groups import keys_of, ranks_of
 from ds_fira.optim.presets import PRESET, preset_mark, projected_matrices, take_mark
 from ds_fira.optim.rank_rule import Item, apart, grouped, parameters_of, require_one_rank, split_by_rank
 from ds_fira.optim.settings import NOT_OF_GROUPS, check_params
 from ds_fira.sharding.plan import split_by_size, split_evenly
 from ds_fira.sharding.projection import is_projected
 
-# Keys that a parameter gives its param group, such as those by which an engine knows experts.
-KeysOf = Callable[[Tensor], Mapping[str, object]]
 # Settings that concern what is not projected too.
 SHARED = ("lr", "betas", "eps", "weight_decay", "capturable")
-
-
-def no_keys(_: Tensor) -> Mapping[str, object]:
-    """Of `KeysOf`, where a parameter gives none."""
-    return {}
 
 
 def param_groups(
@@ -88,13 +82,12 @@ def _marked(groups: list[ParamGroup], mark: Mapping[str, object]) -> list[ParamG
     return [{**group, PRESET: dict(mark)} for group in groups] if mark else groups
 
 
-def by_kind(group: ParamGroup, settings: Mapping[str, object], keys_of: KeysOf = no_keys) -> list[ParamGroup]:
-    """A param group, or several: what its rank projects and what it does not, and each by keys that parameters give it.
+def by_kind(group: ParamGroup, settings: Mapping[str, object]) -> list[ParamGroup]:
+    """A param group, or several: what its rank projects and what it does not, and of each the experts apart.
 
     Args:
         group: with a list of parameters.
         settings: what the group leaves out.
-        keys_of: gives the keys that a group of a parameter has to have.
     """
     params, ranked = parameters_of(group["params"]), group.get("rank") is not None
     kinds = [
@@ -125,8 +118,6 @@ def build_groups(
     zero_stage: int,
     dp_size: int,
     algorithm: Algorithm = FIRA_ADAM,
-    keys_of: KeysOf = no_keys,
-    ranks_of: Callable[[ParamGroup], int] | None = None,
 ) -> list[ParamGroup]:
     """Param groups for an optimizer that DeepSpeed builds from its JSON config.
 
@@ -141,10 +132,8 @@ def build_groups(
         model_parameters: parameters, (name, parameter) pairs or param groups.
         settings: checked JSON `params`.
         zero_stage: 0 keeps one projected group for each user group.
-        dp_size: ranks that ZeRO partitions over.
+        dp_size: data-parallel ranks.
         algorithm: the optimizer.
-        keys_of: as in `by_kind`.
-        ranks_of: gives the ranks that ZeRO partitions a group over, by its keys; None for `dp_size`.
 
     Returns:
         The groups; with a preset, each says what it gives for the model, computed from all that is projected.
@@ -163,8 +152,8 @@ def build_groups(
         params = [p for p in parameters_of(group["params"]) if p.requires_grad and numel_of(p) > 0]
         own = {key: value for key, value in group.items() if key not in ("params", "rank")}
         own |= {"rank": group["rank"]} if group.get("rank") is not None else {}
-        for kind in _kinds({**own, "params": params}, {**settings, **algorithm.group_values}, zero_stage, keys_of):
-            ranks = dp_size if ranks_of is None else ranks_of(kind)
+        for kind in _kinds({**own, "params": params}, {**settings, **algorithm.group_values}, zero_stage):
+            ranks = ranks_of(kind, dp_size)
             sized, held = [(numel_of(p), p) for p in kind["params"]], [(shape_of(p), p) for p in kind["params"]]
             if zero_stage == 0:
                 parts = [kind["params"]]
@@ -184,9 +173,9 @@ def build_groups(
     return _marked(groups, mark)
 
 
-def _kinds(group: ParamGroup, settings: Mapping[str, object], zero_stage: int, keys_of: KeysOf) -> list[ParamGroup]:
-    """A group by the keys of its parameters, and at stage 3, which cuts every one by itself, by what is projected."""
-    unranked = {key: value for key, value in group.items() if key != "rank"}
+def _kinds(group: ParamGroup, settings: Mapping[str, object], zero_stage: int) -> list[ParamGroup]:
+    """A group with the experts apart, and at stage 3, which cuts every parameter by itself, what is projected too."""
     if zero_stage == 3:
-        return by_kind(group, settings, keys_of)
-    return [{**group, **kind} for kind in by_kind(unranked, settings, keys_of)]
+        return by_kind(group, settings)
+    unranked = {key: value for key, value in group.items() if key != "rank"}
+    return [{**group, **kind} for kind in by_kind(unranked, settings)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 import ds_fira
 from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.engine.deepspeed.weight_sync import check_sync
+from ds_fira.tools.doctor.examine import examine
 
 HIDDEN, INNER = 12, 20
 # So many that each expert gets a gradient of more than the rank: what rounding makes of the rest would be no basis.
@@ -156,9 +159,27 @@ def train(ds_config: dict[str, Any], layers: list[tuple[int, int]], **kwargs: An
         "sizes": sorted({len(layout.unsplit) for layout in optimizer.layouts}),
         "groups": [(group.get("name"), group.get("moe", False), "rank" in group) for group in optimizer.param_groups],
         "metrics": ds_fira.metrics(engine),
+        "held": ds_fira.memory_report(engine)["optimizer_state_bytes"],
+        "formula": ds_fira.memory_report(engine)["paper_formula_bytes"],
     }
     engine.destroy()
     return result
+
+
+def diagnose(ds_config: dict[str, Any], layers: list[tuple[int, int]], folder: str) -> dict[str, Any]:
+    """What the doctor says of the same training before it starts, and at stage 3."""
+    model, size = ExpertNet(layers), torch.distributed.get_world_size()
+    file = Path(folder, f"{torch.distributed.get_rank()}.json")
+    file.write_text(json.dumps(ds_config))
+    found = examine(file, model, size)
+    file.write_text(json.dumps({**ds_config, "zero_optimization": {"stage": 3}}))
+    return {
+        "refusals": found.refusals,
+        "held": list(found.state_bytes),
+        "formula": found.formula_bytes,
+        "notes": found.notes,
+        "at stage 3": examine(file, model, size).refusals,
+    }
 
 
 def run(

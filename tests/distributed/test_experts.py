@@ -83,7 +83,7 @@ FULL = {name for name, case in CASES.items() if case[0] == 4} | {"stage 0, ep_si
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in CASES])
-def test_experts_train_as_in_one_process(ranks: Pools, name: str) -> None:
+def test_experts_train_as_in_one_process(ranks: Pools, name: str, tmp_path: Path) -> None:
     """Whole, cut on both ways, replicated; with refreshes, clipping and plain parameters beside them."""
     size, stage, layers, extra, clip, ways = CASES[name]
     kwargs = {key: extra[key] for key in ("use_residual", "way") if key in extra}
@@ -94,6 +94,11 @@ def test_experts_train_as_in_one_process(ranks: Pools, name: str) -> None:
     assert runs[0]["ways"] == ways
     assert runs[0]["metrics"]["matrix_steps"] == STEPS * len(runs[0]["projected"])
     assert runs[0]["metrics"]["refreshes"] == 3 * len(runs[0]["projected"])
+    if not kwargs:
+        found = ranks.run(size, "diagnose", MODULE, ds_config=ds_config, layers=layers, folder=str(tmp_path))[0]
+        assert (found["refusals"], found["held"], found["formula"]) == ((), runs[0]["held"], runs[0]["formula"])
+        assert "whose experts lie on ranks of their own" in found["notes"][0]
+        assert "Native DeepSpeed MoE is not supported with ZeRO Stage 3" in found["at stage 3"][0]
     gates = [each for each in runs[0]["listed"] if ".gate." in each]
     assert len(gates) == len(layers)
     assert not set(gates) & set(runs[0]["projected"])

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -23,7 +22,7 @@ from ds_fira.core.settings import GroupSettings
 from ds_fira.engine.deepspeed import unsupported
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
-from ds_fira.engine.deepspeed.holders import Holders, keys_of, ranks_of_group
+from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.thawed import note_frozen
@@ -83,8 +82,7 @@ def make_optimizer(engine: DeepSpeedEngine, model_parameters: Iterable[object], 
     unsupported.refuse_unsupported_module(engine, kind.algorithm.name)
     given = grouped(model_parameters)
     settings = checked_params(engine, given)
-    stage, ranks_of = engine.zero_optimization_stage(), functools.partial(ranks_of_group, dp_size)
-    groups = build_groups(engine.module, given, settings, stage, dp_size, kind.algorithm, keys_of, ranks_of)
+    groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)
     whole_training = ("check_sync_every", "record_scaling_factors", "unpickle_checkpoints", "kernels")
     whole_training += SaveSettings._fields
     optimizer = kind(groups, **group_defaults(settings), **{key: settings[key] for key in whole_training})
@@ -103,7 +101,7 @@ def attach_built(
         if isinstance(optimizer, LowRankOptimizer):
             unsupported.refuse_unsupported(engine, optimizer.algorithm.name)
             unsupported.refuse_unsupported_module(engine, optimizer.algorithm.name)
-            optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0, keys_of=keys_of)
+            optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0)
         return optimizer
 
     if callable(client_optimizer):

@@ -6,13 +6,12 @@ held by the ranks of an expert-data-parallel group. Everything else here goes by
 
 Written against DeepSpeed 0.17 to 0.19. What it relies on: `is_moe_param` tells experts, whose `group_name` is the key
 of their process groups; `deepspeed.moe.experts.Experts` holds rank e's share of n experts in its list
-`deepspeed_experts`, of which number i is expert e n + i of the layer. A group of s ranks is called `ep_size_s`, and
-ZeRO knows a param group of experts by the keys `moe` and `name`.
+`deepspeed_experts`, of which number i is expert e n + i of the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.utils import is_moe_param
@@ -89,16 +88,6 @@ class Holders:
             for names, param in zip(copies, params, strict=True)
             if rank < len(names)
         ]
-
-
-def keys_of(param: Tensor) -> dict[str, object]:
-    """The keys by which DeepSpeed knows a param group of experts."""
-    return {"moe": True, "name": param.group_name} if is_moe_param(param) else {}
-
-
-def ranks_of_group(dp_size: int, group: Mapping[str, object]) -> int:
-    """The ranks that hold the parameters of a param group, of all data-parallel ones."""
-    return dp_size // int(group["name"].removeprefix("ep_size_")) if group.get("moe") else dp_size
 
 
 def expert_names(module: nn.Module) -> dict[int, tuple[str, ...]]:
