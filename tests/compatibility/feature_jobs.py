@@ -11,12 +11,23 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.moe.layer import MoE
 from torch import distributed, nn
 
 import ds_fira
-from tests.compatibility.option_jobs import PARAMS, SHAPES, STEPS, WatchedNet, forget_autocast, measure, try_config
+from tests.compatibility.option_jobs import (
+    PARAMS,
+    SHAPES,
+    STEP_LIMIT,
+    STEPS,
+    WatchedNet,
+    forget_autocast,
+    measure,
+    relative,
+    try_config,
+)
 from tests.compatibility.sequence_jobs import ulysses
+from tests.distributed import expert_jobs
+from tests.distributed.expert_reference import combined, given, reference
 from tests.distributed.zero_jobs import batches, build, config
 
 SUPPORTED, REFUSED, REMOVED = "supported", "refused", "DeepSpeed's refusal"
@@ -116,13 +127,23 @@ def pipeline(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def moe(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed MoE layer."""
-
-    def add_experts(plain: WatchedNet) -> WatchedNet:
-        plain.moe = MoE(6, nn.Linear(6, 6), num_experts=2, ep_size=1)
-        return plain
-
-    return trained(ds_config, wrap=add_experts)
+    """Two of DeepSpeed's MoE layers: every rank holds other experts of the first, and all of the second."""
+    try:
+        own = expert_jobs.train(ds_config, [(4, 2), (3, 1)])
+    except Exception as error:
+        return {"message": f"{type(error).__name__}: {error}", "refused_by": _refuser(error)}
+    runs: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(runs, own)
+    stage, clip = ds_config["zero_optimization"]["stage"], ds_config["gradient_clipping"]
+    before, after = ({name: w for run in runs for name, w in run[key].items()} for key in ("before", "after"))
+    differences = {
+        "step_difference": relative(after, reference(runs, ds_config["optimizer"]["params"], clip, stage), before),
+        "gradient_difference": max(
+            relative(given(runs, step), combined(runs, step, clip, stage)) for step in range(expert_jobs.STEPS)
+        ),
+    }
+    wrong = [name for name, value in differences.items() if not value < STEP_LIMIT["float32"]]
+    return {"steps": expert_jobs.STEPS, **differences, "wrong": "; ".join(wrong)}
 
 
 def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +166,8 @@ FEATURES = [
         "tensor parallelism: `tensor_parallel.autotp_size`", REFUSED, extra={"tensor_parallel": {"autotp_size": 2}}
     ),
     Feature("pipeline parallelism: `PipelineModule`", REFUSED, stages=(1,), way=pipeline),
-    Feature("experts: `deepspeed.moe.layer.MoE`", REFUSED, stages=(1, 2, 3), way=moe),
+    Feature("experts: `deepspeed.moe.layer.MoE`, `ep_size` 1 and 2", stages=(0, 1, 2), dtype="fp32", way=moe),
+    Feature("experts: `deepspeed.moe.layer.MoE` at stage 3", REMOVED, stages=(3,), dtype="fp32", way=moe),
     Feature("experts: `expert_parallel` (AutoEP)", REFUSED, extra={"expert_parallel": {"enabled": True}}),
     Feature("ZeRO++: `zero_quantized_weights`", REFUSED, extra={"zero_zero_quantized_weights": True}),
     Feature(

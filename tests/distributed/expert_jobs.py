@@ -126,23 +126,33 @@ def weights_of(engine: Any) -> dict[str, Tensor]:
 
 
 def train(ds_config: dict[str, Any], layers: list[tuple[int, int]], **kwargs: Any) -> dict[str, Any]:
-    """What a rank trained with: weights before and after, its own gradient of every step, the norms, the plan."""
+    """What a rank trained with: weights before and after, its own and the given gradients of steps, norms, the plan."""
     engine = build(ds_config, layers, **kwargs)
     names, grads, norms = global_names(engine.module), [], []
     for name, param in engine.module.named_parameters():
         param.register_hook(lambda grad, name=name: grads[-1].__setitem__(names[name], grad.detach().clone()))
-    before = weights_of(engine)
-    losses = []
+    before, optimizer = weights_of(engine), engine.basic_optimizer
+    losses: list[float] = []
+    given: list[list[tuple[str, int, Tensor]]] = []
+
+    def see(stepped: Any, *_: Any) -> None:  # of ZeRO a call for every group
+        for param in (param for group in stepped.param_groups for param in group["params"]):
+            for held in optimizer.attachment.slices[param]:
+                part = param.grad.reshape(-1)[held.offset : held.offset + held.stop - held.start]
+                given[-1].append((held.name, held.start, part.float().clone()))
+
+    optimizer.register_step_pre_hook(see)
     for step in range(STEPS):
         grads.append({})
+        given.append([])
         losses += steps_of(engine, step, step + 1)
         norm = engine.get_global_grad_norm()
         norms.append(None if norm is None else float(norm))
-    optimizer = engine.basic_optimizer
     result = {
         "before": before,
         "after": weights_of(engine),
         "grads": grads,
+        "given": given,
         "norms": norms,
         "losses": losses,
         "projected": sorted(record.name for record in optimizer.inventory if record.matrices),

@@ -7,50 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import ds_fira
 from ds_fira.checkpoint.atomic_save import reseal
 from tests.distributed.expert_jobs import STEPS
+from tests.distributed.expert_reference import combined, given, reference
 from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
 
 MODULE = "tests.distributed.expert_jobs"
 PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1}
 EXPERT = "deepspeed_experts"
-
-
-def combined(runs: list[dict[str, Any]], step: int, clip: float, stage: int) -> dict[str, Tensor]:
-    """The gradient of a step as DeepSpeed makes it: sums over the ranks that hold a parameter, over all ranks."""
-    sums: dict[str, Tensor] = {}
-    for run in runs:
-        for name, grad in run["grads"][step].items():
-            sums[name] = sums[name] + grad.double() if name in sums else grad.double()
-    mean = {name: total / len(runs) for name, total in sums.items()}
-    if clip:
-        norm = torch.stack([grad.norm() for grad in mean.values()]).norm()
-        if stage == 0:  # there every rank takes the norm of what it holds, and DeepSpeed averages those
-            own = [torch.stack([mean[name].norm() for name in run["grads"][step]]).norm() for run in runs]
-            norm = torch.stack(own).mean()
-        mean = {name: grad * min(1.0, clip / (norm.item() + 1e-6)) for name, grad in mean.items()}
-    return {name: grad.float() for name, grad in mean.items()}
-
-
-def reference(runs: list[dict[str, Any]], params: dict[str, Any], clip: float, stage: int) -> dict[str, Tensor]:
-    """What one process makes of the same gradients, parameter by parameter."""
-    weights = {name: nn.Parameter(value.clone()) for run in runs for name, value in run["before"].items()}
-    projected = set(runs[0]["ranked"])
-    settings = {key: value for key, value in params.items() if key != "rank"}
-    groups = [
-        {"params": [weights[name] for name in weights if name in projected], "rank": params["rank"]},
-        {"params": [weights[name] for name in weights if name not in projected]},
-    ]
-    optimizer = ds_fira.FiraAdam(groups, **settings)
-    for step in range(STEPS):
-        for name, grad in combined(runs, step, clip, stage).items():
-            weights[name].grad = grad
-        optimizer.step()
-    return {name: weight.detach() for name, weight in weights.items()}
 
 
 def check(runs: list[dict[str, Any]], params: dict[str, Any], clip: float, stage: int) -> None:
@@ -62,6 +29,10 @@ def check(runs: list[dict[str, Any]], params: dict[str, Any], clip: float, stage
             assert (weight - expected[name]).abs().max() < 1e-6, name
             assert torch.equal(weight, seen.setdefault(name, weight)), name
     assert seen.keys() == expected.keys()
+    for step in range(STEPS):
+        right, found = combined(runs, step, clip, stage), given(runs, step)
+        assert found.keys() == right.keys()
+        assert all((found[name] - grad).abs().max() < 1e-6 for name, grad in right.items())
     assert runs[0]["listed"] == sorted(expected)
 
 
