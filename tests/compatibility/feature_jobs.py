@@ -14,20 +14,18 @@ import torch
 from torch import distributed, nn
 
 import ds_fira
+from tests.compatibility.expert_features import moe
 from tests.compatibility.option_jobs import (
     PARAMS,
     SHAPES,
-    STEP_LIMIT,
     STEPS,
     WatchedNet,
     forget_autocast,
     measure,
-    relative,
+    refuser,
     try_config,
 )
 from tests.compatibility.sequence_jobs import ulysses
-from tests.distributed import expert_jobs
-from tests.distributed.expert_reference import combined, given, reference
 from tests.distributed.zero_jobs import batches, build, config
 
 SUPPORTED, REFUSED, REMOVED = "supported", "refused", "DeepSpeed's refusal"
@@ -76,14 +74,10 @@ def trained(
             prepare(engine)
         return measure(engine, plain, batches(STEPS, distributed.get_rank()), 1, ds_config["gradient_clipping"])
     except Exception as error:
-        return {"message": f"{type(error).__name__}: {error}", "refused_by": _refuser(error)}
+        return {"message": f"{type(error).__name__}: {error}", "refused_by": refuser(error)}
     finally:
         if engine is not None:
             engine.destroy()
-
-
-def _refuser(error: Exception) -> str:
-    return "FiraAdam" if str(error).startswith("FiraAdam: ") else "DeepSpeed"
 
 
 def compiled_engine(ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -124,26 +118,6 @@ def make_net() -> WatchedNet:
 def pipeline(ds_config: dict[str, Any]) -> dict[str, Any]:
     """A PipelineModule."""
     return trained(ds_config, wrap=lambda _: deepspeed.pipe.PipelineModule(layers=[nn.Linear(4, 4)], num_stages=1))
-
-
-def moe(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Two of DeepSpeed's MoE layers: every rank holds other experts of the first, and all of the second."""
-    try:
-        own = expert_jobs.train(ds_config, [(4, 2), (3, 1)])
-    except Exception as error:
-        return {"message": f"{type(error).__name__}: {error}", "refused_by": _refuser(error)}
-    runs: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(runs, own)
-    stage, clip = ds_config["zero_optimization"]["stage"], ds_config["gradient_clipping"]
-    before, after = ({name: w for run in runs for name, w in run[key].items()} for key in ("before", "after"))
-    differences = {
-        "step_difference": relative(after, reference(runs, ds_config["optimizer"]["params"], clip, stage), before),
-        "gradient_difference": max(
-            relative(given(runs, step), combined(runs, step, clip, stage)) for step in range(expert_jobs.STEPS)
-        ),
-    }
-    wrong = [name for name, value in differences.items() if not value < STEP_LIMIT["float32"]]
-    return {"steps": expert_jobs.STEPS, **differences, "wrong": "; ".join(wrong)}
 
 
 def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:

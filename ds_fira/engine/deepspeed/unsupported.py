@@ -101,8 +101,8 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         f"tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not supported yet, "
         "because a rank would see a part of every matrix; set it to 1.": tensor_parallel > 1,
         # AutoEP came with 0.19.
-        "expert_parallel.enabled = True is not supported yet, because ranks then hold different experts in parameters of "
-        "one name; set it to false and train the experts as ordinary parameters, or build the model with "
+        "expert_parallel.enabled = True is not supported yet, because ranks then hold different experts in parameters "
+        "of one name; set it to false and train the experts as ordinary parameters, or build the model with "
         "deepspeed.moe.layer.MoE.": _at(config, "expert_parallel_config.enabled"),
         "zero_optimization.elastic_checkpoint = True is not supported, because it gives every rank rank 0's low-rank "
         "state on loading; set it to false.": zero.elastic_checkpoint,

@@ -123,8 +123,8 @@ def estimate(
     module = model if isinstance(model, nn.Module) else load_model(model)
     if any(map(keys_of, module.parameters())):
         raise ValueError(
-            f"{type(module).__name__} has MoE layers of DeepSpeed, whose experts lie on ranks of their own, and other "
-            "methods are not estimated so; `ds-fira doctor` plans FiraAdam's states, or give a dense model."
+            f"{type(module).__name__} has MoE layers of DeepSpeed, whose experts lie on ranks of their own, which is "
+            "not estimated; ask ds-fira doctor for FiraAdam's states, or give a dense model."
         )
     kind = algorithm_of({KEY: optimizer})
     if kind is not FIRA_ADAM and "GaLore" in methods:
