@@ -18,6 +18,8 @@ HEAD_NAMES = frozenset({"lm_head", "embed_out", "output_projection", "score", "c
 # Ends of the names that it gives to norms, and names of embeddings, beside all that have "embed" in them.
 _NORM_SUFFIXES = ("norm", "norm1", "norm2", "ln_f", "ln_1", "ln_2")
 _EMBEDDINGS = frozenset({"wte", "wpe", "shared"})
+# The router of DeepSpeed's MoE layer, a linear layer; known by name, to need no import.
+_ROUTER, _ROUTER_NAME = "TopKGate", "gate.wg"
 
 
 def shape_of(param: Tensor) -> tuple[int, ...]:
@@ -42,10 +44,11 @@ def _expert_tensors(name: str, module: nn.Module) -> list[str]:
     return [key for key, param in module.named_parameters(recurse=False) if len(shape_of(param)) == 3]
 
 
-def _head_and_embeddings(model: nn.Module) -> set[int]:
-    """Identities of the weights of embeddings and of the output head, tied or not."""
+def _unprojected_weights(model: nn.Module) -> set[int]:
+    """Identities of the weights of embeddings, of the output head, tied or not, and of routers."""
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     excluded = {id(weight) for weight in embeddings}
+    excluded |= {id(module.wg.weight) for module in model.modules() if type(module).__name__ == _ROUTER}
     for module in model.modules():
         head = getattr(module, "get_output_embeddings", None)
         head = head() if callable(head) else None
@@ -63,13 +66,13 @@ def find_projected_weights(model: nn.Module, target_modules: Sequence[str] | Non
     """The weights of a model that a rank applies to, none if there are none.
 
     Without `target_modules`: the weights of `nn.Linear`, of transformers' `Conv1D`, and 3-D expert tensors; not the
-    output head, a head tied to the embedding, embeddings, norms or biases. With it: the weights of those kinds (the
-    head too) whose module's name contains one of the substrings.
+    output head, a head tied to the embedding, embeddings, the routers of DeepSpeed's MoE layers, norms or biases. With
+    it: the weights of those kinds (head and routers too) whose module's name contains one of the substrings.
 
     Returns:
         Parameter names by `id` of the parameter.
     """
-    excluded = set() if target_modules is not None else _head_and_embeddings(model)
+    excluded = set() if target_modules is not None else _unprojected_weights(model)
     found = {}
     for name, module in model.named_modules():
         if target_modules is not None and not any(target in name for target in target_modules):
@@ -88,8 +91,9 @@ def find_named_weights(
     """The parameters that a rank applies to as far as their names tell, for want of the model.
 
     Every 2-D parameter and every 3-D one with "expert" in its name, but not biases and norms; embeddings, known by
-    "embed", `wte`, `wpe` or `shared` in their names; nor, without `target_modules`, the output head, known by
-    `HEAD_NAMES`, or last and of an embedding's shape. A name of "" tells nothing: then every 2-D parameter.
+    "embed", `wte`, `wpe` or `shared` in their names; nor, without `target_modules`, the routers of DeepSpeed's MoE
+    layers and the output head, known by `HEAD_NAMES`, or last and of an embedding's shape. A name of "" tells nothing:
+    then every 2-D parameter.
 
     Args:
         named: names, as `nn.Module.named_parameters` gives them, and parameters, in the model's order.
@@ -109,7 +113,8 @@ def find_named_weights(
             embeddings.add(shape)
             continue
         last = (id(param), shape)
-        wanted = not head if target_modules is None else any(target in module for target in target_modules)
+        plain = not head and not module.endswith(_ROUTER_NAME)
+        wanted = plain if target_modules is None else any(target in module for target in target_modules)
         if wanted and not module.endswith(_NORM_SUFFIXES):
             found[id(param)] = name
     if target_modules is None and last[1] in embeddings:

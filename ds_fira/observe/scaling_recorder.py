@@ -78,7 +78,7 @@ class ScalingRecorder:
         self._step = 0
         self._low_rank: dict[Tensor, list[Series]] = {}
         self._watched: dict[Tensor, list[_Watched]] = {}
-        self._channel: Communicator | None = None
+        self._channels: dict[Tensor, Communicator | None] = {}
         self._alone: dict[Tensor, str] = {}
 
     def due(self, step: int) -> bool:
@@ -120,7 +120,7 @@ class ScalingRecorder:
             group: the param group, for the side.
             communicator: the ranks; None for this process alone, as dp_rank 0.
         """
-        self._channel, watched, used = communicator, [], 0
+        self._channels[param], watched, used = communicator, [], 0
         dp_rank = 0 if communicator is None else communicator.dp_rank
         for fragments in matrices:
             first = min(fragments)
@@ -180,20 +180,29 @@ class ScalingRecorder:
             if one.place is not None and one.fragment is not None:
                 shared[:, one.place] = squares(one)
         if used:
-            shared = self._channel.start_all_reduce(shared).wait()
+            shared = self._channels[param].start_all_reduce(shared).wait()
         for one in [one for one in watched if one.series is not None]:
             direction_sq, grad_sq = squares(one) if one.place is None else shared[:, one.place]
             one.series.open(self._step).add(direction_sq, grad_sq, bias_correction, grad_sq.sum().isfinite())
 
-    def gather(self, communicator: Communicator | None, replicated: bool) -> Factors:
+    def gather(
+        self, communicator: Communicator | None, replicated: bool, counts: Callable[[Tensor], bool] = lambda _: True
+    ) -> Factors:
         """What all processes have recorded, as `ds_fira.scaling_factors` gives it; waits for a GPU.
 
         Args:
             communicator: the ranks, which all make the call; None for this process alone.
             replicated: whether every rank records the same.
+            counts: whether what this rank has recorded of a stepped tensor is asked for, or another has the same.
         """
-        kept = [series for listed in self._low_rank.values() for series in listed]
-        kept += [one.series for listed in self._watched.values() for one in listed if one.series is not None]
+        kept = [series for param, listed in self._low_rank.items() if counts(param) for series in listed]
+        kept += [
+            one.series
+            for param, listed in self._watched.items()
+            if counts(param)
+            for one in listed
+            if one.series is not None
+        ]
         parts = [series.plain() for series in kept if len(series.entries) and series.steps]
         if communicator is not None and not replicated:
             parts = [part for listed in communicator.gather_objects(parts) for part in listed]

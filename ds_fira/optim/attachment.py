@@ -24,8 +24,9 @@ class EngineAttachment:
     with the elements of many.
 
     Attributes:
-        communicator: the ranks that share the work of a step.
-        replicated: whether each of them steps the same tensors, so that one computes a basis for all.
+        communicator: all ranks that train together.
+        replicas: by stepped tensor, the ranks that step the same one, so that one computes a basis for all; empty where
+            no other rank does.
         members: of every param group, names and shapes of its parameters over all ranks.
         inventory: of every trained parameter over all ranks, how it is optimized.
         layouts: of every flat buffer with projected matrices, which rank holds and steps what.
@@ -34,10 +35,11 @@ class EngineAttachment:
         gradient_dtypes: by stepped tensor, the dtype in which its gradient was computed.
         names: of the module's parameters, by their `id`.
         digest: of all that is the same on every rank; a state dict of another digest was saved elsewhere.
+        replicated: whether all ranks hold the same parameters and states, and step the same matrices.
     """
 
     communicator: Communicator | None = None
-    replicated: bool = False
+    replicas: Mapping[Tensor, Communicator] = field(default_factory=dict)
     members: Sequence[Members] = ()
     inventory: Sequence[ParamRecord] = ()
     layouts: Sequence[GroupLayout] = ()
@@ -46,6 +48,12 @@ class EngineAttachment:
     gradient_dtypes: Mapping[Tensor, torch.dtype] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
     digest: str = ""
+    replicated: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        held = self.replicas.values()
+        alike = any(each.dp_size > 1 for each in held) and all(each is self.communicator for each in held)
+        object.__setattr__(self, "replicated", alike)
 
 
 ALONE = EngineAttachment()
@@ -58,8 +66,18 @@ class Attachable:
 
     @property
     def communicator(self) -> Communicator | None:
-        """The ranks that share the work of a step; None where no engine says."""
+        """All ranks that train together; None where no engine says."""
         return self.attachment.communicator
+
+    @property
+    def replicated(self) -> bool:
+        """Whether all ranks hold the same parameters and states, and step and count the same matrices."""
+        return self.attachment.replicated
+
+    def counts(self, param: Tensor) -> bool:
+        """Whether this rank counts a stepped tensor's steps: one of those that step it does, or all ranks alike."""
+        replicas = self.attachment.replicas.get(param)
+        return replicas is None or replicas.dp_rank == 0 or self.replicated
 
     @property
     def members(self) -> Sequence[Members]:

@@ -195,7 +195,8 @@ class LowRankOptimizer(Capturing, GivenGroups):
     def separate(self) -> None:
         """Split groups with a rank that projects some of their matrices only: a flat partition has to be of one kind.
 
-        Not where a scheduler of torch's holds a list of one learning rate a group; one of `user_groups` may.
+        And held by the same ranks: experts come apart. Not where a scheduler of torch's holds a list of one learning
+        rate a group; one of `user_groups` may.
         """
         if hasattr(self.step, "_wrapped_by_lr_sched"):
             return
@@ -236,9 +237,8 @@ class LowRankOptimizer(Capturing, GivenGroups):
     def attach(self, attachment: EngineAttachment) -> None:
         """Take over what an engine says of the stepped tensors, and step from now on."""
         self._forget_attachment()
-        self.attachment, communicator = attachment, attachment.communicator
+        self.attachment = attachment
         self._bound.update(attachment.matrices)
-        self._refresher.replicas = communicator if attachment.replicated and communicator.dp_size > 1 else None
         self.suspended = False
 
     @torch.no_grad()
@@ -274,8 +274,3 @@ class LowRankOptimizer(Capturing, GivenGroups):
         return self.attachment.inventory or [
             ParamRecord.of("", shape_of(p), group) for group in self.param_groups for p in group["params"]
         ]
-
-    @property
-    def replicated(self) -> bool:
-        """Whether other ranks hold the same parameters and states."""
-        return self._refresher.replicas is not None

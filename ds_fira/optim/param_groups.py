@@ -10,6 +10,7 @@ from torch import nn
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, Algorithm, algorithm_of
 from ds_fira.core.selection import numel_of, projected_weights, shape_of, undecayed_weights
 from ds_fira.core.settings import ParamGroup
+from ds_fira.optim.expert_groups import keys_of, ranks_of
 from ds_fira.optim.presets import PRESET, preset_mark, projected_matrices, take_mark
 from ds_fira.optim.rank_rule import Item, apart, grouped, parameters_of, require_one_rank, split_by_rank
 from ds_fira.optim.settings import NOT_OF_GROUPS, check_params
@@ -82,21 +83,27 @@ def _marked(groups: list[ParamGroup], mark: Mapping[str, object]) -> list[ParamG
 
 
 def by_kind(group: ParamGroup, settings: Mapping[str, object]) -> list[ParamGroup]:
-    """A param group, or two of the same keys where it has a rank that projects some of its parameters only.
+    """A param group, or several: what its rank projects and what it does not, and of each the experts apart.
 
     Args:
         group: with a list of parameters.
         settings: what the group leaves out.
     """
-    kinds = [is_projected(shape_of(param), {**settings, **group}) for param in parameters_of(group["params"])]
-    if group.get("rank") is None or len(set(kinds)) < 2:
-        return [group]
+    params, ranked = parameters_of(group["params"]), group.get("rank") is not None
+    kinds = [
+        (not (ranked and is_projected(shape_of(param), {**settings, **group})), tuple(keys_of(param).items()))
+        for param in params
+    ]
     # torch lists the names apart, parameter by parameter.
     listed = [key for key in ("params", "param_names") if key in group]
     return [
-        {**group, **{key: [item for item, own in zip(group[key], kinds, strict=True) if own is kind] for key in listed}}
-        for kind in (True, False)
-    ]
+        {
+            **group,
+            **{key: [item for item, own in zip(group[key], kinds, strict=True) if own == kind] for key in listed},
+            **dict(kind[1]),
+        }
+        for kind in sorted(set(kinds))
+    ] or [group]
 
 
 def group_defaults(settings: Mapping[str, object]) -> dict[str, object]:
@@ -125,7 +132,7 @@ def build_groups(
         model_parameters: parameters, (name, parameter) pairs or param groups.
         settings: checked JSON `params`.
         zero_stage: 0 keeps one projected group for each user group.
-        dp_size: ranks that ZeRO partitions over.
+        dp_size: data-parallel ranks.
         algorithm: the optimizer.
 
     Returns:
@@ -145,18 +152,16 @@ def build_groups(
         params = [p for p in parameters_of(group["params"]) if p.requires_grad and numel_of(p) > 0]
         own = {key: value for key, value in group.items() if key not in ("params", "rank")}
         own |= {"rank": group["rank"]} if group.get("rank") is not None else {}
-        kinds = [params]
-        if zero_stage == 3:  # which cuts every parameter by itself, whatever the groups
-            mixed = by_kind({**own, "params": params}, {**settings, **algorithm.group_values})
-            kinds = [kind["params"] for kind in mixed]
-        for kind in kinds:
+        for kind in _kinds({**own, "params": params}, {**settings, **algorithm.group_values}, zero_stage):
+            ranks = ranks_of(kind, dp_size)
+            sized, held = [(numel_of(p), p) for p in kind["params"]], [(shape_of(p), p) for p in kind["params"]]
             if zero_stage == 0:
-                parts = [kind]
+                parts = [kind["params"]]
             elif zero_stage < 3 and "rank" in own:
-                parts = split_evenly([(shape_of(p), p) for p in kind], dp_size, lambda shape: most // math.prod(shape))
+                parts = split_evenly(held, ranks, lambda shape: most // math.prod(shape))
             else:
-                parts = split_by_size([(numel_of(p), p) for p in kind], most * dp_size)
-            groups += [{**own, "params": part} for part in parts if part]
+                parts = split_by_size(sized, most * ranks)
+            groups += [{**kind, "params": part} for part in parts if part]
     if rank is not None and not any("rank" in group for group in groups):
         raise ValueError(
             f"{algorithm.name}: rank = {rank!r}, but none of the trainable parameters given to DeepSpeed is a weight "
@@ -166,3 +171,11 @@ def build_groups(
         names = {id(param): name for name, param in module.named_parameters()}
         mark = {**preset_mark(settings[PRESET], projected_matrices(groups, names)), **mark}
     return _marked(groups, mark)
+
+
+def _kinds(group: ParamGroup, settings: Mapping[str, object], zero_stage: int) -> list[ParamGroup]:
+    """A group with the experts apart, and at stage 3, which cuts every parameter by itself, what is projected too."""
+    if zero_stage == 3:
+        return by_kind(group, settings)
+    unranked = {key: value for key, value in group.items() if key != "rank"}
+    return [{**group, **kind} for kind in by_kind(unranked, settings)]

@@ -94,7 +94,7 @@ def scaling_factors(engine_or_optimizer: object) -> Factors:
             f"{optimizer.algorithm.name}: record_scaling_factors = 0 records no scaling factors; give a number of "
             "steps, such as 10, before training."
         )
-    return optimizer.recorder.gather(optimizer.communicator, optimizer.replicated)
+    return optimizer.recorder.gather(optimizer.communicator, optimizer.replicated, optimizer.counts)
 
 
 def write_scaling_factors(engine_or_optimizer: object, path: str | Path) -> None:

@@ -19,6 +19,7 @@ from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.observe.scaling_series import Series, add_batch
 from ds_fira.optim.stateful import Resumable
+from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.local_matrices import LocalMatrices
 
 
@@ -60,7 +61,10 @@ class Stepping(Resumable):
         for param, matrices in members:
             matrices.bind(self._state_of(param, group), settings, self.algorithm, compute_dtype(param.dtype))
         for turn in range(max((matrices.turns for _, matrices in members), default=0)):
-            self._step_whole([member for member in members if turn < member[1].turns], settings, turn, series)
+            for counts in (True, False):
+                of_turn = [member for member in members if turn < member[1].turns and self.counts(member[0]) is counts]
+                if of_turn:
+                    self._step_whole(of_turn, settings, turn, series, counts)
         for param, matrices in members:
             if matrices.low_rank is None:
                 continue
@@ -79,33 +83,37 @@ class Stepping(Resumable):
         settings: GroupSettings,
         turn: int,
         series: dict[Tensor, list[Series]],
+        counts: bool,
     ) -> None:
         """One turn: gather what is split, refresh what is due, update, give back what was gathered."""
         tasks: list[list[MatrixTask]] = []
         gathered: list[Sequence[tuple[Tensor, Tensor]]] = []
-        due: list[MatrixTask] = []
+        due: dict[Communicator | None, list[MatrixTask]] = {}  # by the ranks that have the same matrices
         for param, matrices in members:
             pairs = matrices.exchanges[turn].to_owners(param, param.grad) if matrices.exchanges else ()
             singles = matrices.tasks(param, turn, pairs, settings, self._negligible_ratio(param, settings))
-            due += self._refresher.due(param, singles, matrices.indices, matrices.first_of(turn))
+            found = self._refresher.due(param, singles, matrices.indices, matrices.first_of(turn))
+            due.setdefault(self.attachment.replicas.get(param), []).extend(found)
             gathered.append(pairs)
             tasks.append(singles)
-        self._refresher.refresh(due)
+        for replicas, of_them in due.items():
+            self._refresher.refresh(of_them, replicas, counts)
         recorders: list[Series] = []
         if self._recording:
             for (param, matrices), singles in zip(members, tasks, strict=True):
                 first = matrices.first_of(turn)
                 recorders += series[param][first : first + len(singles)]
-        self._update([task for singles in tasks for task in singles], recorders)
+        self._update([task for singles in tasks for task in singles], recorders, counts)
         for (param, matrices), pairs in zip(members, gathered, strict=True):
             if matrices.exchanges:
                 matrices.exchanges[turn].to_holders(param, [weight for weight, _ in pairs])
 
-    def _update(self, tasks: list[MatrixTask], recorders: list[Series]) -> None:
-        """Step the matrices of a turn, and tell metrics and recorders, if any, of each."""
+    def _update(self, tasks: list[MatrixTask], recorders: list[Series], counts: bool) -> None:
+        """Step the matrices of a turn, and tell metrics, if they count, and recorders, if any, of each."""
         for positions, stats in update_together(tasks):
             if stats is not None:
-                self.metrics.record(stats, tasks[positions[0]].settings.residual_scale)
+                if counts:
+                    self.metrics.record(stats, tasks[positions[0]].settings.residual_scale)
                 if recorders:
                     add_batch([recorders[position] for position in positions], stats)
 

@@ -123,12 +123,10 @@ class Refresher:
     """Finds the matrices whose refresh is due and gives them new bases.
 
     Attributes:
-        replicas: the ranks that hold the same matrices, so that each basis is computed once for all; None for none.
         listener: is told of every refresh.
     """
 
     def __init__(self, listener: RefreshListener, name: str) -> None:
-        self.replicas: Communicator | None = None
         self.listener = listener
         self._name = name
         self._warned = False
@@ -180,19 +178,25 @@ class Refresher:
         bounds[row] = int(task.state.step)
         return refresh_due(bounds[row], last, gap, offset)
 
-    def refresh(self, due: list[MatrixTask]) -> None:
-        """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all."""
+    def refresh(self, due: list[MatrixTask], replicas: Communicator | None = None, counts: bool = True) -> None:
+        """New bases for the matrices that are due; among replicas each is computed on one rank and sent to all.
+
+        Args:
+            due: the matrices.
+            replicas: the ranks that hold the same ones, which all make the call; None for this rank alone.
+            counts: whether the listener is told of each.
+        """
         if not due:
             return
         shapes = [(task.grad.shape[0], task.grad.shape[1]) for task in due]
         self.announce(shapes, due[0].weight.device, due[0].state.dtype, due[0].settings)
         with self.listener.refreshing(due[0].weight.device):
-            if self.replicas is None:
+            if replicas is None or replicas.dp_size == 1:
                 for batch in batches(due):
                     for task, basis in zip(batch, self._new_bases(batch), strict=True):
-                        self._adopt(task, basis)
+                        self._adopt(task, basis, counts)
             else:
-                self._refresh_replicas(due, self.replicas)
+                self._refresh_replicas(due, replicas, counts)
 
     def announce(
         self, shapes: Sequence[tuple[int, int]], device: torch.device, dtype: torch.dtype, settings: GroupSettings
@@ -203,7 +207,7 @@ class Refresher:
             self._told = True
             warnings.warn(f"{self._name}: {message}", stacklevel=6)
 
-    def _refresh_replicas(self, due: list[MatrixTask], communicator: Communicator) -> None:
+    def _refresh_replicas(self, due: list[MatrixTask], communicator: Communicator, counts: bool) -> None:
         # In rounds of one matrix a rank: all ranks compute at once, and none holds more than one new basis.
         for first in range(0, len(due), communicator.dp_size):
             turn = due[first : first + communicator.dp_size]
@@ -216,7 +220,7 @@ class Refresher:
                     packed[0] = 1.0
                     packed[1:] = mine.reshape(-1)
                 packed = communicator.broadcast(packed, rank)
-                self._adopt(task, packed[1:].view_as(basis) if packed[0] else None)
+                self._adopt(task, packed[1:].view_as(basis) if packed[0] else None, counts)
 
     def _new_bases(self, batch: list[MatrixTask]) -> list[Tensor | None]:
         """The bases of matrices that go together; where that fails, each is tried for itself."""
@@ -272,8 +276,9 @@ class Refresher:
                 stacklevel=8,
             )
 
-    def _adopt(self, task: MatrixTask, basis: Tensor | None) -> None:
+    def _adopt(self, task: MatrixTask, basis: Tensor | None, counts: bool) -> None:
         if basis is None:
             return  # stays due
         adopt_basis(task, basis)
-        self.listener.count_refresh()
+        if counts:
+            self.listener.count_refresh()

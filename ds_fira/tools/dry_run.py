@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import allocate, allocate_matrices, allocate_unprojected
+from ds_fira.optim.expert_groups import holders_key, ranks_of
 from ds_fira.optim.param_groups import build_groups, by_kind, group_defaults
 from ds_fira.optim.presets import take_mark, values_of
 from ds_fira.optim.settings import check_params
@@ -134,7 +135,11 @@ class PlannedRun:
 
     def state_bytes(self, dp_rank: int, dtype: torch.dtype) -> int:
         """Bytes of FiraAdam's state that a rank holds, for master weights of `dtype`."""
-        return sum(group.state_bytes(dp_rank, dtype, self.sharded) for group in self.groups)
+        return sum(group.state_bytes(self._place(group, dp_rank), dtype, self.sharded) for group in self.groups)
+
+    def _place(self, group: PlannedGroup, dp_rank: int) -> int:
+        """A rank's number among those that hold a group's parameters: of a layer's experts every ep_size-th rank."""
+        return dp_rank * group.buffer.ranks // self.ranks if self.sharded else dp_rank
 
 
 def plan_run(
@@ -164,25 +169,28 @@ def plan_run(
     for group in [part for mixed in groups for part in by_kind(mixed, defaults)]:
         own = {**defaults, **{key: value for key, value in group.items() if key != "params"}}
         shapes = tuple(tuple(param.shape) for param in group["params"])
-        buffer = FlatBuffer.of(map(math.prod, shapes), ranks, zero_stage)
+        holders = ranks_of(own, ranks)
+        buffer = FlatBuffer.of(map(math.prod, shapes), holders, zero_stage)
         matrices = []
         names = tuple(named[id(param)] for param in group["params"])
         for index, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-            records.append(ParamRecord.of(name, shape, own))
+            records += [ParamRecord.of(name, shape, own)] * (ranks // holders)  # other ranks have others of its kind
             if is_projected(shape, own):
                 whole = matrices_of(name, shape)
                 matrices += [buffer.fragments(index, matrix) for matrix in whole]
         drafts.append((PlannedGroup(own, names, shapes, buffer), matrices))
-    layouts = plan_groups(
-        [(matrices, group.partition_size) for group, matrices in drafts],
-        ranks if sharded else 1,
-        [GroupSettings.of(group.settings) for group, _ in drafts],
-        evenly_sharded=zero_stage == 3,
-    )
-    planned = [
-        replace(group, layout=layout if matrices else None)
-        for (group, matrices), layout in zip(drafts, layouts, strict=True)
-    ]
+    planned = [group for group, _ in drafts]
+    # Those of the same ranks together, as the engine plans them.
+    for key in dict.fromkeys(holders_key(group.settings) for group in planned):
+        places = [place for place, group in enumerate(planned) if holders_key(group.settings) == key]
+        layouts = plan_groups(
+            [(drafts[place][1], planned[place].partition_size) for place in places],
+            planned[places[0]].buffer.ranks,
+            [GroupSettings.of(planned[place].settings) for place in places],
+            evenly_sharded=zero_stage == 3,
+        )
+        for place, layout in zip(places, layouts, strict=True):
+            planned[place] = replace(planned[place], layout=layout if drafts[place][1] else None)
     return PlannedRun(ranks, sharded, planned, records)
 
 

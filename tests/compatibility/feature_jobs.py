@@ -11,11 +11,20 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.moe.layer import MoE
 from torch import distributed, nn
 
 import ds_fira
-from tests.compatibility.option_jobs import PARAMS, SHAPES, STEPS, WatchedNet, forget_autocast, measure, try_config
+from tests.compatibility.expert_features import moe
+from tests.compatibility.option_jobs import (
+    PARAMS,
+    SHAPES,
+    STEPS,
+    WatchedNet,
+    forget_autocast,
+    measure,
+    refuser,
+    try_config,
+)
 from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.sequence_jobs import ulysses
 from tests.distributed.zero_jobs import batches, build, config
@@ -66,14 +75,10 @@ def trained(
             prepare(engine)
         return measure(engine, plain, batches(STEPS, distributed.get_rank()), 1, ds_config["gradient_clipping"])
     except Exception as error:
-        return {"message": f"{type(error).__name__}: {error}", "refused_by": _refuser(error)}
+        return {"message": f"{type(error).__name__}: {error}", "refused_by": refuser(error)}
     finally:
         if engine is not None:
             engine.destroy()
-
-
-def _refuser(error: Exception) -> str:
-    return "FiraAdam" if str(error).startswith("FiraAdam: ") else "DeepSpeed"
 
 
 def compiled_engine(ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -116,16 +121,6 @@ def pipeline(ds_config: dict[str, Any]) -> dict[str, Any]:
     return trained(ds_config, wrap=lambda _: deepspeed.pipe.PipelineModule(layers=[nn.Linear(4, 4)], num_stages=1))
 
 
-def moe(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed MoE layer."""
-
-    def add_experts(plain: WatchedNet) -> WatchedNet:
-        plain.moe = MoE(6, nn.Linear(6, 6), num_experts=2, ep_size=1)
-        return plain
-
-    return trained(ds_config, wrap=add_experts)
-
-
 def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
     """nn.Embedding(sparse=True)."""
 
@@ -148,7 +143,8 @@ FEATURES = [
         "tensor parallelism: `tensor_parallel.autotp_size`", REFUSED, extra={"tensor_parallel": {"autotp_size": 2}}
     ),
     Feature("pipeline parallelism: `PipelineModule`", REFUSED, stages=(1,), way=pipeline),
-    Feature("experts: `deepspeed.moe.layer.MoE`", REFUSED, stages=(1, 2, 3), way=moe),
+    Feature("experts: `deepspeed.moe.layer.MoE`, `ep_size` 1 and 2", stages=(0, 1, 2), dtype="fp32", way=moe),
+    Feature("experts: `deepspeed.moe.layer.MoE` at stage 3", REMOVED, stages=(3,), dtype="fp32", way=moe),
     Feature("experts: `expert_parallel` (AutoEP)", REFUSED, extra={"expert_parallel": {"enabled": True}}),
     Feature("ZeRO++: `zero_quantized_weights`", REFUSED, extra={"zero_zero_quantized_weights": True}),
     Feature(

@@ -207,6 +207,11 @@ def forget_autocast() -> None:
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
+def refuser(error: Exception) -> str:
+    """Who refused a config with an error."""
+    return "FiraAdam" if str(error).startswith("FiraAdam: ") else "DeepSpeed"
+
+
 def try_config(ds_config: dict[str, Any]) -> dict[str, Any]:
     """`measure` under one config; of a config that is refused `refused_by` ("FiraAdam", "DeepSpeed") and `message`.
 

@@ -147,11 +147,15 @@ def test_order_and_pairs_of_flips_count() -> None:
         ([[1, 2], [1, 3], [1, 2]], "b on rank 1"),
         ([[1, 2], [9, 3], [1, 2], [1, 4], [1, 2]], "a, b on ranks 1, 3"),
         ([[1, 2], [1, 3]], "b on ranks [0, 1], of which no majority agrees"),
+        ([[None, 2], [1, 3], [None, 2], [1, 2], [1, 2]], "b on rank 1"),
+        ([[None, 2], [1, 2], [None, 2], [3, 2], [1, 2]], "a on rank 3"),
+        ([[None, 2], [1, 2], [None, 2], [3, 2]], "a on ranks [1, 3], of which no majority agrees"),
     ],
 )
-def test_the_odd_ranks_are_named(rows: list[list[int]], text: str | None) -> None:
-    """Those outside the majority, where there is one."""
-    assert tensor_hash.describe_difference(["a", "b"], rows) == text
+def test_the_odd_ranks_are_named(rows: list[list[int | None]], text: str | None) -> None:
+    """Those outside the majority of the ranks that hold the tensor, where there is one."""
+    held = [{name: value for name, value in zip("ab", row, strict=True) if value is not None} for row in rows]
+    assert tensor_hash.describe_difference(held) == text
 
 
 def test_stage_3_and_values_without_sense_are_refused() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import ds_fira
 from ds_fira.engine.deepspeed.engine_memory import engine_bytes
 from ds_fira.engine.deepspeed.flat_groups import flat_groups
+from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.optim.registry import fira_of
 from ds_fira.optim.state_size import state_bytes
 from tests.distributed.zero_jobs import ExpertNet, Net, batches, build, faulty
@@ -174,7 +175,7 @@ def look_at_slices(ds_config: dict[str, Any], shapes: list[tuple[int, int]]) -> 
     engine = build(ds_config, shapes, model=model)
     ranks, own = torch.distributed.get_world_size(), torch.distributed.get_rank()
     every, same = True, True
-    for group in flat_groups(engine.optimizer, ranks):
+    for group in flat_groups(engine.optimizer, Holders(engine).of):
         values = []
         for param in group.lp_params:
             with deepspeed.zero.GatheredParameters(param):

@@ -22,10 +22,10 @@ from ds_fira.core.settings import GroupSettings
 from ds_fira.engine.deepspeed import unsupported
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
+from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.param_states import link_params
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
-from ds_fira.engine.deepspeed.save_load.files import normalized
 from ds_fira.engine.deepspeed.schedulers import show_user_groups
 from ds_fira.engine.deepspeed.thawed import note_frozen
 from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
@@ -38,6 +38,7 @@ from ds_fira.optim.settings import SaveSettings, refuse_auto
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.gather import GatherExchange
+from ds_fira.sharding.geometry import matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.lowrank.step import LowRankMatrices
 from ds_fira.sharding.plan import GroupLayout, digest, plan_groups, plan_hash
@@ -74,7 +75,7 @@ def make_optimizer(engine: DeepSpeedEngine, model_parameters: Iterable[object], 
     Args:
         engine: with its config and its module.
         model_parameters: parameters, (name, parameter) pairs or param groups.
-        dp_size: ranks that ZeRO partitions over.
+        dp_size: data-parallel ranks.
 
     Raises:
         ValueError: a setting, the module or a parameter is refused.
@@ -127,32 +128,34 @@ def attach(engine: DeepSpeedEngine) -> None:
         ValueError: a rule that is not elementwise would be given parts of parameters.
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
-    communicator, stage = Communicator(engine.seq_data_parallel_group), engine.zero_optimization_stage()
-    names = {id(param): name for name, param in normalized(dict(engine.module.named_parameters())).items()}
-    flats, layouts, matrices = stepped_groups(engine, communicator.dp_size), [], {}
+    holders = engine.fira_holders = Holders(engine)
+    stage = engine.zero_optimization_stage()
+    communicator, flats, plans, matrices = holders.everyone, stepped_groups(engine, holders.of), [], {}
     if stage > 0:
         project_as_flat(optimizer, flats, communicator)
-        layouts, matrices = _plan_flats(optimizer, flats, names, communicator, stage)
+        plans, matrices = _plan_flats(optimizer, flats, holders, stage)
     groups = optimizer.param_groups
-    trained = [(flat.group, names.get(id(param), ""), shape_of(param)) for flat in flats for param in flat.lp_params]
+    trained = [
+        (flat.group, name, shape_of(param)) for flat in flats for name, param in holders.everywhere(flat.lp_params)
+    ]
     members = [[(name, shape) for group, name, shape in trained if group == number] for number in range(len(groups))]
     parts = [[flat] for flat in flats] if stage > 0 else by_group(flats)
     optimizer.attach(
         EngineAttachment(
             communicator=communicator,
-            replicated=stage == 0,
+            replicas={flat.hp_partition: flat.communicator for flat in flats if stage == 0},
             members=members,
             inventory=[ParamRecord.of(name, shape, groups[group]) for group, name, shape in trained],
-            layouts=layouts,
-            slices={flat.hp_partition: flat.slices(communicator.dp_rank, names) for flat in flats},
+            layouts=[layout for _, layout in plans],
+            slices={flat.hp_partition: flat.slices(flat.communicator.dp_rank, holders.names) for flat in flats},
             matrices=matrices,
-            names=names,
+            names=holders.names,
             gradient_dtypes={flat.hp_partition: flat.lp_params[0].dtype for flat in flats},
             digest=digest(
                 (stage, engine.optimizer.__class__.__name__, communicator.dp_size),
                 members,
                 [flat.partitioning for flat in flats if stage > 0],
-                layouts,
+                *_layouts_of_all(plans, communicator),
                 [_structure(group, listed) for group, listed in zip(groups, members, strict=True)],
                 [_precision(part, groups) for part in parts],
             ),
@@ -160,7 +163,7 @@ def attach(engine: DeepSpeedEngine) -> None:
     )
     _agree_on_kernels(optimizer, flats, communicator)
     if optimizer.recorder is not None:
-        record_weights(engine, optimizer, flats, names)
+        record_weights(engine, optimizer, flats, holders)
 
 
 def _agree_on_kernels(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], communicator: Communicator) -> None:
@@ -198,29 +201,57 @@ def _precision(flats: Sequence[FlatGroup], groups: Sequence[Mapping[str, object]
 
 
 def _plan_flats(
-    optimizer: LowRankOptimizer, flats: list[FlatGroup], names: dict[int, str], communicator: Communicator, stage: int
-) -> tuple[list[GroupLayout], dict[Tensor, LocalMatrices]]:
-    """Plan the flat tensors that are projected, the same on every rank; and what this rank has in them."""
+    optimizer: LowRankOptimizer, flats: list[FlatGroup], holders: Holders, stage: int
+) -> tuple[list[tuple[Communicator, GroupLayout]], dict[Tensor, LocalMatrices]]:
+    """Plan the flat tensors that are projected, those of the same ranks together; and what this rank has in them.
+
+    Returns:
+        Of every flat tensor that is projected its ranks and its layout, the same on all of them; the matrices of this
+        rank, by flat tensor.
+    """
     projected = [flat for flat in flats if all(kinds_of(flat, optimizer.param_groups))]
     unsupported.refuse_sharding(optimizer.algorithm, len(projected) < len(flats), stage)
-    buffers = [(flat.matrices(names), flat.partitioning.partition_size) for flat in projected]
-    settings = [GroupSettings.of(optimizer.param_groups[flat.group]) for flat in projected]
-    layouts = plan_groups(buffers, communicator.dp_size, settings, stage == 3)
-    communicator.require_same(plan_hash(layouts), optimizer.algorithm.name)
-    matrices = [next(iter(fragments.values())).name for planned, _ in buffers for fragments in planned]
-    numbers = _numbers(matrices, names.values())
+    numbers = _numbers(projected, holders)
+    plans: dict[int, tuple[Communicator, GroupLayout]] = {}
     bound = {}
-    for flat, layout in zip(projected, layouts, strict=True):
-        whole = layout.unsplit[communicator.dp_rank]
-        exchanges = tuple(GatherExchange(turn, communicator) for turn in layout.gathered_turns)
-        low_rank = LowRankMatrices(layout.low_rank, communicator, numbers) if layout.low_rank else None
-        indices = tuple(numbers[matrix.name] for matrix in (*whole, *layout.gathered_by(communicator.dp_rank)))
-        bound[flat.hp_partition] = LocalMatrices(whole, indices, exchanges, low_rank)
-    return layouts, bound
+    for communicator in dict.fromkeys(flat.communicator for flat in projected):
+        places = [place for place, flat in enumerate(projected) if flat.communicator is communicator]
+        buffers = [
+            (projected[place].matrices(holders.names), projected[place].partitioning.partition_size) for place in places
+        ]
+        settings = [GroupSettings.of(optimizer.param_groups[projected[place].group]) for place in places]
+        layouts = plan_groups(buffers, communicator.dp_size, settings, stage == 3)
+        communicator.require_same(plan_hash(layouts), optimizer.algorithm.name)
+        for place, layout in zip(places, layouts, strict=True):
+            plans[place] = (communicator, layout)
+            bound[projected[place].hp_partition] = _bind(layout, communicator, numbers)
+    return [plans[place] for place in range(len(projected))], bound
 
 
-def _numbers(matrices: list[str], names: Iterable[str]) -> dict[str, int]:
+def _bind(layout: GroupLayout, communicator: Communicator, numbers: Mapping[str, int]) -> LocalMatrices:
+    """What a rank steps of a flat tensor, and the collectives that it takes part in for it."""
+    whole = layout.unsplit[communicator.dp_rank]
+    exchanges = tuple(GatherExchange(turn, communicator) for turn in layout.gathered_turns)
+    low_rank = LowRankMatrices(layout.low_rank, communicator, numbers) if layout.low_rank else None
+    indices = tuple(numbers[matrix.name] for matrix in (*whole, *layout.gathered_by(communicator.dp_rank)))
+    return LocalMatrices(whole, indices, exchanges, low_rank)
+
+
+def _layouts_of_all(plans: Sequence[tuple[Communicator, GroupLayout]], everyone: Communicator) -> list[object]:
+    """The layouts for a digest that is the same on every rank; a collective call where ranks have different ones."""
+    common = [layout for communicator, layout in plans if communicator is everyone]
+    own = [layout for communicator, layout in plans if communicator is not everyone]
+    return [common, everyone.gather_objects(plan_hash(own))] if own else [common]
+
+
+def _numbers(projected: Sequence[FlatGroup], holders: Holders) -> dict[str, int]:
     """A number for every projected matrix by name, in the module's order: the same on any number of ranks."""
-    order = {name: position for position, name in enumerate(names)}
+    order = {name: position for position, name in enumerate(holders.order)}
+    matrices = [
+        matrix.name
+        for flat in projected
+        for name, param in holders.everywhere(flat.lp_params)
+        for matrix in matrices_of(name, shape_of(param))
+    ]
     in_order = sorted(matrices, key=lambda matrix: order.get(matrix.partition("[")[0], len(order)))
     return {matrix: number for number, matrix in enumerate(in_order)}

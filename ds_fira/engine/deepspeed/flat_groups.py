@@ -18,7 +18,7 @@ against DeepSpeed 0.17 to 0.19. What it relies on:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -26,7 +26,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_fira.core.selection import numel_of, shape_of
+from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import MatrixShard, ParamSlice, Partitioning, matrices_of
+
+# The ranks that hold some parameters, given those: `ds_fira.engine.deepspeed.holders.Holders.of`.
+HoldersOf = Callable[[Sequence[Tensor]], Communicator]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +42,14 @@ class FlatGroup:
         hp_partition: the tensor that is stepped on this rank.
         lp_params: the module's parameters, in the order of the flat tensor.
         partitioning: where they lie.
+        communicator: the ranks that the flat tensor is cut over; at stage 0 those that step the same parameter.
     """
 
     group: int
     hp_partition: Tensor
     lp_params: list[Tensor]
     partitioning: Partitioning
+    communicator: Communicator
 
     @property
     def dtypes(self) -> set[str]:
@@ -85,36 +91,38 @@ def by_group(flats: list[FlatGroup]) -> list[list[FlatGroup]]:
     return [list(part) for _, part in itertools.groupby(flats, key=lambda flat: flat.group)]
 
 
-def stepped_groups(engine: DeepSpeedEngine, ranks: int) -> list[FlatGroup]:
+def stepped_groups(engine: DeepSpeedEngine, holders_of: HoldersOf) -> list[FlatGroup]:
     """What the optimizer of an engine steps, in its order: at stage 0 every parameter, else ZeRO's flat groups.
 
     Args:
         engine: its optimizer wrapper is built.
-        ranks: that ZeRO partitions over.
+        holders_of: gives the ranks that hold some parameters.
 
     Raises:
         RuntimeError: as of `flat_groups`.
+        ValueError: likewise.
     """
     if engine.zero_optimization_stage() > 0:
-        return flat_groups(engine.optimizer, ranks)
+        return flat_groups(engine.optimizer, holders_of)
     hp_groups = [list(group["params"]) for group in engine.basic_optimizer.param_groups]
     lp_groups = getattr(engine.optimizer, "fp16_groups", hp_groups)
     return [
-        _in_buffer(number, hp_param, [lp_param], 1)
+        _in_buffer(number, hp_param, [lp_param], holders_of([lp_param]), partitions=1)
         for number, params in enumerate(zip(hp_groups, lp_groups, strict=True))
         for hp_param, lp_param in zip(*params, strict=True)
     ]
 
 
-def flat_groups(wrapper: ZeROOptimizer, ranks: int) -> list[FlatGroup]:
+def flat_groups(wrapper: ZeROOptimizer, holders_of: HoldersOf) -> list[FlatGroup]:
     """The flat groups of a ZeRO optimizer wrapper, in the optimizer's order.
 
     Args:
         wrapper: the engine's `optimizer` at stage 1, 2 or 3.
-        ranks: that ZeRO partitions over.
+        holders_of: gives the ranks that ZeRO partitions some parameters over.
 
     Raises:
         RuntimeError: the wrapper is one that this package does not know, or it partitions over other ranks.
+        ValueError: one of its groups holds parameters of different ranks.
     """
     hp_partitions, lp_groups = None, ()
     if hasattr(wrapper, "single_partition_of_fp32_groups"):
@@ -124,29 +132,50 @@ def flat_groups(wrapper: ZeROOptimizer, ranks: int) -> list[FlatGroup]:
     if hp_partitions is not None:
         # Parameters lie back to back in bf16, and before 0.19, without parameter_alignment.
         offsets = getattr(wrapper, "round_robin_bit16_offsets", [None] * len(lp_groups))
-        books = zip(hp_partitions, lp_groups, [ranks] * len(lp_groups), offsets, strict=True)
+        _require_counts(wrapper, lp_groups, holders_of)
+        books = zip(hp_partitions, lp_groups, map(holders_of, lp_groups), offsets, strict=True)
         return [_in_buffer(group, *book) for group, book in enumerate(books)]
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
-        return [_sub_group(wrapper, index, ranks) for index in range(len(wrapper.fp32_partitioned_groups_flat))]
+        return [_sub_group(wrapper, index, holders_of) for index in range(len(wrapper.fp32_partitioned_groups_flat))]
     raise RuntimeError(
         f"{wrapper.optimizer.algorithm.name}: DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose "
         "layout is not known; use ZeRO stage 0, 1, 2 or 3 of a supported DeepSpeed version."
     )
 
 
+def _require_counts(wrapper: ZeROOptimizer, lp_groups: Sequence[Sequence[Tensor]], holders_of: HoldersOf) -> None:
+    """Stop unless ZeRO has cut every group over the ranks that hold its parameters."""
+    counts = getattr(wrapper, "partition_count", None)
+    for number, (params, count) in enumerate(zip(lp_groups, counts or [None] * len(lp_groups), strict=True)):
+        ranks = holders_of(params).dp_size
+        if count not in (None, ranks):
+            raise RuntimeError(
+                f"{wrapper.optimizer.algorithm.name}: ZeRO cut param group {number} over {count} ranks, and {ranks} "
+                "hold its parameters; leave moe and name of param groups to deepspeed.initialize."
+            )
+
+
 def _in_buffer(
-    group: int, hp_partition: Tensor, lp_params: Sequence[Tensor], ranks: int, offsets: Sequence[int] | None = None
+    group: int,
+    hp_partition: Tensor,
+    lp_params: Sequence[Tensor],
+    communicator: Communicator,
+    offsets: Sequence[int] | None = None,
+    partitions: int | None = None,
 ) -> FlatGroup:
     """A flat tensor that holds parameters one after the other: back to back, unless offsets say where they begin."""
     numels = tuple(numel_of(param) for param in lp_params)
     if offsets is None:
         offsets = list(itertools.accumulate(numels, initial=0))[:-1]
+    ranks = communicator.dp_size if partitions is None else partitions
     partitioning = Partitioning(numels, tuple(offsets), hp_partition.numel(), ranks, sliced=False)
-    return FlatGroup(group, hp_partition, list(lp_params), partitioning)
+    return FlatGroup(group, hp_partition, list(lp_params), partitioning, communicator)
 
 
-def _sub_group(wrapper: ZeROOptimizer, index: int, ranks: int) -> FlatGroup:
+def _sub_group(wrapper: ZeROOptimizer, index: int, holders_of: HoldersOf) -> FlatGroup:
     params, hp_partition = wrapper.fp16_groups[index], wrapper.fp32_partitioned_groups_flat[index]
+    communicator = holders_of(params)
+    ranks = communicator.dp_size
     partitioning = Partitioning.of_slices(tuple(numel_of(param) for param in params), ranks)
     # From 0.19 on, where parameters may have process groups of their own.
     counts = getattr(wrapper, "sub_group_partition_counts", None)
@@ -158,4 +187,4 @@ def _sub_group(wrapper: ZeROOptimizer, index: int, ranks: int) -> FlatGroup:
             f"not in even slices over the {ranks} data-parallel ones; leave out what gives parameters process groups "
             "of their own (expert, tensor or sequence parallelism, a data_parallel_group of deepspeed.zero.Init)."
         )
-    return FlatGroup(wrapper.sub_group_to_group_id[index], hp_partition, list(params), partitioning)
+    return FlatGroup(wrapper.sub_group_to_group_id[index], hp_partition, list(params), partitioning, communicator)

@@ -125,6 +125,9 @@ class Rehearsal(DeepSpeedEngine):
         self._try(lambda: refuse_auto(self._config._param_dict, name))
         self.refusals += unsupported_settings(self, name)
         self._try(lambda: checked_params(self))
+        refuse = getattr(DeepSpeedEngine, "_validate_zero3_moe_compatibility", None)
+        if self.zero_optimization_stage() == 3 and refuse is not None:
+            self._try(lambda: refuse(self), DEEPSPEED)
         if self.refusals:
             return
         self._try(lambda: self._make(ranks))

@@ -8,7 +8,7 @@ not depend on their order: the result is the same on every device and in every r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
@@ -55,23 +55,26 @@ def combine(hashes: Tensor) -> Tensor:
     return hash_tensor(hashes).unsqueeze(0)
 
 
-def describe_difference(names: Sequence[str], rows: Iterable[Sequence[int]]) -> str | None:
+def describe_difference(rows: Sequence[Mapping[str, int]]) -> str | None:
     """What differs between ranks, for a message; None where nothing does.
 
     Args:
-        names: of the tensors.
-        rows: of every rank in order, the hashes of the tensors.
+        rows: of every rank in order, the hashes of the tensors that it holds, by name.
     """
-    rows = [tuple(row) for row in rows]
-    differing = [name for name, column in zip(names, zip(*rows, strict=True), strict=True) if len(set(column)) > 1]
+    values: dict[str, list[int]] = {}  # of every tensor, on the ranks that hold it
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
+    differing = [name for name, found in values.items() if len(set(found)) > 1]
     if not differing:
         return None
     shown = ", ".join(differing[:3])
     shown += f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-    common = max(rows, key=rows.count)
-    if 2 * rows.count(common) <= len(rows):
-        return f"{shown} on ranks {list(range(len(rows)))}, of which no majority agrees"
-    odd = [rank for rank, row in enumerate(rows) if row != common]
+    usual = {name: max(values[name], key=values[name].count) for name in differing}
+    holders = [rank for rank, row in enumerate(rows) if any(name in row for name in differing)]
+    if any(2 * values[name].count(usual[name]) <= len(values[name]) for name in differing):
+        return f"{shown} on ranks {holders}, of which no majority agrees"
+    odd = [rank for rank in holders if any(rows[rank].get(name, usual[name]) != usual[name] for name in differing)]
     return f"{shown} on rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}"
 
 

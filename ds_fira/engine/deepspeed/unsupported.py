@@ -101,8 +101,9 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         f"tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not supported yet, "
         "because a rank would see a part of every matrix; set it to 1.": tensor_parallel > 1,
         # AutoEP came with 0.19.
-        "expert_parallel.enabled = True is not supported yet, because its experts have process groups of their own; "
-        "set it to false and train the experts as ordinary parameters.": _at(config, "expert_parallel_config.enabled"),
+        "expert_parallel.enabled = True is not supported yet, because ranks then hold different experts in parameters "
+        "of one name; set it to false and train the experts as ordinary parameters, or build the model with "
+        "deepspeed.moe.layer.MoE.": _at(config, "expert_parallel_config.enabled"),
         "zero_optimization.elastic_checkpoint = True is not supported, because it gives every rank rank 0's low-rank "
         "state on loading; set it to false.": zero.elastic_checkpoint,
         "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.": zero.zenflow,
@@ -176,14 +177,9 @@ def refuse_unsupported_module(engine: DeepSpeedEngine, name: str) -> None:
         name: of the optimizer.
 
     Raises:
-        ValueError: the module has sparse embeddings, complex parameters or DeepSpeed MoE layers.
+        ValueError: the module has sparse embeddings or complex parameters.
     """
     module = engine.module
-    if engine.has_moe_layers:
-        raise ValueError(
-            f"{name}: DeepSpeed MoE layers are not supported yet, because their experts have process groups of their "
-            "own; use a dense model, or one whose experts are ordinary parameters, such as transformers' Mixtral."
-        )
     for path, submodule in module.named_modules():
         if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
             raise ValueError(f"{name}: {path}.sparse = True gives sparse gradients; build it with sparse=False.")

@@ -1,7 +1,8 @@
 """Checks that the ranks of a DeepSpeed engine still hold the same weights: `check_sync_every`.
 
 Written against DeepSpeed 0.19.8. What it relies on: `DeepSpeedEngine._take_model_step` makes the optimizer step on
-every rank and counts `global_steps`; at stages 0, 1 and 2 the module's parameters are whole on every rank afterwards.
+every rank and counts `global_steps`; at stages 0, 1 and 2 the module's parameters are whole on every rank afterwards
+that holds them (`holders.py`).
 
 Ranks that drift apart go unnoticed otherwise: a flipped bit in one GPU's memory, a kernel that is not deterministic at
 stage 0, a script that changes weights on one rank. Each rank goes on with its own weights, and averages gradients of
@@ -10,15 +11,18 @@ different models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_fira.engine.deepspeed import tensor_hash
 from ds_fira.engine.deepspeed.chosen import trains_ours
+from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.sharding.comm import Communicator
 
 T = TypeVar("T")
 # Steps between two comparisons at stage 0, unless `check_sync_every` is given: about 0.02% of a training step there
@@ -53,7 +57,8 @@ def refuse_partitioned_weights(engine: DeepSpeedEngine) -> None:
 def check_sync(engine: DeepSpeedEngine) -> None:
     """Compare the weights of all data-parallel ranks to the bit; a collective call.
 
-    One number for each rank is compared; only where they differ are those of all parameters gathered.
+    One number for each rank is compared among those that hold the same parameters; only where they differ are those of
+    all parameters gathered.
 
     Args:
         engine: a DeepSpeed engine that trains with an optimizer of this package, at stage 0, 1 or 2.
@@ -61,15 +66,15 @@ def check_sync(engine: DeepSpeedEngine) -> None:
     Raises:
         RuntimeError: they differ; on every rank, one sentence with the step, the parameters, the ranks, the remedy.
     """
-    optimizer = engine.basic_optimizer
-    communicator = optimizer.communicator
-    if communicator.dp_size == 1:
+    optimizer, everyone = engine.basic_optimizer, engine.fira_holders.everyone
+    if everyone.dp_size == 1:
         return
-    names, tensors = zip(*_replicated(engine, optimizer), strict=True)
-    hashes = tensor_hash.hash_tensors(tensors)
-    if communicator.all_equal(tensor_hash.combine(hashes)):
+    held = _replicated(engine, optimizer)
+    hashes = tensor_hash.hash_tensors([tensor for _, tensor, _ in held])
+    if _all_same(hashes, [holders for *_, holders in held], everyone):
         return
-    difference = tensor_hash.describe_difference(names, communicator.gather_objects(hashes.tolist()))
+    own = dict(zip((name for name, *_ in held), hashes.tolist(), strict=True))
+    difference = tensor_hash.describe_difference(everyone.gather_objects(own))
     given = optimizer.check_sync_every
     default = " (the default at stage 0; 0 switches it off)" if given is None else ""
     raise RuntimeError(
@@ -88,15 +93,38 @@ def _interval(engine: DeepSpeedEngine) -> int:
     return every
 
 
-def _replicated(engine: DeepSpeedEngine, optimizer: LowRankOptimizer) -> list[tuple[str, Tensor]]:
-    """What every rank has to hold alike: the module's parameters, frozen ones too, and at stage 0 the master copies."""
-    found = list(engine.module.named_parameters())
-    if optimizer.replicated:
-        own = {id(param) for _, param in found}
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+def _all_same(hashes: Tensor, holders: Sequence[Communicator], everyone: Communicator) -> bool:
+    """Whether every tensor is the same on all ranks that hold it; the same answer on every rank.
+
+    Args:
+        hashes: of the tensors.
+        holders: the ranks that hold each.
+        everyone: all ranks.
+    """
+    places = {communicator: [] for communicator in (*holders, everyone)}
+    for place, communicator in enumerate(holders):
+        places[communicator].append(place)
+    common = places.pop(everyone)
+    # Of ranks of which each group holds its own, each finds out for itself, and tells the others.
+    found = [one.all_equal(tensor_hash.combine(hashes[listed])) for one, listed in places.items()]
+    told = torch.tensor([all(found)], dtype=torch.int64, device=hashes.device)
+    return everyone.all_equal(torch.cat([tensor_hash.combine(hashes[common]), told])) and all(found)
+
+
+def _replicated(engine: DeepSpeedEngine, optimizer: LowRankOptimizer) -> list[tuple[str, Tensor, Communicator]]:
+    """What several ranks have to hold alike: the module's parameters, frozen ones too, and at stage 0 master copies.
+
+    Returns:
+        Their names, and the ranks that hold each.
+    """
+    known: Holders = engine.fira_holders
+    params = list(engine.module.parameters())
+    found = [(known.names[id(param)], param, known.of([param])) for param in params]
+    if optimizer.attachment.replicas:
+        own, attachment = {id(param) for param in params}, optimizer.attachment
         found += [
-            (f"master copy of {record.name or i}", param)
-            for i, (param, record) in enumerate(zip(params, optimizer.inventory, strict=True))
+            (f"master copy of {held[0].name or i}", param, attachment.replicas[param])
+            for i, (param, held) in enumerate(attachment.slices.items())
             if id(param) not in own
         ]
     return found

@@ -12,6 +12,7 @@ from torch import nn
 
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, algorithm_of
 from ds_fira.core.selection import find_projected_weights, shape_of
+from ds_fira.optim.expert_groups import keys_of
 from ds_fira.optim.presets import PRESET, PRESETS, preset_mark, size_of, values_of
 from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import adamw_bytes, formula_bytes
@@ -120,6 +121,11 @@ def estimate(
     if params.get("rank") is None:
         raise ValueError("--rank is missing; give the subspace rank, such as 128.")
     module = model if isinstance(model, nn.Module) else load_model(model)
+    if any(map(keys_of, module.parameters())):
+        raise ValueError(
+            f"{type(module).__name__} has MoE layers of DeepSpeed, whose experts lie on ranks of their own, which is "
+            "not estimated; ask ds-fira doctor for FiraAdam's states, or give a dense model."
+        )
     kind = algorithm_of({KEY: optimizer})
     if kind is not FIRA_ADAM and "GaLore" in methods:
         raise ValueError(f"optimizer = {optimizer!r} does not go with GaLore among the methods; leave one of them out.")

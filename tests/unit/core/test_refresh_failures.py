@@ -131,11 +131,10 @@ def test_replicas_decide_alike_where_the_solver_of_one_fails(monkeypatch: pytest
     def run(rank: int) -> list[Tensor]:
         failing.here = rank == 1
         refresher = Refresher(StepMetrics(), "FiraAdam")
-        refresher.replicas = Threads(rank, barrier, box)
         shapes, weight = [SHAPE] * 3, torch.zeros(1)
         states = matrix_states(allocate(weight, shapes, settings, True), shapes, settings, True, FiraAdam.algorithm)
         tasks = [MatrixTask(weight, g.float(), s, settings, 1e-4) for g, s in zip(gradients, states, strict=True)]
-        refresher.refresh(tasks)
+        refresher.refresh(tasks, Threads(rank, barrier, box))
         return [state.basis if state.has_basis else torch.zeros(0) for state in states]
 
     with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:

@@ -80,11 +80,15 @@ def require_loadable(
         reading: of the folder; a rank looks into its own files, and those that are read by all are shared out.
 
     Raises:
-        ValueError: with the file, what it would import, and the remedy.
+        ValueError: with the file, what it would import, and the remedy; or with that of an expert that is missing.
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
     communicator = optimizer.communicator
     known = None if reading is None else reading.files
+    files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, reading)
+    lost = files.lost_experts() if files.models and not engine.use_node_local_storage() else []
+    if lost:
+        raise ValueError(f"{folder} lacks {lost[0]}, the weights of an expert; load another tag.")
     paths = matching_files(folder, "*model_states.pt" if model_only else "*_states.pt", known)
     first, step = (0, 1) if engine.use_node_local_storage() else (communicator.dp_rank, communicator.dp_size)
     for number, path in enumerate(paths):
@@ -111,7 +115,7 @@ def require_own_share(engine: DeepSpeedEngine, folder: Path, reading: SharedRead
     with agreed(optimizer):
         files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, reading)
         if files.models:
-            _, state_dict = files.of_rank(optimizer.communicator.dp_rank)
+            _, state_dict = files.of_rank(engine.fira_holders.file_number)
             optimizer.require_fit(state_dict)
 
 

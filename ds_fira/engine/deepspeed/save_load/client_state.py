@@ -69,7 +69,7 @@ def own_record(engine: DeepSpeedEngine) -> dict[str, object]:
     optimizer, recorder = engine.basic_optimizer, engine.basic_optimizer.recorder
     found: dict[str, object] = {"replicated": optimizer.replicated}
     if recorder is not None:
-        found["scaling_factors"] = recorder.gather(optimizer.communicator, optimizer.replicated)
+        found["scaling_factors"] = recorder.gather(optimizer.communicator, optimizer.replicated, optimizer.counts)
     return found
 
 

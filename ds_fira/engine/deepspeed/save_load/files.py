@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ds_fira.checkpoint import safe_load
 from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict
@@ -24,7 +25,8 @@ T = TypeVar("T")
 OUTER = "optimizer_state_dict"
 BASE_OPTIMIZER = ("base_optimizer_state", "optimizer_state_dict")  # stages 1 and 2; stage 3 and the wrapper of stage 0
 MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
-OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+OPTIMIZER_FILE = re.compile(r"(?:(?:bf16_)?zero_pp|expp)_rank_(\d+)_mp_rank_00_optim_states\.pt")
+EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_00_model_states\.pt")
 
 
@@ -34,7 +36,8 @@ class CheckpointFiles:
 
     Attributes:
         models: with the module's weights: one, or under stage 3 one a rank.
-        optimizers: one a rank; none at stage 0, where the states are in the model's file.
+        optimizers: one a rank; none at stage 0, where the states are in the model's file, but with experts one for each
+            rank of the largest expert-parallel group.
         unpickle: see `load`.
         reading: by which all ranks read them, None where this process does it alone.
     """
@@ -64,7 +67,7 @@ class CheckpointFiles:
         if not models:
             return cls((), ())
         # A folder that was saved into twice, in bf16 and not, has two sets; the newer one counts.
-        found = [_by_rank(folder, OPTIMIZER_FILE, names, listed) for names in ("bf16_*", "zero_*")]
+        found = [_by_rank(folder, OPTIMIZER_FILE, names, listed) for names in ("bf16_*", "zero_*", "expp_*")]
         optimizers = max(found, key=lambda files: max((path.stat().st_mtime for path in files.values()), default=0.0))
         files = cls(tuple(models.values()), tuple(optimizers.values()), unpickle, reading)
         if not optimizers or not every:
@@ -78,9 +81,26 @@ class CheckpointFiles:
 
     def find_absent(self) -> str:
         """Words for the optimizer states of ranks that saved and have no file here; empty where all have."""
+        if self.at_stage_0:
+            return ""  # how many there were, nothing says; a state that is missing is found as it is read
         size = int(self.model()["dp_world_size"])
         absent = sorted({*range(size)} - {*self.ranks})
         return f"the optimizer states of ranks {absent} of the {size} that saved it" if absent else ""
+
+    def lost_experts(self) -> list[str]:
+        """The names of the files of experts that are not here."""
+        counts, folder = self.model().get("num_experts"), self.models[0].parent
+        names = [
+            f"layer_{layer}_expert_{number}_mp_rank_00_model_states.pt"
+            for layer, count in enumerate(counts if isinstance(counts, list) else ())
+            for number in range(count)
+        ]
+        return [name for name in names if not (folder / name).exists()]
+
+    @property
+    def at_stage_0(self) -> bool:
+        """Whether stage 0 saved it: the states are no shares of a flat tensor."""
+        return not self.optimizers or self.optimizers[0].name.startswith("expp_")
 
     @property
     def partitioned(self) -> bool:
@@ -97,7 +117,7 @@ class CheckpointFiles:
         return load(self.models[number], self.unpickle, self.reading)
 
     def of_rank(self, rank: int) -> tuple[Mapping[str, object], StateDict]:
-        """As `optimizer_state`, of the rank by its number: files of other ranks may be on other nodes.
+        """As `optimizer_state`, of the file by its number: files of other ranks may be on other nodes.
 
         Raises:
             ValueError: it has no file.
@@ -111,7 +131,8 @@ class CheckpointFiles:
     def optimizer_state(self, number: int) -> tuple[Mapping[str, object], StateDict]:
         """What a rank's wrapper has saved, and in it the state dict of the optimizer."""
         path = self.optimizers[number] if self.optimizers else self.models[0]
-        wrapper = load(path, self.unpickle, self.reading).get(OUTER if self.optimizers else "optimizer")
+        content = load(path, self.unpickle, self.reading)
+        wrapper = content.get("optimizer" if self.at_stage_0 else OUTER)
         if not isinstance(wrapper, Mapping):
             raise ValueError(
                 f"{path} holds no optimizer states; load with load_optimizer_states=False, or another tag."
@@ -128,10 +149,18 @@ class CheckpointFiles:
                 weights = [tensor for group in wrapper["fp32_groups"] for tensor in group]
             elif weights is None:
                 # Stage 0 in float32 steps the module's own weights.
-                module = normalized(self.model()["module"])
-                weights = [module[name] for group in state_dict[KEY]["members"] for name, _ in group]
+                module = self._module()
+                weights = [module[held["pieces"][0][0]] for held in state_dict[KEY]["places"]]
             saved.add(state_dict, weights)
         return saved
+
+    def _module(self) -> dict[str, Tensor]:
+        """The module's weights by name, experts too, each of which has a file."""
+        found = dict(self.model()["module"])
+        for path in matching_files(self.models[0].parent, "layer_*"):
+            if EXPERT_FILE.fullmatch(path.name):
+                found |= load(path, self.unpickle, self.reading)
+        return normalized(found)
 
 
 def _by_rank(folder: Path, pattern: re.Pattern[str], names: str, listed: Collection[str] | None) -> dict[int, Path]:

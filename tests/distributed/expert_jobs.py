@@ -1,0 +1,245 @@
+"""Engines with DeepSpeed's MoE layers on real ranks, and what they trained with, by names that all ranks know."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+import ds_fira
+from ds_fira.checkpoint.atomic_save import CheckpointError
+from ds_fira.engine.deepspeed.weight_sync import check_sync
+from ds_fira.tools.doctor.examine import examine
+
+HIDDEN, INNER = 12, 20
+# So many that each expert gets a gradient of more than the rank: what rounding makes of the rest would be no basis.
+TOKENS = 128
+STEPS = 7
+
+
+class Expert(nn.Module):
+    """Two matrices with biases, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.up, self.down = nn.Linear(HIDDEN, INNER), nn.Linear(INNER, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, hidden) to the same."""
+        return self.down(torch.relu(self.up(self.norm(x))))
+
+
+class ExpertNet(nn.Module):
+    """A dense layer, and an MoE layer for each (experts, ep_size), of which the last has PR-MoE's residual if asked."""
+
+    def __init__(self, layers: list[tuple[int, int]], use_residual: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, HIDDEN, bias=False)  # which would draw all tokens to one expert
+        self.layers = nn.ModuleList(
+            MoE(
+                HIDDEN,
+                Expert(),
+                num_experts=experts,
+                ep_size=ep_size,
+                use_rts=False,
+                min_capacity=0,
+                use_residual=use_residual and number == len(layers) - 1,
+            )
+            for number, (experts, ep_size) in enumerate(layers)
+        )
+        self.out = nn.Linear(HIDDEN, 7)
+        for layer in self.layers:  # DeepSpeed copies one expert, and they would all learn alike
+            for index, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
+                first = _ep_rank(layer.ep_size) * layer.num_local_experts
+                generator = torch.Generator().manual_seed(100 + first + index)
+                for param in expert.parameters():
+                    param.data += 0.1 * torch.randn(param.shape, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, 5) to a loss."""
+        hidden, extra = self.embed(x), 0.0
+        for layer in self.layers:
+            found, auxiliary, _ = layer(hidden)
+            hidden, extra = hidden + found, extra + auxiliary
+        return (self.out(hidden) ** 2).float().mean() + 0.1 * extra
+
+
+def _ep_rank(ep_size: int) -> int:
+    return torch.distributed.get_rank() % ep_size
+
+
+def global_names(module: nn.Module) -> dict[str, str]:
+    """By the name of a parameter on this rank, its name among those of all ranks."""
+    found = {}
+    for name, _ in module.named_parameters():
+        match = re.fullmatch(r"(layers\.(\d+)\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)", name)
+        if match is None:
+            found[name] = name
+            continue
+        layer = module.layers[int(match[2])]
+        number = _ep_rank(layer.ep_size) * layer.num_local_experts + int(match[3])
+        found[name] = f"{match[1]}{number}{match[4]}"
+    return found
+
+
+def build(ds_config: dict[str, Any], layers: list[tuple[int, int]], use_residual: bool = False, way: str = "json"):
+    """An engine; `way` says how it gets the optimizer: "json", or "object" for one that is made of the model."""
+    torch.manual_seed(0)
+    model = ExpertNet(layers, use_residual)
+    if ds_config.get("bf16", {}).get("enabled"):
+        model = model.bfloat16()
+    if way == "json":
+        return deepspeed.initialize(model=model, config=ds_config, model_parameters=list(model.parameters()))[0]
+    params = ds_config["optimizer"]["params"]
+    rest = {key: value for key, value in ds_config.items() if key != "optimizer"}
+    return deepspeed.initialize(model=model, config=rest, optimizer=ds_fira.FiraAdam(model, **params))[0]
+
+
+def batch(step: int, rank: int, dtype: torch.dtype) -> Tensor:
+    """Tokens (TOKENS, 5), other ones in every step and on every rank."""
+    return torch.randn(TOKENS, 5, generator=torch.Generator().manual_seed(1000 * step + rank)).to(dtype)
+
+
+def steps_of(engine: Any, first: int, last: int) -> list[float]:
+    """Train; the losses."""
+    rank, dtype = torch.distributed.get_rank(), engine.module.embed.weight.dtype
+    losses = []
+    for step in range(first, last):
+        loss = engine(batch(step, rank, dtype))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def weights_of(engine: Any) -> dict[str, Tensor]:
+    """The weights on this rank, by their names on all."""
+    names = global_names(engine.module)
+    return {names[name]: param.detach().clone() for name, param in engine.module.named_parameters()}
+
+
+def train(ds_config: dict[str, Any], layers: list[tuple[int, int]], **kwargs: Any) -> dict[str, Any]:
+    """What a rank trained with: weights before and after, its own and the given gradients of steps, norms, the plan."""
+    engine = build(ds_config, layers, **kwargs)
+    names, grads, norms = global_names(engine.module), [], []
+    for name, param in engine.module.named_parameters():
+        param.register_hook(lambda grad, name=name: grads[-1].__setitem__(names[name], grad.detach().clone()))
+    before, optimizer = weights_of(engine), engine.basic_optimizer
+    losses: list[float] = []
+    given: list[list[tuple[str, int, Tensor]]] = []
+
+    def see(stepped: Any, *_: Any) -> None:  # of ZeRO a call for every group
+        for param in (param for group in stepped.param_groups for param in group["params"]):
+            for held in optimizer.attachment.slices[param]:
+                part = param.grad.reshape(-1)[held.offset : held.offset + held.stop - held.start]
+                given[-1].append((held.name, held.start, part.float().clone()))
+
+    optimizer.register_step_pre_hook(see)
+    for step in range(STEPS):
+        grads.append({})
+        given.append([])
+        losses += steps_of(engine, step, step + 1)
+        norm = engine.get_global_grad_norm()
+        norms.append(None if norm is None else float(norm))
+    result = {
+        "before": before,
+        "after": weights_of(engine),
+        "grads": grads,
+        "given": given,
+        "norms": norms,
+        "losses": losses,
+        "projected": sorted(record.name for record in optimizer.inventory if record.matrices),
+        "ranked": sorted(
+            name
+            for group, members in zip(optimizer.param_groups, optimizer.members, strict=True)
+            for name, _ in members
+            if "rank" in group
+        ),
+        "listed": sorted(record.name for record in optimizer.inventory),
+        "ways": sorted(
+            {matrix.way for layout in optimizer.layouts for matrix in layout.split if "expert" in matrix.name}
+        ),
+        "sizes": sorted({len(layout.unsplit) for layout in optimizer.layouts}),
+        "groups": [(group.get("name"), group.get("moe", False), "rank" in group) for group in optimizer.param_groups],
+        "metrics": ds_fira.metrics(engine),
+        "held": ds_fira.memory_report(engine)["optimizer_state_bytes"],
+        "formula": ds_fira.memory_report(engine)["paper_formula_bytes"],
+    }
+    engine.destroy()
+    return result
+
+
+def diagnose(ds_config: dict[str, Any], layers: list[tuple[int, int]], folder: str) -> dict[str, Any]:
+    """What the doctor says of the same training before it starts, and at stage 3."""
+    model, size = ExpertNet(layers), torch.distributed.get_world_size()
+    file = Path(folder, f"{torch.distributed.get_rank()}.json")
+    file.write_text(json.dumps(ds_config))
+    found = examine(file, model, size)
+    file.write_text(json.dumps({**ds_config, "zero_optimization": {"stage": 3}}))
+    return {
+        "refusals": found.refusals,
+        "held": list(found.state_bytes),
+        "formula": found.formula_bytes,
+        "notes": found.notes,
+        "at stage 3": examine(file, model, size).refusals,
+    }
+
+
+def run(
+    ds_config: dict[str, Any],
+    layers: list[tuple[int, int]],
+    steps: tuple[int, int],
+    load: str | None = None,
+    save: str | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Load, if asked, train, save, if asked, and go on to the end; what is then there, or why it could not be loaded.
+
+    Args:
+        ds_config: of the engine.
+        layers: of the model.
+        steps: the first that is made, and the one before which is saved.
+        load: a folder.
+        save: a folder.
+        **kwargs: of `build`.
+    """
+    engine = build(ds_config, layers, **kwargs)
+    result: dict[str, Any] = {}
+    try:
+        if load is not None:
+            engine.load_checkpoint(load)
+            result["loaded"] = weights_of(engine)
+        losses = steps_of(engine, *steps)
+        if save is not None:
+            engine.save_checkpoint(save)
+        losses += steps_of(engine, steps[1], STEPS)
+        result |= {"weights": weights_of(engine), "losses": losses, "metrics": ds_fira.metrics(engine)}
+    except (ValueError, CheckpointError) as error:
+        result["message"] = str(error)
+    finally:
+        engine.destroy()
+    return result
+
+
+def tell(ds_config: dict[str, Any], layers: list[tuple[int, int]]) -> dict[str, Any]:
+    """The steps at which factors were recorded, by weight; and what a flipped bit of an expert on rank 1 gives."""
+    engine = build(ds_config, layers)
+    steps_of(engine, 0, STEPS)
+    result: dict[str, Any] = {"factors": {name: one["steps"] for name, one in ds_fira.scaling_factors(engine).items()}}
+    if torch.distributed.get_rank() == 1:
+        with torch.no_grad():
+            engine.module.layers[0].deepspeed_moe.experts.deepspeed_experts[1].up.weight[0, 0] += 1
+    try:
+        check_sync(engine)
+        result["message"] = ""
+    except RuntimeError as error:
+        result["message"] = str(error)
+    engine.destroy()
+    return result
