@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -29,6 +30,7 @@ from ds_fira.checkpoint.safe_load import only_safe_loads
 from ds_fira.engine.deepspeed.attach import attach
 from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.projection import project_as_saved
+from ds_fira.engine.deepspeed.save_load.adam_files import given_names, maker_of, read_adam, warn_of_adam
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, require_loadable, require_own_share
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
@@ -42,17 +44,27 @@ Loaded = tuple[str | None, dict[str, object] | None]
 SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def read_header(optimizer: LowRankOptimizer, folder: Path) -> tuple[str | None, Sequence[SavedGroup]]:
-    """Read on rank 0, and give all ranks, what a checkpoint says of the run that saved it; a collective call.
+class Header(NamedTuple):
+    """What a checkpoint says of the run that saved it.
 
-    Returns:
-        A digest of what lay where on all of its ranks, None where the states of the first rank do not say; and its
-        param groups, none where they do not say.
+    Attributes:
+        layout: a digest of what lay where on all of its ranks; None where the states of the first rank do not say.
+        groups: its param groups; none where they do not say.
+        adam: its optimizer, where that is an Adam of another package; else None.
+    """
+
+    layout: str | None = None
+    groups: Sequence[SavedGroup] = ()
+    adam: str | None = None
+
+
+def read_header(optimizer: LowRankOptimizer, folder: Path) -> Header:
+    """Read a checkpoint's header on rank 0, and give it to all ranks; a collective call.
 
     Raises:
         ValueError: it cannot be read; the same on every rank.
     """
-    layout, groups = None, ()
+    header = Header()
     with agreed(optimizer):
         if optimizer.communicator.dp_rank == 0:
             files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, current_reading())
@@ -60,20 +72,27 @@ def read_header(optimizer: LowRankOptimizer, folder: Path) -> tuple[str | None, 
             if KEY in state_dict:
                 saved = SavedState()
                 saved.add(state_dict)
-                layout, groups = state_dict[KEY].get("layout"), saved.groups
-    return optimizer.communicator.gather_objects((layout, groups))[0]
+                header = Header(state_dict[KEY].get("layout"), saved.groups)
+            elif state_dict:
+                header = Header(adam=maker_of(files, state_dict))
+    return optimizer.communicator.gather_objects(header)[0]
 
 
 def load_elsewhere(
-    engine: DeepSpeedEngine, folder: Path, load_engine_state: Callable[..., Loaded], options: Mapping[str, bool]
+    engine: DeepSpeedEngine,
+    folder: Path,
+    load_engine_state: Callable[..., Loaded],
+    options: Mapping[str, bool],
+    adam: str | None = None,
 ) -> Loaded:
-    """Load a checkpoint that was saved by other ranks, another stage, dtype or settings.
+    """Load a checkpoint that was saved by other ranks, another stage, dtype, settings or an Adam of another package.
 
     Args:
         engine: of any stage; its module, optimizer, loss scale and counters are set.
         folder: of the tag.
         load_engine_state: DeepSpeed's `_load_checkpoint` of this engine, which does the rest.
         options: its keyword arguments.
+        adam: the optimizer that saved it, where that is none of this package.
 
     Returns:
         What DeepSpeed's returns: the path and the client state.
@@ -88,7 +107,7 @@ def load_elsewhere(
         reading.spread_structure([name for name in reading.images if reading.files[name].rank is not None])
     with agreed(optimizer):
         files = CheckpointFiles.find(folder, unpickle=optimizer.unpickle_checkpoints, reading=reading)
-        saved = files.read()
+        saved = files.read() if adam is None else read_adam(files, adam, given_names(engine))
         refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
         if reading is not None:
             with stepped_params(engine):
@@ -120,6 +139,8 @@ def load_elsewhere(
     for key in ("optimizer", "lr_scheduler"):
         client_state.pop(key, None)
     release(reading)
+    if adam is not None:
+        warn_of_adam(optimizer, adam, stacklevel=6)
     if communicator.dp_rank == 0:
         logger.info(
             f"{optimizer.algorithm.name}: resumed at step {engine.global_steps} on {communicator.dp_size} ranks at "
@@ -221,13 +242,13 @@ def load_states(
             # Stage 3 takes the weights from the optimizer's files.
             require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3, reading)
         if optimizer_too:
-            layout, groups = read_header(optimizer, folder)
+            header = read_header(optimizer, folder)
             with errors_name(optimizer.algorithm.name):
-                project_as_saved(optimizer, groups, functools.partial(attach, engine))
-            if layout not in (None, optimizer.attachment.digest):
+                project_as_saved(optimizer, header.groups, functools.partial(attach, engine))
+            if header.adam is not None or header.layout not in (None, optimizer.attachment.digest):
                 load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
                 engine.fira_has_loaded = True
-                return load_elsewhere(engine, folder, load_engine_state, options)
+                return load_elsewhere(engine, folder, load_engine_state, options, header.adam)
             with stepped_params(engine):
                 require_own_share(engine, folder, reading)
         if reading is not None:
