@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import ds_fira
 from benchmarks.common import save
-from ds_fira.engine.deepspeed.save_load.load import stepped_params
+from ds_fira.engine.deepspeed.save_load.written import stepped_params
 from ds_fira.optim.registry import fira_of
 from ds_fira.optim.settings import legal_settings
 

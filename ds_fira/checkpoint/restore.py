@@ -78,6 +78,16 @@ def restore(
                 _restore_moments(param, state, held.params, saved, algorithm)
 
 
+def restore_weights(saved: SavedState, slices: Iterable[tuple[Tensor, Sequence[ParamSlice]]]) -> None:
+    """Copy saved weights into stepped tensors, each with what it holds.
+
+    Raises:
+        ValueError: a part of them is missing.
+    """
+    for param, held in slices:
+        _fill(param.detach().view(-1), held, saved.weights, "weights")
+
+
 def refuse_other_states(saved: SavedState, algorithm: Algorithm) -> None:
     """Stop if a rule keeps other states than when it was saved.
 
@@ -85,6 +95,12 @@ def refuse_other_states(saved: SavedState, algorithm: Algorithm) -> None:
         ValueError: one sentence with both.
     """
     before, now = list(saved.algorithm.states), list(algorithm.states)
+    made_by = next((group.made_by for group in saved.groups), None)
+    if before != now and made_by is not None:
+        raise ValueError(
+            f"the checkpoint was made by {made_by}, which keeps {before}, and {algorithm.name} keeps the states {now}; "
+            "load with load_optimizer_states=False to start anew from its weights."
+        )
     if before != now:
         raise ValueError(
             f"the rule keeps the states {now}, and the checkpoint holds {before}; resume with the rule that saved it."

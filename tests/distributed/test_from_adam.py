@@ -41,7 +41,7 @@ def reference(**params: Any) -> dict[str, Any]:
             group["lr"] = 0.01 * 0.9**step
         loss = model(rows(step))
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if step == SAVED:
             for param in model.parameters():
                 fira.state[param].update(taken_over(param, adam.state[param], id(param) in projected))
@@ -112,3 +112,114 @@ def test_adamws_moments_are_projected_on_the_first_basis(ranks: Pools, tmp_path:
     adam_run(ranks, size, stage, first=0, last=SAVED, save=str(tmp_path))
     found = fira_run(ranks, next_size, next_stage, first=SAVED, last=END, load=str(tmp_path), seed=7)
     assert_goes_on(found, reference())
+
+
+def reference_back(weights: dict[str, Tensor], lr: float) -> dict[str, Any]:
+    """One process: AdamW with new states on all rows, at the place of the schedule."""
+    model = Net(SHAPES)
+    model.load_state_dict({name: value for name, value in weights.items() if name != "counted"})
+    adam = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    losses = []
+    for step in range(SAVED, END):
+        adam.param_groups[0]["lr"] = lr * 0.9**step
+        loss = model(rows(step))
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        losses.append(float(loss.detach()))
+    return {"losses": losses, "weights": dict(model.named_parameters())}
+
+
+# Stage and ranks of FiraAdam, then of AdamW; whether the caller asks for the states.
+BACK = [(0, 2, 0, 2, True), (1, 2, 1, 2, True), (2, 2, 2, 3, False), (3, 2, 3, 2, True), (3, 2, 1, 1, False)]
+
+
+@pytest.mark.parametrize("way", BACK, ids=str)
+def test_back_to_adamw(ranks: Pools, tmp_path: Path, way: tuple[int, int, int, int, bool]) -> None:
+    """Weights, steps, data and the schedule's place go on; AdamW's states and their own count start at zero."""
+    stage, size, next_stage, next_size, states = way
+    start = fira_run(ranks, size, stage, first=0, last=SAVED, save=str(tmp_path))["weights"]
+    settings = adam_config(config(next_stage, "fp32", PARAMS), lr=0.002, weight_decay=0.05)
+    arguments = {"first": SAVED, "last": END, "load": str(tmp_path), "seed": 7}
+    options = {} if states else {"load_options": {"load_optimizer_states": False}}
+    module = "tests.distributed.adam_jobs"
+    found = agree(
+        ranks.run(next_size, "adam", module=module, ds_config=settings, shapes=SHAPES, **arguments, **options)
+    )
+    expected = reference_back(start, 0.002)
+    assert found["error"] == ""
+    assert found["type"] != "FiraAdam"
+    assert (found["steps"], found["counts"]) == (END, [END - SAVED])
+    assert found["client_state"]["note"] == "kept"
+    assert not {"ds_fira", "lr_scheduler", "optimizer"} & found["client_state"].keys()
+    assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
+    assert found["lr"] == pytest.approx([0.002 * 0.9**END] * len(found["lr"]), rel=1e-12)
+    assert torch.equal(found["weights"]["counted"], start["counted"])
+    for name, weight in expected["weights"].items():
+        difference = (found["weights"][name] - weight).norm() / weight.norm().clamp(min=1e-30)
+        assert difference < TOLERANCE, name
+
+
+BF16_WRAPPER = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+OPTIONS: dict[str, tuple[int, int, int, int, str, dict[str, Any], dict[str, Any]]] = {
+    # Ranks and stage of AdamW and of FiraAdam, dtype, what both have, what FiraAdam has.
+    "two groups": (2, 2, 2, 2, "fp32", {"groups": True}, {}),
+    "round robin": (2, 2, 3, 2, "fp32", {"extra": {"zero_round_robin_gradients": True}}, {}),
+    "alignment": (2, 2, 3, 3, "fp32", {"extra": {"zero_parameter_alignment": True}}, {}),
+    "bf16": (2, 2, 2, 2, "bf16", {}, {}),
+    "bf16 from stage 0": (2, 0, 2, 3, "bf16", {}, {}),
+    "fp16": (2, 1, 2, 1, "fp16", {}, {}),
+    "BF16_Optimizer": (2, 1, 3, 1, "bf16", {"extra": BF16_WRAPPER}, {}),
+    "bf16 states": (2, 2, 2, 2, "fp32", {}, {"params": {"state_dtype": "bfloat16"}}),
+    "int8 states": (2, 2, 3, 3, "fp32", {}, {"params": {"state_dtype": "int8"}}),
+}
+
+
+@pytest.mark.parametrize("name", full_if(lambda name: name in ("bf16", "fp16", "bf16 states"), OPTIONS))
+def test_options(ranks: Pools, tmp_path: Path, name: str) -> None:
+    size, stage, next_size, next_stage, dtype, both, own = OPTIONS[name]
+    extra = {"extra": both["extra"]} if "extra" in both else {}
+    adam_run(ranks, size, stage, dtype, first=0, last=SAVED, save=str(tmp_path), **both)
+    found = fira_run(ranks, next_size, next_stage, dtype, first=SAVED, last=END, load=str(tmp_path), **extra, **own)
+    exact = dtype == "fp32" and "params" not in own
+    assert_goes_on(found, reference(), TOLERANCE if exact else 0.02)
+
+
+@pytest.mark.parametrize("way", [(2, 2), (3, 3)], ids=str)
+def test_moments_that_wait_are_saved(ranks: Pools, tmp_path: Path, way: tuple[int, int]) -> None:
+    """Saved before its first step, the run has no basis yet; it goes on on the same ranks, and on others."""
+    stage, size = way
+    adam_run(ranks, size, stage, first=0, last=SAVED, save=str(tmp_path / "adam"))
+    waits = {"first": SAVED, "last": SAVED, "load": str(tmp_path / "adam"), "save": str(tmp_path / "waits")}
+    fira_run(ranks, size, stage, **waits)
+    for next_size, next_stage in ((size, stage), (5 - size, 5 - stage)):
+        after = {"first": SAVED, "last": END, "load": str(tmp_path / "waits"), "seed": 7}
+        assert_goes_on(fira_run(ranks, next_size, next_stage, **after), reference())
+
+
+ROTATING = {"refresh_moments": "rotate", "subspace": "gram"}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
+def test_every_part_of_a_cut_matrix_projects_its_own(ranks: Pools, tmp_path: Path, stage: int, proj_type: str) -> None:
+    """Of either side, in either way, with bases that are sent: as one rank, which holds all, goes on."""
+    params = {**ROTATING, "proj_type": proj_type, "update_proj_gap": 200}
+    adam_run(ranks, 2, 2, first=0, last=SAVED, save=str(tmp_path))
+    after = {"first": SAVED, "last": END, "load": str(tmp_path), "params": params}
+    found, expected = fira_run(ranks, 3, stage, **after), fira_run(ranks, 1, 2, **after)
+    assert "low_rank" in found["ways"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
+    for name, weight in expected["weights"].items():
+        assert (found["weights"][name] - weight).norm() / weight.norm().clamp(min=1e-30) < TOLERANCE, name
+
+
+def test_other_optimizers_are_refused_by_name(ranks: Pools, tmp_path: Path) -> None:
+    settings = config(1, "fp32", PARAMS)
+    settings = {**settings, "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}}
+    settings["zero_allow_untested_optimizer"] = True
+    arguments = {"ds_config": settings, "shapes": SHAPES, "first": 0, "last": 1, "save": str(tmp_path)}
+    ranks.run(2, "adam", module="tests.distributed.adam_jobs", **arguments)
+    found = fira_run(ranks, 2, 1, first=1, last=2, load=str(tmp_path))
+    assert found["error"].startswith("FiraAdam: the checkpoint was made by SGD, which keeps momentum_buffer; ")
+    assert "load_optimizer_states=False" in found["error"]

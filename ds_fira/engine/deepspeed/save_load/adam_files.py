@@ -78,11 +78,10 @@ def warn_of_adam(optimizer: LowRankOptimizer, name: str, stacklevel: int) -> Non
         return
     rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
     warnings.warn(
-        f"{optimizer.algorithm.name}: the checkpoint was made by {name}: weights, schedule and step counts go on, at "
-        f"lr = {', '.join(f'{rate:.3g}' for rate in rates[:3])}; of each projected matrix {name}'s moments are kept "
-        "until its first basis, which the next step's gradient gives, and projected on it, so that step takes the "
-        f"memory of {name}. Set lr in engine.optimizer.param_groups where {optimizer.algorithm.name} is to have its "
-        "own.",
+        f"{optimizer.algorithm.name}: the checkpoint was made by {name}: weights, step counts and the schedule's place "
+        f"go on, at this run's own rate, now lr = {', '.join(f'{rate:.3g}' for rate in rates[:3])}; of each projected "
+        f"matrix {name}'s moments are kept until its first basis, which the next step's gradient gives, and projected "
+        f"on it, so that this step still takes the memory of {name}.",
         stacklevel=stacklevel,
     )
 
@@ -152,7 +151,7 @@ def _groups(
             for key, shape in part.items()
         }
         values = {key: group[key] for key in CARRIED if key in group}
-        found.append(SavedGroup(members, {"lr": group.get("initial_lr", group["lr"])}, values, made_by=name))
+        found.append(SavedGroup(members, {}, values, made_by=name))
     return found
 
 
