@@ -33,7 +33,7 @@ def adam(
     groups: bool = False,
     load_options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train with AdamW from one step to another; returns losses, weights, `lr` and step counts, or the `error`."""
+    """Train with AdamW from one step to another; returns losses, weights, rates, counts, and the loss after these."""
     ds_config = {**ds_config, "train_micro_batch_size_per_gpu": ROWS // torch.distributed.get_world_size()}
     torch.manual_seed(seed)
     model = Net(shapes)
@@ -60,5 +60,6 @@ def adam(
         "client_state": client_state,
         "type": type(optimizer).__name__,
     }
+    result["next_loss"] = advance(engine, last, last + 1)[0]
     engine.destroy()
     return result

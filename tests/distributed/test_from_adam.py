@@ -179,10 +179,12 @@ OPTIONS: dict[str, tuple[int, int, int, int, str, dict[str, Any], dict[str, Any]
 def test_options(ranks: Pools, tmp_path: Path, name: str) -> None:
     size, stage, next_size, next_stage, dtype, both, own = OPTIONS[name]
     extra = {"extra": both["extra"]} if "extra" in both else {}
-    adam_run(ranks, size, stage, dtype, first=0, last=SAVED, save=str(tmp_path), **both)
+    next_loss = adam_run(ranks, size, stage, dtype, first=0, last=SAVED, save=str(tmp_path), **both)["next_loss"]
     found = fira_run(ranks, next_size, next_stage, dtype, first=SAVED, last=END, load=str(tmp_path), **extra, **own)
     exact = dtype == "fp32" and "params" not in own
-    assert_goes_on(found, reference(), TOLERANCE if exact else 0.02)
+    assert found["losses"][0] == pytest.approx(next_loss, rel=TOLERANCE if dtype == "fp32" else 0.005)
+    # At stage 0 in bf16 DeepSpeed makes one of AdamW's steps as the engine is built, without a gradient.
+    assert_goes_on(found, reference(), TOLERANCE if exact else 0.15 if stage == 0 else 0.03)
 
 
 @pytest.mark.parametrize("way", [(2, 2), (3, 3)], ids=str)
