@@ -1,0 +1,92 @@
+"""Trainings of the Trainer and of accelerate go on on another number of processes, at the same global batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.grids import full_if
+from tests.integration.hf_jobs import EXAMPLES, write_config, write_inputs
+from tests.integration.test_hf_trainer import curve
+from tests.programs import Forked, run
+from tests.ranks import free_port
+
+# Rows of a micro-batch over all processes, of which two make a step; an epoch is 12 rows, the last step of one half.
+ROWS, STEPS, SAVED = 4, 6, 3
+TOLERANCE = 1e-5
+_wholes: dict[Any, Path] = {}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text and DeepSpeed configs in float32."""
+    folder = tmp_path_factory.mktemp("resized")
+    write_inputs(folder, letters=150)
+    for stage in range(4):
+        top = {"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3}}
+        write_config(folder / f"zero{stage}.json", "zero2_auto.json", top)
+    return folder
+
+
+def trainer_line(folder: Path, output: str, stage: int, ranks: int, **changes: Any) -> list[str]:
+    values = {
+        "model": folder / "model.json",
+        "text": folder / "text.txt",
+        "seq_length": 32,
+        "cache_dir": folder / "cache",
+        "output_dir": folder / output,
+        "deepspeed": folder / f"zero{stage}.json",
+        "max_steps": STEPS,
+        "save_steps": SAVED,
+        "logging_steps": 1,
+        "per_device_train_batch_size": ROWS // ranks,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.005,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return [item for name, value in values.items() for item in (f"--{name}", str(value))]
+
+
+def train(script: str, line: list[str], folder: Path, name: str, ranks: int) -> None:
+    for done in Forked(str(EXAMPLES / script), line, folder, name, ranks=ranks).wait():
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def whole(folder: Path, stage: int, ranks: int) -> Path:
+    if (key := (stage, ranks)) not in _wholes:
+        name = f"whole-{stage}-{ranks}"
+        train("hf_trainer.py", trainer_line(folder, name, stage, ranks), folder, name, ranks)
+        _wholes[key] = folder / name
+    return _wholes[key]
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """The loss curve and the weights, of a run in one go and of one that was taken up elsewhere."""
+    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (found, expected)]
+    for ours, theirs in zip(*map(curve, logs), strict=True):
+        assert [value or 0.0 for value in ours] == pytest.approx([value or 0.0 for value in theirs], rel=TOLERANCE)
+    weights, others = (load_file(path / "model.safetensors") for path in (found, expected))
+    for name, weight in weights.items():
+        assert (weight - others[name]).norm() / others[name].norm().clamp(min=1e-30) < TOLERANCE, name
+
+
+# Stage, and processes before and after.
+WAYS = [(2, 2, 1), (3, 1, 2), (0, 2, 1), (1, 1, 2), (2, 4, 2), (3, 2, 1), (0, 1, 2), (1, 2, 1), (3, 4, 2)]
+
+
+@pytest.mark.parametrize("way", full_if(lambda way: way not in WAYS[:2], WAYS), ids=str)
+def test_the_trainer(folder: Path, way: tuple[int, int, int]) -> None:
+    stage, before, after = way
+    reference, name = whole(folder, stage, before), f"resized-{stage}-{before}-{after}"
+    line = trainer_line(folder, name, stage, after, resume_from_checkpoint=reference / f"checkpoint-{SAVED}")
+    train("hf_trainer.py", line, folder, name, after)
+    assert_same(folder / name, reference)
