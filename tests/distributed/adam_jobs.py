@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -63,3 +64,15 @@ def adam(
     result["next_loss"] = advance(engine, last, last + 1)[0]
     engine.destroy()
     return result
+
+
+def said_of_load(ds_config: dict[str, Any], shapes: list[tuple[int, int]], load: str) -> list[str]:
+    """The warnings of a load."""
+    model = Net(shapes)
+    model.register_buffer("counted", torch.zeros(3))
+    engine = build(ds_config, shapes, model=model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.load_checkpoint(load)
+    engine.destroy()
+    return [str(warning.message) for warning in caught]

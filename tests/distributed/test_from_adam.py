@@ -225,3 +225,36 @@ def test_other_optimizers_are_refused_by_name(ranks: Pools, tmp_path: Path) -> N
     found = fira_run(ranks, 2, 1, first=1, last=2, load=str(tmp_path))
     assert found["error"].startswith("FiraAdam: the checkpoint was made by SGD, which keeps momentum_buffer; ")
     assert "load_optimizer_states=False" in found["error"]
+
+
+def said(ranks: Pools, size: int, ds_config: dict[str, Any], folder: Path) -> list[list[str]]:
+    """What each rank warns of in a load, by this package."""
+    jobs = "tests.distributed.adam_jobs"
+    found = ranks.run(size, "said_of_load", module=jobs, ds_config=ds_config, shapes=SHAPES, load=str(folder))
+    return [[text for text in texts if "FiraAdam" in text] for texts in found]
+
+
+def test_one_rank_says_once_what_happens(ranks: Pools, tmp_path: Path) -> None:
+    """From AdamW, back to it, and where a step takes another number of samples."""
+    batch = {"train_micro_batch_size_per_gpu": 6}
+    ours = {**config(1, "fp32", {**PARAMS, "lr": 0.02}), **batch}
+    adam_run(ranks, 2, 1, first=0, last=SAVED, save=str(tmp_path / "adam"))
+    first, second = said(ranks, 2, ours, tmp_path / "adam")
+    assert second == []
+    (text,) = first
+    assert text.startswith("FiraAdam: the checkpoint was made by AdamW: weights, step counts and the schedule's place ")
+    fira_run(ranks, 2, 1, first=0, last=1, save=str(tmp_path / "fira"), params={"lr": 0.02})
+    assert said(ranks, 2, ours, tmp_path / "fira") == [[], []]
+    (first, second), back = (
+        said(ranks, 2, {**ours, **adam_config(ours)} | batch, tmp_path / "fira"),
+        "made by FiraAdam, ",
+    )
+    assert second == []
+    assert back in first[0]
+    first, second = said(ranks, 2, ours | {"train_micro_batch_size_per_gpu": 2}, tmp_path / "fira")
+    assert second == []
+    assert first == [
+        "FiraAdam: a step takes 4 samples, and took 12 in the run that saved; schedules and the Trainer's place in the "
+        "data count steps, so samples are left out or seen twice: keep micro-batch x accumulation x ranks at 12, or "
+        "find the place in the data by samples."
+    ]

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tests.grids import full_if
 from tests.integration.hf_jobs import EXAMPLES, write_config, write_inputs
 from tests.integration.test_hf_trainer import curve
-from tests.programs import Forked, run
-from tests.ranks import free_port
+from tests.programs import Forked
 
 # Rows of a micro-batch over all processes, of which two make a step; an epoch is 12 rows, the last step of one half.
 ROWS, STEPS, SAVED = 4, 6, 3
@@ -28,9 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resized")
     write_inputs(folder, letters=150)
     for stage in range(4):
-        top = {"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3}}
-        write_config(folder / f"zero{stage}.json", "zero2_auto.json", top)
+        write_config(folder / f"zero{stage}.json", "zero2_auto.json", {"zero_optimization": zero(stage)})
     return folder
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3}
 
 
 def trainer_line(folder: Path, output: str, stage: int, ranks: int, **changes: Any) -> list[str]:
@@ -90,3 +91,42 @@ def test_the_trainer(folder: Path, way: tuple[int, int, int]) -> None:
     line = trainer_line(folder, name, stage, after, resume_from_checkpoint=reference / f"checkpoint-{SAVED}")
     train("hf_trainer.py", line, folder, name, after)
     assert_same(folder / name, reference)
+
+
+def accelerate_line(folder: Path, output: str, config: Path, **changes: Any) -> list[str]:
+    values = {
+        "model": folder / "model.json",
+        "text": folder / "text.txt",
+        "seq-length": 32,
+        "cache-dir": folder / "cache",
+        "output-dir": folder / output,
+        "deepspeed-config": config,
+        "steps": STEPS,
+        "warmup-steps": 2,
+        "save-every": SAVED,
+        **changes,
+    }
+    return [item for name, value in values.items() for item in (f"--{name}", str(value))]
+
+
+# Stage; processes and accumulation before and after, at micro-batches of two rows: the global batch stays.
+ACCELERATED = [(2, (2, 2), (1, 4)), (3, (1, 4), (2, 2)), (0, (1, 4), (2, 2)), (1, (4, 1), (2, 2))]
+
+
+@pytest.mark.parametrize("way", full_if(lambda way: way not in ACCELERATED[:2], ACCELERATED), ids=str)
+def test_accelerate(folder: Path, way: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
+    """`accelerator.load_state`, and the rows that were seen are skipped; also with another accumulation."""
+    stage, *runs = way
+    figures, weights = [], []
+    for number, (ranks, accumulation) in enumerate(runs):
+        name = f"accelerated-{stage}-{number}"
+        top = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": accumulation}
+        top |= {"bf16": {"enabled": False}, "zero_optimization": zero(stage)}
+        config = write_config(folder / f"{name}.json", "zero2_bf16.json", top)
+        resume = {"resume": folder / f"accelerated-{stage}-0" / f"step_{SAVED}", "save-every": STEPS} if number else {}
+        train("accelerate_train.py", accelerate_line(folder, name, config, **resume), folder, name, ranks)
+        figures.append(json.loads((folder / name / "figures.json").read_text()))
+        weights.append(load_file(folder / name / "model" / "model.safetensors"))
+    assert figures[1]["losses"] == pytest.approx(figures[0]["losses"][SAVED:], rel=TOLERANCE)
+    for name, weight in weights[0].items():
+        assert (weights[1][name] - weight).norm() / weight.norm().clamp(min=1e-30) < TOLERANCE, name
