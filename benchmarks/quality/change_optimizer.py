@@ -1,7 +1,7 @@
 """The losses around a change of the optimizer in one run, seed by seed: AdamW, then FiraAdam, then AdamW again.
 
     torchrun --standalone --nproc_per_node 1 -m benchmarks.quality.change_optimizer FOLDER [--seeds 0 1 2]
-    [--steps 1000] [--after 100] [--lr 0.002] [--warmups 0 100] [--json FILE]
+    [--steps 500] [--after 100] [--lr 0.002] [--warmups 0 100] [--json FILE]
 
 A LLaMA of about one million parameters on the packaged film reviews (prepared once in FOLDER) under ZeRO-2, each part
 of the run by `load_checkpoint` from the checkpoint of the part before. Printed is, for every change, the largest loss of
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--after", type=int, default=100)
     parser.add_argument("--seq-length", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.002)

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from tests.grids import full_if
 from tests.integration.hf_jobs import EXAMPLES, write_config, write_inputs
 from tests.integration.test_hf_trainer import curve
-from tests.programs import Forked
+from tests.programs import ROOT, Forked, run
+from tests.ranks import free_port
 
-# Rows of a micro-batch over all processes, of which two make a step; an epoch is 12 rows, the last step of one half.
+# Rows of a micro-batch over all processes, of which two make a step.
 ROWS, STEPS, SAVED = 4, 6, 3
 TOLERANCE = 1e-5
 _wholes: dict[Any, Path] = {}
@@ -84,12 +85,42 @@ def assert_same(found: Path, expected: Path) -> None:
 WAYS = [(2, 2, 1), (3, 1, 2), (0, 2, 1), (1, 1, 2), (2, 4, 2), (3, 2, 1), (0, 1, 2), (1, 2, 1), (3, 4, 2)]
 
 
+def launched(launcher: str, script: str, line: list[str], folder: Path, ranks: int) -> None:
+    """Run a script on new interpreters under a launcher."""
+    commands = {
+        "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())],
+        "torchrun": ["torchrun", "--standalone", "--nproc_per_node", str(ranks)],
+        "accelerate": [
+            "accelerate",
+            "launch",
+            "--config_file",
+            str(folder / "launch.yaml"),
+            "--main_process_port",
+            "0",
+        ],
+    }
+    done = run([*commands[launcher], str(EXAMPLES / script), *line], folder)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+# Stage, processes before and after, and what starts those after.
+WAYS = [
+    (2, 2, 1, "forks"),
+    (3, 1, 2, "forks"),
+    *[(0, 2, 1, "forks"), (1, 1, 2, "forks"), (2, 4, 2, "forks"), (3, 2, 1, "forks"), (0, 1, 2, "forks")],
+    *[(1, 2, 1, "forks"), (3, 4, 2, "forks"), (2, 2, 1, "torchrun"), (2, 1, 2, "deepspeed")],
+]
+
+
 @pytest.mark.parametrize("way", full_if(lambda way: way not in WAYS[:2], WAYS), ids=str)
-def test_the_trainer(folder: Path, way: tuple[int, int, int]) -> None:
-    stage, before, after = way
-    reference, name = whole(folder, stage, before), f"resized-{stage}-{before}-{after}"
+def test_the_trainer(folder: Path, way: tuple[int, int, int, str]) -> None:
+    stage, before, after, launcher = way
+    reference, name = whole(folder, stage, before), "-".join(map(str, ("resized", *way)))
     line = trainer_line(folder, name, stage, after, resume_from_checkpoint=reference / f"checkpoint-{SAVED}")
-    train("hf_trainer.py", line, folder, name, after)
+    if launcher == "forks":
+        train("hf_trainer.py", line, folder, name, after)
+    else:
+        launched(launcher, "hf_trainer.py", line, folder, after)
     assert_same(folder / name, reference)
 
 
@@ -106,25 +137,39 @@ def accelerate_line(folder: Path, output: str, config: Path, **changes: Any) -> 
         "save-every": SAVED,
         **changes,
     }
-    return [item for name, value in values.items() for item in (f"--{name}", str(value))]
+    return [item for name, value in values.items() if value for item in (f"--{name}", str(value))]
 
 
-# Stage; processes and accumulation before and after, at micro-batches of two rows: the global batch stays.
-ACCELERATED = [(2, (2, 2), (1, 4)), (3, (1, 4), (2, 2)), (0, (1, 4), (2, 2)), (1, (4, 1), (2, 2))]
+# Stage; processes and accumulation before and after, at micro-batches of two rows and one global batch; the launcher.
+ACCELERATED = [
+    (2, (2, 2), (1, 4), "forks"),
+    (3, (1, 4), (2, 2), "forks"),
+    (0, (1, 4), (2, 2), "forks"),
+    (1, (4, 1), (2, 2), "forks"),
+    (2, (2, 2), (1, 4), "accelerate"),
+]
 
 
 @pytest.mark.parametrize("way", full_if(lambda way: way not in ACCELERATED[:2], ACCELERATED), ids=str)
-def test_accelerate(folder: Path, way: tuple[int, tuple[int, int], tuple[int, int]]) -> None:
+def test_accelerate(folder: Path, way: tuple[int, tuple[int, int], tuple[int, int], str]) -> None:
     """`accelerator.load_state`, and the rows that were seen are skipped; also with another accumulation."""
-    stage, *runs = way
+    stage, *runs, launcher = way
     figures, weights = [], []
     for number, (ranks, accumulation) in enumerate(runs):
-        name = f"accelerated-{stage}-{number}"
+        name = f"accelerated-{stage}-{launcher}-{number}"
         top = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": accumulation}
         top |= {"bf16": {"enabled": False}, "zero_optimization": zero(stage)}
         config = write_config(folder / f"{name}.json", "zero2_bf16.json", top)
-        resume = {"resume": folder / f"accelerated-{stage}-0" / f"step_{SAVED}", "save-every": STEPS} if number else {}
-        train("accelerate_train.py", accelerate_line(folder, name, config, **resume), folder, name, ranks)
+        state = folder / f"accelerated-{stage}-{launcher}-0" / f"step_{SAVED}"
+        resume = {"resume": state, "save-every": STEPS} if number else {}
+        if number and launcher == "accelerate":
+            text = (ROOT / "ds_configs" / "accelerate_zero2.yaml").read_text()
+            text = text.replace("num_processes: 2", f"num_processes: {ranks}")
+            (folder / "launch.yaml").write_text(text.replace("ds_configs/zero2_bf16.json", str(config)))
+            line = accelerate_line(folder, name, config, **resume, **{"deepspeed-config": None})
+            launched(launcher, "accelerate_train.py", line, folder, ranks)
+        else:
+            train("accelerate_train.py", accelerate_line(folder, name, config, **resume), folder, name, ranks)
         figures.append(json.loads((folder / name / "figures.json").read_text()))
         weights.append(load_file(folder / name / "model" / "model.safetensors"))
     assert figures[1]["losses"] == pytest.approx(figures[0]["losses"][SAVED:], rel=TOLERANCE)

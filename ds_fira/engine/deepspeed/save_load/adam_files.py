@@ -44,13 +44,13 @@ def maker_of(files: CheckpointFiles, state_dict: Mapping[str, object]) -> str | 
     Raises:
         ValueError: it is another one, and no Adam.
     """
-    states = state_dict.get("state")
-    if KEY in state_dict or not isinstance(states, Mapping):
-        if isinstance(state_dict, Mapping) and isinstance(states, Mapping):
-            return None
+    if KEY in state_dict:
+        return None
+    states = state_dict.get("state") if isinstance(state_dict, Mapping) else None
+    if not isinstance(states, Mapping):
         raise ValueError(
-            "the checkpoint keeps its optimizer in another form than torch's, as checkpoint.elastic_checkpoint does; "
-            f"save it without that, or {_ANEW}."
+            "the checkpoint keeps its optimizer in another form than torch's, as zero_optimization.elastic_checkpoint "
+            f"does; save it without that, or {_ANEW}."
         )
     config = files.model().get("ds_config")
     named = config.get("optimizer") if isinstance(config, Mapping) else None
