@@ -224,7 +224,8 @@ case $launcher in
     else
       command+=(--master_addr 127.0.0.1 --master_port "$MASTER_PORT")
     fi
-    command+=(--nproc_per_node "$nproc" "$@")
+    # Behind -- it looks for no beginnings of its own options among the script's.
+    command+=(--nproc_per_node "$nproc" -- "$@")
     # Seconds that it gives its processes where a signal reaches it directly; saving may need more than its 30.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
     ;;

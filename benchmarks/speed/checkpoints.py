@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import ds_fira
 from benchmarks.common import save
 from ds_fira.engine.deepspeed.save_load.behind import Behind
-from ds_fira.engine.deepspeed.save_load.load import stepped_params
+from ds_fira.engine.deepspeed.save_load.written import stepped_params
 from ds_fira.optim.registry import fira_of
 
 SIDES = (1024, 2048)

@@ -165,6 +165,10 @@ class SavedState:
                     self.weights[part.name].append((part, weights[position].reshape(-1)))
             self._add_state(state, held)
 
+    def knows(self, held: StateSlice) -> bool:
+        """Whether there is a state of a matrix, or moments of the whole parameter that it is or lies in."""
+        return bool(self.matrices.get(held.name) or self.moments.get(held.param))
+
     def _add_state(self, state: dict[str, Tensor], held: TensorSlices) -> None:
         algorithm = self.algorithm
         if not state:

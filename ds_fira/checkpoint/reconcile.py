@@ -27,12 +27,14 @@ class SavedGroup:
         given: the settings it was made with.
         values: its settings when it was saved, and what else it carried.
         origin: the number of the user's group that it was a part of; None where it was one by itself.
+        made_by: an optimizer of another package; None for one of this package.
     """
 
     members: dict[str, tuple[int, ...]]
     given: dict[str, object]
     values: dict[str, object]
     origin: int | None = None
+    made_by: str | None = None
 
     @property
     def projects_full_rank(self) -> bool:
@@ -58,7 +60,7 @@ def refuse_changed_structure(
     """
     for group, old in zip(groups, saved, strict=False):
         previous = old.values.get(KEY, FIRA_ADAM.name)
-        if algorithm_of(group).name != previous:
+        if old.made_by is None and algorithm_of(group).name != previous:
             raise ValueError(
                 f"the checkpoint was made by {previous}; set optimizer.type = {previous!r} to resume, or load with "
                 "load_optimizer_states=False to start anew from its weights."
@@ -81,6 +83,8 @@ def refuse_changed_structure(
             raise ValueError(
                 f"{name} has shape {shape} and had {old_shape} in the checkpoint; build the model as it was."
             )
+        if old.made_by is not None:
+            continue  # its moments are of whole parameters
         # Which of the two it is at full rank the checkpoint says (`saved_projection`).
         full_rank = {PROJECT_FULL_RANK: old.projects_full_rank}
         group, values = {**group, **full_rank}, {**old.values, **full_rank}
@@ -122,7 +126,7 @@ def saved_projection(saved: Sequence[SavedGroup], group: Mapping[str, object], l
     found = {
         saved[number].projects_full_rank: member
         for number, (member, shape) in _numbered(saved, listed)
-        if hangs_on_full_rank(shape, group)
+        if hangs_on_full_rank(shape, group) and saved[number].made_by is None
     }
     if len(found) > 1:
         raise ValueError(

@@ -12,11 +12,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ds_fira.checkpoint.named_state import SavedState, TensorSlices
+from ds_fira.checkpoint.named_state import SavedMoments, SavedState, TensorSlices
 from ds_fira.checkpoint.slices import Missing, StateSlice
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
-from ds_fira.core.state import STEP, MatrixState, compute_dtype, state_views, stored_moment
+from ds_fira.core.state import (
+    STEP,
+    MatrixState,
+    allocate_unprojected_moments,
+    compute_dtype,
+    state_views,
+    stored_moment,
+)
 from ds_fira.sharding.geometry import ParamSlice
 
 Source = TypeVar("Source")
@@ -54,14 +61,31 @@ def restore(
         if weights:
             _fill(param.detach().view(-1), held.params, saved.weights, "weights")
         if held.matrices:
-            known = [part for part in held.matrices if saved.matrices.get(part.name)]
-            state = state_of(param) if known else {}
+            known = [part for part in held.matrices if saved.knows(part)]
+            state, dtype = state_of(param) if known else {}, compute_dtype(param.dtype)
             for part in known:
-                dtype = compute_dtype(param.dtype)
+                parts = saved.matrices.get(part.name, ())
+                if not parts or any(views.unprojected for _, views in parts):
+                    allocate_unprojected_moments(state, part.mark, part.kept_shape, dtype, algorithm.states)
                 target = state_views(state, part.side, part.mark, part.index, algorithm=algorithm, dtype=dtype)
-                restore_matrix(part, target, saved.matrices[part.name])
+                if parts:
+                    restore_matrix(part, target, parts)
+                else:
+                    _restore_unprojected(part, target, saved.moments[part.param])
         elif any(saved.moments.get(part.name) for part in held.params):
-            _restore_moments(param, state_of(param), held.params, saved, algorithm)
+            state = state_of(param)
+            if state:  # none where other ranks have the states of matrices that lie in it
+                _restore_moments(param, state, held.params, saved, algorithm)
+
+
+def restore_weights(saved: SavedState, slices: Iterable[tuple[Tensor, Sequence[ParamSlice]]]) -> None:
+    """Copy saved weights into stepped tensors, each with what it holds.
+
+    Raises:
+        ValueError: a part of them is missing.
+    """
+    for param, held in slices:
+        _fill(param.detach().view(-1), held, saved.weights, "weights")
 
 
 def refuse_other_states(saved: SavedState, algorithm: Algorithm) -> None:
@@ -71,6 +95,12 @@ def refuse_other_states(saved: SavedState, algorithm: Algorithm) -> None:
         ValueError: one sentence with both.
     """
     before, now = list(saved.algorithm.states), list(algorithm.states)
+    made_by = next((group.made_by for group in saved.groups), None)
+    if before != now and made_by is not None:
+        raise ValueError(
+            f"the checkpoint was made by {made_by}, which keeps {before}, and {algorithm.name} keeps the states {now}; "
+            "load with load_optimizer_states=False to start anew from its weights."
+        )
     if before != now:
         raise ValueError(
             f"the rule keeps the states {now}, and the checkpoint holds {before}; resume with the rule that saved it."
@@ -97,10 +127,31 @@ def restore_matrix(held: StateSlice, target: MatrixState, parts: list[tuple[Stat
         _restore_averages(held, target.residual_avg_sq, parts)
     for here, there, state in _covering(held.basis, [(other.basis, part) for other, part in parts], "basis", held.name):
         target.basis[here].copy_(state.basis[there])
+    for name, value in target.unprojected.items():
+        whole = [(other.kept, state.unprojected[name]) for other, state in parts if len(other.kept)]
+        for here, there, part in _covering(held.kept, whole, "moments", held.name):
+            value.transpose(0, held.axis)[here].copy_(part.transpose(0, held.axis)[there])
     for name, stored in target.moments.items():
         if stored:
             saved = [(other.kept, state.moments[name]) for other, state in parts if len(other.kept)]
             _restore_moment(held, stored, [(kept, moment) for kept, moment in saved if moment], target.dtype)
+
+
+def _restore_unprojected(held: StateSlice, target: MatrixState, parts: list[tuple[ParamSlice, SavedMoments]]) -> None:
+    """Keep the moments that another optimizer left of a whole parameter, as far as this rank will project them."""
+    target.step.copy_(max(int(moments.step) for _, moments in parts))
+    (m, n), rows, cut = held.shape, range(held.shape[0]), held.axis == 1 and len(held.kept) < held.shape[1]
+    if held.axis == 0:
+        rows = held.kept
+    begin = held.element * m * n
+    wanted = ParamSlice(held.param, 0, begin + rows.start * n, begin + rows.stop * n)
+    for name, value in target.unprojected.items():
+        whole = value.new_empty(len(rows), n) if cut else value
+        sources = {held.param: [(other, moments.moments[name]) for other, moments in parts]}
+        if value.numel():
+            _fill(whole.view(-1), (wanted,), sources, "moments", quantization.elements)
+        if cut:
+            value.copy_(whole[:, held.kept.start : held.kept.stop])
 
 
 def _restore_averages(held: StateSlice, averages: Tensor, parts: list[tuple[StateSlice, MatrixState]]) -> None:

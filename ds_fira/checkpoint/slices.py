@@ -48,6 +48,22 @@ class StateSlice:
         return ... if self.row is None else self.row
 
     @property
+    def param(self) -> str:
+        """The parameter that the matrix is, or is one expert of."""
+        return self.name.partition("[")[0]
+
+    @property
+    def element(self) -> int:
+        """Its number among the experts of the parameter."""
+        return int(self.name.partition("[")[2].removesuffix("]") or 0)
+
+    @property
+    def kept_shape(self) -> tuple[int, int]:
+        """Of the columns or rows of the matrix whose entries of R are kept."""
+        m, n = self.shape
+        return (m, len(self.kept)) if self.side == "left" else (len(self.kept), n)
+
+    @property
     def axis(self) -> int:
         """The dimension of the moments that `kept` counts."""
         return 1 if self.side == "left" else 0

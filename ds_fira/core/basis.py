@@ -16,7 +16,7 @@ from ds_fira.core.scalars import is_finite
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState
 from ds_fira.core.step import MatrixTask
-from ds_fira.core.subspace import align_signs, change_moment_, compute_basis
+from ds_fira.core.subspace import align_signs, changed_moment, compute_basis
 
 # In lower case, what a library says that could not decompose a matrix or had no memory for it; torch raises most of it
 # as a plain RuntimeError. Anything else is a fault of the program, or the end of the device.
@@ -152,8 +152,7 @@ def adopt_basis(task: MatrixTask, basis: Tensor) -> None:
         basis: P in the state's dtype, as `basis_of` gives it.
     """
     state, settings = task.state, task.settings
-    # Before the first basis there are no moments to bring over.
-    change = basis_change(basis, state.basis.to(state.dtype), settings) if state.has_basis else None
+    change = basis_change(basis, state.basis.to(state.dtype) if state.has_basis else None, state, settings)
     take_basis(state, settings, basis, change)
 
 
@@ -164,40 +163,54 @@ def take_basis(state: MatrixState, settings: GroupSettings, basis: Tensor, chang
         state: of one matrix, or of a part of it.
         settings: of the param group.
         basis: P, or the part of it that the state holds.
-        change: as `basis_change`; read only by "rotate", where there was a basis.
+        change: as `basis_change`.
     """
-    if state.has_basis:
-        change_moments(state, settings, change)
-        if settings.refresh_limiter == "reset" and state.residual_norm is not None:
-            # No history.
-            state.residual_norm.zero_()
+    change_moments(state, settings, change)
+    if state.has_basis and settings.refresh_limiter == "reset" and state.residual_norm is not None:
+        state.residual_norm.zero_()  # no history
     state.basis.copy_(basis)
     state.refresh_step.copy_(state.step)
 
 
-def basis_change(basis: Tensor, previous: Tensor, settings: GroupSettings) -> Tensor | None:
-    """C = P_new' P_old, (r, r), where `refresh_moments` needs it; else None."""
-    if settings.refresh_moments != "rotate":
+def basis_change(basis: Tensor, previous: Tensor | None, state: MatrixState, settings: GroupSettings) -> Tensor | None:
+    """C = P_new' P_old, (r, r), where `refresh_moments` needs it; P_new' where moments of G wait for it; else None.
+
+    Args:
+        basis: the new one, whole.
+        previous: the basis before; None where there is none, or nothing needs it.
+        state: of the matrix, or of a part of it.
+        settings: of the param group.
+    """
+    if awaits_basis(state):
+        return basis.t()
+    if settings.refresh_moments != "rotate" or previous is None:
         return None
     with matmul_precision("float32"):
         return basis.t() @ previous
 
 
 def change_moments(state: MatrixState, settings: GroupSettings, change: Tensor | None) -> None:
-    """Bring the moments from the old basis to the new one as `refresh_moments` says.
+    """Bring the moments from the old basis to the new one as `refresh_moments` says; those of G to the first one.
 
     Args:
         state: of one matrix, or of some columns (left) or rows (right) of R; its moments, if it has any, change.
         settings: of the param group.
-        change: as `basis_change`; read only by "rotate".
+        change: as `basis_change`.
     """
-    if settings.refresh_moments == "keep" or not any(state.moments.values()):
+    awaits = awaits_basis(state)
+    if not any(state.moments.values()) or not (awaits or (state.has_basis and settings.refresh_moments != "keep")):
         return
     kinds = settings.state_kinds
     moments = {name: quantization.read(stored, state.dtype) for name, stored in state.moments.items()}
     for name, moment in moments.items():
-        if settings.refresh_moments == "reset" or kinds[name] == "reset":
+        if not awaits and (settings.refresh_moments == "reset" or kinds[name] == "reset"):
             moment.zero_()
-        else:
-            change_moment_(moment, change.square() if kinds[name] == "second" else change, state.side)
+            continue
+        before = state.unprojected[name].to(state.dtype) if awaits else moment
+        moment.copy_(changed_moment(before, change.square() if kinds[name] == "second" else change, state.side))
     store(state.moments, moments, state.step)
+
+
+def awaits_basis(state: MatrixState) -> bool:
+    """Whether moments of G wait for the first basis of a matrix, to be projected on it."""
+    return bool(state.unprojected) and not state.has_basis

@@ -8,7 +8,7 @@ shapes differ (param groups that the user made), each shape has its own set, its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from types import EllipsisType
@@ -29,6 +29,8 @@ BASIS = "basis"
 RESIDUAL_NORM = "residual_norm"
 RESIDUAL_AVG_SQ = "residual_avg_sq"
 REFRESH_STEP = "refresh_step"
+# Behind the name of a moment: Adam's, of the whole matrix, that wait for its first basis.
+UNPROJECTED = "_unprojected"
 # Read by the host in every step, so kept on the CPU whatever the parameter's device.
 HOST_KEYS = (REFRESH_STEP,)
 # AdamW parameters of fewer elements keep float32 states: nothing to save there, and encoding has a fixed cost.
@@ -52,6 +54,8 @@ class MatrixState:
         residual_avg_sq: p, the average of a normalized residual's squares, (..., n) left or (..., m) right, or (..., 1)
             with one factor; below 0 is no history. None for another residual, and for entries that another rank keeps.
         dtype: in which a step is computed, whatever the dtype in which basis and moments are stored.
+        unprojected: moments of G by name, (m, n) or the columns (left) or rows (right) whose moments of R are kept
+            here; another optimizer left them, and the first basis projects them. {} for none.
     """
 
     side: Side
@@ -62,6 +66,7 @@ class MatrixState:
     residual_norm: Tensor | None
     residual_avg_sq: Tensor | None = None
     dtype: torch.dtype = torch.float32
+    unprojected: dict[str, Tensor] = field(default_factory=dict)
     _known: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -234,7 +239,34 @@ def state_views(
         residual_norm=norm,
         residual_avg_sq=view(RESIDUAL_AVG_SQ) if RESIDUAL_AVG_SQ + mark in state else None,
         dtype=dtype or (torch.float32 if norm is None else norm.dtype),
+        unprojected={name: view(name + UNPROJECTED) for name in algorithm.states if name + UNPROJECTED + mark in state},
     )
+
+
+def allocate_unprojected_moments(
+    state: dict[str, Tensor], mark: str, shape: tuple[int, int], dtype: torch.dtype, names: Iterable[str]
+) -> None:
+    """Add zero moments of whole matrices to the state of those that end in `mark`; what is there stays.
+
+    Args:
+        state: as `allocate` made it.
+        mark: of a shape, or of a part of a cut matrix.
+        shape: of G, or of the columns or rows of it whose moments are kept.
+        dtype: of the moments.
+        names: of the moments.
+    """
+    basis = state[BASIS + mark]
+    for name in names:
+        if name + UNPROJECTED + mark not in state:
+            state[name + UNPROJECTED + mark] = basis.new_zeros((*basis.shape[:-2], *shape), dtype=dtype)
+
+
+def drop_unprojected_moments(state: dict[str, Tensor]) -> None:
+    """Give the memory of moments back that wait for nothing more: all matrices they are of have a basis."""
+    for key in [key for key in state if UNPROJECTED in key]:
+        mark = key.partition(UNPROJECTED)[2]
+        if bool((state[REFRESH_STEP + mark] >= 0).all()):
+            del state[key]
 
 
 def stored_moment(state: dict[str, Tensor], key: str, mark: str = "", index: Index = ...) -> Stored:

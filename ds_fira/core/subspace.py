@@ -155,15 +155,16 @@ def align_signs(basis: Tensor, previous: Tensor) -> Tensor:
 
 
 @matmul_precision("float32")
-def change_moment_(moment: Tensor, change: Tensor, side: Side) -> None:
-    """Carry one moment of R over to a new basis, in place: C M on the left, M C' on the right.
+def changed_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
+    """Carry one moment of R over to a new basis: C M on the left, M C' on the right.
 
     The first moment is linear in the gradient and goes with C = P_new' P_old, exact for the part of it that lies in the
-    new subspace. The second goes with C * C, as if the rows of R were uncorrelated, and is never negative.
+    new subspace. The second goes with C * C, as if the rows of R were uncorrelated, and is never negative. A moment of
+    G itself goes with C = P_new', as if its basis had been the identity.
 
     Args:
         moment: M or V, or some columns of it on the left, some rows on the right.
-        change: C or C * C, (r, r).
+        change: C or C * C, (r, r), of a moment of G (r, m) on the left and (r, n) on the right.
         side: the projected side.
     """
-    moment.copy_(change @ moment if side == "left" else moment @ change.t())
+    return change @ moment if side == "left" else moment @ change.t()

@@ -19,6 +19,7 @@ from ds_fira.core.state import STEP, allocate, allocate_unprojected, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
 from ds_fira.optim.presets import PRESET, given_by_user
+from ds_fira.optim.state_shapes import require_states
 from ds_fira.sharding.geometry import ParamSlice, matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
@@ -170,7 +171,7 @@ class Resumable(Attachable, Optimizer):
                 f"in {self.algorithm.name}(model, rank=...)."
             )
         if plain is None:
-            self._require_states(state_dict, self.param_groups)
+            require_states(state_dict, self.param_groups, self._allocated)
             return None, members, False
         saved = SavedState()
         saved.add(state_dict)
@@ -193,7 +194,7 @@ class Resumable(Attachable, Optimizer):
             _form(group) != _form(before.given) for group, before in zip(self.given, saved.groups, strict=False)
         )
         if not convert:
-            self._require_states(state_dict, groups)
+            require_states(state_dict, groups, self._allocated)
         return saved, members, convert
 
     def _grouped_as(self, saved: SavedState, members: list[Members]) -> list[ParamGroup]:
@@ -203,25 +204,6 @@ class Resumable(Attachable, Optimizer):
             wanted = saved_projection(saved.groups, group, listed)
             found.append(group if wanted is None else {**group, PROJECT_FULL_RANK: wanted})
         return found
-
-    def _require_states(self, state_dict: StateDict, groups: list[ParamGroup]) -> None:
-        """Stop unless every state that there is has the tensors, of the shapes, that these groups would give it."""
-        ids = [number for group in state_dict["param_groups"] for number in group["params"]]
-        params = [(param, group) for group in groups for param in group["params"]]
-        for position, (number, (param, group)) in enumerate(zip(ids, params, strict=True)):
-            state = state_dict["state"].get(number)
-            if not state:
-                continue
-            expected = self._allocated(param, group, torch.empty_like(param, device="meta"))
-            found = {key: tuple(getattr(value, "shape", ("no tensor",))) for key, value in state.items()}
-            wanted = {key: tuple(value.shape) for key, value in expected.items()}
-            if found != wanted:
-                key = min(key for key, _ in found.items() ^ wanted.items())
-                raise ValueError(
-                    f"the state of parameter {position} of shape {tuple(param.shape)} has {key} of shape "
-                    f"{found.get(key)} where {wanted.get(key)} belongs; load the state that this model and these "
-                    "settings made."
-                )
 
     def restore(
         self, saved: SavedState, *, weights: bool, members: list[Members] | None = None, rehearsal: bool = False

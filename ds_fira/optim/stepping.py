@@ -12,7 +12,7 @@ from ds_fira.core.batches import update_together
 from ds_fira.core.capture import capturing, refuse_if_capturing
 from ds_fira.core.precision import negligible_ratio
 from ds_fira.core.settings import GroupSettings, ParamGroup
-from ds_fira.core.state import STEP, compute_dtype, stored_moment
+from ds_fira.core.state import STEP, compute_dtype, drop_unprojected_moments, stored_moment
 from ds_fira.core.step import MatrixTask
 from ds_fira.core.unprojected import Unprojected, step_unprojected_
 from ds_fira.observe.metrics import StepMetrics
@@ -76,6 +76,8 @@ class Stepping(Resumable):
                     self.metrics.record(stats, settings.residual_scale)
                 if own and entries is not None:
                     own[matrices.low_rank.plans.index(plan)].add(*entries())
+        for param in params:
+            drop_unprojected_moments(self.state[param])
 
     def _step_whole(
         self,

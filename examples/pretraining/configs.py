@@ -99,7 +99,7 @@ def build_deepspeed_config(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{options.deepspeed_config} sets no batch size: pass --batch-size")
     if options.activation_checkpointing not in (None, "deepspeed"):
         config.pop("activation_checkpointing", None)
-    for name in options.monitor:
+    for name in options.monitors:
         # A block of the user's own keeps its settings.
         config[MONITORS[name]] = {
             "output_path": str(options.output_dir / MONITOR_FOLDER),

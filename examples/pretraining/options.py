@@ -132,7 +132,7 @@ def build_parser() -> OneSentenceParser:
     parser.add_argument("--deepspeed-config", type=Path, default=REPOSITORY / "ds_configs" / "zero2_bf16.json")
     parser.add_argument("--output-dir", type=Path, default=REPOSITORY / "runs" / "pretrain")
     parser.add_argument(
-        "--monitor", nargs="+", choices=tuple(MONITORS), default=[], help="DeepSpeed's monitors to switch on"
+        "--monitors", nargs="+", choices=tuple(MONITORS), default=[], help="DeepSpeed's monitors to switch on"
     )
     parser.add_argument(
         "--report", action="store_true", help="a page of plots, report.html; switches the csv monitor on"
@@ -154,7 +154,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, LlamaConfi
     if options.tokenizer == "train":
         options.tokenizer = None  # over a recipe's
     if options.report:
-        options.monitor = list(dict.fromkeys([*options.monitor, "csv"]))
+        options.monitors = list(dict.fromkeys([*options.monitors, "csv"]))
     try:
         check_files(options)
         model_config = build_model_config(options)

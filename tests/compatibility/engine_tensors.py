@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ds_fira.engine.deepspeed.save_load.load import stepped_params
+from ds_fira.engine.deepspeed.save_load.written import stepped_params
 from ds_fira.optim.registry import fira_of
 from tests.distributed.probes import describe_groups
 

@@ -16,7 +16,7 @@ from importlinter.cli import lint_imports
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "ds_fira"
 FOLDERS = ("ds_fira", "tests", "benchmarks", "examples")
-FACES = ("__init__.py", "__main__.py", "run.py", "version.py")
+FACES = ("__init__.py", "__main__.py", "hf.py", "run.py", "version.py")
 LONGEST, SHORTEST = 300, 30
 MOST_ANY = 120
 PURE = ["core", *(f"sharding.{name}" for name in ("geometry", "row_blocks", "split_matrix", "plan", "projection"))]

@@ -32,7 +32,7 @@ from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from ds_fira.optim.attachment import EngineAttachment
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.param_groups import build_groups, group_defaults
-from ds_fira.optim.rank_rule import grouped
+from ds_fira.optim.rank_rule import grouped, parameters_of
 from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import SaveSettings, refuse_auto
 from ds_fira.optim.state_size import ParamRecord
@@ -97,6 +97,9 @@ def attach_built(
     configure: Callable[..., None], engine: DeepSpeedEngine, client_optimizer: object, *args: object, **kwargs: object
 ) -> None:
     """`_configure_optimizer`: an optimizer of this package makes no step until it knows what lies where."""
+    # By whose order a checkpoint of stage 0 that has no names is read.
+    listed = client_optimizer.param_groups if isinstance(client_optimizer, LowRankOptimizer) else grouped(args[0])
+    engine.fira_given = [[id(param) for param in parameters_of(group["params"])] for group in listed]
 
     def await_engine(optimizer: object) -> object:
         if optimizer is not None:

@@ -148,6 +148,8 @@ TEMPORARY = (
     ("deepspeed.runtime.engine", "dist", "save_load.capture"),  # without barriers
     ("DeepSpeedEngine", "_get_all_ckpt_names", "save_load.load"),  # one model file for every rank
     ("DeepSpeedEngine", "load_module_state_dict", "save_load.load"),  # weights that other ranks saved
+    ("DeepSpeedEngine", "_get_all_ckpt_names", "save_load.for_others"),  # likewise, of another optimizer
+    ("DeepSpeedEngine", "load_module_state_dict", "save_load.for_others"),  # likewise
     ("deepspeed.comm", "get_rank", "rehearsal"),  # 0, where no rank has started
     ("torch", "load", "checkpoint.safe_load"),  # runs no code of a file that DeepSpeed reads
 )

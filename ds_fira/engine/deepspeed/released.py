@@ -24,7 +24,7 @@ from ds_fira.engine.deepspeed.attach import attach
 from ds_fira.engine.deepspeed.projection import project_as_saved
 from ds_fira.engine.deepspeed.save_load.check import agreed
 from ds_fira.engine.deepspeed.save_load.files import normalized
-from ds_fira.engine.deepspeed.save_load.load import stepped_params
+from ds_fira.engine.deepspeed.save_load.written import stepped_params
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.registry import fira_of
 

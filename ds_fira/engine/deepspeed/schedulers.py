@@ -21,6 +21,7 @@ from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.optim import Optimizer
 
+from ds_fira.checkpoint.rates import with_own_rates
 from ds_fira.checkpoint.reconcile import SavedGroup, carry_schedule
 from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.save_load.calls import replaced
@@ -59,12 +60,13 @@ def param_groups_of(
 
 
 @contextmanager
-def carried_schedule(engine: DeepSpeedEngine, saved: Sequence[SavedGroup]) -> Iterator[None]:
+def carried_schedule(engine: DeepSpeedEngine, saved: Sequence[SavedGroup], own_rates: bool = False) -> Iterator[None]:
     """For a while the engine's scheduler loads a state that has a value for each group of the run that saved it.
 
     Args:
         engine: with a scheduler or without.
         saved: the param groups of that run; none where it does not say.
+        own_rates: keep the rates that this run starts from, where another optimizer saved.
     """
     scheduler, optimizer = engine.lr_scheduler, engine.basic_optimizer
     load = getattr(scheduler, "load_state_dict", None)
@@ -77,7 +79,9 @@ def carried_schedule(engine: DeepSpeedEngine, saved: Sequence[SavedGroup]) -> It
         members = optimizer.of_user_groups(members)
 
     def load_carried(state: object) -> None:
-        load(carry_schedule(state, scheduler.state_dict(), saved, members))
+        own = scheduler.state_dict()
+        carried = carry_schedule(state, own, saved, members)
+        load(with_own_rates(carried, own) if own_rates else carried)
 
     # torch's schedulers save all their attributes; this one is gone before they do.
     with replaced(scheduler, load_state_dict=load_carried):

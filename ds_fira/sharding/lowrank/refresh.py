@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ds_fira.core.basis import basis_change, basis_of, take_basis
+from ds_fira.core.basis import awaits_basis, basis_change, basis_of, take_basis
 from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.comm import Communicator, Pending
 from ds_fira.sharding.gather import GatherExchange
@@ -68,16 +68,17 @@ class LowRankRefresh:
             basis = refresher.attempt(
                 lambda s=part.state, g=grad, o=old: basis_of(g, s, settings, o), settings.subspace
             )
-            change = None if basis is None or old is None else basis_change(basis, old, settings)
+            change = None if basis is None else basis_change(basis, old, part.state, settings)
             if basis is not None:
                 adopted[position] = (_rows(basis, matrix.basis_rows(rank)), change)
                 refresher.listener.count_refresh()
             for sharer in matrix.sharers:
                 if sharer != rank:
-                    numel = matrix.answer_numel(sharer, settings)
-                    answers.append((sharer, _answer(basis, matrix.basis_rows(sharer), change, numel, like)))
+                    rows, numel = _sent_rows(matrix, sharer, part), _answer_numel(matrix, sharer, part, settings)
+                    answers.append((sharer, _answer(basis, rows, change, numel, like)))
         shared = {position: self.matrices[position] for position in turn if position in parts}
-        expected = [(m.owner, p, m.answer_numel(rank, settings)) for p, m in shared.items() if m.owner != rank]
+        others = {position: matrix for position, matrix in shared.items() if matrix.owner != rank}
+        expected = [(m.owner, p, _answer_numel(m, rank, parts[p], settings)) for p, m in others.items()]
         for position, answer in self.communicator.deliver(answers, expected, like).items():
             if answer[0]:
                 adopted[position] = _unpacked(parts[position], shared[position], answer[1:], settings)
@@ -129,12 +130,25 @@ def _rows(basis: Tensor, rows: range) -> Tensor:
     return basis[rows.start : rows.stop]
 
 
+def _sent_rows(matrix: SplitMatrix, sharer: int, part: ShardStep) -> range:
+    """The rows of a new basis that the owner sends: all, where the sharer has moments of G to project on it."""
+    all_rows = matrix.evenly_sharded and awaits_basis(part.state)
+    return range(matrix.shape[matrix.side == "right"]) if all_rows else matrix.basis_rows(sharer)
+
+
+def _answer_numel(matrix: SplitMatrix, sharer: int, part: ShardStep, settings: GroupSettings) -> int:
+    """Elements that the owner sends another sharer; `part` is this rank's, and all ranks' await a basis alike."""
+    if awaits_basis(part.state):
+        return 1 + len(_sent_rows(matrix, sharer, part)) * matrix.rank
+    return matrix.answer_numel(sharer, settings)
+
+
 def _answer(basis: Tensor | None, rows: range, change: Tensor | None, numel: int, like: Tensor) -> list[Tensor]:
     """What the owner sends a sharer that holds some rows of P; always `SplitMatrix.answer_numel` elements.
 
     Args:
         basis: the new one, whole; None for none.
-        rows: the sharer's.
+        rows: that it is sent.
         change: C; None where moments are not rotated, or there were none before.
         numel: elements to send; zeros stand for what there is not.
         like: gives dtype and device.
@@ -149,8 +163,15 @@ def _unpacked(
 ) -> tuple[Tensor, Tensor | None]:
     """The part of the new basis that a sharer holds, and C where it needs it and moments are rotated."""
     held = part.state.basis
+    if awaits_basis(part.state):
+        rows = _sent_rows(matrix, part.plan.dp_rank, part)
+        sent = answer.view(len(rows), matrix.rank)
+        # On the left one that is not the owner keeps no moments, unless all keep as many.
+        own = sent if len(rows) == len(held) else _rows(sent, matrix.basis_rows(part.plan.dp_rank))
+        return own, basis_change(sent, None, part.state, settings)
     own = answer[: held.numel()].view_as(held)
     if matrix.sends_change(settings):
         return own, answer[held.numel() :].view(matrix.rank, matrix.rank)
     # Otherwise a sharer has both bases whole on the right; on the left one that is not the owner keeps no moments.
-    return own, basis_change(own, held.to(own.dtype), settings) if matrix.side == "right" else None
+    previous = held.to(own.dtype) if matrix.side == "right" and part.state.has_basis else None
+    return own, basis_change(own, previous, part.state, settings)

@@ -13,11 +13,13 @@ over the ranks as they are saved.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypedDict
 
 import numpy as np
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
@@ -28,6 +30,8 @@ from ds_fira.engine.deepspeed.save_load.calls import bound
 from ds_fira.observe.metrics import StepMetrics
 
 KEY = "ds_fira"
+# Of a DeepSpeed config: the samples of a step, and what they are made of.
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # The parts of numpy's legacy generator's state beside its key.
 NUMPY_PARTS = ("algorithm", "key", "position", "has_gauss", "cached_gaussian")
 
@@ -49,12 +53,36 @@ def load_with_resume_state(
 ) -> tuple[str | None, dict[str, object] | None]:
     """`load_checkpoint`: also takes over what `resume_state` saved, where states are loaded."""
     path, client_state = load(engine, *args, **kwargs)
+    if path is not None and trains_ours(engine) and dist.get_rank() == 0:
+        _warn_of_another_batch(engine, client_state.get("ds_config"))
     saved = client_state.pop(KEY, None) if client_state else None
     given = bound(load, engine, *args, **kwargs).arguments
     with_states = given["load_optimizer_states"] and not given["load_module_only"]
     if saved is not None and with_states and trains_ours(engine):
         _restore(engine, saved)
     return path, client_state
+
+
+def _warn_of_another_batch(engine: DeepSpeedEngine, saved: object) -> None:
+    """Say that what counts steps, such as the Trainer's place in the data, is off where a step takes other rows."""
+    before, now = _global_batch(saved, engine.loaded_checkpoint_dp_world_size), engine.train_batch_size()
+    if before is not None and before != now:
+        warnings.warn(
+            f"{engine.basic_optimizer.algorithm.name}: a step takes {now} samples, and took {before} in the run that "
+            "saved; schedules and the Trainer's place in the data count steps, so samples are left out or seen twice: "
+            f"keep micro-batch x accumulation x ranks at {before}, or find the place in the data by samples.",
+            stacklevel=3,
+        )
+
+
+def _global_batch(config: object, ranks: int) -> int | None:
+    """The samples of a step in a DeepSpeed config; None where it does not say."""
+    if not isinstance(config, Mapping):
+        return None
+    whole, micro, accumulation = (config.get(name) for name in BATCH_KEYS)
+    if isinstance(whole, int):
+        return whole
+    return micro * (accumulation if isinstance(accumulation, int) else 1) * ranks if isinstance(micro, int) else None
 
 
 def own_part(engine: DeepSpeedEngine) -> Callable[[], dict[str, object]]:

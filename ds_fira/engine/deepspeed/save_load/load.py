@@ -4,74 +4,90 @@ Reads DeepSpeed's own checkpoint files, of all ranks that saved, each byte on on
 Where nothing but time has passed (the same ranks, stage, dtype and settings), DeepSpeed loads its files itself, which
 it finds in memory.
 
-What it relies on, of DeepSpeed 0.17 to 0.19, beside what `ds_fira.engine.deepspeed.save_load.files` does:
-`update_lp_params` and `_link_all_hp_params` of stages 1 and 2; the flat groups and their partitioned parameters of
-stage 3.
+`files.py` and `written.py` say what it relies on in DeepSpeed 0.17 to 0.19.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import deepspeed
-import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger
-from torch import Tensor, nn
 
 from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.named_state import KEY, SavedState
+from ds_fira.checkpoint.rates import carry_rates
 from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure
 from ds_fira.checkpoint.safe_load import only_safe_loads
 from ds_fira.engine.deepspeed.attach import attach
 from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.projection import project_as_saved
+from ds_fira.engine.deepspeed.save_load.adam_files import given_names, maker_of, read_adam, warn_of_adam
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, gathered, require_loadable, require_own_share
-from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
-from ds_fira.engine.deepspeed.save_load.fill import FROZEN, fill_elsewhere, fill_own, opened, release, untrained
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
+from ds_fira.engine.deepspeed.save_load.fill import fill_elsewhere, fill_own, opened, release, untrained
+from ds_fira.engine.deepspeed.save_load.for_others import load_into_other, made_here
 from ds_fira.engine.deepspeed.save_load.pick import current_reading
+from ds_fira.engine.deepspeed.save_load.written import (
+    Loaded,
+    carry_loss_scale,
+    load_untrained,
+    stepped_params,
+    untrained_values,
+    write_back,
+)
 from ds_fira.engine.deepspeed.schedulers import carried_schedule
 from ds_fira.optim.base import LowRankOptimizer
 
-# The path that was loaded, and the client state.
-Loaded = tuple[str | None, dict[str, object] | None]
-# What a dynamic loss scaler counts, in every wrapper that has one.
-SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
-
-def read_header(optimizer: LowRankOptimizer, folder: Path) -> tuple[str | None, Sequence[SavedGroup]]:
+class Header(NamedTuple):
     """What a checkpoint says of the run that saved it.
 
-    Returns:
-        A digest of what lay where on all of its ranks, None where the states of the first rank do not say; and its
-        param groups, none where they do not say.
+    Attributes:
+        layout: a digest of what lay where on all of its ranks; None where the states of the first rank do not say.
+        groups: its param groups; none where they do not say.
+        adam: its optimizer, where that is an Adam of another package; else None.
+    """
+
+    layout: str | None = None
+    groups: Sequence[SavedGroup] = ()
+    adam: str | None = None
+
+
+def read_header(optimizer: LowRankOptimizer, folder: Path) -> Header:
+    """Read what a checkpoint says of the run that saved it.
 
     Raises:
         ValueError: it cannot be read.
     """
     files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, current_reading())
     state_dict = files.optimizer_state(0)[1] if files.models else {}
-    if KEY not in state_dict:
-        return None, ()
-    saved = SavedState()
-    saved.add(state_dict)
-    return state_dict[KEY].get("layout"), saved.groups
+    if KEY in state_dict:
+        saved = SavedState()
+        saved.add(state_dict)
+        return Header(state_dict[KEY].get("layout"), saved.groups)
+    return Header(adam=maker_of(files, state_dict) if state_dict else None)
 
 
 def load_elsewhere(
-    engine: DeepSpeedEngine, folder: Path, load_engine_state: Callable[..., Loaded], options: Mapping[str, bool]
+    engine: DeepSpeedEngine,
+    folder: Path,
+    load_engine_state: Callable[..., Loaded],
+    options: Mapping[str, bool],
+    adam: str | None = None,
 ) -> Loaded:
-    """Load a checkpoint that was saved by other ranks, another stage, dtype or settings.
+    """Load a checkpoint that was saved by other ranks, another stage, dtype, settings or an Adam of another package.
 
     Args:
         engine: of any stage; its module, optimizer, loss scale and counters are set.
         folder: of the tag.
         load_engine_state: DeepSpeed's `_load_checkpoint` of this engine, which does the rest.
         options: its keyword arguments.
+        adam: the optimizer that saved it, where that is none of this package.
 
     Returns:
         What DeepSpeed's returns: the path and the client state.
@@ -86,7 +102,7 @@ def load_elsewhere(
         reading.spread_structure([name for name in reading.images if reading.files[name].rank is not None])
     with agreed(optimizer):
         files = CheckpointFiles.find(folder, unpickle=optimizer.unpickle_checkpoints, reading=reading)
-        saved = files.read()
+        saved = files.read() if adam is None else read_adam(files, adam, given_names(engine))
         refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
         if reading is not None:
             with stepped_params(engine):
@@ -98,10 +114,13 @@ def load_elsewhere(
     with agreed(optimizer):
         with stepped_params(engine):
             optimizer.restore(saved, weights=True)
-        optimizer.carry_groups(saved)
-        rest = _untrained(files)
+        if adam is None:
+            optimizer.carry_groups(saved)
+        else:
+            carry_rates(saved.groups, optimizer.param_groups, optimizer.members)
+        rest = untrained_values(files)
     if not simple:
-        methods = {"load_module_state_dict": lambda **_: _load_untrained(engine, rest)}
+        methods = {"load_module_state_dict": lambda **_: load_untrained(engine, rest, untrained(engine))}
     with replaced(engine, _get_all_ckpt_names=lambda *_: [str(files.models[0])], **methods):
         # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
         path, client_state = load_engine_state(
@@ -109,13 +128,15 @@ def load_elsewhere(
         )
     model = files.model()
     if options.get("load_lr_scheduler_states", True) and engine.lr_scheduler is not None and model["lr_scheduler"]:
-        with carried_schedule(engine, saved.groups):
+        with carried_schedule(engine, saved.groups, own_rates=adam is not None):
             engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
     write_back(engine)
-    _carry_loss_scale(engine.optimizer, files.optimizer_state(0)[0])
+    carry_loss_scale(engine.optimizer, files.optimizer_state(0)[0])
     for key in ("optimizer", "lr_scheduler"):
         client_state.pop(key, None)
     release(reading)
+    if adam is not None:
+        warn_of_adam(optimizer, adam, stacklevel=6)
     if communicator.dp_rank == 0:
         logger.info(
             f"{optimizer.algorithm.name}: resumed at step {engine.global_steps} on {communicator.dp_size} ranks at "
@@ -124,89 +145,16 @@ def load_elsewhere(
     return path, client_state
 
 
-@contextmanager
-def stepped_params(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Where stage 3 keeps the stepped tensors out of the param groups, put them there for a while."""
-    wrapper = getattr(engine, "optimizer", None)
-    if not hasattr(wrapper, "_set_fp32_optimizer_param_groups"):
-        yield
-        return
-    wrapper._set_fp32_optimizer_param_groups()
-    try:
-        yield
-    finally:
-        wrapper._clear_fp32_optimizer_param_groups()
-
-
-def write_back(engine: DeepSpeedEngine) -> None:
-    """Give the module the weights of the master copies, as a step does; a collective call."""
-    wrapper = engine.optimizer
-    if hasattr(wrapper, "update_lp_params"):  # stages 1 and 2
-        wrapper.update_lp_params()
-        wrapper._link_all_hp_params()
-    elif hasattr(wrapper, "fp16_partitioned_groups_flat"):  # stage 3
-        for flat, master, parts in zip(
-            wrapper.fp16_partitioned_groups_flat,
-            wrapper.fp32_partitioned_groups_flat,
-            wrapper.fp16_partitioned_groups,
-            strict=True,
-        ):
-            flat.data.copy_(master.data)
-            for part, values in zip(parts, wrapper.unflatten(flat, parts), strict=True):
-                part.data = values.data
-        if wrapper.persistent_parameters:
-            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
-    elif hasattr(wrapper, "fp32_groups"):  # stage 0 in bf16 and fp16
-        for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-            for param, master in zip(group, masters, strict=True):
-                param.data.copy_(master.data)
-
-
-def _carry_loss_scale(wrapper: object, saved: Mapping[str, object]) -> None:
-    """Go on with the loss scale, and with the steps counted towards the next change of it, if both runs have one."""
-    source = saved.get("loss_scaler", saved)
-    target = getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
-    if target is None or not saved.get("dynamic_loss_scale") or not getattr(wrapper, "dynamic_loss_scale", True):
-        return
-    for name in SCALE_FIELDS:
-        value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
-        if value is not None and hasattr(target, name):
-            setattr(target, name, value)
-
-
-def _untrained(files: CheckpointFiles) -> dict[str, Tensor]:
-    """Buffers and frozen weights by name, whole."""
-    models = [files.model(number) for number in range(len(files.models) if files.partitioned else 1)]
-    found = {name: value for name, value in models[0]["module"].items() if isinstance(value, Tensor)}
-    shapes = models[0].get("frozen_param_shapes") if files.partitioned else None
-    for name, shape in (shapes or {}).items():
-        whole = torch.cat([model[FROZEN][name].reshape(-1) for model in models])
-        found[name] = whole[: shape.numel()].view(shape)
-    return normalized(found)
-
-
-def _load_untrained(engine: DeepSpeedEngine, values: Mapping[str, Tensor]) -> None:
-    """Set the buffers and the frozen weights; what is trained comes from the master copies. A collective call."""
-    module: nn.Module = engine.module
-    wanted = untrained(engine)
-    kept = normalized(module.state_dict(keep_vars=True)).keys()
-    for name, buffer in normalized(dict(module.named_buffers())).items():
-        if name in kept and name in values:
-            buffer.data.copy_(values[name])
-    for name, param in normalized(dict(module.named_parameters())).items():
-        if name in wanted and name in values:
-            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
-                if param.numel() == values[name].numel():
-                    param.data.copy_(values[name])
-
-
 def load_states(
     load_checkpoint: Callable[..., Loaded], engine: DeepSpeedEngine, load_dir: str, tag: str, **options: bool
 ) -> Loaded:
     """`_load_checkpoint`: loads what other ranks, another stage or dtype saved; runs no code of a file."""
     engine.fira_has_loaded = False
     if not trains_ours(engine):
-        return load_checkpoint(engine, load_dir, tag, **options)
+        if options.get("load_module_only") or engine.optimizer is None or not made_here(Path(load_dir, str(tag))):
+            return load_checkpoint(engine, load_dir, tag, **options)
+        engine.fira_has_loaded = True
+        return load_into_other(load_checkpoint, engine, load_dir, str(tag), **options)
     optimizer, folder = engine.basic_optimizer, Path(load_dir, str(tag))
     optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
     reading, methods, groups = current_reading(), {}, ()
@@ -214,7 +162,7 @@ def load_states(
         if reading is not None:
             reading.spread_structure([name for name in reading.images if reading.files[name].rank is None])
 
-        def look() -> tuple[str | None, Sequence[SavedGroup]] | None:
+        def look() -> Header | None:
             if not optimizer.unpickle_checkpoints:
                 # Stage 3 takes the weights from the optimizer's files.
                 require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3, reading)
@@ -223,13 +171,13 @@ def load_states(
 
         header = gathered(optimizer, look)[0]
         if optimizer_too:
-            layout, groups = header
+            groups = header.groups
             with errors_name(optimizer.algorithm.name):
                 project_as_saved(optimizer, groups, functools.partial(attach, engine))
-            if layout not in (None, optimizer.attachment.digest):
+            if header.adam is not None or header.layout not in (None, optimizer.attachment.digest):
                 load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
                 engine.fira_has_loaded = True
-                return load_elsewhere(engine, folder, load_engine_state, options)
+                return load_elsewhere(engine, folder, load_engine_state, options, header.adam)
             with stepped_params(engine):
                 require_own_share(engine, folder, reading)
         if reading is not None:

@@ -32,6 +32,7 @@ from ds_fira.engine.deepspeed.save_load.calls import bound
 from ds_fira.engine.deepspeed.save_load.capture import Capture, peers_of
 from ds_fira.engine.deepspeed.save_load.check import warn_if_unloadable
 from ds_fira.engine.deepspeed.save_load.client_state import KEY, own_part, own_record, resume_state
+from ds_fira.engine.deepspeed.save_load.for_others import ask_for_states
 from ds_fira.engine.deepspeed.save_load.pick import Choice, only_listed_files, owns_storage
 from ds_fira.engine.deepspeed.save_load.writing import Ranks, Target, Writing
 from ds_fira.runtime.lost_peer import tell_lost_contact
@@ -58,7 +59,9 @@ def load_whole(load: Callable[..., object], *args: object, **kwargs: object) -> 
     """`load_checkpoint`: takes the newest complete checkpoint, the same on every rank."""
     call = bound(load, *args, **kwargs)
     engine = call.arguments["self"]
-    if trains_ours(engine) and _can_stage(engine) and not engine.load_universal_checkpoint():
+    if not trains_ours(engine):
+        ask_for_states(call)
+    elif _can_stage(engine) and not engine.load_universal_checkpoint():
         # Asked for both, DeepSpeed looks for the weights of stage 3 where that stage saves none, and says nothing.
         call.arguments["load_optimizer_states"] &= not call.arguments["load_module_only"]
         choice = Choice(engine, call)

@@ -1,0 +1,138 @@
+"""Load a checkpoint of this package's optimizers into an engine that trains with another one: all but their states.
+
+Weights, counts, generators and the place of the schedule go on; the other optimizer starts with states of its own,
+from zero. By itself DeepSpeed stops over the number of param groups, at stage 0 it leaves master weights as they were,
+and it takes a schedule's lists as long as another optimizer's groups.
+
+What it relies on, of DeepSpeed 0.17 to 0.19, beside what `load.py` does: `FP16_Optimizer`, which FusedAdam has at
+stage 0, keeps the module's parameters in `fp16_groups`, and `refresh_fp32_params` takes its master weights from them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from deepspeed import comm as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from ds_fira.checkpoint import tag_folder
+from ds_fira.checkpoint.errors import errors_name
+from ds_fira.checkpoint.manifest import MANIFEST
+from ds_fira.checkpoint.named_state import SavedState
+from ds_fira.checkpoint.rates import carry_rates, with_own_rates
+from ds_fira.checkpoint.reconcile import Members, carry_schedule
+from ds_fira.checkpoint.restore import restore_weights
+from ds_fira.core.selection import shape_of
+from ds_fira.engine.deepspeed.flat_groups import stepped_groups
+from ds_fira.engine.deepspeed.save_load.calls import replaced
+from ds_fira.engine.deepspeed.save_load.client_state import KEY, set_rng_state
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
+from ds_fira.engine.deepspeed.save_load.written import (
+    Loaded,
+    carry_loss_scale,
+    load_untrained,
+    untrained_values,
+    write_back,
+)
+from ds_fira.sharding.geometry import ParamSlice
+
+
+def made_here(folder: Path) -> bool:
+    """Whether an engine with an optimizer of this package has saved a checkpoint; reads none of its files."""
+    return (folder / MANIFEST).is_file()
+
+
+def ask_for_states(call: inspect.BoundArguments) -> None:
+    """Let `load_checkpoint` go the way of `load_into_other`, with states or without: it takes over all there is."""
+    given = call.arguments
+    tag = tag_folder.read_latest(Path(given["load_dir"])) if given["tag"] is None else str(given["tag"])
+    if tag and not given["load_module_only"] and made_here(Path(given["load_dir"], tag)):
+        given |= {"tag": tag, "load_optimizer_states": True}
+
+
+def load_into_other(
+    load_checkpoint: Callable[..., Loaded], engine: DeepSpeedEngine, load_dir: str, tag: str, **options: bool
+) -> Loaded:
+    """`_load_checkpoint` of an engine whose optimizer is none of this package's, from a checkpoint that is.
+
+    Raises:
+        ValueError: the checkpoint lacks a trained parameter.
+    """
+    files = CheckpointFiles.find(Path(load_dir, tag))
+    saved, members = files.read(), _members(engine)
+    name, kind = saved.algorithm.name, type(engine.basic_optimizer).__name__
+    wanted = normalized(dict(engine.module.named_parameters())).keys() - {
+        param for part in members for param, _ in part
+    }
+    rest, stage = untrained_values(files), engine.zero_optimization_stage()
+    with replaced(
+        engine,
+        _get_all_ckpt_names=lambda *_: [str(files.models[0])],
+        load_module_state_dict=lambda **_: load_untrained(engine, rest, wanted),
+    ):
+        # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
+        path, client_state = load_checkpoint(
+            engine, load_dir, tag, **{**options, "load_optimizer_states": stage > 0, "load_lr_scheduler_states": False}
+        )
+    with errors_name(kind):
+        _load_masters(engine, saved)
+    schedule = client_state.pop("lr_scheduler", None)
+    client_state.pop("optimizer", None)
+    if options.get("load_lr_scheduler_states", True):
+        carry_rates(saved.groups, engine.basic_optimizer.param_groups, members)
+        if schedule and engine.lr_scheduler is not None:
+            own = engine.lr_scheduler.state_dict()
+            state = with_own_rates(carry_schedule(schedule, own, saved.groups, members), own)
+            engine.lr_scheduler.load_state_dict(state)
+    carry_loss_scale(engine.optimizer, files.optimizer_state(0)[0])
+    ranks = client_state.get(KEY, {}).get("ranks", ())
+    if dist.get_rank() < len(ranks):
+        set_rng_state(ranks[dist.get_rank()]["rng"])
+    if dist.get_rank() == 0:
+        rates = sorted({float(group["lr"]) for group in engine.basic_optimizer.param_groups})
+        warnings.warn(
+            f"the checkpoint was made by {name}, and this engine trains with {kind}: weights, counts, data and the "
+            f"schedule's place go on, and {kind}'s moments and their own step count start at zero, at lr = "
+            f"{', '.join(f'{rate:.3g}' for rate in rates[:3])}; warm the rate up over some 100 steps "
+            f"(docs/migrate.md), or set optimizer.type = {name!r} to go on with {name}.",
+            stacklevel=8,
+        )
+    return path, client_state
+
+
+def _members(engine: DeepSpeedEngine) -> list[Members]:
+    """Names and shapes of the parameters of every param group."""
+    names = {id(param): name for name, param in normalized(dict(engine.module.named_parameters())).items()}
+    found: list[Members] = [[] for _ in engine.basic_optimizer.param_groups]
+    for number, params in _stepped(engine):
+        found[number] += [(names.get(id(param), ""), shape_of(param)) for param in params]
+    return found
+
+
+def _load_masters(engine: DeepSpeedEngine, saved: SavedState) -> None:
+    """Set the stepped weights, and by them the module's; a collective call."""
+    names = {id(param): name for name, param in normalized(dict(engine.module.named_parameters())).items()}
+    rank = dist.get_rank(group=engine.seq_data_parallel_group)
+    if hasattr(engine.optimizer, "fp32_groups_flat"):
+        params = [param for group in engine.optimizer.fp16_groups for param in group]
+        restore_weights(saved, [(p, (ParamSlice(names[id(p)], 0, 0, p.numel()),)) for p in params])
+        engine.optimizer.refresh_fp32_params()
+        return
+    size = dist.get_world_size(group=engine.seq_data_parallel_group)
+    flats = stepped_groups(engine, size)
+    restore_weights(saved, [(flat.hp_partition, flat.slices(rank, names)) for flat in flats])
+    write_back(engine)
+
+
+def _stepped(engine: DeepSpeedEngine) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """The module's parameters with the number of their param group."""
+    if hasattr(engine.optimizer, "fp32_groups_flat"):  # FusedAdam at stage 0
+        yield from enumerate(engine.optimizer.fp16_groups)
+        return
+    size = dist.get_world_size(group=engine.seq_data_parallel_group)
+    for flat in stepped_groups(engine, size):
+        yield flat.group, flat.lp_params

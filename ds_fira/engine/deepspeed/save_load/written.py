@@ -1,0 +1,98 @@
+"""What a load writes into an engine beside optimizer states: its weights, frozen ones, buffers, the loss scale.
+
+What it relies on, of DeepSpeed 0.17 to 0.19: `update_lp_params` and `_link_all_hp_params` of stages 1 and 2; the flat
+groups and their partitioned parameters of stage 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
+from ds_fira.engine.deepspeed.save_load.fill import FROZEN
+
+# The path that was loaded, and the client state.
+Loaded = tuple[str | None, dict[str, object] | None]
+# What a dynamic loss scaler counts, in every wrapper that has one.
+SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@contextmanager
+def stepped_params(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Where stage 3 keeps the stepped tensors out of the param groups, put them there for a while."""
+    wrapper = getattr(engine, "optimizer", None)
+    if not hasattr(wrapper, "_set_fp32_optimizer_param_groups"):
+        yield
+        return
+    wrapper._set_fp32_optimizer_param_groups()
+    try:
+        yield
+    finally:
+        wrapper._clear_fp32_optimizer_param_groups()
+
+
+def write_back(engine: DeepSpeedEngine) -> None:
+    """Give the module the weights of the master copies, as a step does; a collective call."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "update_lp_params"):  # stages 1 and 2
+        wrapper.update_lp_params()
+        wrapper._link_all_hp_params()
+    elif hasattr(wrapper, "fp16_partitioned_groups_flat"):  # stage 3
+        for flat, master, parts in zip(
+            wrapper.fp16_partitioned_groups_flat,
+            wrapper.fp32_partitioned_groups_flat,
+            wrapper.fp16_partitioned_groups,
+            strict=True,
+        ):
+            flat.data.copy_(master.data)
+            for part, values in zip(parts, wrapper.unflatten(flat, parts), strict=True):
+                part.data = values.data
+        if wrapper.persistent_parameters:
+            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+    elif hasattr(wrapper, "fp32_groups"):  # stage 0 in bf16 and fp16
+        for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for param, master in zip(group, masters, strict=True):
+                param.data.copy_(master.data)
+
+
+def carry_loss_scale(wrapper: object, saved: Mapping[str, object]) -> None:
+    """Go on with the loss scale, and with the steps counted towards the next change of it, if both runs have one."""
+    source = saved.get("loss_scaler", saved)
+    target = getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
+    if target is None or not saved.get("dynamic_loss_scale") or not getattr(wrapper, "dynamic_loss_scale", True):
+        return
+    for name in SCALE_FIELDS:
+        value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+        if value is not None and hasattr(target, name):
+            setattr(target, name, value)
+
+
+def untrained_values(files: CheckpointFiles) -> dict[str, Tensor]:
+    """Buffers and frozen weights by name, whole."""
+    models = [files.model(number) for number in range(len(files.models) if files.partitioned else 1)]
+    found = {name: value for name, value in models[0]["module"].items() if isinstance(value, Tensor)}
+    shapes = models[0].get("frozen_param_shapes") if files.partitioned else None
+    for name, shape in (shapes or {}).items():
+        whole = torch.cat([model[FROZEN][name].reshape(-1) for model in models])
+        found[name] = whole[: shape.numel()].view(shape)
+    return normalized(found)
+
+
+def load_untrained(engine: DeepSpeedEngine, values: Mapping[str, Tensor], wanted: Collection[str]) -> None:
+    """Set the buffers and those weights that are wanted; what is trained comes from the masters. A collective call."""
+    module: nn.Module = engine.module
+    kept = normalized(module.state_dict(keep_vars=True)).keys()
+    for name, buffer in normalized(dict(module.named_buffers())).items():
+        if name in kept and name in values:
+            buffer.data.copy_(values[name])
+    for name, param in normalized(dict(module.named_parameters())).items():
+        if name in wanted and name in values:
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                if param.numel() == values[name].numel():
+                    param.data.copy_(values[name])

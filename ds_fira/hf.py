@@ -1,0 +1,190 @@
+"""The Hugging Face Trainer by name: `TrainingArguments(optim="fira_adamw", optim_args="rank=128,alpha=0.25")`.
+
+    import ds_fira.hf
+    ds_fira.hf.register()  # before TrainingArguments are made
+
+With DeepSpeed the Trainer's config gets FiraAdam under "optimizer", as if its file had it; without, the Trainer makes
+a FiraAdam of its model. `ds_fira.run` registers by itself, for scripts that cannot be edited.
+
+What it relies on, of transformers 5: `OptimizerNames` lists the names, `trainer_optimizer._OPTIMIZER_HANDLERS` makes
+optimizers by them, and `integrations.deepspeed.deepspeed_optim_sched` chooses the optimizer under DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ds_fira.optim.fira_adam import FiraAdam
+from ds_fira.optim.param_groups import param_groups
+from ds_fira.optim.settings import check_params
+
+NAME = "fira_adamw"
+TYPE = FiraAdam.__name__
+# What the Trainer has unless its user says otherwise, where FiraAdam has a better value of its own.
+TRAINERS_EPS, TRAINERS_LR = 1e-8, 5e-5
+_PACKAGE = "transformers"
+
+
+def register() -> None:
+    """Make `optim="fira_adamw"` a name that the Trainer knows; again without effect.
+
+    Raises:
+        ImportError: transformers is not installed, or its Trainer has no table of optimizers.
+    """
+    for name, prepare in _PREPARED.items():
+        prepare(importlib.import_module(name))
+
+
+def register_when_imported() -> None:
+    """The same once a script imports the Trainer, so that one without it does not wait for its imports."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    for name in [name for name in _PREPARED if name in sys.modules]:
+        _PREPARED[name](sys.modules[name])
+    sys.meta_path.insert(0, _Finder())
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """The settings of FiraAdam in `TrainingArguments`: those of `optim_args`, and what the Trainer has for all.
+
+    Raises:
+        ValueError: one is unknown, out of range or written otherwise than name=value; or there is no rank.
+    """
+    given = _parsed(args.optim_args)
+    where = f'optim_args of optim = "{NAME}"'
+    check_params(given, where, FiraAdam.algorithm)
+    if given.get("rank") is None:
+        raise ValueError(f'{where} has no rank, so nothing would be projected; add one, such as optim_args="rank=128".')
+    settings = {"betas": [args.adam_beta1, args.adam_beta2], "weight_decay": args.weight_decay}
+    if args.adam_epsilon != TRAINERS_EPS:
+        settings["eps"] = args.adam_epsilon
+    if not ("preset" in given and args.learning_rate == TRAINERS_LR):
+        settings["lr"] = args.learning_rate
+    return {**settings, **given}
+
+
+def _parsed(text: str | None) -> dict[str, Any]:
+    """`name=value` pairs between commas, as the Trainer writes them; a list is written a;b."""
+    found: dict[str, Any] = {}
+    for pair in filter(None, (part.strip() for part in (text or "").split(","))):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not (name and equals and value):
+            raise ValueError(f'optim_args of optim = "{NAME}" has {pair!r}; write name=value pairs between commas.')
+        found[name] = [_value(item) for item in value.split(";")] if ";" in value else _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _add_name(training_args: ModuleType) -> None:
+    """Add the name to the Trainer's enumeration, which has no way to do so."""
+    names = training_args.OptimizerNames
+    if NAME in names._value2member_map_:
+        return
+    member = str.__new__(names, NAME)
+    member._name_, member._value_ = NAME.upper(), NAME
+    names._member_map_[member._name_] = names._value2member_map_[NAME] = member
+    names._member_names_.append(member._name_)
+
+
+def _add_handler(trainer_optimizer: ModuleType) -> None:
+    """Let the Trainer make FiraAdam, under DeepSpeed by the config."""
+    handlers = getattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", None)
+    if handlers is None:
+        version = importlib.import_module(_PACKAGE).__version__
+        raise ImportError(
+            f'ds_fira: the Trainer of transformers {version} has no table of optimizers to add "{NAME}" to; update it '
+            "to 5, or name FiraAdam in the DeepSpeed config."
+        )
+    if NAME in handlers:
+        return
+    handlers[NAME] = _make
+    module = importlib.import_module("transformers.integrations.deepspeed")
+    choose = module.deepspeed_optim_sched
+
+    def choose_fira(trainer: Any, hf_config: Any, args: Any, steps: int, parameters: list[nn.Parameter]) -> Any:
+        if getattr(args, "optim", None) == NAME:
+            _put_into(hf_config.config, settings_of(args))
+            parameters = _decayed_apart(trainer, parameters, args.weight_decay)
+        return choose(trainer, hf_config, args, steps, parameters)
+
+    module.deepspeed_optim_sched = choose_fira
+
+
+def _make(context: Any) -> tuple[type[FiraAdam], dict[str, Any]]:
+    """What the Trainer makes without DeepSpeed: FiraAdam and its arguments, the param groups under "params"."""
+    settings, args = settings_of(context.args), context.args
+    if getattr(args, "fsdp", None):
+        raise ValueError(
+            f'optim = "{NAME}" does not train under FSDP, which shards matrices without saying where they are cut; '
+            "use DeepSpeed's ZeRO, or no sharding."
+        )
+    if context.model is None:
+        raise ValueError(f'optim = "{NAME}" needs the model; give it to get_optimizer_cls_and_kwargs.')
+    settings["betas"] = tuple(settings["betas"])
+    rank, modules = settings.pop("rank"), settings.pop("target_modules", None)
+    return FiraAdam, {"params": param_groups(context.model, rank, modules, **settings)}
+
+
+def _put_into(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Name FiraAdam in a DeepSpeed config that names no optimizer; a second training finds it there."""
+    block = {"type": TYPE, "params": dict(settings)}
+    if config.get("optimizer", block) != block:
+        raise ValueError(
+            f'optim = "{NAME}" contradicts the DeepSpeed config, which names {config["optimizer"].get("type")}; take '
+            '"optimizer" out of the config, or leave optim and optim_args.'
+        )
+    config["optimizer"] = block
+
+
+def _decayed_apart(trainer: Any, parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """The Trainer's two groups: with weight decay, and norms and biases without."""
+    names = set(trainer.get_decay_parameter_names(trainer.model))
+    decayed = {id(param) for name, param in trainer.model.named_parameters() if name in names}
+    parts = ([p for p in parameters if id(p) in decayed], [p for p in parameters if id(p) not in decayed])
+    decays = zip(parts, (weight_decay, 0.0), strict=True)
+    return [{"params": part, "weight_decay": decay} for part, decay in decays if part]
+
+
+_PREPARED: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.training_args": _add_name,
+    "transformers.trainer_optimizer": _add_handler,
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Prepares a module of `_PREPARED` behind its import."""
+
+    def find_spec(
+        self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The module's own spec, whose loader prepares it; None for all others."""
+        if fullname not in _PREPARED:
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, found), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def prepared(module: ModuleType) -> None:
+            execute(module)
+            _PREPARED[fullname](module)
+
+        spec.loader.exec_module = prepared  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,96 @@
+"""`TrainingArguments(optim="fira_adamw", optim_args="rank=...")`, and modules that `ds_fira.run` starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.programs import ROOT, Forked
+
+LINE = {
+    "optim": "fira_adamw",
+    "optim_args": "rank=4,alpha=0.5,subspace=gram",
+    "learning_rate": "0.01",
+    "weight_decay": "0.1",
+    "adam_beta2": "0.99",
+    "max_steps": "3",
+    "logging_steps": "1",
+    "per_device_train_batch_size": "4",
+    "use_cpu": "True",
+    "disable_tqdm": "True",
+    "report_to": "none",
+}
+START = "import sys; sys.path.insert(0, {root!r}); from ds_fira.run import main; main(sys.argv[1:])"
+
+
+def start(folder: Path, name: str, ranks: int = 0, **changes: Any) -> list[Any]:
+    """`python -m ds_fira.run -m tests.integration.by_name ...`, in forks; what each process ended with."""
+    script = folder / "start.py"
+    script.write_text(START.format(root=str(ROOT)))
+    values = {"output_dir": str(folder / name), **LINE, **changes}
+    line = [item for key, value in values.items() if value is not None for item in (f"--{key}", value)]
+    return Forked(str(script), ["-m", "tests.integration.by_name", *line], folder, name, ranks=ranks).wait()
+
+
+def result(done: Any) -> tuple[str, list[dict[str, Any]], list[float]]:
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    kind, groups, losses, name = json.loads(line.removeprefix("RESULT "))
+    assert name == "fira_adamw"
+    return kind, groups, losses
+
+
+def write(folder: Path, name: str, **more: Any) -> str:
+    auto = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    config = {**auto, "gradient_clipping": "auto", "zero_optimization": {"stage": 2}, **more}
+    (folder / name).write_text(json.dumps(config))
+    return str(folder / name)
+
+
+def test_with_and_without_deepspeed(tmp_path: Path) -> None:
+    """The same training: its settings from `optim_args` and the Trainer's arguments, norms without weight decay."""
+    alone = result(start(tmp_path, "alone")[0])
+    config = write(tmp_path, "ds.json")
+    under = result(start(tmp_path, "under", ranks=2, deepspeed=config, per_device_train_batch_size="2")[0])
+    for kind, groups, losses in (alone, under):
+        assert kind == "FiraAdam"
+        assert {group["rank"] for group in groups} == {4, None}
+        assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
+        assert all(group["weight_decay"] == 0.1 for group in groups if group["rank"])
+        for group in groups:
+            assert (group["betas"], group["eps"]) == ([0.9, 0.99], 1e-6)
+            assert group["alpha"] == 0.5 or group["rank"] is None
+        assert losses[-1] < losses[0]
+    assert under[2] == pytest.approx(alone[2], rel=1e-4)
+
+
+def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    fira = {"optimizer": {"type": "FiraAdam", "params": {"rank": 4, "lr": "auto"}}}
+    cases = {
+        'optim_args of optim = "fira_adamw" has no rank': {"optim_args": None},
+        # Without DeepSpeed the Trainer splits them first.
+        "optim_args of optim = \"fira_adamw\" has 'rank'; write name=value pairs": {
+            "optim_args": "rank",
+            "deepspeed": write(tmp_path, "ds.json"),
+        },
+        "did you mean 'alpha'": {"optim_args": "rank=4,alhpa=1"},
+        'optim = "fira_adamw" contradicts the DeepSpeed config, which names FiraAdam;': {
+            "deepspeed": write(tmp_path, "named.json", **fira)
+        },
+    }
+    for number, (expected, changes) in enumerate(cases.items()):
+        (done,) = start(tmp_path, f"refused-{number}", ranks=1, **changes)
+        assert done.returncode == 1
+        assert expected in done.stderr.splitlines()[-1]
+
+
+def test_a_module_that_is_not_there_exits_2(tmp_path: Path) -> None:
+    script = tmp_path / "start.py"
+    script.write_text(START.format(root=str(ROOT)))
+    for line in (["-m"], ["-m", "no.module"], ["-m", "no_module"]):
+        (done,) = Forked(str(script), line, tmp_path).wait()
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith("ds_fira.run: ")
