@@ -28,6 +28,7 @@ from ds_fira.checkpoint.reconcile import Members, carry_schedule
 from ds_fira.checkpoint.restore import restore_weights
 from ds_fira.core.selection import shape_of
 from ds_fira.engine.deepspeed.flat_groups import stepped_groups
+from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.client_state import KEY, set_rng_state
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
@@ -63,7 +64,8 @@ def load_into_other(
         ValueError: the checkpoint lacks a trained parameter.
     """
     files = CheckpointFiles.find(Path(load_dir, tag))
-    saved, members = files.read(), _members(engine)
+    saved, holders = files.read(), Holders(engine)
+    members = _members(engine, holders)
     name, kind = saved.algorithm.name, type(engine.basic_optimizer).__name__
     wanted = normalized(dict(engine.module.named_parameters())).keys() - {
         param for part in members for param, _ in part
@@ -79,7 +81,7 @@ def load_into_other(
             engine, load_dir, tag, **{**options, "load_optimizer_states": stage > 0, "load_lr_scheduler_states": False}
         )
     with errors_name(kind):
-        _load_masters(engine, saved)
+        _load_masters(engine, saved, holders)
     schedule = client_state.pop("lr_scheduler", None)
     client_state.pop("optimizer", None)
     if options.get("load_lr_scheduler_states", True):
@@ -104,35 +106,31 @@ def load_into_other(
     return path, client_state
 
 
-def _members(engine: DeepSpeedEngine) -> list[Members]:
+def _members(engine: DeepSpeedEngine, holders: Holders) -> list[Members]:
     """Names and shapes of the parameters of every param group."""
-    names = {id(param): name for name, param in normalized(dict(engine.module.named_parameters())).items()}
     found: list[Members] = [[] for _ in engine.basic_optimizer.param_groups]
-    for number, params in _stepped(engine):
-        found[number] += [(names.get(id(param), ""), shape_of(param)) for param in params]
+    for number, params in _stepped(engine, holders):
+        found[number] += [(holders.names.get(id(param), ""), shape_of(param)) for param in params]
     return found
 
 
-def _load_masters(engine: DeepSpeedEngine, saved: SavedState) -> None:
+def _load_masters(engine: DeepSpeedEngine, saved: SavedState, holders: Holders) -> None:
     """Set the stepped weights, and by them the module's; a collective call."""
-    names = {id(param): name for name, param in normalized(dict(engine.module.named_parameters())).items()}
-    rank = dist.get_rank(group=engine.seq_data_parallel_group)
+    names = holders.names
     if hasattr(engine.optimizer, "fp32_groups_flat"):
         params = [param for group in engine.optimizer.fp16_groups for param in group]
         restore_weights(saved, [(p, (ParamSlice(names[id(p)], 0, 0, p.numel()),)) for p in params])
         engine.optimizer.refresh_fp32_params()
         return
-    size = dist.get_world_size(group=engine.seq_data_parallel_group)
-    flats = stepped_groups(engine, size)
-    restore_weights(saved, [(flat.hp_partition, flat.slices(rank, names)) for flat in flats])
+    flats = stepped_groups(engine, holders.of)
+    restore_weights(saved, [(flat.hp_partition, flat.slices(flat.communicator.dp_rank, names)) for flat in flats])
     write_back(engine)
 
 
-def _stepped(engine: DeepSpeedEngine) -> Iterator[tuple[int, Sequence[Tensor]]]:
+def _stepped(engine: DeepSpeedEngine, holders: Holders) -> Iterator[tuple[int, Sequence[Tensor]]]:
     """The module's parameters with the number of their param group."""
     if hasattr(engine.optimizer, "fp32_groups_flat"):  # FusedAdam at stage 0
         yield from enumerate(engine.optimizer.fp16_groups)
         return
-    size = dist.get_world_size(group=engine.seq_data_parallel_group)
-    for flat in stepped_groups(engine, size):
+    for flat in stepped_groups(engine, holders.of):
         yield flat.group, flat.lp_params
