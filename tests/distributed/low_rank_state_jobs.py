@@ -63,6 +63,8 @@ def transplant(
     backward(second, 7)
     second.step()
     for name, param in first.module.named_parameters():
+        if not param.requires_grad:
+            continue
         whole = _weight(first, param)
         _set_weight(second, other[name], whole)
         if name in PROJECTED:

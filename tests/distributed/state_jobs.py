@@ -40,7 +40,9 @@ def make(kind: str, stage: int, dtype: str, params: dict[str, Any], **extra: Any
     torch.manual_seed(0)
     ds_config = config(stage, dtype, params, **extra)
     ds_config["optimizer"]["type"] = kind
-    return build(ds_config, SHAPES, model=Net(SHAPES))
+    model = Net(SHAPES)
+    model.norm.bias.requires_grad_(False)
+    return build(ds_config, SHAPES, model=model)
 
 
 def value_for(param: Tensor, number: int) -> Tensor:
@@ -60,7 +62,7 @@ def probe(kind: str, stage: int, dtype: str, **extra: Any) -> dict[str, Tensor]:
     params = {"lr": 0.0, "weight_decay": 0.0, "betas": [0.9, 0.99]}
     params |= {"rank": 2, "update_proj_gap": 2} if kind == "FiraAdam" else {"torch_adam": True}
     engine = make(kind, stage, dtype, params, **extra)
-    named = dict(engine.module.named_parameters())
+    named = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
     plain = [name for name in named if name not in PROJECTED]
     found: dict[str, Tensor] = {}
 
@@ -68,6 +70,9 @@ def probe(kind: str, stage: int, dtype: str, **extra: Any) -> dict[str, Tensor]:
         found[f"{what} {name}"] = value.detach().clone()
 
     backward(engine, 0)
+    frozen = engine.module.norm.bias
+    assert safe_get_full_fp32_param(frozen) is safe_get_full_grad(frozen) is None
+    assert safe_get_full_optimizer_state(frozen, "exp_avg") is None
     for name, param in named.items():
         see("weight", name, safe_get_full_fp32_param(param))
         see("grad", name, safe_get_full_grad(param))

@@ -22,6 +22,8 @@ JOBS, LOW_RANK = "tests.distributed.state_jobs", "tests.distributed.low_rank_sta
         (2, "fp32", {"zero_offload_optimizer": {"device": "cpu"}}),
         (3, "fp32", {}),
         (3, "bf16", {}),
+        (2, "fp16", {"fp16": {"loss_scale_window": 100}}),  # with AdamW the step in which it grows is another one
+        (3, "fp32", {"zero_offload_optimizer": {"device": "cpu"}}),
     ],
 )
 def test_deepspeeds_functions_answer_as_with_adamw(ranks, stage, dtype, extra):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 import torch
 from deepspeed import comm as dist
@@ -25,27 +25,33 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ds_fira.core import quantization
 from ds_fira.core.state import stored_moment
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.param_place import holders, name_of
 
-# On a parameter at stages 1 and 2: a reference to the optimizer that steps it.
-_OPTIMIZER = "_fira_optimizer"
+# Of every trained parameter at stages 1 and 2 a reference to the optimizer that steps it. Not on the parameter, which
+# may be pickled with what stands there.
+_OPTIMIZERS: MutableMapping[Tensor, weakref.ref[LowRankOptimizer]] = WeakTensorKeyDictionary()
 
 
 def link_params(engine: DeepSpeedEngine) -> None:
-    """Let the parameters at stages 1 and 2 know their optimizer, as DeepSpeed's do their wrapper at stage 3."""
-    own = weakref.ref(engine.basic_optimizer)
-    for param in engine.module.parameters():
-        if param.requires_grad:
-            setattr(param, _OPTIMIZER, own)
+    """Note the optimizer of the parameters at stages 1 and 2; at stage 3 they know their wrapper."""
+    if engine.zero_optimization_stage() in (1, 2):
+        own = weakref.ref(engine.basic_optimizer)
+        _OPTIMIZERS.update((param, own) for param in engine.module.parameters() if param.requires_grad)
+
+
+def _optimizer_of(param: Parameter) -> LowRankOptimizer | None:
+    own = _OPTIMIZERS.get(param)
+    return None if own is None else own()
 
 
 def get_full(get: Callable[..., Tensor], param: Parameter, optim_state_key: str | None = None) -> Tensor:
     """`get_full_hp_param` of a parameter: its moments, put together from all ranks, float32."""
-    optimizer = getattr(param, _OPTIMIZER, lambda: None)()
+    optimizer = _optimizer_of(param)
     if optimizer is None or optim_state_key is None:
         return get(param, optim_state_key)
     name = _unprojected(optimizer, param, optim_state_key)
@@ -61,7 +67,7 @@ def get_full(get: Callable[..., Tensor], param: Parameter, optim_state_key: str 
 
 def set_full(put: Callable[..., None], param: Parameter, value: Tensor, optim_state_key: str | None = None) -> None:
     """`set_full_hp_param` of a parameter: this rank's part of its moments."""
-    optimizer = getattr(param, _OPTIMIZER, lambda: None)()
+    optimizer = _optimizer_of(param)
     if optimizer is None or optim_state_key is None:
         return put(param, value, optim_state_key)
     return _set_whole(optimizer, param, value, optim_state_key)

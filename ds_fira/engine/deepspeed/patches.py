@@ -107,7 +107,7 @@ PATCHES = (
     # Raises what went wrong in a save from behind, before anything is stepped; called on all ranks alike.
     Patch(DeepSpeedEngine, "step", behind.hear_before_step),
     # --- A script reads and sets states by deepspeed.utils.safe_get_* and safe_set_*.
-    # Of stages 1 and 2: become methods of every parameter, which has been told of its optimizer.
+    # Of stages 1 and 2: become methods of every parameter, whose optimizer is noted.
     Patch(mixed_precision_linkage, "get_full_hp_param", param_states.get_full),
     Patch(mixed_precision_linkage, "set_full_hp_param", param_states.set_full),
     # Of stage 3: take the key of a state last, or leave it out for the weights.

@@ -36,12 +36,12 @@ def show_user_groups(engine: DeepSpeedEngine) -> None:
         engine.optimizer = engine.basic_optimizer.user_groups
 
 
-def schedule_user_groups(configure: Callable[[DeepSpeedEngine], None], engine: DeepSpeedEngine) -> None:
+def schedule_user_groups(configure: Callable[..., None], engine: DeepSpeedEngine, *args: object) -> None:
     """`_configure_lr_scheduler`: a function of the user's makes a scheduler of the groups that the user gave."""
     if not trains_ours(engine):
-        return configure(engine)
+        return configure(engine, *args)
     with replaced(engine, basic_optimizer=engine.basic_optimizer.user_groups):
-        return configure(engine)
+        return configure(engine, *args)
 
 
 def optimizer_to_schedule(find: Callable[[object], Optimizer], optimizer: object) -> Optimizer:
