@@ -186,6 +186,8 @@ class UserGroups:
     def __setattr__(self, name: str, value: object) -> None:
         if name in UserGroups._OWN:
             object.__setattr__(self, name, value)
+        elif name == "param_groups":
+            raise AttributeError("user_groups.param_groups cannot be set; change the values of the groups.")
         else:
             setattr(self._optimizer, name, value)
 

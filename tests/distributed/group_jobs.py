@@ -189,12 +189,14 @@ def by_hand(stage: int, dtype: str) -> dict[str, Any]:
     frozen = sorted(name for name, (lr, _, _) in rates.items() if lr == 0.0)
     # A scheduler of DeepSpeed's that the user makes of what `deepspeed.initialize` has returned.
     later = WarmupLR(engine.optimizer, warmup_min_lr=[0.1, 0.2], warmup_max_lr=[0.3, 0.4])
+    torchs = LambdaLR(engine.basic_optimizer.user_groups, [lambda step: 1.0, lambda step: 2.0])
+    assert torchs.get_last_lr() == engine.get_lr() == [group["lr"] for group in engine.optimizer.param_groups]
     errors = []
     try:
         group["params"] = []
     except ValueError as error:
         errors.append(str(error))
-    result = {"moved": moved, "frozen": frozen, "later": (later.get_last_lr(), engine.get_lr()), "errors": errors}
+    result = {"moved": moved, "frozen": frozen, "later": (later.get_last_lr(), torchs.base_lrs), "errors": errors}
     engine.destroy()
     return result
 

@@ -63,6 +63,8 @@ def transplant(
     backward(second, 7)
     second.step()
     for name, param in first.module.named_parameters():
+        if not param.requires_grad:
+            continue
         whole = _weight(first, param)
         _set_weight(second, other[name], whole)
         if name in PROJECTED:
@@ -94,6 +96,31 @@ def _set_weight(engine: Any, param: Tensor, value: Tensor) -> None:
         param.data.copy_(value)
     else:
         safe_set_full_fp32_param(param, value)
+
+
+def round_trip(stage: int, dtype: str, experts: bool, **extra: Any) -> bool:
+    """Every state is set to another one, and read again; the engine steps on from it."""
+    torch.manual_seed(0)
+    model = ExpertNet() if experts else Net(SHAPES)
+    engine = build(config(stage, dtype, PARAMS, **extra), SHAPES, model=model)
+    for number in range(2):
+        backward(engine, number)
+        engine.step()
+    for record in [record for record in fira_of(engine).inventory if record.rank is not None]:
+        state = ds_fira.low_rank_state(engine, record.name)
+        moments = {key: value * 2 for key, value in state.moments.items()}
+        other = dataclasses.replace(state, moments=moments, basis=-state.basis, step=state.step + 1)
+        ds_fira.set_low_rank_state(engine, record.name, other)
+        again = ds_fira.low_rank_state(engine, record.name)
+        pairs = [(again.basis, other.basis), (again.step, other.step), (again.residual_norm, other.residual_norm)]
+        pairs += [(again.moments[key], moments[key]) for key in KEYS]
+        if not all(torch.equal(*pair) and pair[0].any() for pair in pairs):
+            return False
+    backward(engine, 2)
+    engine.step()
+    counted = int(ds_fira.low_rank_state(engine, record.name).step.max())
+    engine.destroy()
+    return counted == 4
 
 
 def rounded(state_dtype: str) -> dict[str, float]:

@@ -121,6 +121,20 @@ def test_a_state_carried_by_hand_steps_alike(ranks, stages, params):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype", "experts", "extra"),
+    [
+        (0, "bf16", False, {}),
+        (1, "bf16", False, {"data_types": {"grad_accum_dtype": "fp32"}}),
+        (2, "fp32", True, {"zero_offload_optimizer": {"device": "cpu"}}),
+        (3, "bf16", True, {"zero_offload_optimizer": {"device": "cpu"}}),
+    ],
+)
+def test_what_is_set_is_read_again(ranks, stage, dtype, experts, extra):
+    """In every wrapper of DeepSpeed's, and with the states on the CPU."""
+    assert all(ranks.run(2, "round_trip", LOW_RANK, stage=stage, dtype=dtype, experts=experts, **extra))
+
+
 def test_states_of_fewer_bits(ranks):
     for state_dtype, most in (("bfloat16", 2**-8), ("int8", 0.02)):
         for off in ranks.run(2, "rounded", LOW_RANK, state_dtype=state_dtype):

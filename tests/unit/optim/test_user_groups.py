@@ -107,6 +107,10 @@ def test_it_is_the_optimizer_in_all_else() -> None:
     before = view.param_groups[0]["params"][0].detach().clone()
     view.step()
     assert not torch.equal(before, view.param_groups[0]["params"][0])
+    with pytest.raises(AttributeError, match="param_groups cannot be set"):
+        view.param_groups = []
+    view.check_sync_every = 7
+    assert optimizer.check_sync_every == 7
     view.zero_grad()
     assert all(param.grad is None for group in optimizer.param_groups for param in group["params"])
     assert len(view.state_dict()["param_groups"]) == 4
