@@ -19,6 +19,7 @@ from torch import nn
 
 from ds_fira.core.algorithms import Algorithm, algorithm_of
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.expert_groups import ALL_ALIKE, keys_of
 
 # DeepSpeed releases of three minors that the tests run with: ds_fira reads private attributes, which may change between
 # them. 0.18.8 and 0.18.9 fail in a step of stage 2 under torch 2.13, with torch's AdamW too. `bash
@@ -177,9 +178,20 @@ def refuse_unsupported_module(engine: DeepSpeedEngine, name: str) -> None:
         name: of the optimizer.
 
     Raises:
-        ValueError: the module has sparse embeddings or complex parameters.
+        ValueError: the module has sparse embeddings, complex parameters, or experts that DeepSpeed would give wrong
+            gradients.
     """
     module = engine.module
+    # stage_1_and_2.py, `buffered_reduce_fallback`: sums them over all ranks. At stage 2 DeepSpeed refuses it itself.
+    if engine.zero_optimization_stage() == 1 and not engine.zero_contiguous_gradients():
+        apart = [
+            path for path, param in module.named_parameters() if keys_of(param).get("name") not in (None, ALL_ALIKE)
+        ]
+        if apart:
+            raise ValueError(
+                f"{name}: zero_optimization.contiguous_gradients = False is not supported with ep_size > 1, because "
+                f"DeepSpeed then sums the gradients of different experts, as of {apart[0]}; remove it."
+            )
     for path, submodule in module.named_modules():
         if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
             raise ValueError(f"{name}: {path}.sparse = True gives sparse gradients; build it with sparse=False.")
