@@ -176,7 +176,8 @@ def test_what_is_told_of_experts_is_of_all(ranks: Pools, stage: int) -> None:
 
 
 def test_what_would_train_wrongly_is_refused(ranks: Pools) -> None:
-    """On every rank: a setting under which DeepSpeed gives wrong gradients, groups that cannot be split any more."""
-    for setting, groups in ranks.run(2, "refusals", MODULE, ds_config=config(2, "fp32", PARAMS)):
+    """On every rank: what DeepSpeed would mix up, and groups that cannot be split any more."""
+    for setting, frozen, groups in ranks.run(2, "refusals", MODULE, ds_config=config(2, "fp32", PARAMS)):
         assert "zero_optimization.contiguous_gradients = False is not supported with ep_size > 1" in setting
+        assert "zero_optimization.stage = 2 is not supported with frozen experts and ep_size > 1" in frozen
         assert "MoE" in groups, groups
