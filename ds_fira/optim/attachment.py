@@ -76,7 +76,10 @@ class Attachable:
 
     def counts(self, param: Tensor) -> bool:
         """Whether this rank counts a stepped tensor's steps: one of those that step it does, or all ranks alike."""
-        replicas = self.attachment.replicas.get(param)
+        return self.counts_among(self.attachment.replicas.get(param))
+
+    def counts_among(self, replicas: Communicator | None) -> bool:
+        """The same of the ranks that step a tensor, None for this one alone."""
         return replicas is None or replicas.dp_rank == 0 or self.replicated
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 _PREFIX = "ep_size_"
+ALL_ALIKE = f"{_PREFIX}1"  # all ranks hold the same experts
 
 
 def keys_of(param: Tensor) -> dict[str, object]:

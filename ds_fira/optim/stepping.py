@@ -61,10 +61,7 @@ class Stepping(Resumable):
         for param, matrices in members:
             matrices.bind(self._state_of(param, group), settings, self.algorithm, compute_dtype(param.dtype))
         for turn in range(max((matrices.turns for _, matrices in members), default=0)):
-            for counts in (True, False):
-                of_turn = [member for member in members if turn < member[1].turns and self.counts(member[0]) is counts]
-                if of_turn:
-                    self._step_whole(of_turn, settings, turn, series, counts)
+            self._step_whole([member for member in members if turn < member[1].turns], settings, turn, series)
         for param, matrices in members:
             if matrices.low_rank is None:
                 continue
@@ -85,12 +82,12 @@ class Stepping(Resumable):
         settings: GroupSettings,
         turn: int,
         series: dict[Tensor, list[Series]],
-        counts: bool,
     ) -> None:
         """One turn: gather what is split, refresh what is due, update, give back what was gathered."""
         tasks: list[list[MatrixTask]] = []
         gathered: list[Sequence[tuple[Tensor, Tensor]]] = []
-        due: dict[Communicator | None, list[MatrixTask]] = {}  # by the ranks that have the same matrices
+        # By the ranks that have the same matrices, in one order on all ranks.
+        due: dict[Communicator | None, list[MatrixTask]] = {}
         for param, matrices in members:
             pairs = matrices.exchanges[turn].to_owners(param, param.grad) if matrices.exchanges else ()
             singles = matrices.tasks(param, turn, pairs, settings, self._negligible_ratio(param, settings))
@@ -99,13 +96,15 @@ class Stepping(Resumable):
             gathered.append(pairs)
             tasks.append(singles)
         for replicas, of_them in due.items():
-            self._refresher.refresh(of_them, replicas, counts)
-        recorders: list[Series] = []
-        if self._recording:
+            self._refresher.refresh(of_them, replicas, self.counts_among(replicas))
+        for counts in (True, False):
+            own, recorders = list[MatrixTask](), list[Series]()
             for (param, matrices), singles in zip(members, tasks, strict=True):
-                first = matrices.first_of(turn)
-                recorders += series[param][first : first + len(singles)]
-        self._update([task for singles in tasks for task in singles], recorders, counts)
+                if self.counts(param) is counts:
+                    first = matrices.first_of(turn)
+                    own += singles
+                    recorders += series[param][first : first + len(singles)] if self._recording else []
+            self._update(own, recorders, counts)
         for (param, matrices), pairs in zip(members, gathered, strict=True):
             if matrices.exchanges:
                 matrices.exchanges[turn].to_holders(param, [weight for weight, _ in pairs])

@@ -117,7 +117,7 @@ def _content(path: Path) -> dict[str, object]:
     return {
         "step": int(model["global_steps"]),
         "ranks": int(model["dp_world_size"]),
-        "zero_stage": int(wrapper.get("zero_stage", 1 if files.optimizers else 0)),
+        "zero_stage": int(wrapper.get("zero_stage", 0 if files.at_stage_0 else 1)),
         "resumable_elsewhere": KEY in state_dict,
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "settings": [dict(items) for items in sorted({tuple((n, g.get(n)) for n in SHOWN) for g in groups}, key=str)],

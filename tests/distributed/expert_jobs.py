@@ -243,3 +243,25 @@ def tell(ds_config: dict[str, Any], layers: list[tuple[int, int]]) -> dict[str, 
         result["message"] = str(error)
     engine.destroy()
     return result
+
+
+def refusals(ds_config: dict[str, Any]) -> list[str]:
+    """What is said of experts that DeepSpeed would mix up, and of an optimizer whose groups a scheduler holds."""
+    layers, found = [(2, 2)], []
+    wrong = {**ds_config, "zero_optimization": {"stage": 1, "contiguous_gradients": False}}
+    models = [ExpertNet(layers) for _ in range(3)]
+    models[2].layers[0].deepspeed_moe.experts.deepspeed_experts[0].up.weight.requires_grad = False
+    rest = {key: value for key, value in ds_config.items() if key != "optimizer"}
+    optimizer = ds_fira.FiraAdam(models[1], **ds_config["optimizer"]["params"])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    for arguments in (
+        {"model": models[0], "config": wrong, "model_parameters": list(models[0].parameters())},
+        {"model": models[2], "config": ds_config, "model_parameters": list(models[2].parameters())},
+        {"model": models[1], "config": rest, "optimizer": optimizer},
+    ):
+        try:
+            deepspeed.initialize(**arguments)
+            found.append("")
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found

@@ -49,6 +49,7 @@ CASES = {
     "four ranks, gathered": (4, 1, [(6, 2)], {"exact_cuts": True}, 0.3, ["gathered"]),
     "four ranks, one group": (4, 2, [(4, 4), (3, 1)], {}, 0.3, ["gathered", "low_rank"]),
     "four ranks at stage 0": (4, 0, [(4, 2), (4, 4)], {}, 0.3, []),
+    "four ranks at stage 0, all in one group": (4, 0, [(4, 2), (4, 4)], {"way": "object"}, 0.3, []),
 }
 FULL = {name for name, case in CASES.items() if case[0] == 4} | {"stage 0, ep_size 1"}
 
@@ -172,3 +173,11 @@ def test_what_is_told_of_experts_is_of_all(ranks: Pools, stage: int) -> None:
         assert f"no longer hold the same weights, {experts.format(0, 1, 'up')}" in each["message"]
         assert each["message"] == found[0]["message"]
         assert "layers.1" not in each["message"]
+
+
+def test_what_would_train_wrongly_is_refused(ranks: Pools) -> None:
+    """On every rank: what DeepSpeed would mix up, and groups that cannot be split any more."""
+    for setting, frozen, groups in ranks.run(2, "refusals", MODULE, ds_config=config(2, "fp32", PARAMS)):
+        assert "zero_optimization.contiguous_gradients = False is not supported with ep_size > 1" in setting
+        assert "zero_optimization.stage = 2 is not supported with frozen experts and ep_size > 1" in frozen
+        assert "MoE" in groups, groups

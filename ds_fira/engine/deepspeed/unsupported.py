@@ -19,6 +19,7 @@ from torch import nn
 
 from ds_fira.core.algorithms import Algorithm, algorithm_of
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.expert_groups import ALL_ALIKE, keys_of
 
 # DeepSpeed releases of three minors that the tests run with: ds_fira reads private attributes, which may change between
 # them. 0.18.8 and 0.18.9 fail in a step of stage 2 under torch 2.13, with torch's AdamW too. `bash
@@ -177,15 +178,36 @@ def refuse_unsupported_module(engine: DeepSpeedEngine, name: str) -> None:
         name: of the optimizer.
 
     Raises:
-        ValueError: the module has sparse embeddings or complex parameters.
+        ValueError: the module has sparse embeddings, complex parameters, or experts that DeepSpeed would mix up.
     """
     module = engine.module
+    _refuse_mixed_experts(engine, name)
     for path, submodule in module.named_modules():
         if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
             raise ValueError(f"{name}: {path}.sparse = True gives sparse gradients; build it with sparse=False.")
     for path, param in module.named_parameters():
         if param.is_complex():
             raise ValueError(f"{name}: {path} has dtype {param.dtype}; keep it as real numbers (torch.view_as_real).")
+
+
+def _refuse_mixed_experts(engine: DeepSpeedEngine, name: str) -> None:
+    """Stop where DeepSpeed takes experts for the same that ranks hold under one name, whatever the optimizer."""
+    stage, own = engine.zero_optimization_stage(), (None, ALL_ALIKE)
+    apart = [each for each in engine.module.named_parameters() if keys_of(each[1]).get("name") not in own]
+    frozen = [path for path, param in apart if not param.requires_grad]
+    # stage_1_and_2.py, `buffered_reduce_fallback`: sums over all ranks. At stage 2 DeepSpeed refuses it itself.
+    if apart and stage == 1 and not engine.zero_contiguous_gradients():
+        raise ValueError(
+            f"{name}: zero_optimization.contiguous_gradients = False is not supported with ep_size > 1, because "
+            f"DeepSpeed then sums the gradients of different experts, as of {apart[0][0]}; remove it."
+        )
+    # engine.py, `frozen_param_fragments`: from stage 2 on the first rank's, by its names.
+    if frozen and stage == 2:
+        raise ValueError(
+            f"{name}: zero_optimization.stage = 2 is not supported with frozen experts and ep_size > 1, because "
+            f"DeepSpeed then loads those of the first rank on every rank, as of {frozen[0]}; use stage 1, or let them "
+            "train."
+        )
 
 
 def refuse_sharding(algorithm: Algorithm, unprojected: bool, stage: int) -> None:
