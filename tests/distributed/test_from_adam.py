@@ -258,3 +258,12 @@ def test_one_rank_says_once_what_happens(ranks: Pools, tmp_path: Path) -> None:
         "data count steps, so samples are left out or seen twice: keep micro-batch x accumulation x ranks at 12, or "
         "find the place in the data by samples."
     ]
+
+
+def test_without_an_engine_the_sentence_names_the_other_adam() -> None:
+    model = Net(SHAPES)
+    adam = torch.optim.AdamW(model.parameters())
+    model(rows(0)).backward()
+    adam.step()
+    with pytest.raises(ValueError, match=r"^FiraAdam: the state dict was made by another Adam, such as torch.s AdamW"):
+        ds_fira.FiraAdam(model, rank=2).load_state_dict(adam.state_dict())
