@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ds_fira.checkpoint.named_state import StateDict
+from ds_fira.core.algorithms import ADAM_STATES
 from ds_fira.core.settings import ParamGroup
-from ds_fira.core.state import UNPROJECTED
+from ds_fira.core.state import STEP, UNPROJECTED
 
 # Gives the new state of a parameter of a group, in tensors that suit another one.
 Allocate = Callable[[Tensor, ParamGroup, Tensor], dict[str, Tensor]]
@@ -40,6 +41,21 @@ def require_states(state_dict: StateDict, groups: Iterable[ParamGroup], allocate
                 f"{found.get(key)} where {wanted.get(key)} belongs; load the state that this model and these "
                 "settings made."
             )
+
+
+def refuse_adam(state_dict: StateDict) -> None:
+    """Stop where a state dict is that of another package's Adam: its moments are of whole parameters.
+
+    Raises:
+        ValueError: with the way to go on.
+    """
+    found = {key for state in state_dict["state"].values() for key in state}
+    if found and {*ADAM_STATES} <= found <= {STEP, *ADAM_STATES, "max_exp_avg_sq"}:
+        raise ValueError(
+            "the state dict was made by another Adam, such as torch's AdamW, whose moments are of whole matrices; a "
+            "DeepSpeed engine's load_checkpoint takes such a checkpoint over (docs/migrate.md), and without an engine "
+            "load the model's weights and start the optimizer anew."
+        )
 
 
 def _shapes(state: Mapping[str, object]) -> dict[str, tuple[object, ...]]:

@@ -19,7 +19,7 @@ from ds_fira.core.state import STEP, allocate, allocate_unprojected, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
 from ds_fira.optim.presets import PRESET, given_by_user
-from ds_fira.optim.state_shapes import require_states
+from ds_fira.optim.state_shapes import refuse_adam, require_states
 from ds_fira.sharding.geometry import ParamSlice, matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
@@ -164,6 +164,8 @@ class Resumable(Attachable, Optimizer):
         counts = [len(group["params"]) for group in state_dict["param_groups"]]
         own = [len(group["params"]) for group in self.param_groups]
         members, plain = self._members(), described(state_dict) if KEY in state_dict else None
+        if plain is None and any(self._projects(p, group) for group in self.param_groups for p in group["params"]):
+            refuse_adam(state_dict)
         if counts != own and (plain is None or plain["layout"] == self.attachment.digest):
             raise ValueError(
                 f"the state dict has param groups of {counts} tensors, and the optimizer of {own}; build the same "

@@ -160,6 +160,16 @@ def test_back_to_adamw(ranks: Pools, tmp_path: Path, way: tuple[int, int, int, i
         assert difference < TOLERANCE, name
 
 
+def test_adamw_s_own_checkpoint_stays_deepspeeds(ranks: Pools, tmp_path: Path) -> None:
+    """Also in a folder that a checkpoint of FiraAdam lay in: it goes on with its moments."""
+    fira_run(ranks, 2, 1, first=0, last=SAVED, save=str(tmp_path))
+    settings = {"ds_config": adam_config(config(1, "fp32", PARAMS), weight_decay=0.05), "shapes": SHAPES}
+    module = "tests.distributed.adam_jobs"
+    ranks.run(2, "adam", module=module, **settings, first=0, last=SAVED, save=str(tmp_path))
+    found = agree(ranks.run(2, "adam", module=module, **settings, first=SAVED, last=END, load=str(tmp_path)))
+    assert (found["error"], found["counts"]) == ("", [END])
+
+
 BF16_WRAPPER = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 OPTIONS: dict[str, tuple[int, int, int, int, str, dict[str, Any], dict[str, Any]]] = {
     # Ranks and stage of AdamW and of FiraAdam, dtype, what both have, what FiraAdam has.
@@ -258,3 +268,12 @@ def test_one_rank_says_once_what_happens(ranks: Pools, tmp_path: Path) -> None:
         "data count steps, so samples are left out or seen twice: keep micro-batch x accumulation x ranks at 12, or "
         "find the place in the data by samples."
     ]
+
+
+def test_without_an_engine_the_sentence_names_the_other_adam() -> None:
+    model = Net(SHAPES)
+    adam = torch.optim.AdamW(model.parameters())
+    model(rows(0)).backward()
+    adam.step()
+    with pytest.raises(ValueError, match=r"^FiraAdam: the state dict was made by another Adam, such as torch.s AdamW"):
+        ds_fira.FiraAdam(model, rank=2).load_state_dict(adam.state_dict())

@@ -22,6 +22,7 @@ from torch import Tensor
 from ds_fira.checkpoint import tag_folder
 from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.manifest import MANIFEST
+from ds_fira.checkpoint.named_state import KEY as DESCRIPTION
 from ds_fira.checkpoint.named_state import SavedState
 from ds_fira.checkpoint.rates import carry_rates, with_own_rates
 from ds_fira.checkpoint.reconcile import Members, carry_schedule
@@ -43,8 +44,15 @@ from ds_fira.sharding.geometry import ParamSlice
 
 
 def made_here(folder: Path) -> bool:
-    """Whether an engine with an optimizer of this package has saved a checkpoint; reads none of its files."""
-    return (folder / MANIFEST).is_file()
+    """Whether an engine with an optimizer of this package has saved a checkpoint; opens no other's files."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        # Another optimizer may have been saved over it since, which leaves the manifest.
+        files = CheckpointFiles.find(folder, every=False)
+        return bool(files.models) and DESCRIPTION in files.optimizer_state(0)[1]
+    except ValueError:
+        return False
 
 
 def ask_for_states(call: inspect.BoundArguments) -> None:
