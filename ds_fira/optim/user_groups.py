@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ds_fira.core.settings import ParamGroup
@@ -36,7 +37,13 @@ class GroupView(MutableMapping[str, object]):
         having = self._having(key)
         if not having:
             raise KeyError(key)
-        return [item for part in having for item in part[key]] if key in LISTED else having[0][key]
+        if key in LISTED:
+            return [item for part in having for item in part[key]]
+        value = having[0][key]
+        if isinstance(value, Tensor):  # a rate that is a tensor is changed where it is, so the parts share one
+            for part in having:
+                part[key] = value
+        return value
 
     def __setitem__(self, key: str, value: object) -> None:
         if key in LISTED:

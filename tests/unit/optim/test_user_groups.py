@@ -85,6 +85,18 @@ def test_a_scheduler_of_torchs_takes_a_value_a_group() -> None:
     assert rates(optimizer) == pytest.approx([0.02, 0.02, 0.00005, 0.00005])
 
 
+def test_a_rate_that_is_a_tensor_is_that_of_all_parts() -> None:
+    """Also where each part has come to have one of its own."""
+    optimizer = optimizer_of_two()
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"])
+    scheduler = LambdaLR(optimizer.user_groups, [lambda step: 0.5**step, lambda step: 0.1**step])
+    optimizer.step()
+    scheduler.step()
+    assert [float(lr) for lr in rates(optimizer)] == pytest.approx([0.05, 0.05, 0.05, 0.05])
+    assert rates(optimizer)[0] is rates(optimizer)[1]
+
+
 def test_too_early_a_step_of_the_scheduler_is_still_said() -> None:
     optimizer = optimizer_of_two()
     scheduler = LambdaLR(optimizer.user_groups, [lambda step: 1.0, lambda step: 1.0])
