@@ -13,6 +13,7 @@ from ds_fira.checkpoint.atomic_save import reseal
 from tests.distributed.expert_jobs import STEPS
 from tests.distributed.expert_reference import combined, given, reference
 from tests.distributed.zero_jobs import config
+from tests.grids import full_if
 from tests.ranks import Pools
 
 MODULE = "tests.distributed.expert_jobs"
@@ -51,10 +52,10 @@ CASES = {
     "four ranks at stage 0": (4, 0, [(4, 2), (4, 4)], {}, 0.3, []),
     "four ranks at stage 0, all in one group": (4, 0, [(4, 2), (4, 4)], {"way": "object"}, 0.3, []),
 }
-FULL = {name for name, case in CASES.items() if case[0] == 4} | {"stage 0, ep_size 1"}
+IN_EVERY_RUN = ("held by all, gathered", "both in one model, residual", "stage 0")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in CASES])
+@pytest.mark.parametrize("name", full_if(lambda name: name not in IN_EVERY_RUN, CASES))
 def test_experts_train_as_in_one_process(ranks: Pools, name: str, tmp_path: Path) -> None:
     """Whole, cut on both ways, replicated; with refreshes, clipping and plain parameters beside them."""
     size, stage, layers, extra, clip, ways = CASES[name]
@@ -106,10 +107,9 @@ RESUMES = {
     "stage 1 in bf16": (2, 1, "bf16", [(4, 2)], [(4, 1)]),
     "four ranks": (4, 2, "fp32", [(6, 2), (4, 4)], [(6, 1), (4, 2)]),
 }
-RESUMES_FULL = {"stage 0 in bf16", "stage 1 in bf16", "four ranks"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in RESUMES_FULL else n for n in RESUMES])
+@pytest.mark.parametrize("name", full_if(lambda name: name != "one expert a rank, cut ones", RESUMES))
 def test_a_resumed_run_is_the_same(ranks: Pools, name: str, tmp_path: Path) -> None:
     """To the bit on the same ranks, also by way of other ranks and another stage; in other groups up to rounding."""
     size, stage, dtype, layers, others = RESUMES[name]
@@ -159,7 +159,7 @@ def test_a_lost_or_changed_expert_is_found_before_training(ranks: Pools, tmp_pat
     assert messages() == {""}
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", full_if((2).__eq__, [0, 2]))
 def test_what_is_told_of_experts_is_of_all(ranks: Pools, stage: int) -> None:
     """Recorded factors by the numbers of experts; a flipped bit of one is named on every rank, and its rank."""
     params = {**PARAMS, "record_scaling_factors": 2, "check_sync_every": 1}
