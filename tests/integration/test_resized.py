@@ -175,3 +175,27 @@ def test_accelerate(folder: Path, way: tuple[int, tuple[int, int], tuple[int, in
     assert figures[1]["losses"] == pytest.approx(figures[0]["losses"][SAVED:], rel=TOLERANCE)
     for name, weight in weights[0].items():
         assert (weights[1][name] - weight).norm() / weight.norm().clamp(min=1e-30) < TOLERANCE, name
+
+
+@pytest.mark.full
+def test_the_trainer_changes_the_optimizer(folder: Path) -> None:
+    """A run of AdamW on two processes goes on with FiraAdam on one, and FiraAdam's with AdamW."""
+    adam = json.loads((folder / "zero2.json").read_text())
+    adam["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
+    (folder / "adam.json").write_text(json.dumps(adam))
+    configs = {"FiraAdam": folder / "zero2.json", "AdamW": folder / "adam.json"}
+    for before, after in (("FiraAdam", "AdamW"), ("AdamW", "FiraAdam")):
+        losses = []
+        for name, kind, ranks in ((f"first-{before}", before, 2), (f"then-{after}", after, 1)):
+            start = folder / f"first-{before}" / f"checkpoint-{SAVED}"
+            resume = {"resume_from_checkpoint": start} if kind == after else {}
+            line = trainer_line(folder, name, 2, ranks, deepspeed=configs[kind], **resume)
+            train("hf_trainer.py", line, folder, name, ranks)
+            log = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+            losses.append([entry["loss"] for entry in log if "loss" in entry])
+        # The first loss behind the change is of the weights that were saved, on the rows that come next.
+        assert losses[1][: SAVED + 1] == pytest.approx(losses[0][: SAVED + 1], rel=TOLERANCE)
+        assert losses[1][SAVED + 1 :] != pytest.approx(losses[0][SAVED + 1 :], rel=TOLERANCE)
+        assert losses[1][-1] < max(losses[1][: SAVED + 1])
+        said = (folder / f"then-{after}-0.err").read_text()
+        assert f"the checkpoint was made by {before}" in said
