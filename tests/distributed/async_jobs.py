@@ -200,7 +200,7 @@ def terminate(folder: str) -> None:
                 sys.exit(termination.status)
 
 
-def stall(folder: str, stage: int, width: int, repeats: int = 5) -> list[tuple[float, float]]:
+def stall(folder: str, stage: int, width: int, repeats: int = 9) -> list[tuple[float, float]]:
     """Processor seconds of this thread for a copy of the bytes that a save from behind copies, and for the save.
 
     Args:
