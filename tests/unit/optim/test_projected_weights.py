@@ -4,10 +4,12 @@ import warnings
 
 import pytest
 import torch
+from deepspeed.moe.layer import MoE
 from torch import nn
 
 import ds_fira
 from ds_fira import FiraAdam
+from ds_fira.core.selection import find_named_weights, find_projected_weights
 from tests.reference.fira_reference import FiraReference
 from tests.reference.gradients import make_gradients, make_weight
 from tests.reference.harness import drive, run_reference, weight_change_error
@@ -186,3 +188,13 @@ def test_a_head_of_any_name_is_known_by_its_place_and_shape():
     projected = ds_fira.param_groups(model, rank=2)[0]["params"]
     assert len(projected) == 1
     assert projected[0] is model.square.weight
+
+
+def test_the_router_of_an_moe_layer_is_projected_only_where_it_is_named() -> None:
+    """DeepSpeed's, a linear layer, by its class or by its name; `target_modules` can ask for it."""
+    moe = MoE(8, nn.Linear(8, 12), num_experts=6)
+    router, (expert, *_) = moe.deepspeed_moe.gate.wg.weight, moe.deepspeed_moe.experts.deepspeed_experts
+    for found, find in ((moe, find_projected_weights), (list(moe.named_parameters()), find_named_weights)):
+        assert id(expert.weight) in find(found)
+        assert id(router) not in find(found)
+        assert id(router) in find(found, ["gate"])
