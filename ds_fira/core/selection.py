@@ -125,10 +125,10 @@ def find_named_weights(
 def projected_weights(
     model: nn.Module, target_modules: Sequence[str] | None = None, optimizer: str = FIRA_ADAM.name
 ) -> dict[int, str]:
-    """As `find_projected_weights`, for a model that must have some; messages begin with the optimizer's name.
+    """As `find_projected_weights`, where `target_modules` must match some; messages begin with the optimizer's name.
 
     Raises:
-        ValueError: the model has nothing to project, or `target_modules` match nothing.
+        ValueError: `target_modules` match nothing.
     """
     found = find_projected_weights(model, target_modules)
     if not found and target_modules is not None:
@@ -136,11 +136,6 @@ def projected_weights(
         raise ValueError(
             f"{optimizer}: target_modules = {list(target_modules)!r} match no linear module of "
             f"{type(model).__name__}; use parts of names such as {some_names(names)}."
-        )
-    if not found:
-        raise ValueError(
-            f"{optimizer}: a rank is set, but {type(model).__name__} has no linear weight to project; give param "
-            "groups that say what to project, or train with AdamW."
         )
     return found
 

@@ -62,7 +62,7 @@ class LowRankOptimizer(Capturing, GivenGroups):
         algorithm: what the optimizer is; of the class.
 
     Raises:
-        ValueError: a value is out of range, there is no rank, nothing is to be projected, or a parameter cannot be.
+        ValueError: a value is out of range, there is no rank, or a parameter cannot be projected.
     """
 
     def __init_subclass__(cls, **options: object) -> None:

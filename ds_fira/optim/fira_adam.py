@@ -19,7 +19,7 @@ class FiraAdam(LowRankOptimizer):
     default is 1e-6, not 1e-8; weight decay follows the step (docs/numerics.md).
 
     Raises:
-        ValueError: a value is out of range, there is no rank, nothing is to be projected, or a parameter cannot be.
+        ValueError: a value is out of range, there is no rank, or a parameter cannot be projected.
     """
 
     algorithm = FIRA_ADAM
@@ -33,7 +33,7 @@ class GaLoreAdam(LowRankOptimizer):
     Groups, states, sharding, refreshes and checkpoints are FiraAdam's; a matrix keeps m r + 2 n r elements.
 
     Raises:
-        ValueError: a value is out of range, there is no rank, nothing is to be projected, or a parameter cannot be.
+        ValueError: a value is out of range, there is no rank, or a parameter cannot be projected.
     """
 
     algorithm = GALORE_ADAM

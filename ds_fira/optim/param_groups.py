@@ -12,7 +12,15 @@ from ds_fira.core.selection import numel_of, projected_weights, shape_of, undeca
 from ds_fira.core.settings import ParamGroup
 from ds_fira.optim.expert_groups import keys_of, ranks_of
 from ds_fira.optim.presets import PRESET, preset_mark, projected_matrices, take_mark
-from ds_fira.optim.rank_rule import Item, apart, grouped, parameters_of, require_one_rank, split_by_rank
+from ds_fira.optim.rank_rule import (
+    Item,
+    apart,
+    grouped,
+    parameters_of,
+    require_one_rank,
+    split_by_rank,
+    told_unprojected,
+)
 from ds_fira.optim.settings import NOT_OF_GROUPS, check_params
 from ds_fira.sharding.plan import split_by_size, split_evenly
 from ds_fira.sharding.projection import is_projected
@@ -50,7 +58,7 @@ def param_groups(
         `FiraAdam`.
 
     Raises:
-        ValueError: a setting is unknown or out of range, or nothing is to be projected.
+        ValueError: a setting is unknown or out of range.
     """
     algorithm = algorithm_of({KEY: optimizer})
     given = {**settings, "rank": rank, "target_modules": target_modules}
@@ -73,7 +81,7 @@ def param_groups(
             {"params": rest, **shared, **unranked},
             {"params": norms, **shared, "weight_decay": 0.0, **unranked},
         ]
-    result = [group for group in result if group["params"]]
+    result = told_unprojected([group for group in result if group["params"]], checked["rank"], algorithm.name)
     return _marked(result, preset_mark(checked.get(PRESET), projected_matrices(result, projected)))
 
 
@@ -139,7 +147,7 @@ def build_groups(
         The groups; with a preset, each says what it gives for the model, computed from all that is projected.
 
     Raises:
-        ValueError: there is no rank, it finds nothing to project, or there are two presets.
+        ValueError: there is no rank, or there are two presets.
     """
     user_groups = grouped(model_parameters)
     mark = take_mark(user_groups, settings, algorithm.name)
@@ -162,11 +170,7 @@ def build_groups(
             else:
                 parts = split_by_size(sized, most * ranks)
             groups += [{**kind, "params": part} for part in parts if part]
-    if rank is not None and not any("rank" in group for group in groups):
-        raise ValueError(
-            f"{algorithm.name}: rank = {rank!r}, but none of the trainable parameters given to DeepSpeed is a weight "
-            "to project; train some linear weights, or train with AdamW."
-        )
+    groups = told_unprojected(groups, rank, algorithm.name)
     if settings.get(PRESET) is not None:
         names = {id(param): name for name, param in module.named_parameters()}
         mark = {**preset_mark(settings[PRESET], projected_matrices(groups, names)), **mark}

@@ -20,7 +20,7 @@ DOCUMENTATION = """Fira around {rule}, in place of Adam.
     {rule} alone. Where no group has one, the constructor's applies to the weights to project in all of them.
 
     Raises:
-        ValueError: a value is out of range, nothing is to be projected, or a parameter cannot be.
+        ValueError: a value is out of range, or a parameter cannot be projected.
     """
 
 

@@ -157,7 +157,7 @@ def projected_matrices(groups: Iterable[ParamGroup], names: Mapping[int, str] | 
 
 
 def preset_mark(name: str | None, matrices: Iterable[Projected]) -> dict[str, object]:
-    """What a preset gives for a model, with the preset's name; nothing without one.
+    """What a preset gives for a model, with the preset's name; nothing without one; no laws where nothing is projected.
 
     Args:
         name: of the preset, checked.
@@ -165,7 +165,10 @@ def preset_mark(name: str | None, matrices: Iterable[Projected]) -> dict[str, ob
     """
     if name is None:
         return {}
-    preset, size = PRESETS[name], size_of(matrices)
+    preset, matrices = PRESETS[name], list(matrices)
+    if not matrices:
+        return {NAME: name, **preset.settings}
+    size = size_of(matrices)
     return {NAME: name, **preset.settings, **{setting: law(size) for setting, law in preset.laws.items()}}
 
 

@@ -11,7 +11,10 @@ from torch.nn import Parameter
 from ds_fira.core.algorithms import FIRA_ADAM
 from ds_fira.core.selection import find_named_weights, find_projected_weights, projected_weights, some_names
 from ds_fira.core.settings import ParamGroup
+from ds_fira.sharding.comm import is_first_process
 
+# Noted in param groups whose rank found nothing to project, until an optimizer is made of them.
+NOTHING = "nothing_to_project"
 # A parameter, bare or with its name.
 Item = Tensor | tuple[str, Tensor]
 
@@ -99,22 +102,39 @@ def ranked_groups(
         model: whose parameters they are, where it is known.
 
     Raises:
-        ValueError: there is no rank, or it finds nothing to project.
+        ValueError: there is no rank.
     """
     if require_one_rank(groups, rank, "", name) is None:
-        return groups
+        return _without_note(groups)
     if model is not None:
         projected = projected_weights(model, target_modules, name)
     else:
         projected = _projected_names(groups, rank, target_modules, name)
-    result = split_by_rank(groups, rank, projected)
-    if not any(group.get("rank") is not None for group in result):
+    return _without_note(told_unprojected(split_by_rank(groups, rank, projected), rank, name))
+
+
+def _without_note(groups: list[ParamGroup]) -> list[ParamGroup]:
+    return [{key: value for key, value in group.items() if key != NOTHING} for group in groups]
+
+
+def told_unprojected(groups: list[ParamGroup], rank: int | None, name: str) -> list[ParamGroup]:
+    """Groups as they are; where a rank found nothing to project, with a warning and a note in each.
+
+    Args:
+        groups: split by `split_by_rank`.
+        rank: of the constructor or the JSON config.
+        name: of the optimizer.
+    """
+    if rank is None or any(group.get("rank") is not None for group in groups):
+        return groups
+    if is_first_process():
         count = sum(len(group["params"]) for group in groups)
-        raise ValueError(
-            f"{name}: rank = {rank!r}, but none of the {count} parameters is a weight to project; add 2-D weights, "
-            "or train with AdamW."
+        warnings.warn(
+            f"{name}: rank = {rank!r}, but none of the {count} trained parameters is a linear weight to project, so "
+            "all of them take AdamW's step; give param groups with a rank to project others.",
+            stacklevel=4,
         )
-    return result
+    return [{**group, NOTHING: True} for group in groups]
 
 
 def _projected_names(
@@ -157,6 +177,8 @@ def require_one_rank(groups: Sequence[ParamGroup], rank: int | None, where: str,
     Raises:
         ValueError: there is no rank, neither there nor in a group.
     """
+    if any(NOTHING in group for group in groups):
+        return None
     own = any(group.get("rank") is not None for group in groups)
     if not own and rank is None:
         raise ValueError(

@@ -155,7 +155,7 @@ def plan_run(
         **params: its settings.
 
     Raises:
-        ValueError: a setting is not legal, or nothing is to be projected.
+        ValueError: a setting is not legal.
     """
     settings = check_params(params, algorithm=method)
     sharded = zero_stage > 0

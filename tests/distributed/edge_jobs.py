@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 import ds_fira
@@ -57,3 +60,41 @@ def thaw(stages: list[int], thawed: bool) -> list[str]:
         engine.destroy()
         told.append(told_here)
     return told
+
+
+class Convolved(nn.Module):
+    """Has no linear weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.convolution = nn.Embedding(11, 4), nn.LayerNorm(4), nn.Conv1d(4, 3, 2)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The loss of tokens, (batch, length)."""
+        return self.convolution(self.norm(self.embedding(tokens)).mT).square().mean()
+
+
+def tokens_of(step: int, rank: int) -> torch.Tensor:
+    """Tokens of a step on a rank."""
+    return torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def train_without_linear_weights(stages: list[int], preset: str | None) -> list[tuple[list[str], list[torch.Tensor]]]:
+    """Of every stage what was warned of, and the weights after three steps."""
+    found = []
+    for stage in stages:
+        torch.manual_seed(0)
+        params = {"rank": 2, "preset": preset} if preset else {"rank": 2, "lr": 0.01}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine = build(config(stage, "fp32", params), SHAPES, model=Convolved())
+        for step in range(3):
+            engine.backward(engine(tokens_of(step, torch.distributed.get_rank())))
+            engine.step()
+        weights = [
+            safe_get_full_fp32_param(param).clone() if stage else param.detach().clone()
+            for param in engine.module.parameters()
+        ]
+        found.append(([str(one.message) for one in caught if "linear weight" in str(one.message)], weights))
+        engine.destroy()
+    return found

@@ -13,6 +13,7 @@ from torch import nn
 import ds_fira
 from ds_fira import FiraAdam, FiraRMSProp, GaLoreAdam
 from ds_fira.optim.settings import TORCH_OPTIONS, check_params
+from tests.distributed.edge_jobs import Convolved, tokens_of
 from tests.reference.fira_reference import AdamWReference
 from tests.reference.gradients import make_gradients, make_weight
 from tests.reference.harness import drive, run_reference, weight_change_error, with_a_rank
@@ -123,6 +124,31 @@ def test_an_empty_weight_in_a_flat_list_and_in_engines(ranks):
     results = ranks.run(2, "train_with_an_empty_weight", "tests.distributed.edge_jobs", stages=[0, 2])
     for rank, losses in enumerate(results):
         assert all(len(listed) == 3 for listed in losses), rank
+
+
+@pytest.mark.parametrize("preset", [None, "recommended"])
+def test_a_model_without_linear_weights_takes_adamws_steps(ranks, preset):
+    """At every stage as in one process with the whole batch; one rank says once that nothing is projected."""
+    first, second = ranks.run(
+        2, "train_without_linear_weights", "tests.distributed.edge_jobs", stages=[0, 1, 2, 3], preset=preset
+    )
+    torch.manual_seed(0)
+    model = Convolved()
+    with pytest.warns(
+        UserWarning, match="rank = 2, but none of the 5 trained parameters is a linear weight to project"
+    ):
+        optimizer = FiraAdam(model, rank=2, **({"preset": preset} if preset else {"lr": 0.01}))
+    start = [param.detach().clone() for param in model.parameters()]
+    for step in range(3):
+        (sum(model(tokens_of(step, rank)) for rank in range(2)) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for (told, weights), (other, _) in zip(first, second, strict=True):
+        assert len(told) == 1
+        assert not other
+        for before, expected, weight in zip(start, model.parameters(), weights, strict=True):
+            assert not torch.equal(before, weight)
+            torch.testing.assert_close(weight, expected.detach(), rtol=0.0, atol=2e-6)
 
 
 @pytest.mark.parametrize("where", ["constructor", "group", "param_groups"])

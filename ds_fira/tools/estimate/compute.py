@@ -114,8 +114,8 @@ def estimate(
         Bytes by method, rank and category.
 
     Raises:
-        ValueError: there is no such model, a setting is not legal, nothing is to be projected, or the rank is missing
-            or larger than every projected weight; one sentence.
+        ValueError: there is no such model, a setting is not legal, or the rank is missing or
+            larger than every projected weight; one sentence.
     """
     setup = setup or Setup()
     if params.get("rank") is None:

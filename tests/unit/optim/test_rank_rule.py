@@ -145,6 +145,15 @@ def test_a_group_added_later_says_itself_what_it_is():
     assert names_with_a_rank(model, optimizer.param_groups) == {"first.weight": 3, "lm_head.weight": 2}
 
 
-def test_nothing_to_project_is_refused():
-    with pytest.raises(ValueError, match="none of the 1 parameters is a weight to project"):
-        FiraAdam([nn.Parameter(torch.zeros(3))], rank=2)
+def test_nothing_to_project_is_said_once_and_stepped_by_adamw():
+    param, twin = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="none of the 1 trained parameters is a linear weight to project") as told:
+        optimizer = FiraAdam([param], rank=2, lr=0.1, eps=1e-8)
+    assert len(told) == 1
+    torch_adamw = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.0)
+    for step in range(3):
+        param.grad, twin.grad = torch.full((2, 3), 1.0 + step)
+        optimizer.step()
+        torch_adamw.step()
+    torch.testing.assert_close(param, twin, rtol=1e-5, atol=0.0)
+    assert optimizer.state[param].keys() == {"step", "exp_avg", "exp_avg_sq"}
