@@ -113,8 +113,7 @@ def run(accelerator: Accelerator, options: argparse.Namespace, task: Task) -> No
         model, loader, validation = prepare(accelerator, options, task)
         if options.resume is not None:
             accelerator.load_state(str(options.resume))
-            # States are saved at the end of a step; accelerate's count is of the micro-batches of the run that saved.
-            accelerator.step = 0
+            accelerator.step = 0  # its micro-batches: a state is saved at the end of a step, maybe of another length
     losses, val_loss = train(accelerator, options, model, loader), evaluate(accelerator, model, validation)
     figures = {"losses": losses, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)}
     if accelerator.deepspeed_plugin.get_value("optimizer.type") in TYPES:
