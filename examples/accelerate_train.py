@@ -141,8 +141,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         stop(str(error))
     run(accelerator, options, task)
-    # Drops accelerate's references to the engine, after which the processes can end in good order.
-    accelerator.free_memory()
+    accelerator.free_memory()  # drops its references to the engine, after which processes can end in good order
     ds_fira.shutdown()
 
 
