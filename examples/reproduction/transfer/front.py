@@ -16,7 +16,8 @@ from ds_fira.tools.estimate import Setup, estimate
 from examples.reproduction.lib.provenance import ROOT
 from examples.reproduction.lib.tables import DPI, HEIGHT, WIDTH
 from examples.reproduction.transfer import study
-from examples.reproduction.transfer.report import Report, described
+from examples.reproduction.transfer.labels import described
+from examples.reproduction.transfer.report import Report
 from examples.reproduction.transfer.train import CURVE
 from examples.reproduction.transfer.trials import Trial, Trials
 

@@ -21,10 +21,10 @@ from examples.reproduction.lib.alone import FIGURES
 from examples.reproduction.lib.provenance import ROOT, stamp_line
 from examples.reproduction.lib.tables import HEIGHT, WIDTH, save_figure, table
 from examples.reproduction.transfer import finetune_report, study
-from examples.reproduction.transfer.trials import MODELS, Trial, Trials
+from examples.reproduction.transfer.labels import NONE, change, described, name_of, shown
+from examples.reproduction.transfer.trials import Trial, Trials
 
 PAGE = ROOT / "docs" / "transfer.md"
-NONE = "-"
 # What the preset should reach, and the difference that it allows.
 PUBLISHED = "At least 5% below released Fira at its published rate"
 TUNED = "At least 3% below released Fira at its best rate"
@@ -173,12 +173,15 @@ class Report:
                     )
         return table(["model, rank, steps", "Fira's lr", "seeds", "preset to Fira", "95% interval"], rows)
 
-    def candidates(self) -> str:
+    def candidates(self, trials: Iterable[Trial]) -> str:
         """What was tried in the preset's place, at its rate."""
         rows = []
-        for place, listed in groupby(study.candidates(), key=lambda trial: (trial.width, trial.rank, trial.layers)):
-            reference = study.preset(*place[:2], layers=place[2])
-            for trial in [reference, *listed]:
+        for place, listed in groupby(
+            sorted(trials, key=lambda trial: (trial.width, -trial.rank, trial.layers or 0, trial.steps, trial.text)),
+            key=lambda trial: (trial.width, trial.rank, trial.layers, trial.steps, trial.text),
+        ):
+            reference = study.preset(*place[:2], layers=place[2], steps=place[3], text=place[4])
+            for trial in dict.fromkeys([reference, *listed]):
                 if self.test(trial) is not None:
                     difference = change(self.test(trial), self.test(reference))
                     rows.append((described(trial), name_of(trial), self.cell(trial), difference))
@@ -220,32 +223,6 @@ def fira_like(trial: Trial) -> Trial:
     return dataclasses.replace(trial, method="fira", settings=(), lr=study.PUBLISHED_RATE)
 
 
-def described(trial: Trial) -> str:
-    """Model, rank, length and text."""
-    layers = trial.layers or MODELS[trial.width][0]
-    rank = "" if trial.rank is None else f", rank {round(trial.rank * trial.width)}"
-    text = "" if trial.text == "reviews" else f", {trial.text}"
-    return f"width {trial.width}, {layers} layers{rank}, {trial.steps} steps{text}"
-
-
-def name_of(trial: Trial) -> str:
-    """The method with its settings."""
-    settings = ", ".join(f"{name} {value}" for name, value in trial.settings)
-    return f"{trial.method} ({settings})" if settings else trial.method
-
-
-def shown(perplexity: float | None) -> str:
-    """A perplexity for a table."""
-    if perplexity is None:
-        return NONE
-    return f"{perplexity:.2f}" if math.isfinite(perplexity) else "diverged"
-
-
-def change(ours: float | None, other: float | None) -> str:
-    """The difference as a share of the other."""
-    return NONE if ours is None or other is None else f"{ours / other - 1:+.1%}"
-
-
 def page(store: Trials) -> str:
     """The whole page; its plots are written."""
     report = Report(store)
@@ -279,7 +256,12 @@ def page(store: Trials) -> str:
         report.plot("seconds", "seconds of processor time"),
         "## Candidates\n",
         f"In the preset's place, lr {study.PRESET_RATE:g}; what is not named is alpha 0.25 and c 1:\n",
-        report.candidates(),
+        report.candidates(study.candidates()),
+        "## The rate of embeddings, head and norms, and long trainings\n",
+        "*rest* is that rate in the preset's; *rest_fade* and *fade* are steps behind which that rate, or the residual "
+        "alone, falls by the root of the step. Half of the rate gains in long trainings and loses in short ones, most "
+        "at width 256, so the preset has it at 1; in a long training give these parameters a group with a lower lr.\n",
+        report.candidates(study.rests()),
         finetune_report.section(),
     )
     first = max(results, key=lambda result: result["provenance"]["date"])

@@ -22,6 +22,7 @@ FORMER_STEP, WIDTH_DEPTH = 0.2, 256
 PRESET_RATE, PUBLISHED_RATE = 0.01, 0.01
 # A model that was not used to find the law, and a text.
 HELD_OUT_WIDTHS, HELD_OUT_TEXT = (192, 384), "python"
+LONGER = (1800, 5400)
 # Rates of the full-rank methods by width, factors of two about the best.
 FULL_RANK = {
     "adam": {128: (0.001, 0.002, 0.004), 256: (0.0005, 0.001, 0.002)},
@@ -124,7 +125,7 @@ def others() -> list[Trial]:
 
 
 def candidates() -> list[Trial]:
-    """What was tried in the preset's place, at its rate, by width and rank: other sizes, energies, sides, laws."""
+    """What was tried in the preset's place, at its rate, by model and length: other sizes, energies, sides, laws."""
     gradient, norm = {"energy": "gradient"}, {"beta": 0.0}
     variants: dict[tuple[int, float, int | None], tuple[dict[str, object], ...]] = {
         (128, 0.25, None): (
@@ -198,9 +199,26 @@ def candidates() -> list[Trial]:
     ]
 
 
+def rests() -> list[Trial]:
+    """The preset with another rate of embeddings, head and norms, and in long trainings with what falls."""
+    half = [preset(128, rank) for rank in RANKS] + [preset(256, RANKS[0]), preset(128, RANKS[0], text=HELD_OUT_TEXT)]
+    long_ones = [preset(128, RANKS[0], steps=steps) for steps in LONGER]
+    return [
+        *(changed(preset(128, RANKS[0]), rest=rest) for rest in (0.25, 2.0)),
+        *(changed(trial, rest=0.5) for trial in (*half, *long_ones)),
+        *(changed(trial, rest_fade=600) for trial in long_ones),
+        changed(long_ones[0], fade=300),
+    ]
+
+
+def changed(trial: Trial, **settings: object) -> Trial:
+    """A trial with some of its settings changed."""
+    return trial.change(settings=settings_of(**{**dict(trial.settings), **settings}))
+
+
 def moved(trial: Trial, **change: object) -> Trial:
     """A trial with the rest of its settings kept."""
-    return trial.change(method="moving", settings=settings_of(**{**dict(trial.settings), **change}))
+    return changed(trial, **change).change(method="moving")
 
 
 def held_out() -> list[Trial]:
@@ -215,12 +233,19 @@ def held_out() -> list[Trial]:
         trial for make in (preset, released) for trial in around(make(128, RANKS[0], text=HELD_OUT_TEXT), (0, -1, 1))
     ]
     longer = [
-        trial for steps in (1800, 5400) for make in (preset, released) for trial in around(make(128, 0.25, steps=steps))
+        trial for steps in LONGER for make in (preset, released) for trial in around(make(128, 0.25, steps=steps))
     ]
     return deep + text + models + longer
 
 
-STAGES = {"headline": headline, "seeds": seeds, "candidates": candidates, "others": others, "held_out": held_out}
+STAGES = {
+    "headline": headline,
+    "seeds": seeds,
+    "candidates": candidates,
+    "others": others,
+    "held_out": held_out,
+    "rests": rests,
+}
 
 
 def trials(stages: Iterable[str] = tuple(STAGES)) -> list[Trial]:

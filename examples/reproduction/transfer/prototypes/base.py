@@ -53,7 +53,7 @@ class Prototype:
         """Step everything with this share of the peak rate."""
         self.step_count += 1
         for group in self.adam.param_groups:
-            group["lr"] = self.trial.lr * share
+            group["lr"] = self.trial.lr * share * self.rest_factor()
         self.adam.step()
         for weight, state in zip(self.hidden, self.states, strict=True):
             tall = self.on_the_right(weight.shape)
@@ -82,6 +82,10 @@ class Prototype:
     def rank(self, grad: Tensor) -> int:
         """The subspace rank of a matrix: the trial's share of the width."""
         return min(max(1, round((self.trial.rank or 1.0) * self.trial.width)), grad.shape[0])
+
+    def rest_factor(self) -> float:
+        """The rate of embeddings, head and norms, in the trial's."""
+        return 1.0
 
     @property
     def state_bytes(self) -> int:

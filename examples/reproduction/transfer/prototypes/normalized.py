@@ -20,6 +20,8 @@ class Normalized(LowRank):
     """W <- W - rate (P N + c S), S_j = sqrt(s - r) D_j / sqrt(p_j), p_j the average of |D_j|^2, D = G - P R.
 
     Settings: `gap`; `c`; `beta`, of p, 0 for the norm of the step alone; `warmup`, steps over which c grows from 0;
+    `fade`, steps behind which c falls as sqrt(fade / step), None for never; `rest`, the rate of embeddings, head and
+    norms in the trial's, and `rest_fade`, steps behind which it falls in the same way;
     `scaling`, "column" or "matrix"; `energy`, what p averages: that of the "residual", or of the whole "gradient", with
     sqrt(s) in place of sqrt(s - r); `inner`, the a of D = G - a P R, 1 for the residual itself; `signal`, whether a
     column of S goes by the size of N's too; `rows`, whether rows are brought to one size too; `factored`, whether V is
@@ -40,6 +42,9 @@ class Normalized(LowRank):
         "alpha": PUBLISHED_ALPHA,
         "power": 0.0,
         "warmup": 0,
+        "fade": None,
+        "rest": 1.0,
+        "rest_fade": None,
         "signal": False,
         "rows": False,
     }
@@ -61,10 +66,20 @@ class Normalized(LowRank):
         adam = self.factored_direction(low_rank, state) if factored else self.adam_direction(low_rank, state)
         adam = adam * self.bias_correction()
         size = self.settings["c"] * min(1.0, self.step_count / max(1, self.settings["warmup"]))
+        size *= self.faded("fade")
         residual = self.residual(grad, basis, low_rank, state)
         if self.settings["signal"]:
             residual = residual * (adam.norm(dim=0) / math.sqrt(adam.shape[0]))
         return basis @ adam + size * residual
+
+    def rest_factor(self) -> float:
+        """By `rest` and `rest_fade`."""
+        return self.settings["rest"] * self.faded("rest_fade")
+
+    def faded(self, name: str) -> float:
+        """What a setting of steps leaves now: 1 up to there, then by the root of the step."""
+        steps = self.settings[name]
+        return 1.0 if steps is None else min(1.0, steps / self.step_count) ** 0.5
 
     def residual(self, grad: Tensor, basis: Tensor, low_rank: Tensor, state: dict[str, Any]) -> Tensor:
         """S, (s, l)."""
