@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results |= {**describe(torch.device("cpu")), "rows": sorted(rows, key=lambda row: row["stage"])}
             # After every row, so that a run that was ended goes on with --missing.
             save_results(args.results, results)
-        results["features"] = run_features(pools)
+        results |= {"features": run_features(pools), "features_device": describe(torch.device("cpu"))["device"]}
         pools.close()
         results["gradient_clipping_default"] = GRADIENT_CLIPPING_DEFAULT
         save_results(args.results, results)

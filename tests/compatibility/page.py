@@ -91,7 +91,7 @@ def page(results: dict[str, Any]) -> str:
             for message in row["refused"]
         ],
     )
-    text += _features(results.get("features", []))
+    text += _features(results.get("features", []), results.get("features_device", results["device"]))
     text += NOTES.format(clipping=results["gradient_clipping_default"])
     return text + _versions(results.get("tested_versions", []))
 
@@ -143,8 +143,8 @@ def _features(features: Iterable[dict[str, Any]]) -> str:
         body.append((name, stages, result, said.replace("FiraAdam: ", "").replace("\n", " ").replace("|", "\\|")))
     head = ("feature", "stages tried", "result", "difference from one process, or what is said")
     return (
-        "\n## Other features\n\nTried one by one, as above; what is refused stops before training, a call where it is "
-        "made, on every rank.\n\n" + (_table(head, body))
+        f"\n## Other features\n\nTried one by one, as above, on a CPU: {device}; what is refused stops before training, a "
+        "call where it is made, on every rank.\n\n" + (_table(head, body))
     )
 
 
