@@ -128,7 +128,7 @@ def _options(names: Sequence[str], values: Sequence[Sequence[Any]]) -> str:
     return ", ".join(parts)
 
 
-def _features(features: Iterable[dict[str, Any]]) -> str:
+def _features(features: Iterable[dict[str, Any]], device: str) -> str:
     """The other features, one row for all stages where they agree."""
     rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for feature in features:
@@ -143,8 +143,8 @@ def _features(features: Iterable[dict[str, Any]]) -> str:
         body.append((name, stages, result, said.replace("FiraAdam: ", "").replace("\n", " ").replace("|", "\\|")))
     head = ("feature", "stages tried", "result", "difference from one process, or what is said")
     return (
-        f"\n## Other features\n\nTried one by one, as above, on a CPU: {device}; what is refused stops before training, a "
-        "call where it is made, on every rank.\n\n" + (_table(head, body))
+        f"\n## Other features\n\nTried one by one, as above, on a CPU: {device}; what is refused stops before "
+        "training, a call where it is made, on every rank.\n\n" + (_table(head, body))
     )
 
 

@@ -201,7 +201,8 @@ def candidates() -> list[Trial]:
 
 def rests() -> list[Trial]:
     """The preset with another rate of embeddings, head and norms, and in long trainings with what falls."""
-    half = [preset(128, rank) for rank in RANKS] + [preset(256, RANKS[0]), preset(128, RANKS[0], text=HELD_OUT_TEXT)]
+    half = [preset(128, rank) for rank in RANKS] + [preset(256, rank) for rank in RANKS[:2]]
+    half.append(preset(128, RANKS[0], text=HELD_OUT_TEXT))
     long_ones = [preset(128, RANKS[0], steps=steps) for steps in LONGER]
     return [
         *(changed(preset(128, RANKS[0]), rest=rest) for rest in (0.25, 2.0)),
