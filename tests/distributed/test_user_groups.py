@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.group_jobs import JSON, STEPS, TORCH
+from tests.grids import half
 
 JOBS = "tests.distributed.group_jobs"
 
@@ -14,7 +15,11 @@ ALL, SOME = [*JSON, *TORCH], ["WarmupLR", "OneCycle", "SequentialLR"]
 
 @pytest.mark.parametrize(
     ("stage", "dtype", "schedulers"),
-    [(0, "fp32", SOME), (0, "bf16", SOME), (1, "fp32", SOME), (2, "bf16", ALL), (3, "fp32", SOME)],
+    [
+        *((0, "fp32", SOME), (2, "bf16", SOME), pytest.param(2, "bf16", ALL, marks=pytest.mark.full)),
+        *(pytest.param(*case, SOME, marks=pytest.mark.full) for case in ((0, "bf16"), (1, "fp32"))),
+        (3, "fp32", SOME[:1]),
+    ],
 )
 def test_every_parameter_has_the_rates_that_it_has_with_adamw(ranks, stage, dtype, schedulers):
     """Of each kind of scheduler, at every step: what steps it, and what the user is told."""
@@ -30,8 +35,12 @@ def test_every_parameter_has_the_rates_that_it_has_with_adamw(ranks, stage, dtyp
 @pytest.mark.parametrize(
     ("scheduler", "saved", "resumed", "old"),
     [
-        *(("LambdaLR", 0, 0, True), ("LambdaLR", 2, 2, True), ("LambdaLR", 3, 1, True), ("LambdaLR", 3, 3, False)),
-        *(("SequentialLR", 2, 0, True), ("SequentialLR", 1, 1, False), ("OneCycleLR", 2, 3, False)),
+        *(("LambdaLR", 2, 2, True), ("LambdaLR", 3, 1, True)),
+        *(("SequentialLR", 2, 0, True), ("SequentialLR", 1, 1, False)),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (("LambdaLR", 0, 0, True), ("LambdaLR", 3, 3, False), ("OneCycleLR", 2, 3, False))
+        ),
     ],
 )
 def test_a_schedule_goes_on(ranks, tmp_path, saved, resumed, scheduler, old):
@@ -45,7 +54,13 @@ def test_a_schedule_goes_on(ranks, tmp_path, saved, resumed, scheduler, old):
         assert result["base_lrs"] is None or len(result["base_lrs"]) == 2
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        *((0, "fp32"), (2, "fp32"), (3, "bf16")),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in ((0, "bf16"), (1, "fp32"))),
+    ],
+)
 def test_rates_set_by_hand(ranks, stage, dtype):
     """A group of `engine.optimizer.param_groups` is the user's: all of it stops, and nothing else."""
     for result in ranks.run(2, "by_hand", JOBS, stage=stage, dtype=dtype):
@@ -56,8 +71,7 @@ def test_rates_set_by_hand(ranks, stage, dtype):
         assert ["cannot be set" in error for error in result["errors"]] == [True]
 
 
-@pytest.mark.parametrize("given", ["object", "function"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(("stage", "given"), half([0, 2, 3], ["object", "function"]))
 def test_an_optimizer_object(ranks, stage, given):
     """A scheduler of its `user_groups`, or a function that makes one, has the groups that the user gave."""
     for result in ranks.run(2, "an_object", JOBS, stage=stage, given=given):
