@@ -51,8 +51,9 @@ for _ in range(4):
     loss = (engine(x) - x).square().mean()
     engine.backward(loss)
     engine.step()
-kind = type(engine.basic_optimizer)
-print(kind.__name__, sys.modules["ds_fira"].__file__, f"step {engine.global_steps} of rank {engine.global_rank}")
+kind, where = type(engine.basic_optimizer), sys.modules["ds_fira"].__file__
+# In one piece: the launcher's processes share the output.
+sys.stdout.write(f"{kind.__name__} {where} step {engine.global_steps} of rank {engine.global_rank}\n")
 """
 
 
