@@ -18,7 +18,7 @@ import ds_fira
 from ds_fira.engine.deepspeed.save_load.load import write_back
 from ds_fira.optim.registry import fira_of
 from tests.distributed.state_jobs import KEYS, PARAMS, PROJECTED, SHAPES, backward, make, value_for
-from tests.distributed.zero_jobs import ExpertNet, Net, build, config
+from tests.distributed.zero_jobs import ExpertNet, Net, batches, build, config
 
 
 def plain(state: ds_fira.LowRankState) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def gathered(stage: int, experts: bool = False, **params: Any) -> dict[str, dict
 def transplant(
     stages: tuple[int, int], params: tuple[dict[str, Any], dict[str, Any]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Carry weights and low-rank states from one engine to another by hand; projected weights after a step of both."""
+    """Carry weights and low-rank states from one engine to another by hand; what both have after a step."""
     first, second = (make("FiraAdam", stage, "fp32", PARAMS | own) for stage, own in zip(stages, params, strict=True))
     for number in range(3):
         backward(first, number)
@@ -74,14 +74,23 @@ def transplant(
             assert torch.equal(again.basis, state.basis)
             assert all(torch.equal(again.moments[key], state.moments[key]) for key in KEYS)
     write_back(second)
+    losses = []
     for engine in (first, second):
-        backward(engine, 3)
+        losses.append(engine(batches(4, torch.distributed.get_rank())[3]))
+        engine.backward(losses[-1])
         engine.step()
     pairs = {
         name: [_weight(first, param), _weight(second, other[name])]
         for name, param in first.module.named_parameters()
         if name in PROJECTED
     }
+    # What a difference of weights comes from: the batch's loss, R by its moments, or the rest of the step.
+    before = {"loss": [loss.detach() for loss in losses]}
+    for name in PROJECTED:
+        states = [ds_fira.low_rank_state(engine, name) for engine in (first, second)]
+        before |= {f"{key} of {name}": [state.moments[key] for state in states] for key in KEYS}
+        before[f"residual norm of {name}"] = [state.residual_norm for state in states]
+    pairs = before | pairs
     first.destroy()
     second.destroy()
     return pairs

@@ -117,9 +117,11 @@ def pairs_of(state: dict[str, Any], other: dict[str, Any]) -> list[tuple[torch.T
 )
 def test_a_state_carried_by_hand_steps_alike(ranks, stages, params):
     for pairs in ranks.run(2, "transplant", LOW_RANK, stages=stages, params=params):
-        assert pairs.keys() == set(PROJECTED)
-        for ours, theirs in pairs.values():
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert pairs.keys() >= set(PROJECTED)
+        for what, (ours, theirs) in pairs.items():
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text, what=what: f"{what}: {text}"
+            )
 
 
 @pytest.mark.parametrize(
