@@ -109,7 +109,8 @@ def pairs_of(state: dict[str, Any], other: dict[str, Any]) -> list[tuple[torch.T
     ("stages", "params"),
     [
         ((2, 2), ({}, {"exact_cuts": True})),
-        # In two of five whole runs weights differed by 3%, by themselves never in fifty: not understood yet.
+        # Behind other tests, now and then, already the next batch's loss differs: the module of stage 3 then has other
+        # weights than its masters, which this test sets and write_back gives to it. Why is not known yet.
         pytest.param((2, 3), ({"exact_cuts": True}, {}), marks=pytest.mark.full),
         ((3, 0), ({}, {})),
         ((0, 1), ({}, {})),
