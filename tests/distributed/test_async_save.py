@@ -164,15 +164,13 @@ def test_what_cannot_be_saved_behind_is_refused(ranks: Pools) -> None:
 def test_the_stall_is_the_copy(size: int, most: float, ranks: Pools, tmp_path: Path) -> None:
     """Of 63 million parameters, in processor time: all else in the call is a fifth of the copy on a quiet machine.
 
-    Beside other programs, and on four ranks, which copy a quarter as much each, it is more. The least of each counts,
-    since what else a machine does only adds to them.
+    On four ranks, which copy a quarter as much each, it is more.
     """
     of_ranks = ranks.run(size, "stall", MODULE, folder=str(tmp_path), stage=2, width=2048)
     turns = [[max(times) for times in zip(*pairs, strict=True)] for pairs in zip(*of_ranks, strict=True)]
     ratios = sorted(save / copy for copy, save in turns)
-    copy, save = map(min, zip(*turns, strict=True))
-    print(f"{size} ranks: copy {copy:.4f} s of the processor, call {save:.4f}, pairs {ratios}")
-    assert save <= most * copy
+    print(f"{size} ranks: processor seconds of a copy and of the call: {turns}")
+    assert ratios[len(ratios) // 2] <= most
 
 
 def kill_behind(chance: random.Random, folder: Path, size: int, stage: int, case: str) -> bool:
