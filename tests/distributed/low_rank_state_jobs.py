@@ -51,10 +51,16 @@ def gathered(stage: int, experts: bool = False, **params: Any) -> dict[str, dict
 
 
 def transplant(
-    stages: tuple[int, int], params: tuple[dict[str, Any], dict[str, Any]]
+    stages: tuple[int, int],
+    params: tuple[dict[str, Any], dict[str, Any]],
+    second_extra: dict[str, Any] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Carry weights and low-rank states from one engine to another by hand; what both have after a step."""
-    first, second = (make("FiraAdam", stage, "fp32", PARAMS | own) for stage, own in zip(stages, params, strict=True))
+    extras = {}, second_extra or {}
+    first, second = (
+        make("FiraAdam", stage, "fp32", PARAMS | own, **extra)
+        for stage, own, extra in zip(stages, params, extras, strict=True)
+    )
     for number in range(3):
         backward(first, number)
         first.step()

@@ -1,7 +1,7 @@
 """What a load writes into an engine beside optimizer states: its weights, frozen ones, buffers, the loss scale.
 
 What it relies on, of DeepSpeed 0.17 to 0.19: `update_lp_params` and `_link_all_hp_params` of stages 1 and 2; the flat
-groups and their partitioned parameters of stage 3.
+groups and their partitioned parameters of stage 3, and `invalidate_secondary_tensor`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def write_back(engine: DeepSpeedEngine) -> None:
                 part.data = values.data
         if wrapper.persistent_parameters:
             wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+        # ZeRO++'s second copy within a node, which a forward pass would take.
+        wrapper.invalidate_secondary_tensor()
     elif hasattr(wrapper, "fp32_groups"):  # stage 0 in bf16 and fp16
         for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for param, master in zip(group, masters, strict=True):
