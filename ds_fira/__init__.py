@@ -6,6 +6,7 @@ Importing this package registers `FiraAdam`, `GaLoreAdam` and `FiraRMSProp` with
 
 from ds_fira.checkpoint.released_files import read_released_state
 from ds_fira.core.rules import Rule
+from ds_fira.optim.backward_steps import step_in_backward
 from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
 from ds_fira.optim.low_rank_state import LowRankState, low_rank_state, set_low_rank_state
 from ds_fira.optim.param_groups import param_groups
@@ -49,6 +50,7 @@ __all__ = [
     "set_low_rank_state",
     "shutdown",
     "state_bytes",
+    "step_in_backward",
     "write_scaling_factors",
 ]
 
