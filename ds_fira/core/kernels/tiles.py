@@ -132,13 +132,13 @@ def nearest_tf32(values):
 
     Tensor cores cut the other 13 bits off, which makes every factor 3.5e-4 too small on average, and |R|^2 1.4e-3.
     """
-    if values.dtype != tl.float32:
-        # bfloat16 and float16 have no more bits than that.
-        return values.to(tl.float32)
-    bits = values.to(tl.uint32, bitcast=True)
-    nearest = ((bits + 0x1000) >> 13 << 13).to(tl.float32, bitcast=True)
-    # The sum would carry a NaN of all ones over into zero; infinity ends in zeros and stays.
-    return tl.where(values == values, nearest, values)
+    if values.dtype == tl.float32:
+        bits = values.to(tl.uint32, bitcast=True)
+        nearest = ((bits + 0x1000) >> 13 << 13).to(tl.float32, bitcast=True)
+        # The sum would carry a NaN of all ones over into zero; infinity ends in zeros and stays.
+        values = tl.where(values == values, nearest, values)
+    # bfloat16 and float16 have no more bits than that. Behind a return the compiler would read the rest for them too.
+    return values.to(tl.float32)
 
 
 @triton.jit
