@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ds_fira.core.norms import reduced_squares, row_slices, squared_norms, sums_by_blocks
 from ds_fira.core.precision import matmul_precision
+from ds_fira.core.rounding import store_weight_
 from ds_fira.core.scalars import Scalar, at_least, sqrt, where
 from ds_fira.core.subspace import Side
 
@@ -254,6 +255,7 @@ def apply_update_(
     decay_factor: float,
     step_sizes: tuple[float, float] = (1.0, 1.0),
     precision: str = "float32",
+    seed: int | Tensor | None = None,
 ) -> None:
     """W <- decay_factor * W - (b phi * G + a L R): the update and weight decay.
 
@@ -270,6 +272,7 @@ def apply_update_(
         decay_factor: 1 - lr * weight_decay.
         step_sizes: a and b; 1 where phi and the factors have them already.
         precision: of the product, as in `matmul_precision`.
+        seed: of the noise with which W in bfloat16 is rounded; None rounds to the nearest.
     """
     of_product, of_residual = step_sizes
     by_row = by_row and phi is not None and phi.numel() > 1
@@ -285,4 +288,4 @@ def apply_update_(
             value = weight[rows].to(left.dtype).addmm_(left[rows], right, beta=decay_factor, alpha=-of_product)
             if scale is not None:
                 value.addcmul_(grad[rows].to(left.dtype), scale[rows] if by_row else scale, value=-of_residual)
-            weight[rows] = value
+            store_weight_(weight[rows], value, seed, rows.start * weight.shape[1])

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_fira.core.rounding import noise_of, rounded
+
 Stored = dict[str, Tensor]
 STATE_DTYPES = ("float32", "bfloat16", "int8")
 VALUES = ""
@@ -42,11 +44,8 @@ MIN_SCALE = 2.0**-80
 # How near a point of the map, in shares of the distance to the next one, counts as on it. A decoded value comes back
 # from the division by its scale with an error of up to 1.7e-5.
 SNAP = 2.0**-15
-BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 # Position of 0 in the sorted signed map; codes count from it, so that code 0 is the value 0.
 SIGNED_ZERO = 127
-# The increment of Weyl's sequence, 2^32 / golden ratio.
-SEED_STRIDE = 0x9E3779B9
 
 
 def require_library(state_dtype: str, where: str = "FiraAdam") -> None:
@@ -188,19 +187,11 @@ def write_(stored: Stored, value: Tensor, *, seed: int | Tensor | None, start: i
     for first in range(0, flat.numel(), size):
         stop = min(first + size, flat.numel())
         target, chunk = part(stored, first, stop), flat[first:stop].float()
-        noise = None if seed is None else _noise(stop - first, start + first, seed, chunk.device)
+        noise = None if seed is None else noise_of(stop - first, start + first, seed, chunk.device)
         if SCALE in stored:
             _encode_(target[VALUES], target[SCALE], chunk, noise)
         else:
-            _round_(target[VALUES], chunk, noise)
-
-
-def _round_(values: Tensor, chunk: Tensor, noise: Tensor | None) -> None:
-    """Round float32 to bfloat16: add noise to the 16 bits that go, then cut them off. The largest do not overflow."""
-    chunk = chunk.clamp(-BFLOAT16_MAX, BFLOAT16_MAX)
-    if noise is not None:
-        chunk.view(torch.int32).add_(noise).add_(2**15).bitwise_and_(-(2**16))
-    values.copy_(chunk)
+            target[VALUES].copy_(rounded(chunk, noise))
 
 
 def _encode_(values: Tensor, scale: Tensor, chunk: Tensor, noise: Tensor | None) -> None:
@@ -272,26 +263,3 @@ def _tables(signed: bool, device: torch.device) -> Tables:
     by_bits = torch.bucketize(lowest, points, right=True, out_int32=True).sub_(1).clamp_(0, 255)
     stored_order = points.roll(-SIGNED_ZERO) if signed else points
     return Tables(*(table.to(device) for table in (points, above, density, by_bits, stored_order)))
-
-
-def _noise(count: int, start: int, seed: int | Tensor, device: torch.device) -> Tensor:
-    """Noise for elements start, an even number, to start + count: uniform over int16.
-
-    A counter is hashed (lowbias32 of Chris Wellons' hash prospector, github.com/skeeto/hash-prospector), one 32-bit
-    word for two elements. Seeds move the counter far apart.
-    """
-    counter = torch.arange((count + 1) // 2, dtype=torch.int32, device=device)
-    if isinstance(seed, Tensor):
-        counter += (seed.to(device) * SEED_STRIDE + start // 2).to(torch.int32)
-    else:
-        counter += _signed32(seed * SEED_STRIDE + start // 2)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
-        # The shift of a signed integer copies the sign bit; the mask takes the copies away.
-        counter ^= (counter >> shift).bitwise_and_(2 ** (32 - shift) - 1)
-        if factor is not None:
-            counter *= _signed32(factor)
-    return counter.view(torch.int16)[:count]
-
-
-def _signed32(value: int) -> int:
-    return (value + 2**31) % 2**32 - 2**31

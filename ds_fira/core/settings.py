@@ -134,6 +134,10 @@ class GroupSettings(BaseModel):
     """how basis and moments are stored: "float32" (float64 for float64 weights), "bfloat16", or "int8" (`pip install
     ds_fira[int8]`)
     """
+    weight_rounding: Literal["nearest", "stochastic"] = setting("nearest")
+    """how a step rounds weights in bfloat16: to the "nearest", where small steps are lost, or "stochastic", up or down
+    by chance, so that they arrive on average; without effect on other dtypes, master weights in float32 among them
+    """
     matmul_precision: Literal["float32", "tf32", "bfloat16"] | None = setting(
         None, "choose 'float32', 'tf32' or 'bfloat16', or leave it out"
     )
@@ -240,6 +244,15 @@ class GroupSettings(BaseModel):
     def chosen_precision(self) -> str:
         """The precision of the products, where none was given that of the device on which they are made."""
         return self.matmul_precision or precision_of(self.device)
+
+    @property
+    def rounds_stochastically(self) -> bool:
+        """Whether a step rounds weights in bfloat16 by chance."""
+        return self.weight_rounding == "stochastic"
+
+    def weight_seed(self, step: int | Tensor) -> int | Tensor | None:
+        """The seed by which a step, counted from 1, rounds weights in bfloat16; None to round to the nearest."""
+        return -step if self.rounds_stochastically else None
 
     @property
     def chosen(self) -> dict[str, str]:

@@ -175,6 +175,7 @@ def update(task: MatrixTask) -> StepStats | None:
         decay_factor=settings.decay_factor,
         step_sizes=sizes,
         precision=precision,
+        seed=settings.weight_seed(state.step),
     )
     return StepStats(grad_square, low_rank_sq, recorded, residual_sq, divisor, grad_finite)
 

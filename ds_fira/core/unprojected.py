@@ -13,6 +13,7 @@ from ds_fira.core import functional as F
 from ds_fira.core import kernels, quantization
 from ds_fira.core.base_optimizer import advance, store
 from ds_fira.core.quantization import Stored
+from ds_fira.core.rounding import store_weight_
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import EXP_AVG, EXP_AVG_SQ
 
@@ -71,6 +72,7 @@ def step_unprojected_(tensors: Sequence[Unprojected], settings: GroupSettings) -
         kernels.adamw_together_(
             [(*pair, *stored) for pair, stored in zip(pairs, moments, strict=True)],
             **arguments,
+            stochastic=settings.rounds_stochastically,
         )
         for each, (value, _) in zip(alike, pairs, strict=True):
             if value is not each.param:
@@ -101,9 +103,10 @@ def _step_alone_(stepped: Unprojected, settings: GroupSettings) -> None:
     for start, weight, slope, stored in [(0, param, grad, moments)] if at_once else _blocks(flat, grad, moments, size):
         values = {name: quantization.read(moment, dtype) for name, moment in stored.items()}
         if rule is None:
-            adamw_(weight, slope, values[EXP_AVG], values[EXP_AVG_SQ], **arguments)
+            noise = settings.weight_seed(count), start
+            adamw_(weight, slope, values[EXP_AVG], values[EXP_AVG_SQ], **arguments, noise=noise)
         else:
-            _advance_by_rule_(weight, slope.to(dtype), values, step, settings, alpha)
+            _advance_by_rule_(weight, slope.to(dtype), values, step, settings, alpha, start)
         store(stored, values, arguments["step"], start)
     if not at_once and not param.is_contiguous():
         param.copy_(flat.view(param.shape))
@@ -121,7 +124,13 @@ def _blocks(
 
 
 def _advance_by_rule_(
-    param: Tensor, grad: Tensor, states: dict[str, Tensor], step: Tensor, settings: GroupSettings, alpha: float
+    param: Tensor,
+    grad: Tensor,
+    states: dict[str, Tensor],
+    step: Tensor,
+    settings: GroupSettings,
+    alpha: float,
+    start: int,
 ) -> None:
     """W <- (1 - lr * weight_decay) (W - lr * alpha * step_size * N), computed in the gradient's dtype.
 
@@ -140,7 +149,7 @@ def _advance_by_rule_(
         value = torch.where(finite, value, param.to(grad.dtype))
         for name, old in before.items():
             states[name].copy_(torch.where(finite, states[name], old))
-    param.copy_(value)
+    store_weight_(param, value, settings.weight_seed(step), start)
 
 
 def adamw_(
@@ -155,6 +164,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
     alpha: float = 1.0,
+    noise: tuple[int | None, int] = (None, 0),
 ) -> None:
     """One AdamW step as the released code makes it: bias correction on the step size, decay after the update.
 
@@ -173,6 +183,7 @@ def adamw_(
         eps: added to sqrt(V); where the sum is zero the element makes no step.
         weight_decay: decoupled, times lr.
         alpha: multiplies the step, not the decay.
+        noise: with which param in bfloat16 is rounded: its seed, None for the nearest, and the first element's place.
     """
     value, slope = param.to(exp_avg.dtype), grad.to(exp_avg.dtype)
     moments = (exp_avg, exp_avg_sq)
@@ -186,7 +197,7 @@ def adamw_(
         for tensor, part in zip((value, *moments), (tensors[0], *tensors[2:]), strict=True):
             tensor[grad_finite] = part
     if value is not param:
-        param.copy_(value)
+        store_weight_(param, value, *noise)
 
 
 def _fused_adamw_(

@@ -11,12 +11,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ds_fira.optim.attachment import EngineAttachment
 from ds_fira.optim.backward_clipping import Clipping, ClippingName, clipping_of
 from ds_fira.optim.base import LowRankOptimizer
-from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.comm import Communicator, ProcessGroup
 from ds_fira.sharding.mean_buckets import BUCKET_BYTES, MeanBuckets
 
 # In a state dict of the optimizer: what the clipping knows of the step before.
@@ -127,7 +126,7 @@ def step_in_backward(
     *,
     max_norm: float | None = None,
     clip: ClippingName = "previous",
-    process_group: dist.ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> BackwardSteps:
     """Step every parameter in the backward pass, as soon as its gradient is final, and free the gradient.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+ProcessGroup = dist.ProcessGroup
 T = TypeVar("T")
 U = TypeVar("U")
 Key = TypeVar("Key", bound=Hashable)

@@ -37,9 +37,11 @@ DTYPES = (
     ("bfloat16", torch.float32, torch.float32, "float32", False),
     ("tf32", torch.float32, torch.float32, "float32", False),
     ("float32", torch.float32, torch.float32, "bfloat16", True),
+    ("tf32", torch.bfloat16, torch.bfloat16, "float32", False),
 )
 # Settings of the other forms of the residual.
 FORMS = (
+    {"weight_rounding": "stochastic"},
     {"scaling": "matrix", "formulation": "paper", "residual_warmup": 10},
     {"scaling": "none", "limiter": "none"},
     {"residual": "normalized"},
@@ -84,7 +86,7 @@ def tasks_of(
 
 def split_step(shape: tuple[int, int], settings: GroupSettings) -> None:
     """The step of the middle one of three ranks that share a matrix, cut inside rows, without what travels."""
-    from ds_fira.core.kernels.fragments import PROGRAMS, launch_squares
+    from ds_fira.core.kernels.fragment_squares import PROGRAMS, launch_squares
     from ds_fira.core.kernels.moving import add_arrived, move
     from ds_fira.core.kernels.split_step import SplitStep
     from ds_fira.sharding.lowrank.answer_form import answer_form
@@ -95,7 +97,8 @@ def split_step(shape: tuple[int, int], settings: GroupSettings) -> None:
     fragments = split(whole, -(-whole.stop // 3), 3)
     plan = LocalShardPlan.of(plan_split(fragments, 1, 3, settings), 0, 0, 1)
     layout = TurnLayout([plan], settings, {0: answer_form(plan.matrix, settings)})
-    param, grad = (torch.empty(plan.fragment.numel, device="meta") for _ in range(2))
+    dtype = torch.bfloat16 if settings.rounds_stochastically else torch.float32
+    param, grad = (torch.empty(plan.fragment.numel, dtype=dtype, device="meta") for _ in range(2))
     basis, low_rank, average = plan.matrix.basis_shape(1), plan.low_rank_shape, plan.averages(settings)
     stored = allocate_matrices(param, basis, low_rank, settings.state_dtype, (), FIRA_ADAM, average)
     held = [(layout.parts[0], state_views(stored, plan.matrix.side))]
@@ -139,7 +142,9 @@ def builds(shapes: tuple = SHAPES, dtypes: tuple = DTYPES, forms: tuple = FORMS)
             kept = {"dtype": torch.float32, "device": "meta"}
             moments = [quantization.allocate(size, (), state_dtype, signed=signed, **kept) for signed in (True, False)]
             for counted in (step, on_device):
-                kernels.adamw_together_([(flat.bfloat16(), flat, *moments)], **counted)
+                for stochastic in (False, True):
+                    operands = [(flat.bfloat16(), flat, *moments)]
+                    kernels.adamw_together_(operands, **counted, stochastic=stochastic)
         yield from built(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ds_fira.core.kernels.moments import adam, shares_of
 from ds_fira.core.kernels.rates import adamw_sizes, launch_adamw_sizes, rate
 from ds_fira.core.kernels.stored import encoded, load_blocks, moment, parts, store_blocks
-from ds_fira.core.kernels.tiles import launch, rounded
+from ds_fira.core.kernels.tiles import launch
 from ds_fira.core.kernels.views import UNIT, View, table_of
 from ds_fira.core.quantization import BLOCK, VALUES, Stored
 
@@ -75,6 +76,7 @@ def adamw_together_(
     eps: float,
     weight_decay: float,
     alpha: float = 1.0,
+    stochastic: bool = False,
 ) -> None:
     """`adamw_` of tensors alike in their dtypes by one kernel, the bits of each alone.
 
@@ -90,10 +92,11 @@ def adamw_together_(
         eps: likewise.
         weight_decay: likewise.
         alpha: likewise.
+        stochastic: whether params in bfloat16 are rounded stochastically, by the step and the place.
     """
     exp_avg = operands[0][2]
     form = moment(exp_avg, [View(part, 0) for part in parts(exp_avg)]).form(noisy=True)
-    _launch_adamw(operands, form, step, lr, betas, eps, weight_decay, alpha)
+    _launch_adamw(operands, form, step, lr, betas, eps, weight_decay, alpha, stochastic)
 
 
 def _launch_adamw(
@@ -105,7 +108,9 @@ def _launch_adamw(
     eps: float,
     weight_decay: float,
     alpha: float,
+    stochastic: bool = False,
 ) -> None:
+    noisy = stochastic and operands[0][0].dtype == torch.bfloat16
     sizes, seed, step_size, decay_factor = None, 0, 0.0, 0.0
     if isinstance(step, int):
         seed, (step_size, decay_factor) = 2 * step, adamw_sizes(step, lr, betas, weight_decay, alpha)
@@ -117,10 +122,12 @@ def _launch_adamw(
     for kind in (True, False):
         if alike := kinds.get(kind):
             unit = UNIT if kind else 1
-            _launch_alike(alike, unit, form, seed, step_size, decay_factor, sizes, shares_of(betas), float(eps))
+            _launch_alike(alike, unit, form, noisy, seed, step_size, decay_factor, sizes, shares_of(betas), float(eps))
 
 
-def _launch_alike(operands: Sequence[tuple[int, Operands]], unit: int, form: str, *numbers: object) -> None:
+def _launch_alike(
+    operands: Sequence[tuple[int, Operands]], unit: int, form: str, noisy: bool, *numbers: object
+) -> None:
     """Step tensors whose places and sizes are whole units, each with its place among all."""
     param, grad, *moments = operands[0][1]
     firsts = _tensors(operands[0][1])
@@ -143,6 +150,7 @@ def _launch_alike(operands: Sequence[tuple[int, Operands]], unit: int, form: str
         unit,
         *numbers,
         FORM=form,
+        NOISY=noisy,
         LINES=LINES,
         BLOCK=BLOCK,
         num_warps=4,
@@ -177,6 +185,7 @@ def _adamw(
     shares,
     eps,
     FORM: tl.constexpr,
+    NOISY: tl.constexpr,
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -235,5 +244,6 @@ def _adamw(
         tl.store(sq_at, tl.where(kept, average_sq, before_sq), mask=inside)
     value_before = tl.load(param + at, mask=inside, other=0.0)
     value = (value_before.to(tl.float32) - step_size * quotient) * decay_factor
-    value = tl.where(kept, rounded(value, value_before.dtype), value_before)
+    value = encoded(value, at, -(seed.to(tl.int64) // 2), value_before.dtype, NOISY)
+    value = tl.where(kept, value, value_before)
     tl.store(param + at, value, mask=inside)

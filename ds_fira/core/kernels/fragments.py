@@ -1,4 +1,4 @@
-"""Fragments of matrices that ZeRO splits: their sums of squares, and the parts of rows at their edges.
+"""Fragments of matrices that ZeRO splits: the parts of rows at their edges.
 
 Whole rows of a fragment are a matrix, which the kernels of any matrix take. One that begins or ends inside a row has up
 to two *edges* beside them, parts of one row each: too little work to be tuned, and all of a turn in one launch.
@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ds_fira.core.kernels.moving import table_of
-from ds_fira.core.kernels.tiles import launch, rounded
-from ds_fira.core.kernels.views import UNIT, View, origin
+from ds_fira.core.kernels.stored import store_rounded
+from ds_fira.core.kernels.tiles import launch
+from ds_fira.core.kernels.views import View, origin
 from ds_fira.core.subspace import Side
 
-# Programs that sum up one fragment, at most, and elements of each at a time.
-PROGRAMS, BLOCK = 64, 1024
 # Columns of an edge, and entries of R's other axis, that a program handles at a time.
 COLUMNS, ENTRIES = 128, 16
-_PROGRAMS = tl.constexpr(PROGRAMS)
 
 
 class Edge(NamedTuple):
@@ -67,28 +66,6 @@ class Edges(NamedTuple):
         return (*self[:6], *self.pair[0], *self.pair[1])
 
 
-def launch_squares(
-    grad: Tensor, spans: Sequence[tuple[int, int]], rows: Sequence[int], partial: Tensor, sums: Tensor
-) -> None:
-    """|G|^2 of fragments of a gradient, float64, as the first number of rows whose second becomes zero.
-
-    Args:
-        grad: all of it, contiguous.
-        spans: of every fragment its first element and how many there are.
-        rows: of every row of `sums` the number of its fragment; -1 for none, whose sum is zero.
-        partial: at least 64 numbers for each fragment, float64; written.
-        sums: (rows, 2), float64; written.
-    """
-    programs = min(PROGRAMS, max((triton.cdiv(numel, BLOCK) for _, numel in spans), default=0))
-    if spans:
-        # Whole 16-byte units, where the fragments are.
-        unit = 1 if any(number % UNIT for span in spans for number in span) else UNIT
-        table = table_of(grad.device, tuple((first // unit, numel // unit) for first, numel in spans))
-        launch(_square_fragments, (programs, len(spans)), grad, grad, table, unit, partial, BLOCK=BLOCK, num_warps=4)
-    table = table_of(grad.device, tuple((row,) for row in rows))
-    launch(_sum_fragments, (len(rows),), sums, partial, table, sums, programs, num_warps=2)
-
-
 def launch_project_edges(
     grad: Tensor, basis: View, words: Tensor, doubles: Tensor, edges: Sequence[Edges], rank: int, side: Side
 ) -> None:
@@ -120,6 +97,7 @@ def launch_update_edges(
     rank: int,
     decay_factor: float,
     side: Side,
+    steps: View | None,
     *,
     scaled: bool,
     one: bool,
@@ -135,6 +113,7 @@ def launch_update_edges(
         rank: r.
         decay_factor: the share of the weights that weight decay leaves.
         side: as there.
+        steps: the `count` of `launch_update`, of every fragment.
         scaled: whether the update has a part of the gradient.
         one: whether one factor is for all entries.
     """
@@ -151,39 +130,15 @@ def launch_update_edges(
         table,
         rank,
         float(decay_factor),
+        steps,
         LEFT=side == "left",
         SCALED=scaled,
+        NOISY=steps is not None and weight.dtype == torch.bfloat16,
         ONE=one,
         COLUMNS=COLUMNS,
         ENTRIES=ENTRIES,
         num_warps=4,
     )
-
-
-@triton.jit
-def _square_fragments(grad, spans, unit, partial, BLOCK: tl.constexpr):
-    fragment = tl.program_id(1).to(tl.int64)
-    first = grad + tl.load(spans + fragment * 2) * unit
-    numel = tl.load(spans + fragment * 2 + 1) * unit
-    total = tl.zeros((BLOCK,), dtype=tl.float64)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    while start < numel:
-        place = start + tl.arange(0, BLOCK)
-        value = tl.load(first + place, mask=place < numel, other=0.0).to(tl.float32)
-        total += (value * value).to(tl.float64)
-        start += tl.num_programs(0) * BLOCK
-    tl.store(partial + fragment * _PROGRAMS + tl.program_id(0), tl.sum(total, axis=0))
-
-
-@triton.jit
-def _sum_fragments(partial, fragments, sums, programs):
-    row = tl.program_id(0).to(tl.int64)
-    fragment = tl.load(fragments + row)
-    held = (tl.arange(0, _PROGRAMS) < programs) & (fragment >= 0)
-    parts = tl.load(partial + fragment * _PROGRAMS + tl.arange(0, _PROGRAMS), mask=held, other=0.0)
-    total = tl.sum(parts, axis=0)
-    tl.store(sums + row * 2, total)
-    tl.store(sums + row * 2 + 1, total * 0.0)
 
 
 @triton.jit
@@ -259,8 +214,10 @@ def _update_edges(
     table,
     rank,
     decay_factor,
+    steps,
     LEFT: tl.constexpr,
     SCALED: tl.constexpr,
+    NOISY: tl.constexpr,
     ONE: tl.constexpr,
     COLUMNS: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -296,5 +253,5 @@ def _update_edges(
             scale = tl.load(scales + line + column * 0, mask=inside, other=0.0)
         update += scale * tl.load(grad + first + column, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(weight + first + column, mask=inside, other=0.0).to(tl.float32) * decay_factor - update
-    weight_at = weight + first + column
-    tl.store(weight_at, rounded(value, weight_at.dtype.element_ty), mask=inside)
+    seed = -tl.load(origin(steps, fragment)).to(tl.int64) if NOISY else first
+    store_rounded(weight + first + column, value, first + column, seed, inside, NOISY)

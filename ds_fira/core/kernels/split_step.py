@@ -21,15 +21,7 @@ from ds_fira.core.kernels.measuring import Squares
 from ds_fira.core.kernels.moments import launch_adam
 from ds_fira.core.kernels.projection import launch_project
 from ds_fira.core.kernels.sharing import launch_measure_entries, launch_take_sums
-from ds_fira.core.kernels.split_part import (
-    Held,
-    SplitPart,
-    by_kind,
-    memory_of,
-    quotient_of,
-    strided,
-    with_edges,
-)
+from ds_fira.core.kernels.split_part import Held, SplitPart, by_kind, memory_of, quotient_of, strided, with_edges
 from ds_fira.core.kernels.stored import moment
 from ds_fira.core.kernels.update import launch_update
 from ds_fira.core.kernels.views import Origin, View, origins
@@ -230,14 +222,15 @@ class SplitStep:
         scaled = settings.residual_form.factors is not None
         for first, alike in by_kind(each for each in parts if each[0].rows):
             low_rank_update = [part.low_rank_update + part.body_line * part.rank for part, _ in alike]
-            weight, grad, basis, inner, scales, finite = origins(
+            weight, grad, basis, inner, scales, finite, counts = origins(
                 [
                     self._flat(self.param, alike),
                     self._flat(self.grad, alike),
                     self._basis(alike, all_rows=False),
                     self._in(self.words, low_rank_update),
                     self._in(self.words, [self._scales(part, part.body_line) for part, _ in alike]),
-                    self._in(self.doubles, [part.numbers + places.FINITE for part, _ in alike]),
+                    self._numbers(alike, places.FINITE),
+                    self._numbers(alike, places.COUNT),
                 ]
             )
             basis = strided(basis, alike)
@@ -251,6 +244,7 @@ class SplitStep:
                 finite,
                 (len(alike), first.rows, first.shape[1], first.rank),
                 settings.decay_factor,
+                counts if settings.rounds_stochastically else None,
                 by_row=not first.left,
                 precision=settings.chosen_precision,
             )
@@ -264,6 +258,7 @@ class SplitStep:
                 cut[0][0].rank,
                 settings.decay_factor,
                 side,
+                origins([self._numbers(cut, places.COUNT)])[0] if settings.rounds_stochastically else None,
                 scaled=scaled,
                 one=one,
             )
@@ -284,6 +279,9 @@ class SplitStep:
     @staticmethod
     def _in(memory: Tensor, starts: Sequence[int]) -> list[Origin]:
         return [(memory, start) for start in starts]
+
+    def _numbers(self, alike: Sequence[Held], place: int) -> list[Origin]:
+        return self._in(self.doubles, [part.numbers + place for part, _ in alike])
 
     def _flat(self, tensor: Tensor, alike: Sequence[Held]) -> list[Origin]:
         return self._in(tensor, [part.body for part, _ in alike])

@@ -209,6 +209,7 @@ class _BatchStep:
             numbers._replace(start=numbers.start + places.FINITE),
             sizes,
             numbers._replace(start=numbers.start + places.DECAY),
+            numbers._replace(start=numbers.start + places.COUNT) if settings.rounds_stochastically else None,
             by_row=by_row,
             precision=precision,
         )

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fira.core import quantization
+from ds_fira.core import quantization, rounding
 from ds_fira.core.kernels.tiles import rounded
 from ds_fira.core.kernels.views import View
 from ds_fira.core.quantization import SCALE, VALUES, Stored
 
 _MIN_SCALE = tl.constexpr(quantization.MIN_SCALE)
-_BFLOAT16_MAX = tl.constexpr(quantization.BFLOAT16_MAX)
+_BFLOAT16_MAX = tl.constexpr(rounding.BFLOAT16_MAX)
 _SIGNED_ZERO = tl.constexpr(quantization.SIGNED_ZERO)
-_SEED_STRIDE = tl.constexpr(quantization.SEED_STRIDE)
+_SEED_STRIDE = tl.constexpr(rounding.SEED_STRIDE)
 # What brings noise of 16 bits into the range of a share.
 _NOISE_UNIT = tl.constexpr(2.0**-16 * (1.0 - 2.0 * quantization.SNAP))
 
@@ -62,7 +62,7 @@ def parts(stored: Stored) -> list[Tensor]:
 
 @triton.jit
 def noise_at(place, seed):
-    """Noise of the elements at some places of a matrix, from -2^15 to 2^15 - 1, as `quantization._noise` has it."""
+    """Noise of the elements at some places of a matrix, from -2^15 to 2^15 - 1, as `rounding.noise_of` has it."""
     bits = (seed * _SEED_STRIDE).to(tl.uint32) + (place // 2).to(tl.uint32)
     bits ^= bits >> 16
     bits *= 0x7FEB352D

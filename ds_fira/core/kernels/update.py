@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fira.core.kernels.stored import store_rounded
 from ds_fira.core.kernels.tiles import (
     flags,
     launch,
     load_scale,
     load_tile,
     product,
-    rounded,
     tile_at,
     tile_corner,
     tiles,
@@ -31,6 +32,7 @@ def apply_update_(
     decay_factor: float,
     grad_finite: Tensor,
     precision: str,
+    count: Tensor | None = None,
 ) -> None:
     """W <- decay_factor * W - (phi * G + left @ right): lines 15 and 16 of Algorithm 1 (arXiv 2410.01623).
 
@@ -47,18 +49,20 @@ def apply_update_(
         decay_factor: the share of W that weight decay leaves.
         grad_finite: bool, (k,) or (); where it is False nothing is written.
         precision: of the product: "float32", "tf32" or "bfloat16"; accumulated in float32 in each.
+        count: this step's, from 1, (k,) or (): W in bfloat16 is rounded stochastically by it; None for the nearest.
     """
-    count, m, n = (1, *weight.shape)[-3:]
+    matrices, m, n = (1, *weight.shape)[-3:]
     rank = left.shape[-1]
     launch_update(
-        batched(weight, count, m, n),
-        batched(grad, count, m, n),
-        batched(left, count, m, rank),
-        batched(right, count, rank, n),
-        None if phi is None else batched(phi, count, m if by_row else n),
-        flags(grad_finite, count),
-        (count, m, n, rank),
+        batched(weight, matrices, m, n),
+        batched(grad, matrices, m, n),
+        batched(left, matrices, m, rank),
+        batched(right, matrices, rank, n),
+        None if phi is None else batched(phi, matrices, m if by_row else n),
+        flags(grad_finite, matrices),
+        (matrices, m, n, rank),
         decay_factor,
+        None if count is None else batched(count, matrices),
         by_row=by_row,
         precision=precision,
     )
@@ -73,6 +77,7 @@ def launch_update(
     grad_finite: View,
     sizes: tuple[int, int, int, int],
     decay_factor: float | View,
+    count: View | None = None,
     *,
     by_row: bool,
     precision: str,
@@ -88,14 +93,15 @@ def launch_update(
         grad_finite: a number of each matrix; where it is zero nothing is written.
         sizes: k, m, n, r.
         decay_factor: as in `apply_update_`; or where that of each matrix lies.
+        count: a number of each matrix, as in `apply_update_`.
         by_row: as in `apply_update_`.
         precision: as in `apply_update_`.
     """
-    count, m, n, rank = sizes
+    matrices, m, n, rank = sizes
     shaped = tiles("update", precision).within(m, n, rank, weight, grad, left, right)
     launch(
         _apply_update,
-        (triton.cdiv(m, shaped.rows) * triton.cdiv(n, shaped.columns), count),
+        (triton.cdiv(m, shaped.rows) * triton.cdiv(n, shaped.columns), matrices),
         weight.data,
         weight,
         grad,
@@ -107,6 +113,8 @@ def launch_update(
         n,
         rank,
         decay_factor if isinstance(decay_factor, View) else float(decay_factor),
+        count,
+        NOISY=count is not None and weight.data.dtype == torch.bfloat16,
         STORED_DECAY=isinstance(decay_factor, View),
         BY_ROW=by_row,
         PRECISION=precision,
@@ -126,6 +134,8 @@ def _apply_update(
     n,
     rank,
     decay_factor,
+    count,
+    NOISY: tl.constexpr,
     STORED_DECAY: tl.constexpr,
     BY_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,16 +149,19 @@ def _apply_update(
     row, column = tile_corner(tl.program_id(0), m, n, ROWS, COLUMNS)
     update = product(left, right, matrix, row, column, m, n, rank, PRECISION, ROWS, COLUMNS, DEPTH)
     kept = tl.load(origin(decay_factor, matrix)).to(tl.float32) if STORED_DECAY else decay_factor
+    seed = -tl.load(origin(count, matrix)).to(tl.int64) if NOISY else matrix
     # By quarters of the tile, for W and G of all of it have no room in registers beside the product.
     HALF: tl.constexpr = COLUMNS // 2
     QUARTER: tl.constexpr = COLUMNS // 4
     one, two = _halves(update, ROWS, HALF)
     first, second = _halves(one, ROWS, QUARTER)
     third, fourth = _halves(two, ROWS, QUARTER)
-    _write(weight, grad, phi, first, matrix, row, column, m, n, kept, BY_ROW, ROWS, QUARTER)
-    _write(weight, grad, phi, second, matrix, row, column + QUARTER, m, n, kept, BY_ROW, ROWS, QUARTER)
-    _write(weight, grad, phi, third, matrix, row, column + HALF, m, n, kept, BY_ROW, ROWS, QUARTER)
-    _write(weight, grad, phi, fourth, matrix, row, column + HALF + QUARTER, m, n, kept, BY_ROW, ROWS, QUARTER)
+    _write(weight, grad, phi, first, matrix, row, column, m, n, kept, seed, BY_ROW, NOISY, ROWS, QUARTER)
+    _write(weight, grad, phi, second, matrix, row, column + QUARTER, m, n, kept, seed, BY_ROW, NOISY, ROWS, QUARTER)
+    _write(weight, grad, phi, third, matrix, row, column + HALF, m, n, kept, seed, BY_ROW, NOISY, ROWS, QUARTER)
+    _write(
+        weight, grad, phi, fourth, matrix, row, column + HALF + QUARTER, m, n, kept, seed, BY_ROW, NOISY, ROWS, QUARTER
+    )
 
 
 @triton.jit
@@ -169,7 +182,9 @@ def _write(
     m,
     n,
     kept,
+    seed,
     BY_ROW: tl.constexpr,
+    NOISY: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -179,4 +194,6 @@ def _write(
         update += scale * load_tile(grad, matrix, row, column, m, n, ROWS, COLUMNS)
     value = load_tile(weight, matrix, row, column, m, n, ROWS, COLUMNS) * kept - update
     weight_at, inside = tile_at(weight, matrix, row, column, m, n, ROWS, COLUMNS)
-    tl.store(weight_at, rounded(value, weight_at.dtype.element_ty), mask=inside)
+    rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+    place = rows[:, None] * n + (column + tl.arange(0, COLUMNS))[None, :]
+    store_rounded(weight_at, value, place, seed, inside, NOISY)

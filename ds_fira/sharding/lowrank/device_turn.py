@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_fira.core import functional as F
 from ds_fira.core.kernels import numbers as places
-from ds_fira.core.kernels.fragments import PROGRAMS, launch_squares
+from ds_fira.core.kernels.fragment_squares import PROGRAMS, launch_squares
 from ds_fira.core.kernels.moving import Move, add_arrived, move
 from ds_fira.core.kernels.split_part import Held, SplitStats
 from ds_fira.core.kernels.split_step import SplitStep

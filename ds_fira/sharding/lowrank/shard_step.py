@@ -259,6 +259,7 @@ class ShardStep:
                 by_row=side == "right",
                 decay_factor=settings.decay_factor,
                 precision=settings.chosen_precision,
+                seed=settings.weight_seed(self.state.step),
             )
 
     def decay(self) -> None:

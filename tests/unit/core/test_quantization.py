@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_fira.core import quantization as C
+from ds_fira.core import rounding
 
 # Distance of bfloat16 neighbours relative to the value: 7 bits follow the leading one.
 BFLOAT16_GAP = 2.0**-7
@@ -251,11 +252,13 @@ def test_noise_is_the_hash_of_place_and_seed() -> None:
 
     cpu = torch.device("cpu")
     for seed, start in ((0, 0), (1, 256), (2**62 + 12345, 2**33)):
-        words = [hashed((seed * C.SEED_STRIDE + start // 2 + i) % 2**32) for i in range(20)]
+        words = [hashed((seed * rounding.SEED_STRIDE + start // 2 + i) % 2**32) for i in range(20)]
         halves = [half - 2**16 * (half >= 2**15) for word in words for half in (word % 2**16, word >> 16)]
-        assert C._noise(39, start, seed, cpu).tolist() == halves[:39]
-        assert torch.equal(C._noise(40, start, torch.tensor(seed), cpu), C._noise(40, start, seed, cpu))
-    rows = torch.stack([C._noise(2**10, 0, seed, cpu) for seed in range(1024)])
+        assert rounding.noise_of(39, start, seed, cpu).tolist() == halves[:39]
+        assert torch.equal(
+            rounding.noise_of(40, start, torch.tensor(seed), cpu), rounding.noise_of(40, start, seed, cpu)
+        )
+    rows = torch.stack([rounding.noise_of(2**10, 0, seed, cpu) for seed in range(1024)])
     counts = torch.bincount((rows.flatten().int() + 2**15) // 2**8, minlength=256).double()
     # Chi-square with 255 degrees of freedom has mean 255 and standard deviation 22.6.
     expected = rows.numel() / 256
