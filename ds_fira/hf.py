@@ -4,7 +4,8 @@
     ds_fira.hf.register()  # before TrainingArguments are made
 
 With DeepSpeed the Trainer's config gets FiraAdam under "optimizer", as if its file had it; without, the Trainer makes
-a FiraAdam of its model. `ds_fira.run` registers by itself, for scripts that cannot be edited.
+a FiraAdam of its model. `ds_fira.run` registers by itself, for scripts that cannot be edited. On one process without
+DeepSpeed "step_in_backward=true" among the `optim_args` has every parameter stepped as its gradient comes.
 
 What it relies on, of transformers 5: `OptimizerNames` lists the names, `trainer_optimizer._OPTIMIZER_HANDLERS` makes
 optimizers by them, and `integrations.deepspeed.deepspeed_optim_sched` chooses the optimizer under DeepSpeed.
@@ -24,6 +25,7 @@ from typing import Any
 
 from torch import nn
 
+from ds_fira.optim.backward_steps import step_in_backward
 from ds_fira.optim.fira_adam import FiraAdam
 from ds_fira.optim.param_groups import param_groups
 from ds_fira.optim.settings import check_params
@@ -32,6 +34,8 @@ NAME = "fira_adamw"
 TYPE = FiraAdam.__name__
 # What the Trainer has unless its user says otherwise, where FiraAdam has a better value of its own.
 TRAINERS_EPS, TRAINERS_LR = 1e-8, 5e-5
+# Among `optim_args`, what is no setting of FiraAdam: `ds_fira.step_in_backward`.
+RELEASE = "step_in_backward"
 _PACKAGE = "transformers"
 
 
@@ -60,7 +64,7 @@ def settings_of(args: Any) -> dict[str, Any]:
     Raises:
         ValueError: one is unknown, out of range or written otherwise than name=value; or there is no rank.
     """
-    given = _parsed(args.optim_args)
+    given = {name: value for name, value in _parsed(args.optim_args).items() if name != RELEASE}
     where = f'optim_args of optim = "{NAME}"'
     check_params(given, where, FiraAdam.algorithm)
     if given.get("rank") is None:
@@ -119,6 +123,10 @@ def _add_handler(trainer_optimizer: ModuleType) -> None:
 
     def choose_fira(trainer: Any, hf_config: Any, args: Any, steps: int, parameters: list[nn.Parameter]) -> Any:
         if getattr(args, "optim", None) == NAME:
+            if _releases(args):
+                raise ValueError(
+                    _refused("DeepSpeed, which reduces gradients after the backward pass; remove one of them")
+                )
             _put_into(hf_config.config, settings_of(args))
             parameters = _decayed_apart(trainer, parameters, args.weight_decay)
         return choose(trainer, hf_config, args, steps, parameters)
@@ -138,7 +146,41 @@ def _make(context: Any) -> tuple[type[FiraAdam], dict[str, Any]]:
         raise ValueError(f'optim = "{NAME}" needs the model; give it to get_optimizer_cls_and_kwargs.')
     settings["betas"] = tuple(settings["betas"])
     rank, modules = settings.pop("rank"), settings.pop("target_modules", None)
-    return FiraAdam, {"params": param_groups(context.model, rank, modules, **settings)}
+    arguments = {"params": param_groups(context.model, rank, modules, **settings)}
+    return _making_steps(args) if _releases(args) else FiraAdam, arguments
+
+
+def _releases(args: Any) -> bool:
+    """Whether `optim_args` ask for steps in the backward pass."""
+    value = _parsed(args.optim_args).get(RELEASE, False)
+    if not isinstance(value, bool):
+        raise ValueError(f'optim_args of optim = "{NAME}": {RELEASE} = {value!r} is not legal; give true or false.')
+    return value
+
+
+def _refused(reason: str) -> str:
+    return f'optim_args of optim = "{NAME}": {RELEASE} = true does not go with {reason}.'
+
+
+def _making_steps(args: Any) -> Callable[[], Callable[..., FiraAdam]]:
+    """The Trainer's factory of a FiraAdam that steps in the backward pass, and clips by the norm of the step before."""
+    faults = {
+        f"gradient_accumulation_steps = {args.gradient_accumulation_steps}, whose sum it cannot wait for; give 1 and a "
+        "larger batch": args.gradient_accumulation_steps > 1,
+        f"{args.world_size} processes under the Trainer, whose DistributedDataParallel keeps all gradients; start one, "
+        "or call ds_fira.step_in_backward with a process_group": args.world_size > 1,
+        "fp16 = true, whose loss scale needs all gradients at once; train in bfloat16": args.fp16,
+    }
+    for reason, is_set in faults.items():
+        if is_set:
+            raise ValueError(_refused(reason))
+
+    def made(model: nn.Module, **arguments: Any) -> FiraAdam:
+        optimizer = FiraAdam(**arguments)
+        step_in_backward(model, optimizer, max_norm=args.max_grad_norm or None)
+        return optimizer
+
+    return lambda: made
 
 
 def _put_into(config: dict[str, Any], settings: Mapping[str, Any]) -> None:

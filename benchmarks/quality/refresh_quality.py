@@ -17,10 +17,13 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 import ds_fira
 from benchmarks.common import default_device, save
@@ -42,13 +45,25 @@ def schedule(step: int, steps: int) -> float:
     return LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def final_loss(data: TextData, seed: int, args: argparse.Namespace, **settings: Any) -> float:
+def plainly(_: nn.Module, optimizer: Optimizer) -> Callable[[], object]:
+    """What makes the step after a backward pass: the optimizer by itself."""
+    return optimizer.step
+
+
+def final_loss(
+    data: TextData,
+    seed: int,
+    args: argparse.Namespace,
+    stepping: Callable[[nn.Module, Optimizer], Callable[[], object]] = plainly,
+    **settings: Any,
+) -> float:
     """Validation loss, in nats per token, at the end of one run.
 
     Args:
         data: to train and to validate on.
         seed: of weights and batches.
         args: `layers`, `steps` and `batch_size`.
+        stepping: given model and optimizer, what makes the step after a backward pass.
         settings: of the optimizer's projected matrices; alpha is 0.25 unless they name a preset.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,12 +73,12 @@ def final_loss(data: TextData, seed: int, args: argparse.Namespace, **settings: 
     groups = ds_fira.param_groups(model, **settings)
     optimizer = ds_fira.FiraAdam(groups, lr=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, args.steps))
-    batches = training_batches(data, args.batch_size, seed)
+    batches, step = training_batches(data, args.batch_size, seed), stepping(model, optimizer)
     for _ in range(args.steps):
         ids = next(batches).to(device)
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
+        step()
         scheduler.step()
     losses = []
     with torch.no_grad():

@@ -15,7 +15,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 24, (24, 8))]
     trainer = Trainer(model=llama(), args=args, train_dataset=rows)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     optimizer = trainer.optimizer
     while not hasattr(optimizer, "algorithm"):
         optimizer = optimizer.optimizer

@@ -67,6 +67,21 @@ def test_with_and_without_deepspeed(tmp_path: Path) -> None:
     assert under[2] == pytest.approx(alone[2], rel=1e-4)
 
 
+def test_steps_in_the_backward_pass(tmp_path: Path) -> None:
+    """The losses of a plain training, and on from a checkpoint in the midst of it."""
+    released = f"{LINE['optim_args']},step_in_backward=true"
+    once = {"max_grad_norm": "0", "save_steps": "2"}
+    plain = result(start(tmp_path, "plain", **once)[0])
+    found = result(start(tmp_path, "found", **once, optim_args=released)[0])
+    assert found == plain
+    resumed = {
+        "optim_args": released,
+        "max_grad_norm": "0",
+        "resume_from_checkpoint": str(tmp_path / "found/checkpoint-2"),
+    }
+    assert result(start(tmp_path, "resumed", **resumed)[0])[2][-1] == plain[2][-1]
+
+
 def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
     fira = {"optimizer": {"type": "FiraAdam", "params": {"rank": 4, "lr": "auto"}}}
     cases = {
@@ -74,6 +89,14 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
         # Without DeepSpeed the Trainer splits them first.
         "optim_args of optim = \"fira_adamw\" has 'rank'; write name=value pairs": {
             "optim_args": "rank",
+            "deepspeed": write(tmp_path, "ds.json"),
+        },
+        "step_in_backward = true does not go with gradient_accumulation_steps = 2": {
+            "optim_args": "rank=4,step_in_backward=true",
+            "gradient_accumulation_steps": "2",
+        },
+        "step_in_backward = true does not go with DeepSpeed": {
+            "optim_args": "rank=4,step_in_backward=true",
             "deepspeed": write(tmp_path, "ds.json"),
         },
         "did you mean 'alpha'": {"optim_args": "rank=4,alhpa=1"},

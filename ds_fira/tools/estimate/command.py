@@ -32,6 +32,8 @@ SETTINGS: dict[str, dict[str, object] | None] = {
 EXAMPLES = """examples:
   ds-fira estimate --model llama_1b --rank 512 --gpus 8 --zero-stage 2 --gpu-memory a100-40
   ds-fira estimate --model my_model/config.json --rank 128 --dtype bf16 --offload --json estimate.json
+  ds-fira estimate --model llama_7b --rank 256 --state-dtype int8 --zero-stage 0 --master-weights none \\
+      --step-in-backward --activation-checkpointing --gpu-memory rtx4090
   ds-fira estimate --paper
 """
 
@@ -69,6 +71,11 @@ def register(commands: argparse._SubParsersAction) -> None:
     add("--batch-size", type=int, default=1, help="sequences in a micro-batch (default %(default)s)")
     add("--seq-length", type=int, default=1024, help="tokens in a sequence (default %(default)s)")
     add("--activation-checkpointing", action="store_true")
+    add(
+        "--step-in-backward",
+        action="store_true",
+        help="without DeepSpeed, by ds_fira.step_in_backward; with --zero-stage 0 --master-weights none",
+    )
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--gpu-memory", help=f"GiB, or a card: {', '.join(CARDS)}")
     add("--json", type=Path, metavar="FILE", help="also write everything in bytes to this file")

@@ -11,6 +11,9 @@ bytes for an element of a weight, m for one of a master weight, N ranks, P eleme
 | in the backward pass | | e B, and the partition's gradients beyond B | e B |
 | in the step | 4 P in 16 bits | the largest group's partition again in m, and flattened | the same |
 
+Without DeepSpeed, where every parameter steps as its gradient comes (`ds_fira.step_in_backward`), there are the
+weights, the states and the largest parameter's gradient; over replicas two buckets more, each with its copy.
+
 With fp32 accumulation stage 1 in bf16 keeps fp32 gradients of the whole model beside those in bf16, stage 2 the
 partition's in fp32. With offload the partition's gradients in fp32, the masters and the states lie on the host.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ds_fira.sharding.mean_buckets import BUCKET_BYTES
 from ds_fira.tools.dry_run import FlatBuffer
 from ds_fira.tools.estimate.setup import Setup
 
@@ -99,6 +103,11 @@ def rank_memory(
         master_weights=m * partition if setup.has_masters else 0,
         optimizer_states=optimizer_states,
     )
+    if setup.step_in_backward:
+        numels = [numel for buffer in buffers for numel in buffer.numels]
+        largest = e * max(numels, default=0)
+        travelling = 4 * min(e * trained, max(BUCKET_BYTES, largest)) if setup.gpus > 1 else 0
+        return RankMemory(replace(common, gradients=largest, backward_buffers=travelling))
     if not setup.sharded:
         copies = 4 * trained if setup.has_masters else e * min(trained, ENGINE_BUCKET)
         return RankMemory(replace(common, gradients=e * trained, step_copies=copies))

@@ -29,6 +29,8 @@ class Setup:
         batch_size: sequences in a micro-batch on each GPU.
         seq_length: tokens in a sequence.
         activation_checkpointing: whether layers are computed again in the backward pass.
+        step_in_backward: whether `ds_fira.step_in_backward` steps every parameter as its gradient comes, without an
+            engine.
 
     Raises:
         ValueError: a value is not legal, or DeepSpeed has no such combination; one sentence.
@@ -45,6 +47,7 @@ class Setup:
     batch_size: int = 1
     seq_length: int = 1024
     activation_checkpointing: bool = False
+    step_in_backward: bool = False
 
     def __post_init__(self) -> None:
         for name in ("gpus", "batch_size", "seq_length", "reduce_bucket_size"):
@@ -65,6 +68,11 @@ class Setup:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if self.step_in_backward and (self.zero_stage > 0 or self.has_masters or self.dtype == "fp16"):
+            raise ValueError(
+                "--step-in-backward steps the weights themselves, in fp32 or bf16 and without DeepSpeed; use "
+                "--zero-stage 0 with --master-weights none, and no --dtype fp16."
+            )
         if self.master_weights == "none" and self.zero_stage > 0:
             raise ValueError(
                 f"--master-weights = 'none' does not go with --zero-stage = {self.zero_stage}, where DeepSpeed always "

@@ -15,9 +15,9 @@ ROWS = {
     "gradients": "gradients",
     "master_weights": "master weights",
     "optimizer_states": "optimizer states",
-    "backward_buffers": "DeepSpeed's buffers, backward",
+    "backward_buffers": "buffers, backward",
     "activations": "activations (estimate)",
-    "step_copies": "DeepSpeed's gradient copies, step",
+    "step_copies": "gradient copies, step",
     "total": "total at once",
 }
 LABEL = 36
@@ -73,10 +73,11 @@ def _header(found: Estimate) -> list[str]:
     masters = setup.master_weights if setup.has_masters else "none"
     checkpointing = ", activation checkpointing" if setup.activation_checkpointing else ""
     offload = ", optimizer offload" if setup.offload else ""
+    engine = "steps in the backward pass" if setup.step_in_backward else f"ZeRO stage {setup.zero_stage}"
     return [
         f"{found.model}: {found.parameters / 1e6:.1f}M weights, {found.projected_matrices} projected matrices at rank "
         f"{params['rank']}, {found.cut_matrices} of them cut by partition boundaries",
-        f"ZeRO stage {setup.zero_stage} on {setup.gpus} GPU{'s' if setup.gpus > 1 else ''}, {setup.dtype}, master "
+        f"{engine} on {setup.gpus} GPU{'s' if setup.gpus > 1 else ''}, {setup.dtype}, master "
         f"weights {masters}, Fira's states {params.get('state_dtype', 'float32')}{offload}",
         f"micro-batch of {setup.batch_size} x {setup.seq_length} tokens{checkpointing}",
         f"Fira's states by the paper's formula: {found.saving:.1%} less than AdamW's",
