@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
+import torch
 from pydantic import Field, StrictBool, ValidationError, field_validator
 from torch import Tensor
 
@@ -242,6 +243,24 @@ def warn_of_deprecated(params: Mapping[str, object], name: str) -> None:
                 DeprecationWarning,
                 stacklevel=3,
             )
+
+
+def warn_without_effect(param: Tensor, group: ParamGroup, name: str) -> None:
+    """Say once in a process of a setting that does nothing to a tensor that is to be stepped.
+
+    Args:
+        param: the tensor.
+        group: its param group.
+        name: of the optimizer.
+    """
+    rounding, key = group.get("weight_rounding"), (name, "weight_rounding")
+    if rounding == "stochastic" and param.dtype != torch.bfloat16 and param.numel() and key not in _said:
+        _said.add(key)
+        warnings.warn(
+            f"{name}: weight_rounding = 'stochastic' does nothing to weights stepped in {param.dtype}, as an engine's "
+            "master weights are; remove it, or have the optimizer step weights in bfloat16.",
+            stacklevel=6,
+        )
 
 
 def refuse_auto(config: Mapping[str, object], name: str = FIRA_ADAM.name) -> None:

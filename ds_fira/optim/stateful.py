@@ -19,6 +19,7 @@ from ds_fira.core.state import STEP, allocate, allocate_unprojected, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
 from ds_fira.optim.presets import PRESET, given_by_user
+from ds_fira.optim.settings import warn_without_effect
 from ds_fira.optim.state_shapes import refuse_adam, require_states
 from ds_fira.sharding.geometry import ParamSlice, matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
@@ -73,6 +74,7 @@ class Resumable(Attachable, Optimizer):
         """The state of one parameter, allocated."""
         state = self.state[param]
         if not state:
+            warn_without_effect(param, group, self.algorithm.name)
             state.update(self._allocated(param, group, param))
         return state
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ds_fira import FiraAdam
 from ds_fira.core.rounding import AT_ONCE, store_weight_
+from ds_fira.optim import settings
 
 
 def test_the_mean_over_steps_is_the_value():
@@ -85,3 +86,11 @@ def test_small_steps_arrive():
             train("stochastic", torch.bfloat16).parameters(),
         )
     )
+
+
+def test_where_it_has_no_effect_a_warning_says_so(monkeypatch):
+    monkeypatch.setattr(settings, "_said", set())
+    with pytest.warns(
+        UserWarning, match=r"weight_rounding = 'stochastic' does nothing to weights stepped in torch.float32"
+    ):
+        train("stochastic", torch.float32, steps=1)
