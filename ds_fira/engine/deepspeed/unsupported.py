@@ -14,6 +14,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from deepspeed.utils import groups
 from packaging.version import Version
 from torch import nn
 
@@ -93,14 +94,22 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
     """By sentence, whether a setting is on that is not supported."""
     config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
     pipeline = isinstance(engine, PipelineEngine)
-    tensor_parallel = max(engine.autotp_size(), _model_parallel_size(engine.mpu))
+    tensor_parallel, mpu_size = engine.autotp_size(), _model_parallel_size(engine.mpu)
+    recorded = _recorded(engine)
     ratio = getattr(zero.offload_optimizer, "ratio", 1.0)
     autocast = config.torch_autocast_dtype if getattr(config, "torch_autocast_enabled", False) else None
     return {
         f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
         "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2.": pipeline,
-        f"tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not supported yet, "
-        "because a rank would see a part of every matrix; set it to 1.": tensor_parallel > 1,
+        f"an mpu with tensor parallelism of size {mpu_size} is not supported, because its parameters do not say which "
+        "slice of which matrix they are; give none, and set tensor_parallel.autotp_size.": mpu_size > 1,
+        f"tensor_parallel.autotp_size = {tensor_parallel} is not supported at zero_optimization.stage = 3, which cuts "
+        "the slices by itself; use stage 0, 1 or 2, or set it to 1.": tensor_parallel > 1 and stage == 3,
+        f"tensor_parallel.autotp_size = {tensor_parallel} is supported from DeepSpeed 0.19 on, and this is "
+        f"{deepspeed.__version__}; set it to 1, or use DeepSpeed 0.19.": tensor_parallel > 1
+        and Version(deepspeed.__version__) < Version("0.19"),
+        f"record_scaling_factors = {recorded} is not supported with tensor_parallel.autotp_size = {tensor_parallel}; "
+        "set it to 0.": tensor_parallel > 1 and recorded,
         # AutoEP came with 0.19.
         "expert_parallel.enabled = True is not supported yet, because ranks then hold different experts in parameters "
         "of one name; set it to false and train the experts as ordinary parameters, or build the model with "
@@ -182,6 +191,12 @@ def refuse_unsupported_module(engine: DeepSpeedEngine, name: str) -> None:
     """
     module = engine.module
     _refuse_mixed_experts(engine, name)
+    expert = next((path for path, param in module.named_parameters() if keys_of(param)), None)
+    if expert is not None and engine.autotp_size() > 1:
+        raise ValueError(
+            f"{name}: tensor_parallel.autotp_size = {engine.autotp_size()} is not supported with DeepSpeed's MoE layers, "
+            f"as {expert}, whose experts ranks hold in another order; set it to 1."
+        )
     for path, submodule in module.named_modules():
         if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
             raise ValueError(f"{name}: {path}.sparse = True gives sparse gradients; build it with sparse=False.")
@@ -245,10 +260,10 @@ def refuse_object(engine: DeepSpeedEngine, optimizer: object) -> None:
             its own Adam for offload.
     """
     ours = isinstance(optimizer, LowRankOptimizer)
-    groups = [group for group in getattr(optimizer, "param_groups", ()) if ours or "update_proj_gap" in group]
-    if not groups:
+    found = [group for group in getattr(optimizer, "param_groups", ()) if ours or "update_proj_gap" in group]
+    if not found:
         return
-    name = algorithm_of(groups[0]).name
+    name = algorithm_of(found[0]).name
     if not ours:
         reason = (
             f"{type(optimizer).__name__} took the param groups of a {name}, as accelerate does under optimizer "
@@ -264,9 +279,19 @@ def refuse_object(engine: DeepSpeedEngine, optimizer: object) -> None:
     )
 
 
+def _recorded(engine: DeepSpeedEngine) -> int:
+    """Every how many steps scaling factors are to be recorded, 0 for none."""
+    optimizer = engine.client_optimizer
+    if isinstance(optimizer, LowRankOptimizer):
+        return 0 if optimizer.recorder is None else optimizer.recorder.every
+    found = (engine.optimizer_params() or {}).get("record_scaling_factors", 0)
+    return found if isinstance(found, int) else 0
+
+
 def _model_parallel_size(mpu: object) -> int:
-    # DeepSpeed's own mpu for Ulysses calls its sequence-parallel group the model-parallel one too.
-    if hasattr(mpu, "initialize_sequence_parallel"):
+    # DeepSpeed's own mpu for Ulysses calls its sequence-parallel group the model-parallel one too, and AutoTP's is a
+    # module of DeepSpeed.
+    if hasattr(mpu, "initialize_sequence_parallel") or mpu is groups:
         return 1
     for name in ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"):
         if hasattr(mpu, name):

@@ -119,7 +119,7 @@ def _replicated(engine: DeepSpeedEngine, optimizer: LowRankOptimizer) -> list[tu
     """
     known: Holders = engine.fira_holders
     params = list(engine.module.parameters())
-    found = [(known.names[id(param)], param, known.of([param])) for param in params]
+    found = [(known.labels[id(param)], param, known.alike([param])) for param in params]
     if optimizer.attachment.replicas:
         own, attachment = {id(param) for param in params}, optimizer.attachment
         found += [

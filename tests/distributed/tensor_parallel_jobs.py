@@ -1,0 +1,169 @@
+"""Engines that AutoTP slices, on real ranks: what they trained with and to, by slices that the model itself shows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+from deepspeed.module_inject import layers
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+import ds_fira
+from ds_fira.checkpoint.atomic_save import CheckpointError
+from tests import small_models
+
+STEPS = 6
+SEQUENCE, VOCABULARY = 8, 24
+
+
+def llama(**settings: Any) -> nn.Module:
+    """A LLaMA with matrices of every kind of slice; `settings` of its config."""
+    given = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": SEQUENCE,
+        **settings,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**given))
+
+
+MODELS = {
+    "llama": llama,
+    # Queries of three heads and one: slices of unequal width, also of keys and values, of which there are two.
+    "uneven": lambda: llama(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=3),
+    "biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "gpt2": small_models.gpt2,
+    "gpt_neox": small_models.gpt_neox,
+}
+
+
+@contextlib.contextmanager
+def forgotten() -> Iterator[None]:
+    """Give the process back what AutoTP sets for all engines that come after."""
+    try:
+        yield
+    finally:
+        groups._TENSOR_MODEL_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP = groups._DATA_PARALLEL_GROUP = None
+        groups.mpu = None
+        layers.set_autotp_mode(training=False)
+
+
+def build(ds_config: dict[str, Any], model: str, way: str = "json") -> tuple[Any, dict[str, Tensor]]:
+    """An engine, and the weights of the whole model before."""
+    torch.manual_seed(0)
+    module = MODELS[model]()
+    whole = {name: param.detach().clone() for name, param in module.named_parameters()}
+    if ds_config.get("bf16", {}).get("enabled"):
+        module = module.bfloat16()
+    if way == "json":
+        return deepspeed.initialize(model=module, config=ds_config, model_parameters=list(module.parameters()))[0], whole
+    rest = {key: value for key, value in ds_config.items() if key != "optimizer"}
+    optimizer = ds_fira.FiraAdam(module, **ds_config["optimizer"]["params"])
+    return deepspeed.initialize(model=module, config=rest, optimizer=optimizer)[0], whole
+
+
+def tokens(step: int) -> Tensor:
+    """Token ids (2, SEQUENCE), the same on the ranks that have the slices of one copy."""
+    generator = torch.Generator().manual_seed(1000 * step + groups.get_data_parallel_rank())
+    return torch.randint(0, VOCABULARY, (2, SEQUENCE), generator=generator)
+
+
+def steps_of(engine: Any, first: int, last: int) -> list[float]:
+    """Train; the losses."""
+    losses = []
+    for step in range(first, last):
+        batch = tokens(step)
+        loss = engine(input_ids=batch, labels=batch, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def weights_of(engine: Any) -> dict[str, Tensor]:
+    """What this rank has of the weights."""
+    return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
+
+
+def train(ds_config: dict[str, Any], model: str, **kwargs: Any) -> dict[str, Any]:
+    """What a rank trained with: the whole weights before, its slices after, its gradients, norms, the plan, sizes."""
+    with forgotten():
+        engine, whole = build(ds_config, model, **kwargs)
+        grads: list[dict[str, Tensor]] = []
+        for name, param in engine.module.named_parameters():
+            param.register_hook(lambda grad, name=name: grads[-1].__setitem__(name, grad.detach().clone()))
+        optimizer, losses, norms = engine.basic_optimizer, [], []
+        for step in range(STEPS):
+            grads.append({})
+            losses += steps_of(engine, step, step + 1)
+            norm = engine.get_global_grad_norm()
+            norms.append(None if norm is None else float(norm))
+        found = {
+            "whole": whole,
+            "after": weights_of(engine),
+            "grads": grads,
+            "losses": losses,
+            "norms": norms,
+            "place": (groups.get_tensor_model_parallel_rank(), groups.get_data_parallel_rank()),
+        }
+        if isinstance(optimizer, ds_fira.FiraAdam):
+            found |= {
+                "ranked": sorted(
+                    name
+                    for group, members in zip(optimizer.param_groups, optimizer.members, strict=True)
+                    for name, _ in members
+                    if "rank" in group
+                ),
+                "projected": sorted(record.name for record in optimizer.inventory if record.matrices),
+                "shapes": {record.name: record.shape for record in optimizer.inventory},
+                "ways": {m.name: m.way for layout in optimizer.layouts for m in layout.split},
+                "metrics": ds_fira.metrics(engine),
+                "memory": ds_fira.memory_report(engine),
+            }
+        engine.destroy()
+        return found
+
+
+def run(
+    ds_config: dict[str, Any],
+    model: str,
+    steps: tuple[int, int],
+    load: str | None = None,
+    save: str | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Load, if asked, train, save, if asked, and go on to the end; what is then there, or why it could not be loaded.
+
+    Args:
+        ds_config: of the engine.
+        model: its name.
+        steps: the first that is made, and the one before which is saved.
+        load: a folder.
+        save: a folder.
+        **kwargs: of `build`.
+    """
+    with forgotten():
+        engine, _ = build(ds_config, model, **kwargs)
+        result: dict[str, Any] = {}
+        try:
+            if load is not None:
+                engine.load_checkpoint(load)
+                result["loaded"] = weights_of(engine)
+            losses = steps_of(engine, *steps)
+            if save is not None:
+                engine.save_checkpoint(save)
+            losses += steps_of(engine, steps[1], STEPS)
+            result |= {"weights": weights_of(engine), "losses": losses, "metrics": ds_fira.metrics(engine)}
+        except (ValueError, CheckpointError) as error:
+            result["message"] = str(error)
+        finally:
+            engine.destroy()
+        return result
