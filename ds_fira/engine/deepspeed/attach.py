@@ -233,7 +233,7 @@ def _plan_flats(
     for communicator in dict.fromkeys(ranks):
         places = [place for place, own in enumerate(ranks) if own is communicator]
         found = [projected[place] for place in places]
-        buffers = [(holders.matrices(number, flat), flat.partitioning.partition_size) for number, flat in found]
+        buffers = [holders.buffer(number, flat) for number, flat in found]
         settings = [GroupSettings.of(optimizer.param_groups[flat.group]) for _, flat in found]
         evenly = stage == 3 or any(sliced(flat.lp_params) for _, flat in found)
         layouts = plan_groups(buffers, communicator.dp_size, settings, evenly)

@@ -90,8 +90,8 @@ class Holders:
             return flat.communicator
         return self.grid.row if self._stage == 0 else self.everyone
 
-    def matrices(self, number: int, flat: FlatGroup) -> list[Mapping[int, MatrixShard]]:
-        """The fragments of every matrix of a tensor by their places among its `sharers`.
+    def buffer(self, number: int, flat: FlatGroup) -> tuple[list[Mapping[int, MatrixShard]], int]:
+        """Where the matrices of a tensor lie, as `plan_groups` takes it: over its `sharers`, the same on all of them.
 
         Args:
             number: of the tensor among all.
@@ -101,9 +101,9 @@ class Holders:
             ValueError: as of `FlatGroup.matrices`, or the slices of a matrix do not make up the whole.
         """
         if self.grid is None or not sliced(flat.lp_params):
-            return flat.matrices(self.names)
+            return flat.matrices(self.names), flat.partitioning.partition_size
         names = [self.names[id(param)] for param in flat.lp_params]
-        return self.grid.matrices(number, flat, names, self._stage, self._optimizer.algorithm.name)
+        return self.grid.buffer(number, flat, names, self._stage, self._optimizer.algorithm.name)
 
     def of(self, params: Sequence[Tensor]) -> Communicator:
         """The ranks that ZeRO cuts some parameters over, or leaves them alike at stage 0; the same for all of them.

@@ -106,8 +106,12 @@ class Grid:
         self._told = self.everyone.gather_objects(own)
         return [told.partitionings for told in self._told]
 
-    def matrices(self, number: int, flat: FlatGroup, names: Sequence[str], stage: int, name: str) -> list[Fragments]:
+    def buffer(
+        self, number: int, flat: FlatGroup, names: Sequence[str], stage: int, name: str
+    ) -> tuple[list[Fragments], int]:
         """The fragments of the sliced matrices of a flat tensor, by rank: of everyone, at stage 0 of the row.
+
+        And the elements of the largest partition: slices need not be of one size.
 
         Args:
             number: of the flat tensor, among those that `learn` was given.
@@ -139,7 +143,7 @@ class Grid:
                     f"{first[along]} of its {whole[along]} {'rows' if along == 0 else 'columns'} together; {_REMEDY}."
                 )
             found.append(fragments)
-        return found
+        return found, max(told.partitionings[number].partition_size for told in self._told)
 
 
 def sliced(params: Iterable[Tensor]) -> bool:
