@@ -70,9 +70,10 @@ def build(ds_config: dict[str, Any], model: str, way: str = "json") -> tuple[Any
     return deepspeed.initialize(model=module, config=rest, optimizer=optimizer)[0], whole
 
 
-def tokens(step: int) -> Tensor:
+def tokens(engine: Any, step: int) -> Tensor:
     """Token ids (2, SEQUENCE), the same on the ranks that have the slices of one copy."""
-    generator = torch.Generator().manual_seed(1000 * step + groups.get_data_parallel_rank())
+    copy = torch.distributed.get_rank(engine.seq_data_parallel_group)
+    generator = torch.Generator().manual_seed(1000 * step + copy)
     return torch.randint(0, VOCABULARY, (2, SEQUENCE), generator=generator)
 
 
@@ -80,7 +81,7 @@ def steps_of(engine: Any, first: int, last: int) -> list[float]:
     """Train; the losses."""
     losses = []
     for step in range(first, last):
-        batch = tokens(step)
+        batch = tokens(engine, step)
         loss = engine(input_ids=batch, labels=batch, use_cache=False).loss
         engine.backward(loss)
         engine.step()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.engine.deepspeed.save_load.files import normalized
-from ds_fira.engine.deepspeed.tensor_parallel import Grid, sliced, uses_autotp
+from ds_fira.engine.deepspeed.tensor_parallel import Grid, note_slices, sliced, uses_autotp
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import MatrixShard
@@ -41,9 +41,11 @@ class Holders:
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._column = Communicator(engine.seq_data_parallel_group)
-        self.grid = Grid(self._column) if uses_autotp(engine) else None
-        self.everyone = self._column if self.grid is None else self.grid.everyone
         self._optimizer: LowRankOptimizer = engine.basic_optimizer
+        self.grid = Grid(self._column) if uses_autotp(engine) else None
+        if self.grid is not None:
+            note_slices(engine.module, type(self._optimizer).__name__)
+        self.everyone = self._column if self.grid is None else self.grid.everyone
         self._stage = engine.zero_optimization_stage()
         found = getattr(engine, "expert_data_parallel_group", None) or {}
         self._experts = {name: Communicator(group) for name, group in found.items()}
@@ -73,6 +75,16 @@ class Holders:
         if self._stage == 0 and self._copies:
             return groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
         return self._column.dp_rank
+
+    @property
+    def slice_number(self) -> int:
+        """Of the slices of the module that this rank has, 0 where it has all of it."""
+        return 0 if self.grid is None else self.grid.rank
+
+    @property
+    def slices(self) -> int:
+        """Into how many slices the module is taken apart."""
+        return 1 if self.grid is None else self.grid.size
 
     def alike(self, params: Sequence[Tensor]) -> Communicator:
         """The ranks that hold the same of some parameters; raises as `of`."""
