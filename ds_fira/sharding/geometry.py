@@ -12,8 +12,8 @@ ZeRO-3 splits every parameter by itself instead, and a rank's partition is its s
     parameters  | A A A A A A | B B B B |
     partitions  [0: A A A B B )[1: A A A B B )
 
-Under tensor parallelism a rank has a slice of a matrix, some of its rows or of its columns, which ZeRO splits besides as
-if it were all there is.
+Under tensor parallelism a rank has a slice of a matrix, some of its rows or of its columns, which ZeRO splits besides
+as if it were all there is.
 
 `MatrixShard` is one matrix's overlap with one partition. It holds no tensor, no process group and no state.
 Bounds are half-open and count elements in row-major order.

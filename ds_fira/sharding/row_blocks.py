@@ -15,6 +15,7 @@ Ranges are half-open and count rows or columns of the whole matrix. Nothing here
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -90,6 +91,12 @@ def hull(first: range, second: range) -> range:
     if not len(first) or not len(second):
         return first if len(first) else second
     return range(min(first.start, second.start), max(first.stop, second.stop))
+
+
+def even_share(span: range, sharers: Sequence[int], dp_rank: int) -> range:
+    """The part of a span that one of several sharers has where all take as many."""
+    place, count = sharers.index(dp_rank), len(sharers)
+    return span[place * len(span) // count : (place + 1) * len(span) // count]
 
 
 def inside(part: range, span: range) -> slice:

@@ -29,24 +29,24 @@ no state exists twice. On the left all sharers keep equally many columns of R. O
 of P, and borrow the others for every step; else every sharer has a copy of P.
 
 *Sliced by columns*, under tensor parallelism: each rank has some columns of all rows, and ZeRO may split such a slice
-once more. Then what belongs to a column, an entry of R on the left and a row of P on the right, lies with the sharers of
-its slice, equally many with each; and what belongs to a row, a row of P on the left and an entry of R on the right, lies
-equally over all sharers, which borrow the others. So a sharer that has a slice alone borrows nothing of its columns.
+once more. Then what belongs to a column, an entry of R on the left and a row of P on the right, lies with the sharers
+of its slice, equally many with each; and what belongs to a row, a row of P on the left and an entry of R on the right,
+lies equally over all sharers, which borrow the others. A sharer that has a slice alone borrows nothing of its columns.
 
 Letters: G is m x n, r = min(rank, m, n), P has m (left) or n (right) rows. Ranges are half-open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.settings import GroupSettings
-from ds_fira.core.subspace import Side, basis_shape, effective_rank, low_rank_shape, projection_side
+from ds_fira.core.subspace import Side, effective_rank, projection_side
 from ds_fira.sharding.geometry import MatrixShard
-from ds_fira.sharding.row_blocks import common, hull, kept_rows, touched_columns, touched_rows
+from ds_fira.sharding.projection import state_numel
+from ds_fira.sharding.row_blocks import common, even_share, hull, kept_rows, touched_columns, touched_rows
 
 Way = Literal["gathered", "low_rank"]
 # By sharer, entries of R or rows of P.
@@ -58,23 +58,6 @@ LOW_RANK_SUMS = 3
 SUMS_NUMEL = 2 * (GRADIENT_SUMS + LOW_RANK_SUMS)
 # The words in which version 0.1.0 named the ways.
 FIRST_NAMES = {"gathered": "base", "low_rank": "lean"}
-
-
-def state_numel(
-    shape: tuple[int, int],
-    rank: int,
-    proj_type: str = "std",
-    formulation: str = "released",
-    algorithm: Algorithm = FIRA_ADAM,
-) -> int:
-    """Elements of optimizer state of one projected matrix, the paper's mr + 2nr + 1 (Table 1).
-
-    Counts the basis, the moments and the limiter's norm, not the average of a normalized residual: n beside 2nr.
-    """
-    side = projection_side(shape, proj_type, formulation)
-    rows, r = basis_shape(shape, rank, side)
-    a, b = low_rank_shape(shape, rank, side)
-    return rows * r + len(algorithm.states) * a * b + algorithm.limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +169,11 @@ class SplitMatrix:
     def _share_of_columns(self, dp_rank: int) -> range:
         """Of the entries, or rows of P, that belong to columns those of one sharer: of its slice, or of all."""
         span = self.fragment(dp_rank).span
-        return _even_share(span, [holder for holder, fragment in self.fragments if fragment.span == span], dp_rank)
+        return even_share(span, [holder for holder, fragment in self.fragments if fragment.span == span], dp_rank)
 
     def _share_of_rows(self, dp_rank: int) -> range:
         """Of the entries, or rows of P, that belong to rows those of one sharer."""
-        return _even_share(range(self.shape[0]), self.sharers, dp_rank)
+        return even_share(range(self.shape[0]), self.sharers, dp_rank)
 
     def transfers(self, of: int | None = None) -> Iterator[Transfer]:
         """The entries of R that are borrowed, or those that one sharer borrows or lends; by borrower, by keeper."""
@@ -288,12 +271,6 @@ class SplitMatrix:
         low_rank = borrowed + ranks * SUMS_NUMEL
         refresh = sum(self.refresh_elements(rank, settings) for rank in self.sharers)
         return "low_rank" if low_rank + refresh / settings.update_proj_gap < gathered else "gathered"
-
-
-def _even_share(span: range, sharers: Sequence[int], dp_rank: int) -> range:
-    """The part of a span that one of several sharers has where all take as many."""
-    place, count = sharers.index(dp_rank), len(sharers)
-    return span[place * len(span) // count : (place + 1) * len(span) // count]
 
 
 def needs_old_basis(settings: GroupSettings) -> bool:

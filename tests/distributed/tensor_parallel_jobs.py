@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +11,12 @@ import deepspeed
 import torch
 import transformers
 from deepspeed.module_inject import layers
-from deepspeed.utils import groups
+from deepspeed.utils import groups, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
 import ds_fira
 from ds_fira.checkpoint.atomic_save import CheckpointError
+from ds_fira.engine.deepspeed.weight_sync import check_sync
 from tests import small_models
 
 STEPS = 6
@@ -39,6 +41,8 @@ MODELS = {
     "llama": llama,
     # Queries of three heads and one: slices of unequal width, also of keys and values, of which there are two.
     "uneven": lambda: llama(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=3),
+    # One head of keys and values, of which the second rank has nothing.
+    "multi_query": lambda: llama(num_key_value_heads=1),
     "biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "gpt2": small_models.gpt2,
     "gpt_neox": small_models.gpt_neox,
@@ -64,7 +68,8 @@ def build(ds_config: dict[str, Any], model: str, way: str = "json") -> tuple[Any
     if ds_config.get("bf16", {}).get("enabled"):
         module = module.bfloat16()
     if way == "json":
-        return deepspeed.initialize(model=module, config=ds_config, model_parameters=list(module.parameters()))[0], whole
+        params = list(module.parameters())
+        return deepspeed.initialize(model=module, config=ds_config, model_parameters=params)[0], whole
     rest = {key: value for key, value in ds_config.items() if key != "optimizer"}
     optimizer = ds_fira.FiraAdam(module, **ds_config["optimizer"]["params"])
     return deepspeed.initialize(model=module, config=rest, optimizer=optimizer)[0], whole
@@ -94,6 +99,45 @@ def weights_of(engine: Any) -> dict[str, Tensor]:
     return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
 
 
+@contextlib.contextmanager
+def counted(optimizer: torch.optim.Optimizer) -> Iterator[list[int]]:
+    """By step the bytes that this rank hands to other ranks inside the optimizer, counted where torch sends them."""
+    found: list[int] = []
+    inside = []
+    own = torch.distributed.get_rank()
+    all_to_all, all_reduce, broadcast = (
+        getattr(torch.distributed, name) for name in ("all_to_all_single", "all_reduce", "broadcast")
+    )
+
+    def count(numel: int, tensor: Tensor) -> None:
+        if inside:
+            found[-1] += numel * tensor.element_size()
+
+    def counting_all_to_all(received: Tensor, sent: Tensor, *sizes: Any, **kwargs: Any) -> Any:
+        count(sent.numel(), sent)
+        return all_to_all(received, sent, *sizes, **kwargs)
+
+    def counting_all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        count(tensor.numel(), tensor)
+        return all_reduce(tensor, *args, **kwargs)
+
+    def counting_broadcast(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        count(tensor.numel() * (kwargs.get("group_src") == torch.distributed.get_rank(kwargs.get("group"))), tensor)
+        return broadcast(tensor, *args, **kwargs)
+
+    hooks = [optimizer.register_step_pre_hook(lambda *_: inside.append(own))]
+    hooks.append(optimizer.register_step_post_hook(lambda *_: inside.clear()))
+    torch.distributed.all_to_all_single, torch.distributed.all_reduce = counting_all_to_all, counting_all_reduce
+    torch.distributed.broadcast = counting_broadcast
+    try:
+        yield found
+    finally:
+        torch.distributed.all_to_all_single, torch.distributed.all_reduce = all_to_all, all_reduce
+        torch.distributed.broadcast = broadcast
+        for hook in hooks:
+            hook.remove()
+
+
 def train(ds_config: dict[str, Any], model: str, **kwargs: Any) -> dict[str, Any]:
     """What a rank trained with: the whole weights before, its slices after, its gradients, norms, the plan, sizes."""
     with forgotten():
@@ -102,17 +146,20 @@ def train(ds_config: dict[str, Any], model: str, **kwargs: Any) -> dict[str, Any
         for name, param in engine.module.named_parameters():
             param.register_hook(lambda grad, name=name: grads[-1].__setitem__(name, grad.detach().clone()))
         optimizer, losses, norms = engine.basic_optimizer, [], []
-        for step in range(STEPS):
-            grads.append({})
-            losses += steps_of(engine, step, step + 1)
-            norm = engine.get_global_grad_norm()
-            norms.append(None if norm is None else float(norm))
+        with counted(optimizer) as sent:
+            for step in range(STEPS):
+                grads.append({})
+                sent.append(0)
+                losses += steps_of(engine, step, step + 1)
+                norm = engine.get_global_grad_norm()
+                norms.append(None if norm is None else float(norm))
         found = {
             "whole": whole,
             "after": weights_of(engine),
             "grads": grads,
             "losses": losses,
             "norms": norms,
+            "sent": sent,
             "place": (groups.get_tensor_model_parallel_rank(), groups.get_data_parallel_rank()),
         }
         if isinstance(optimizer, ds_fira.FiraAdam):
@@ -168,3 +215,81 @@ def run(
         finally:
             engine.destroy()
         return result
+
+
+def states(ds_config: dict[str, Any], model: str) -> dict[str, Any]:
+    """What a script reads and sets: low-rank states, moments of what is not projected; and a flipped bit that is found.
+
+    Returns:
+        By name the low-rank states as gathered, those of another rank's slice doubled, moments, and messages.
+    """
+    with forgotten():
+        engine, _ = build(ds_config, model)
+        steps_of(engine, 0, 4)
+        named = dict(engine.module.named_parameters())
+        found: dict[str, Any] = {"states": {}, "set": {}, "moments": {}}
+        for name in [name for name, param in named.items() if name.endswith("proj.weight")]:
+            found["states"][name] = dataclasses.asdict(ds_fira.low_rank_state(engine, named[name]))
+            state = ds_fira.low_rank_state(engine, name)
+            ds_fira.set_low_rank_state(engine, name, dataclasses.replace(state, residual_norm=2 * state.residual_norm))
+            found["set"][name] = ds_fira.low_rank_state(engine, name).residual_norm
+        for name in ("model.norm.weight", "lm_head.weight"):
+            if engine.zero_optimization_stage() > 0:
+                found["moments"][name] = safe_get_full_optimizer_state(named[name], "exp_avg")
+                safe_set_full_optimizer_state(named[name], 2 * found["moments"][name], "exp_avg")
+                found["moments"][f"set {name}"] = safe_get_full_optimizer_state(named[name], "exp_avg")
+        check_sync(engine)
+        if torch.distributed.get_rank() == 1:
+            with torch.no_grad():
+                named["model.norm.weight"][0] += 1
+        try:
+            check_sync(engine)
+            found["message"] = ""
+        except RuntimeError as error:
+            found["message"] = str(error)
+        engine.destroy()
+        return found
+
+
+class Mpu:
+    """What Megatron gives: groups, and no word of slices."""
+
+    def get_model_parallel_rank(self) -> int:
+        """Of this rank."""
+        return torch.distributed.get_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        """All ranks have slices."""
+        return torch.distributed.get_world_size()
+
+    def get_model_parallel_group(self) -> object:
+        """All ranks."""
+        return torch.distributed.group.WORLD
+
+    def get_data_parallel_rank(self) -> int:
+        """There is one copy."""
+        return 0
+
+    def get_data_parallel_world_size(self) -> int:
+        """Likewise."""
+        return 1
+
+    def get_data_parallel_group(self) -> object:
+        """This rank alone."""
+        return None
+
+
+def refusals(cases: list[tuple[dict[str, Any], str, bool]]) -> list[str]:
+    """What each (config, model, whether with an mpu) is refused with; "" where it is not."""
+    found = []
+    for ds_config, model, has_mpu in cases:
+        with forgotten():
+            module = MODELS[model]()
+            given = {"mpu": Mpu()} if has_mpu else {}
+            try:
+                params = list(module.parameters())
+                deepspeed.initialize(model=module, config=ds_config, model_parameters=params, **given)[0].destroy()
+                found.append("")
+            except Exception as error:
+                found.append(f"{type(error).__name__}: {error}")
+    return found

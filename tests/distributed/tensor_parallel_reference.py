@@ -15,7 +15,7 @@ def together(parts: Sequence[Tensor], whole: torch.Size) -> Tensor:
     """The slices of one parameter, in the order of the ranks, as the whole."""
     if parts[0].shape == whole:
         return parts[0]
-    dim = next(dim for dim, (mine, all_of_it) in enumerate(zip(parts[0].shape, whole, strict=True)) if mine != all_of_it)
+    (dim,) = [dim for dim, pair in enumerate(zip(parts[0].shape, whole, strict=True)) if len(set(pair)) > 1]
     found = torch.cat(list(parts), dim)
     assert found.shape == whole
     return found
@@ -46,7 +46,9 @@ def combined(runs: Sequence[Mapping[str, Any]], step: int, clip: float) -> dict[
     return {name: grad.float() for name, grad in mean.items()}
 
 
-def reference(runs: Sequence[Mapping[str, Any]], params: Mapping[str, Any], clip: float, steps: int) -> dict[str, Tensor]:
+def reference(
+    runs: Sequence[Mapping[str, Any]], params: Mapping[str, Any], clip: float, steps: int
+) -> dict[str, Tensor]:
     """What one process makes of the same whole gradients."""
     weights = {name: nn.Parameter(value.clone()) for name, value in runs[0]["whole"].items()}
     projected = set(runs[0]["ranked"])

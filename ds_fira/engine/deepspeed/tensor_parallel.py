@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ds_fira.core.selection import WHOLE_SHAPE, is_sliced, shape_of
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
+from ds_fira.optim.expert_groups import keys_of
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import MatrixShard, Partitioning, sliced_name
 
@@ -43,9 +44,14 @@ def note_slices(module: nn.Module, optimizer: str) -> None:
         optimizer: the name of the user's optimizer, for the error.
 
     Raises:
-        ValueError: a slice is none of rows or columns, or this rank has nothing of the parameter.
+        ValueError: a slice is none of rows or columns, this rank has nothing of the parameter, or it is an expert's.
     """
     for name, param in module.named_parameters():
+        if keys_of(param):
+            raise ValueError(
+                f"{optimizer}: tensor_parallel.autotp_size > 1 is not supported with DeepSpeed's MoE layers, as of "
+                f"{name}, whose experts other ranks hold than the slices; set it to 1."
+            )
         note, own = getattr(param, _NOTE, None) or {}, tuple(param.shape)
         whole = tuple(note.get("original_shape") or note.get("logical_shape") or own)
         differing = [dim for dim, (mine, all_of_it) in enumerate(zip(own, whole, strict=False)) if mine != all_of_it]
@@ -70,7 +76,7 @@ class _Told:
 
 
 class Grid:
-    """The ranks of a training with AutoTP: those of a row have the slices of one copy, those of a column the same slice.
+    """The ranks of a training with AutoTP: of a row, which have the slices of one copy, and of a column, with the same.
 
     Attributes:
         everyone: all ranks.

@@ -87,6 +87,7 @@ def unsupported_settings(engine: DeepSpeedEngine, name: str) -> list[str]:
         name: of the optimizer.
     """
     refused = {**_refused(engine, name), **_without_effect(engine), **_refused_before_0_19(engine)}
+    refused |= _refused_with_autotp(engine)
     return [f"{name}: {sentence}" for sentence, is_set in refused.items() if is_set]
 
 
@@ -94,8 +95,7 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
     """By sentence, whether a setting is on that is not supported."""
     config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
     pipeline = isinstance(engine, PipelineEngine)
-    tensor_parallel, mpu_size = engine.autotp_size(), _model_parallel_size(engine.mpu)
-    recorded = _recorded(engine)
+    mpu_size = _model_parallel_size(engine.mpu)
     ratio = getattr(zero.offload_optimizer, "ratio", 1.0)
     autocast = config.torch_autocast_dtype if getattr(config, "torch_autocast_enabled", False) else None
     return {
@@ -103,13 +103,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2.": pipeline,
         f"an mpu with tensor parallelism of size {mpu_size} is not supported, because its parameters do not say which "
         "slice of which matrix they are; give none, and set tensor_parallel.autotp_size.": mpu_size > 1,
-        f"tensor_parallel.autotp_size = {tensor_parallel} is not supported at zero_optimization.stage = 3, which cuts "
-        "the slices by itself; use stage 0, 1 or 2, or set it to 1.": tensor_parallel > 1 and stage == 3,
-        f"tensor_parallel.autotp_size = {tensor_parallel} is supported from DeepSpeed 0.19 on, and this is "
-        f"{deepspeed.__version__}; set it to 1, or use DeepSpeed 0.19.": tensor_parallel > 1
-        and Version(deepspeed.__version__) < Version("0.19"),
-        f"record_scaling_factors = {recorded} is not supported with tensor_parallel.autotp_size = {tensor_parallel}; "
-        "set it to 0.": tensor_parallel > 1 and recorded,
         # AutoEP came with 0.19.
         "expert_parallel.enabled = True is not supported yet, because ranks then hold different experts in parameters "
         "of one name; set it to false and train the experts as ordinary parameters, or build the model with "
@@ -138,6 +131,23 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         and autocast == torch.float16,
         # Apex was removed in 0.19.
         "amp.enabled = True is not supported; use the bf16 or the fp16 block.": _at(config, "amp_enabled"),
+    }
+
+
+def _refused_with_autotp(engine: DeepSpeedEngine) -> dict[str, object]:
+    """By sentence, whether a setting is on that AutoTP's slices of matrices exclude."""
+    size, version = engine.autotp_size(), deepspeed.__version__
+    setting, optimizer = f"tensor_parallel.autotp_size = {size}", engine.client_optimizer
+    recorder = getattr(optimizer, "recorder", None)
+    recorded = (engine.optimizer_params() or {}).get("record_scaling_factors") if optimizer is None else recorder
+    if size <= 1:
+        return {}
+    return {
+        f"{setting} is not supported at zero_optimization.stage = 3, which would cut every slice once more; use stage "
+        "0, 1 or 2, or set it to 1.": engine.zero_optimization_stage() == 3,
+        f"{setting} is supported from DeepSpeed 0.19 on, and this is {version}; set it to 1, or use DeepSpeed "
+        "0.19.": Version(version) < Version("0.19"),
+        f"record_scaling_factors is not supported with {setting}; set it to 0.": recorded,
     }
 
 
@@ -191,12 +201,6 @@ def refuse_unsupported_module(engine: DeepSpeedEngine, name: str) -> None:
     """
     module = engine.module
     _refuse_mixed_experts(engine, name)
-    expert = next((path for path, param in module.named_parameters() if keys_of(param)), None)
-    if expert is not None and engine.autotp_size() > 1:
-        raise ValueError(
-            f"{name}: tensor_parallel.autotp_size = {engine.autotp_size()} is not supported with DeepSpeed's MoE layers, "
-            f"as {expert}, whose experts ranks hold in another order; set it to 1."
-        )
     for path, submodule in module.named_modules():
         if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
             raise ValueError(f"{name}: {path}.sparse = True gives sparse gradients; build it with sparse=False.")
@@ -277,15 +281,6 @@ def refuse_object(engine: DeepSpeedEngine, optimizer: object) -> None:
         f'{name}: {reason}; give it as "type": "{name}" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = '
         "false, which keeps the object."
     )
-
-
-def _recorded(engine: DeepSpeedEngine) -> int:
-    """Every how many steps scaling factors are to be recorded, 0 for none."""
-    optimizer = engine.client_optimizer
-    if isinstance(optimizer, LowRankOptimizer):
-        return 0 if optimizer.recorder is None else optimizer.recorder.every
-    found = (engine.optimizer_params() or {}).get("record_scaling_factors", 0)
-    return found if isinstance(found, int) else 0
 
 
 def _model_parallel_size(mpu: object) -> int:

@@ -19,8 +19,8 @@ from ds_fira.checkpoint.errors import load_sentence
 from ds_fira.checkpoint.safe_load import SETTING, UnsafeFileError
 from ds_fira.checkpoint.shared_read import SharedRead
 from ds_fira.checkpoint.tag_folder import matching_files
-from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, load
 from ds_fira.engine.deepspeed.holders import Holders
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, load
 from ds_fira.optim.base import LowRankOptimizer
 
 T = TypeVar("T")

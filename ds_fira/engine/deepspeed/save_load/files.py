@@ -201,8 +201,8 @@ def refuse_other_slices(files: CheckpointFiles, now: int) -> None:
     """
     if files.models and files.slices != now:
         raise ValueError(
-            f"tensor_parallel.autotp_size = {now} cannot load what was saved with {files.slices}, since ranks had other "
-            f"slices of every matrix; set it to {files.slices}, on any number of data-parallel ranks."
+            f"tensor_parallel.autotp_size = {now} cannot load what was saved with {files.slices}, since ranks had "
+            f"other slices of every matrix; set it to {files.slices}, on any number of data-parallel ranks."
         )
 
 

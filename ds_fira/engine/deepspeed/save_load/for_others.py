@@ -32,7 +32,7 @@ from ds_fira.engine.deepspeed.flat_groups import stepped_groups
 from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.client_state import KEY, set_rng_state
-from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, refuse_other_slices, normalized
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized, refuse_other_slices
 from ds_fira.engine.deepspeed.save_load.written import (
     Loaded,
     carry_loss_scale,

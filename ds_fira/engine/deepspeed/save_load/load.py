@@ -180,9 +180,9 @@ def load_states(
                 project_as_saved(optimizer, groups, functools.partial(attach, engine))
             if header.adam is not None and engine.fira_holders.slices > 1:
                 raise ValueError(
-                    f"{optimizer.algorithm.name}: the checkpoint was made by {header.adam} with tensor parallelism, and "
-                    "its moments are of slices, from which no basis is made; load with load_optimizer_states=False to "
-                    "start anew from its weights."
+                    f"{optimizer.algorithm.name}: the checkpoint was made by {header.adam} with tensor parallelism, "
+                    "and its moments are of slices, from which no basis is made; load with load_optimizer_states=False "
+                    "to start anew from its weights."
                 )
             if header.adam is not None or header.layout not in (None, optimizer.attachment.digest):
                 load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
