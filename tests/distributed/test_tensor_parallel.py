@@ -26,6 +26,10 @@ def tp_config(stage: int, size: int, dtype: str = "fp32", clip: float = 0.0, **p
     return config(stage, dtype, given, gradient_clipping=clip, tensor_parallel={"autotp_size": size})
 
 
+ROTATED, PAPER = (
+    {"proj_type": "reverse_std", "refresh_moments": "rotate"},
+    {"formulation": "paper", "scaling": "matrix"},
+)
 # Ranks, autotp_size, stage, model, clipping, settings, the ways in which matrices are stepped.
 CASES = {
     "rows and columns": (2, 2, 1, "llama", 0.5, {}, {"low_rank"}),
@@ -37,7 +41,7 @@ CASES = {
         2,
         "llama",
         0.5,
-        {"proj_type": "reverse_std", "refresh_moments": "rotate"},
+        ROTATED,
         {"low_rank"},
     ),
     "gathered": (2, 2, 1, "llama", 0.5, {"exact_cuts": True}, {"gathered"}),
@@ -48,7 +52,7 @@ CASES = {
         1,
         "llama",
         0.0,
-        {"formulation": "paper", "scaling": "matrix"},
+        PAPER,
         {"low_rank"},
     ),
     "randomized": (2, 2, 1, "llama", 0.0, {"subspace": "randomized"}, {"low_rank"}),
@@ -56,15 +60,15 @@ CASES = {
     "fused queries, keys and values": (2, 2, 1, "gpt_neox", 0.5, {}, {"low_rank"}),
     "an object": (2, 2, 1, "llama", 0.5, {"way": "object"}, {"low_rank"}),
     "an object at stage 0": (2, 2, 0, "llama", 0.0, {"way": "object"}, {"low_rank"}),
-    "a layer that is left whole": (2, 2, 1, "llama", 0.5, {"whole": "gate_proj"}, {"low_rank"}),
-    "a layer that is left whole, stage 0": (2, 2, 0, "llama", 0.0, {"whole": "gate_proj"}, {"low_rank"}),
-    "staggered at stage 0": (2, 2, 0, "llama", 0.0, {"whole": "gate_proj", "stagger": True}, {"low_rank"}),
+    "layers that are left whole": (2, 2, 1, "llama", 0.5, {"whole": "mlp"}, {"low_rank"}),
+    "layers that are left whole, stage 0": (2, 2, 0, "llama", 0.0, {"whole": "mlp"}, {"low_rank"}),
+    "staggered at stage 0": (2, 2, 0, "llama", 0.0, {"whole": "mlp", "stagger": True}, {"low_rank"}),
     "two copies": (4, 2, 1, "llama", 0.5, {}, {"low_rank"}),
     "two copies, cut slices": (4, 2, 2, "uneven", 0.5, {}, {"low_rank"}),
     "two copies, cut slices, gathered": (4, 2, 2, "uneven", 0.5, {"exact_cuts": True}, {"gathered"}),
     "two copies, cut slices, the other side": (4, 2, 1, "uneven", 0.5, {"proj_type": "reverse_std"}, {"low_rank"}),
-    "two copies at stage 0": (4, 2, 0, "llama", 0.5, {"whole": "gate_proj"}, {"low_rank"}),
-    "two copies, a layer that is left whole": (4, 2, 1, "uneven", 0.5, {"whole": "gate_proj"}, {"low_rank"}),
+    "two copies at stage 0": (4, 2, 0, "llama", 0.5, {"whole": "mlp"}, {"low_rank"}),
+    "two copies, layers that are left whole": (4, 2, 1, "uneven", 0.5, {"whole": "mlp"}, {"low_rank"}),
     "four slices": (4, 4, 1, "llama", 0.5, {}, {"low_rank"}),
 }
 IN_EVERY_RUN = (
@@ -73,15 +77,15 @@ IN_EVERY_RUN = (
     "stage 2, slices of unequal width",
     "gathered",
     "the other side, rotated",
-    "a layer that is left whole, stage 0",
+    "layers that are left whole, stage 0",
 )
 
 
 def left_whole(ds_config: dict[str, Any], layer: str) -> dict[str, Any]:
-    """A config in which AutoTP leaves a layer alone: its matrices are replicated."""
+    """A config in which AutoTP leaves layers alone: their matrices are replicated."""
     rows, columns = [".*o_proj.weight$", ".*down_proj.weight$"], [".*[qkv]_proj.weight$", ".*(up|gate)_proj.weight$"]
     specs = [
-        {"patterns": [f".*{layer}.weight$"], "partition_type": "skip"},
+        {"patterns": [f".*{layer}.*"], "partition_type": "skip"},
         {"patterns": rows, "partition_type": "row"},
         {"patterns": columns, "partition_type": "column"},
     ]
@@ -262,5 +266,5 @@ def test_what_is_refused(ranks: Pools) -> None:
     )
     for answers in ranks.run(2, "refusals", MODULE, cases=cases):
         for sentence, answer in zip(wanted, answers, strict=True):
-            assert answer.startswith("ValueError: FiraAdam: ") or answer.startswith("DeviatingRank: FiraAdam: "), answer
+            assert answer.startswith(("ValueError: FiraAdam: ", "DeviatingRank: FiraAdam: ")), answer
             assert sentence in answer, answer
