@@ -125,6 +125,6 @@ def _replicated(engine: DeepSpeedEngine, optimizer: LowRankOptimizer) -> list[tu
         found += [
             (f"master copy of {held[0].name or i}", param, attachment.replicas[param])
             for i, (param, held) in enumerate(attachment.slices.items())
-            if id(param) not in own
+            if id(param) not in own and param in attachment.replicas
         ]
     return found
