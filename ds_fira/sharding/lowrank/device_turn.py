@@ -101,7 +101,8 @@ class DeviceTurn(Turn):
         known = all(self._parts[position].state.has_basis for position in held)
         if self._memory is None:
             param, sizes = step.param, self._layout.sizes
-            self._memory = SplitStep(param, param.grad, sizes, step.settings, self._ratio, cleared=not known)
+            cleared = not known or self._layout.has_gaps
+            self._memory = SplitStep(param, param.grad, sizes, step.settings, self._ratio, cleared=cleared)
         memory = self._memory
         yield from self._borrow_bases(positions, held)
         memory.project(self._held(position for position in held if self._parts[position].state.has_basis))

@@ -151,8 +151,7 @@ class LowRankMatrices:
             ValueError: the state was loaded from a run that stepped these matrices another way.
         """
         dtype = compute_dtype(param.dtype)
-        columns = any(matrix.sliced_by_columns for matrix in self._matrices.values())
-        by_kernels = settings.rule is None and not columns and kernels.supports(param)
+        by_kernels = settings.rule is None and kernels.supports(param)
         states = {plan.position: self._state_of(plan, state, algorithm, dtype) for plan in self.plans}
         parts = {
             plan.position: self._part(plan, param, states[plan.position], settings, negligible_ratio, by_kernels)
