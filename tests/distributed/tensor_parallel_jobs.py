@@ -18,6 +18,7 @@ import ds_fira
 from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.engine.deepspeed.weight_sync import check_sync
 from tests import small_models
+from tests.distributed.sent_bytes import counted
 
 STEPS = 6
 SEQUENCE, VOCABULARY = 8, 24
@@ -99,45 +100,6 @@ def weights_of(engine: Any) -> dict[str, Tensor]:
     return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
 
 
-@contextlib.contextmanager
-def counted(optimizer: torch.optim.Optimizer) -> Iterator[list[int]]:
-    """By step the bytes that this rank hands to other ranks inside the optimizer, counted where torch sends them."""
-    found: list[int] = []
-    inside = []
-    own = torch.distributed.get_rank()
-    all_to_all, all_reduce, broadcast = (
-        getattr(torch.distributed, name) for name in ("all_to_all_single", "all_reduce", "broadcast")
-    )
-
-    def count(numel: int, tensor: Tensor) -> None:
-        if inside:
-            found[-1] += numel * tensor.element_size()
-
-    def counting_all_to_all(received: Tensor, sent: Tensor, *sizes: Any, **kwargs: Any) -> Any:
-        count(sent.numel(), sent)
-        return all_to_all(received, sent, *sizes, **kwargs)
-
-    def counting_all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        count(tensor.numel(), tensor)
-        return all_reduce(tensor, *args, **kwargs)
-
-    def counting_broadcast(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        count(tensor.numel() * (kwargs.get("group_src") == torch.distributed.get_rank(kwargs.get("group"))), tensor)
-        return broadcast(tensor, *args, **kwargs)
-
-    hooks = [optimizer.register_step_pre_hook(lambda *_: inside.append(own))]
-    hooks.append(optimizer.register_step_post_hook(lambda *_: inside.clear()))
-    torch.distributed.all_to_all_single, torch.distributed.all_reduce = counting_all_to_all, counting_all_reduce
-    torch.distributed.broadcast = counting_broadcast
-    try:
-        yield found
-    finally:
-        torch.distributed.all_to_all_single, torch.distributed.all_reduce = all_to_all, all_reduce
-        torch.distributed.broadcast = broadcast
-        for hook in hooks:
-            hook.remove()
-
-
 def train(ds_config: dict[str, Any], model: str, **kwargs: Any) -> dict[str, Any]:
     """What a rank trained with: the whole weights before, its slices after, its gradients, norms, the plan, sizes."""
     with forgotten():
@@ -146,9 +108,21 @@ def train(ds_config: dict[str, Any], model: str, **kwargs: Any) -> dict[str, Any
         for name, param in engine.module.named_parameters():
             param.register_hook(lambda grad, name=name: grads[-1].__setitem__(name, grad.detach().clone()))
         optimizer, losses, norms = engine.basic_optimizer, [], []
+        given: list[dict[str, Tensor]] = []
+        sizes = {name: param.numel() for name, param in engine.module.named_parameters()}
+
+        def see(stepped: Any, *_: Any) -> None:  # of ZeRO a call for every group
+            for param in (param for group in stepped.param_groups for param in group["params"]):
+                for held in optimizer.attachment.slices[param]:
+                    own = given[-1].setdefault(held.param, torch.full((sizes[held.param],), torch.nan))
+                    own[held.start : held.stop] = param.grad.reshape(-1)[held.offset :][: held.stop - held.start]
+
+        if isinstance(optimizer, ds_fira.FiraAdam):
+            optimizer.register_step_pre_hook(see)
         with counted(optimizer) as sent:
             for step in range(STEPS):
                 grads.append({})
+                given.append({})
                 sent.append(0)
                 losses += steps_of(engine, step, step + 1)
                 norm = engine.get_global_grad_norm()
@@ -160,6 +134,7 @@ def train(ds_config: dict[str, Any], model: str, **kwargs: Any) -> dict[str, Any
             "losses": losses,
             "norms": norms,
             "sent": sent,
+            "given": given,
             "place": (groups.get_tensor_model_parallel_rank(), groups.get_data_parallel_rank()),
         }
         if isinstance(optimizer, ds_fira.FiraAdam):

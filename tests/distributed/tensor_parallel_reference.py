@@ -46,6 +46,19 @@ def combined(runs: Sequence[Mapping[str, Any]], step: int, clip: float) -> dict[
     return {name: grad.float() for name, grad in mean.items()}
 
 
+def given(runs: Sequence[Mapping[str, Any]], step: int) -> dict[str, Tensor]:
+    """The whole gradient of a step that the optimizers of all ranks had, put together from their parts."""
+    shapes, slices = {name: weight.shape for name, weight in runs[0]["whole"].items()}, []
+    for same in zip(*in_order(runs), strict=True):  # of all copies the same slice
+        local = {name: weight.shape for name, weight in same[0]["after"].items()}
+        parts = [{name: run["given"][step].get(name) for name in local} for run in same]
+        found = {name: torch.full((shape.numel(),), torch.nan) for name, shape in local.items()}
+        for name, part in ((name, each[name]) for each in parts for name in local if each[name] is not None):
+            found[name] = torch.where(part.isnan(), found[name], part)
+        slices.append({name: grad.view(local[name]) for name, grad in found.items()})
+    return whole_of(slices, shapes)
+
+
 def reference(
     runs: Sequence[Mapping[str, Any]], params: Mapping[str, Any], clip: float, steps: int
 ) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.tensor_parallel_jobs import STEPS
-from tests.distributed.tensor_parallel_reference import combined, in_order, reference, whole_of
+from tests.distributed.tensor_parallel_reference import combined, given, in_order, reference, whole_of
 from tests.distributed.zero_jobs import config
 from tests.grids import full_if
 from tests.ranks import Pools
@@ -111,6 +111,9 @@ def test_slices_train_as_in_one_process(ranks: Pools, name: str) -> None:
     for each, shape in shapes.items():
         whole = [run["after"][each] for run in runs if run["after"][each].shape == shape]
         assert all(torch.equal(weight, whole[0]) for weight in whole), each
+    for step in range(STEPS):
+        right, had = combined(runs, step, clip), given(runs, step)
+        assert all((had[each] - grad).abs().max() < 1e-6 for each, grad in right.items())
     for step, norm in enumerate(runs[0]["norms"]):
         if norm is not None:  # nobody keeps it at stage 0 in float32
             total = torch.stack([grad.norm() for grad in combined(runs, step, 0.0).values()]).norm()
