@@ -52,7 +52,7 @@ def restore(
     refuse_other_states(saved, algorithm)
     known_names = {name for group in saved.groups for name in group.members}
     for param, held in slices:
-        strangers = [part.name for part in held.params if part.name not in known_names]
+        strangers = [part.param for part in held.params if part.param not in known_names]
         if strangers:
             raise ValueError(
                 f"the checkpoint knows nothing of {strangers[0]!r}; train the same parameters under the names that "

@@ -20,21 +20,42 @@ _NORM_SUFFIXES = ("norm", "norm1", "norm2", "ln_f", "ln_1", "ln_2")
 _EMBEDDINGS = frozenset({"wte", "wpe", "shared"})
 # The router of DeepSpeed's MoE layer, a linear layer; known by name, to need no import.
 _ROUTER, _ROUTER_NAME = "TopKGate", "gate.wg"
+# The class of a layer of which AutoTP leaves this rank a slice.
+_SLICED_LAYER = "TensorParallel_Layer"
+
+
+# What an engine sets on a parameter of which this rank has a slice: the shape of the whole.
+WHOLE_SHAPE = "_fira_whole_shape"
+
+
+def is_sliced(param: Tensor) -> bool:
+    """Whether tensor parallelism leaves this rank a slice of a parameter."""
+    return hasattr(param, WHOLE_SHAPE)
 
 
 def shape_of(param: Tensor) -> tuple[int, ...]:
-    """The shape of a whole parameter, whether or not ZeRO-3 has taken its data away."""
-    return tuple(getattr(param, "ds_shape", param.shape))
+    """The shape of a whole parameter, whether or not ZeRO-3 has taken its data away, or this rank has but a slice."""
+    return tuple(getattr(param, WHOLE_SHAPE, getattr(param, "ds_shape", param.shape)))
 
 
 def numel_of(param: Tensor) -> int:
-    """The elements of a whole parameter."""
-    return math.prod(shape_of(param))
+    """The elements of a parameter that ZeRO partitions: of the whole one, or of the slice that this rank has."""
+    return math.prod(getattr(param, "ds_shape", param.shape))
 
 
 def _is_linear(module: nn.Module) -> bool:
     # transformers' Conv1D (GPT-2) is a linear layer with its weight transposed; known by name, to need no import.
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    conv = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return isinstance(module, nn.Linear) or conv or (_is_sliced_layer(module) and not _is_embedding(module))
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or (_is_sliced_layer(module) and "Embedding" in type(module).__name__)
+
+
+def _is_sliced_layer(module: nn.Module) -> bool:
+    # Of AutoTP's layers, which are none of torch's; known by the name of what all of them are.
+    return any(kind.__name__ == _SLICED_LAYER for kind in type(module).__mro__) and hasattr(module, "weight")
 
 
 def _expert_tensors(name: str, module: nn.Module) -> list[str]:
@@ -46,7 +67,7 @@ def _expert_tensors(name: str, module: nn.Module) -> list[str]:
 
 def _unprojected_weights(model: nn.Module) -> set[int]:
     """Identities of the weights of embeddings, of the output head, tied or not, and of routers."""
-    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    embeddings = [module.weight for module in model.modules() if _is_embedding(module)]
     excluded = {id(weight) for weight in embeddings}
     excluded |= {id(module.wg.weight) for module in model.modules() if type(module).__name__ == _ROUTER}
     for module in model.modules():

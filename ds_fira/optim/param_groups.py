@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, Algorithm, algorithm_of
-from ds_fira.core.selection import numel_of, projected_weights, shape_of, undecayed_weights
+from ds_fira.core.selection import is_sliced, numel_of, projected_weights, shape_of, undecayed_weights
 from ds_fira.core.settings import ParamGroup
 from ds_fira.optim.expert_groups import keys_of, ranks_of
 from ds_fira.optim.presets import PRESET, preset_mark, projected_matrices, take_mark
@@ -91,7 +91,7 @@ def _marked(groups: list[ParamGroup], mark: Mapping[str, object]) -> list[ParamG
 
 
 def by_kind(group: ParamGroup, settings: Mapping[str, object]) -> list[ParamGroup]:
-    """A param group, or several: what its rank projects and what it does not, and of each the experts apart.
+    """A param group, or several: what its rank projects and what not, and of each the experts and the slices apart.
 
     Args:
         group: with a list of parameters.
@@ -99,7 +99,11 @@ def by_kind(group: ParamGroup, settings: Mapping[str, object]) -> list[ParamGrou
     """
     params, ranked = parameters_of(group["params"]), group.get("rank") is not None
     kinds = [
-        (not (ranked and is_projected(shape_of(param), {**settings, **group})), tuple(keys_of(param).items()))
+        (
+            not (ranked and is_projected(shape_of(param), {**settings, **group})),
+            tuple(keys_of(param).items()),
+            is_sliced(param),
+        )
         for param in params
     ]
     # torch lists the names apart, parameter by parameter.

@@ -130,5 +130,5 @@ def holders(optimizer: LowRankOptimizer, name: str) -> Iterator[tuple[Tensor, Pa
                     yield param, ParamSlice(name, 0, 0, math.prod(shape))
     for tensor, parts in optimizer.attachment.slices.items():
         for part in parts:
-            if part.name == name:
+            if part.param == name:
                 yield tensor, part

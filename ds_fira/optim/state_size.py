@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from ds_fira.core.algorithms import ALGORITHMS, FIRA_ADAM, algorithm_of
 from ds_fira.sharding.geometry import matrices_of
-from ds_fira.sharding.projection import averages_numel, is_projected
-from ds_fira.sharding.split_matrix import state_numel
+from ds_fira.sharding.projection import averages_numel, is_projected, state_numel
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ class Stepping(Resumable):
             steps = matrices.low_rank.step(param, self.state[param], settings, ratio, self._refresher, self.algorithm)
             own = series.get(param, [])[len(matrices.shapes) :]
             for plan, stats, entries in steps:
-                if plan.owns:
+                if plan.owns and self.counts(param):
                     self.metrics.record(stats, settings.residual_scale)
                 if own and entries is not None:
                     own[matrices.low_rank.plans.index(plan)].add(*entries())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import MatrixShard
+from ds_fira.sharding.row_blocks import row_blocks
 from ds_fira.sharding.split_matrix import SplitMatrix
 
 
@@ -65,7 +66,7 @@ class GatherExchange:
                 own = holder == rank
                 parts = map(fragment.fragment, flats) if own else arrived[index, holder].split(fragment.numel)
                 for tensor, part in zip(assembled[index], parts, strict=True):
-                    _part(tensor, fragment).copy_(part)
+                    _copy(part.split(_sizes(fragment)), _parts(tensor, fragment))
         return assembled
 
     def to_holders(self, flat: Tensor, matrices: Sequence[Tensor]) -> None:
@@ -79,14 +80,32 @@ class GatherExchange:
         for matrix, tensor in zip(self.owned, matrices, strict=True):
             for holder, fragment in matrix.fragments:
                 if holder == self.communicator.dp_rank:
-                    fragment.fragment(flat).copy_(_part(tensor, fragment))
+                    _copy(_parts(tensor, fragment), fragment.fragment(flat).split(_sizes(fragment)))
                 else:
-                    sent.append((holder, [_part(tensor, fragment)]))
+                    sent.append((holder, _parts(tensor, fragment)))
         expected = [(owner, index, fragment.numel) for index, (owner, fragment) in enumerate(self._lent)]
         for index, part in self.communicator.deliver(sent, expected, flat).items():
             self._lent[index][1].fragment(flat).copy_(part)
 
 
-def _part(matrix: Tensor, fragment: MatrixShard) -> Tensor:
-    """The elements of an assembled matrix that a fragment stands for, 1-D."""
-    return matrix.view(-1)[fragment.start : fragment.stop]
+def _parts(matrix: Tensor, fragment: MatrixShard) -> list[Tensor]:
+    """The elements of an assembled matrix that a fragment stands for, in its order; of a slice of columns by block."""
+    if fragment.columns is None:
+        return [matrix.view(-1)[fragment.start : fragment.stop]]
+    return [matrix[_within(block.rows), _within(block.columns)] for block in row_blocks(fragment)]
+
+
+def _within(span: range) -> slice:
+    return slice(span.start, span.stop)
+
+
+def _sizes(fragment: MatrixShard) -> list[int]:
+    """Elements of each of `_parts`."""
+    if fragment.columns is None:
+        return [fragment.numel]
+    return [len(block.rows) * len(block.columns) for block in row_blocks(fragment)]
+
+
+def _copy(parts: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for part, target in zip(parts, targets, strict=True):
+        target.copy_(part.reshape(target.shape))

@@ -12,6 +12,9 @@ ZeRO-3 splits every parameter by itself instead, and a rank's partition is its s
     parameters  | A A A A A A | B B B B |
     partitions  [0: A A A B B )[1: A A A B B )
 
+Under tensor parallelism a rank has a slice of a matrix, some of its rows or of its columns, which ZeRO splits besides
+as if it were all there is.
+
 `MatrixShard` is one matrix's overlap with one partition. It holds no tensor, no process group and no state.
 Bounds are half-open and count elements in row-major order.
 """
@@ -37,6 +40,8 @@ class MatrixShard:
         offset: the index in the flat buffer at which the fragment begins.
         start: the matrix's first element in the fragment.
         stop: one past the matrix's last element in the fragment.
+        columns: the matrix's columns in the slice that the fragment is a part of, whose elements `start` and `stop`
+            count then; None for all of them.
     """
 
     name: str
@@ -44,12 +49,25 @@ class MatrixShard:
     offset: int
     start: int
     stop: int
+    columns: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        m, n = self.shape
-        assert min(m, n) > 0, self
-        assert 0 <= self.start < self.stop <= m * n, self
+        assert min(self.shape) > 0, self
+        assert 0 <= self.start < self.stop <= self.shape[0] * len(self.span), self
         assert self.offset >= 0, self
+
+    def __repr__(self) -> str:
+        """What the hash of a plan is made of: as version 0.1.0 wrote it, which knew no columns."""
+        columns = "" if self.columns is None else f", columns={self.columns}"
+        return (
+            f"MatrixShard(name={self.name!r}, shape={self.shape}, offset={self.offset}, start={self.start}, "
+            f"stop={self.stop}{columns})"
+        )
+
+    @property
+    def span(self) -> range:
+        """The matrix's columns, all or those of the slice, by which `start` and `stop` count."""
+        return range(*self.columns) if self.columns is not None else range(self.shape[1])
 
     @property
     def numel(self) -> int:
@@ -60,6 +78,19 @@ class MatrixShard:
     def is_whole(self) -> bool:
         """Whether the fragment is the whole matrix."""
         return self.numel == self.shape[0] * self.shape[1]
+
+    def within(self, shape: tuple[int, int], first: tuple[int, int]) -> MatrixShard:
+        """The same fragment as one of a larger matrix, of which this one is a slice of some rows or some columns.
+
+        Args:
+            shape: (m, n) of the larger matrix.
+            first: the row and the column of it at which the slice begins.
+        """
+        row, column = first
+        if self.shape[1] == shape[1]:
+            before = row * shape[1]
+            return replace(self, shape=shape, start=self.start + before, stop=self.stop + before)
+        return replace(self, shape=shape, columns=(column, column + self.shape[1]))
 
     def fragment(self, flat: Tensor) -> Tensor:
         """The fragment as a 1-D view that shares `flat`'s storage.
@@ -129,12 +160,22 @@ def split(matrix: MatrixShard, partition_size: int, partitions: int) -> dict[int
     return fragments
 
 
+# Between the name of a parameter and what says which of its slices is meant.
+_OF = "@"
+
+
+def sliced_name(name: str, rank: int, size: int) -> str:
+    """The name of one of the slices of a parameter that ranks of tensor parallelism have."""
+    return f"{name}{_OF}{rank}/{size}"
+
+
 @dataclass(frozen=True, slots=True)
 class ParamSlice:
     """Elements of one parameter that lie in a stepped tensor: a flat partition, or the parameter itself.
 
     Attributes:
-        name: of the parameter in the module.
+        name: of the parameter in the module; of a slice that tensor parallelism leaves a rank that of the slice, whose
+            elements are counted then.
         offset: the index in the tensor at which they begin.
         start: the first of them among the parameter's elements, in row-major order.
         stop: one past the last.
@@ -144,6 +185,11 @@ class ParamSlice:
     offset: int
     start: int
     stop: int
+
+    @property
+    def param(self) -> str:
+        """The name of the parameter."""
+        return self.name.partition(_OF)[0]
 
 
 @dataclass(frozen=True, slots=True)

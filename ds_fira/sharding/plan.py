@@ -27,7 +27,8 @@ from typing import TypeVar
 
 from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.geometry import MatrixShard
-from ds_fira.sharding.split_matrix import SplitMatrix, plan_split, state_numel
+from ds_fira.sharding.projection import state_numel
+from ds_fira.sharding.split_matrix import SplitMatrix, plan_split
 
 T = TypeVar("T")
 # The fullest rank's state over an even share, at most, where ZeRO-3 splits every matrix.

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from ds_fira.core.algorithms import algorithm_of
+from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
 from ds_fira.core.selection import shape_of
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.subspace import basis_shape, effective_rank, low_rank_shape, projection_side
@@ -123,3 +123,20 @@ def _counted(found: Sequence[tuple[Sequence[int], Group]]) -> tuple[str, int, in
     listed = ", ".join(shapes[:MOST_SHAPES]) + more
     name = algorithm_of(found[0][1]).name
     return f"{name}: rank = {ranks} of {sum(counts.values())} matrices ({listed})", low_rank, plain
+
+
+def state_numel(
+    shape: tuple[int, int],
+    rank: int,
+    proj_type: str = "std",
+    formulation: str = "released",
+    algorithm: Algorithm = FIRA_ADAM,
+) -> int:
+    """Elements of optimizer state of one projected matrix, the paper's mr + 2nr + 1 (Table 1).
+
+    Counts the basis, the moments and the limiter's norm, not the average of a normalized residual: n beside 2nr.
+    """
+    side = projection_side(shape, proj_type, formulation)
+    rows, r = basis_shape(shape, rank, side)
+    a, b = low_rank_shape(shape, rank, side)
+    return rows * r + len(algorithm.states) * a * b + algorithm.limited

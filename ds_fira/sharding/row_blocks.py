@@ -8,11 +8,14 @@ last row. Each of these is a `RowBlock`, which a 2-D view of the fragment shows 
     row 4     b b b b b b b
     row 5     c c . . . . .     block (1 row, columns 0 to 2)
 
+Of a slice of some columns it is likewise a range of elements of the slice.
+
 Ranges are half-open and count rows or columns of the whole matrix. Nothing here holds a tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,7 +29,7 @@ class RowBlock:
 
     Attributes:
         rows: the block's rows.
-        columns: the block's columns; all of them where it has more than one row.
+        columns: the block's columns; all of them, or all of the slice, where it has more than one row.
         offset: its first element in the fragment.
     """
 
@@ -42,15 +45,14 @@ class RowBlock:
 
 def row_blocks(fragment: MatrixShard) -> tuple[RowBlock, ...]:
     """The one to three blocks that tile a fragment, in its order."""
-    n = fragment.shape[1]
-    blocks = []
-    position = fragment.start
+    span, blocks = fragment.span, []
+    n, position = len(span), fragment.start
     while position < fragment.stop:
         (row, column), left = divmod(position, n), fragment.stop - position
         if column == 0 and left >= n:
-            rows, columns = range(row, row + left // n), range(n)
+            rows, columns = range(row, row + left // n), span
         else:
-            rows, columns = range(row, row + 1), range(column, min(n, column + left))
+            rows, columns = range(row, row + 1), span[column : column + left]
         blocks.append(RowBlock(rows, columns, position - fragment.start))
         position += len(rows) * len(columns)
     return tuple(blocks)
@@ -58,7 +60,7 @@ def row_blocks(fragment: MatrixShard) -> tuple[RowBlock, ...]:
 
 def touched_rows(fragment: MatrixShard) -> range:
     """The rows that a fragment holds any element of."""
-    n = fragment.shape[1]
+    n = len(fragment.span)
     return range(fragment.start // n, -(-fragment.stop // n))
 
 
@@ -67,14 +69,15 @@ def kept_rows(fragment: MatrixShard) -> range:
 
     All that it touches but the first, where that begins in another fragment; empty inside one row.
     """
-    n = fragment.shape[1]
+    n = len(fragment.span)
     return range(-(-fragment.start // n), -(-fragment.stop // n))
 
 
 def touched_columns(fragment: MatrixShard) -> range:
     """The columns from the first to the last that a fragment holds any element of."""
-    n, rows = fragment.shape[1], touched_rows(fragment)
-    return range(n) if len(rows) > 1 else range(fragment.start - rows.start * n, fragment.stop - rows.start * n)
+    span, rows = fragment.span, touched_rows(fragment)
+    before = rows.start * len(span)
+    return span if len(rows) > 1 else span[fragment.start - before : fragment.stop - before]
 
 
 def common(first: range, second: range) -> range:
@@ -88,6 +91,12 @@ def hull(first: range, second: range) -> range:
     if not len(first) or not len(second):
         return first if len(first) else second
     return range(min(first.start, second.start), max(first.stop, second.stop))
+
+
+def even_share(span: range, sharers: Sequence[int], dp_rank: int) -> range:
+    """The part of a span that one of several sharers has where all take as many."""
+    place, count = sharers.index(dp_rank), len(sharers)
+    return span[place * len(span) // count : (place + 1) * len(span) // count]
 
 
 def inside(part: range, span: range) -> slice:

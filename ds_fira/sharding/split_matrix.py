@@ -24,9 +24,14 @@ the right, where row i of R = GP needs row i of G alone.
                squared norm; the keeper, which *lends* the entry, sends back phi and what the update needs
     region     the entries that a sharer works on: the touched and the kept
 
-*Evenly sharded*, under ZeRO-3, which splits every matrix over all ranks: no state exists twice. On the left all sharers
-keep equally many columns of R. On the right they hold equally many rows of P, and borrow the others for every step;
-else every sharer has a copy of P.
+*Evenly sharded*, under ZeRO-3, which splits every matrix over all ranks, and under tensor parallelism, which slices it:
+no state exists twice. On the left all sharers keep equally many columns of R. On the right they hold equally many rows
+of P, and borrow the others for every step; else every sharer has a copy of P.
+
+*Sliced by columns*, under tensor parallelism: each rank has some columns of all rows, and ZeRO may split such a slice
+once more. Then what belongs to a column, an entry of R on the left and a row of P on the right, lies with the sharers
+of its slice, equally many with each; and what belongs to a row, a row of P on the left and an entry of R on the right,
+lies equally over all sharers, which borrow the others. A sharer that has a slice alone borrows nothing of its columns.
 
 Letters: G is m x n, r = min(rank, m, n), P has m (left) or n (right) rows. Ranges are half-open.
 """
@@ -37,11 +42,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.settings import GroupSettings
-from ds_fira.core.subspace import Side, basis_shape, effective_rank, low_rank_shape, projection_side
+from ds_fira.core.subspace import Side, effective_rank, projection_side
 from ds_fira.sharding.geometry import MatrixShard
-from ds_fira.sharding.row_blocks import common, hull, kept_rows, touched_columns, touched_rows
+from ds_fira.sharding.projection import state_numel
+from ds_fira.sharding.row_blocks import common, even_share, hull, kept_rows, touched_columns, touched_rows
 
 Way = Literal["gathered", "low_rank"]
 # By sharer, entries of R or rows of P.
@@ -53,23 +58,6 @@ LOW_RANK_SUMS = 3
 SUMS_NUMEL = 2 * (GRADIENT_SUMS + LOW_RANK_SUMS)
 # The words in which version 0.1.0 named the ways.
 FIRST_NAMES = {"gathered": "base", "low_rank": "lean"}
-
-
-def state_numel(
-    shape: tuple[int, int],
-    rank: int,
-    proj_type: str = "std",
-    formulation: str = "released",
-    algorithm: Algorithm = FIRA_ADAM,
-) -> int:
-    """Elements of optimizer state of one projected matrix, the paper's mr + 2nr + 1 (Table 1).
-
-    Counts the basis, the moments and the limiter's norm, not the average of a normalized residual: n beside 2nr.
-    """
-    side = projection_side(shape, proj_type, formulation)
-    rows, r = basis_shape(shape, rank, side)
-    a, b = low_rank_shape(shape, rank, side)
-    return rows * r + len(algorithm.states) * a * b + algorithm.limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +82,8 @@ class SplitMatrix:
     Attributes:
         name: as in `MatrixShard`.
         shape: (m, n).
-        fragments: (dp_rank, fragment) of consecutive ranks, ascending; the fragments tile the matrix.
+        fragments: (dp_rank, fragment), which tile the matrix: in the order of its elements, or slice by slice of its
+            columns.
         owner: gathered: the dp_rank that holds the state and makes the step. Low-rank: the one that computes the basis,
             and on the left, unless evenly sharded, keeps R and its moments.
         side: the projected side.
@@ -120,13 +109,21 @@ class SplitMatrix:
         )
 
     @property
-    def sharers(self) -> range:
-        """The ranks that hold a fragment."""
-        return range(self.fragments[0][0], self.fragments[-1][0] + 1)
+    def sharers(self) -> tuple[int, ...]:
+        """The ranks that hold a fragment, in the order of the fragments."""
+        return tuple(holder for holder, _ in self.fragments)
+
+    @property
+    def sliced_by_columns(self) -> bool:
+        """Whether the fragments are of slices of some columns."""
+        return self.fragments[0][1].columns is not None
 
     def fragment(self, dp_rank: int) -> MatrixShard:
         """What a sharer holds of the matrix."""
-        return self.fragments[dp_rank - self.fragments[0][0]][1]
+        return self.fragments[self._place(dp_rank)][1]
+
+    def _place(self, dp_rank: int) -> int:
+        return next(place for place, (holder, _) in enumerate(self.fragments) if holder == dp_rank)
 
     def touched(self, dp_rank: int) -> range:
         """The entries of R that a sharer's fragment contributes to."""
@@ -136,9 +133,9 @@ class SplitMatrix:
     def kept(self, dp_rank: int) -> range:
         """The entries of R that a sharer sums up, and whose moments it has."""
         if self.side == "right":
-            return kept_rows(self.fragment(dp_rank))
+            return self._share_of_rows(dp_rank) if self.sliced_by_columns else kept_rows(self.fragment(dp_rank))
         if self.evenly_sharded:
-            return self._even_share(dp_rank)
+            return self._share_of_columns(dp_rank)
         return range(self.shape[1] if dp_rank == self.owner else 0)
 
     def region(self, dp_rank: int) -> range:
@@ -146,14 +143,19 @@ class SplitMatrix:
         return hull(self.touched(dp_rank), self.kept(dp_rank))
 
     def basis_rows(self, dp_rank: int) -> range:
-        """The rows of P that a sharer holds: on the left its fragment's rows, on the right all or an equal share."""
+        """The rows of P that a sharer holds: on the left its fragment's rows, on the right all or an equal share.
+
+        Of a matrix that is sliced by columns an equal share on both sides.
+        """
         if self.side == "left":
-            return touched_rows(self.fragment(dp_rank))
-        return self._even_share(dp_rank) if self.evenly_sharded else range(self.shape[1])
+            return self._share_of_rows(dp_rank) if self.sliced_by_columns else touched_rows(self.fragment(dp_rank))
+        return self._share_of_columns(dp_rank) if self.evenly_sharded else range(self.shape[1])
 
     def basis_span(self, dp_rank: int) -> range:
         """The rows of P that a sharer's step needs."""
-        return touched_columns(self.fragment(dp_rank)) if self.shares_basis else self.basis_rows(dp_rank)
+        if not self.shares_basis:
+            return self.basis_rows(dp_rank)
+        return (touched_rows if self.side == "left" else touched_columns)(self.fragment(dp_rank))
 
     def basis_shape(self, dp_rank: int) -> tuple[int, int]:
         """Shape of the part of P that a sharer holds in the low-rank way."""
@@ -162,12 +164,16 @@ class SplitMatrix:
     @property
     def shares_basis(self) -> bool:
         """Whether sharers borrow rows of P for every step."""
-        return self.evenly_sharded and self.side == "right"
+        return self.evenly_sharded and (self.side == "right" or self.sliced_by_columns)
 
-    def _even_share(self, dp_rank: int) -> range:
-        """Of n entries, or rows of P, those of one sharer where all sharers take as many."""
-        place, count, n = dp_rank - self.fragments[0][0], len(self.fragments), self.shape[1]
-        return range(place * n // count, (place + 1) * n // count)
+    def _share_of_columns(self, dp_rank: int) -> range:
+        """Of the entries, or rows of P, that belong to columns those of one sharer: of its slice, or of all."""
+        span = self.fragment(dp_rank).span
+        return even_share(span, [holder for holder, fragment in self.fragments if fragment.span == span], dp_rank)
+
+    def _share_of_rows(self, dp_rank: int) -> range:
+        """Of the entries, or rows of P, that belong to rows those of one sharer."""
+        return even_share(range(self.shape[0]), self.sharers, dp_rank)
 
     def transfers(self, of: int | None = None) -> Iterator[Transfer]:
         """The entries of R that are borrowed, or those that one sharer borrows or lends; by borrower, by keeper."""
@@ -278,7 +284,7 @@ def plan_split(
     """The split matrix of given fragments and owner, stepped in the way that sends less.
 
     Args:
-        fragments: by dp_rank in ascending order.
+        fragments: by dp_rank, in the order of `SplitMatrix.fragments`.
         owner: one of them.
         ranks: data-parallel ranks.
         settings: of the param group.

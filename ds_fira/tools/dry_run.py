@@ -21,8 +21,8 @@ from ds_fira.optim.state_size import ParamRecord
 from ds_fira.sharding.geometry import MatrixShard, Partitioning, matrices_of
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.plan import GroupLayout, plan_groups
-from ds_fira.sharding.projection import is_projected
-from ds_fira.sharding.split_matrix import SplitMatrix, state_numel
+from ds_fira.sharding.projection import is_projected, state_numel
+from ds_fira.sharding.split_matrix import SplitMatrix
 
 # ZeRO pads a buffer to a multiple of this many elements for each rank: 4 bytes of a 16-bit dtype.
 ALIGNMENT = 2

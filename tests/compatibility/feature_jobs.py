@@ -27,6 +27,7 @@ from tests.compatibility.option_jobs import (
 )
 from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.sequence_jobs import ulysses
+from tests.compatibility.tensor_parallel_features import tensor_parallel
 from tests.distributed.zero_jobs import batches, build, config
 
 SUPPORTED, REFUSED, REMOVED = "supported", "refused", "DeepSpeed's refusal"
@@ -132,6 +133,7 @@ def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 
 OFFLOAD = {"device": "cpu", "pin_memory": False}
+AUTOTP, TWO_SLICES = "tensor parallelism: `tensor_parallel.autotp_size`", {"tensor_parallel": {"autotp_size": 2}}
 FEATURES = [
     Feature("`engine.compile()`", stages=(0, 1, 2, 3), way=compiled_engine),
     Feature("`torch.compile(model)` before `deepspeed.initialize`", stages=(0, 1, 2), way=compiled_model),
@@ -139,9 +141,8 @@ FEATURES = [
     Feature("the same at stage 3", REMOVED, stages=(3,), way=compiled_model),
     Feature("`compile.deepcompile`", REFUSED, extra={"compile": {"deepcompile": True}}),
     Feature("sequence parallelism: Ulysses, DeepSpeed's `parallel_state_sp`", stages=(1, 2), dtype="fp32", way=ulysses),
-    Feature(
-        "tensor parallelism: `tensor_parallel.autotp_size`", REFUSED, extra={"tensor_parallel": {"autotp_size": 2}}
-    ),
+    Feature(AUTOTP, stages=(0, 1, 2), dtype="fp32", extra=TWO_SLICES, way=tensor_parallel),
+    Feature(f"{AUTOTP} at stage 3", REFUSED, stages=(3,), dtype="fp32", extra=TWO_SLICES, way=tensor_parallel),
     Feature("pipeline parallelism: `PipelineModule`", REFUSED, stages=(1,), way=pipeline),
     Feature("experts: `deepspeed.moe.layer.MoE`, `ep_size` 1 and 2", stages=(0, 1, 2), dtype="fp32", way=moe),
     Feature("experts: `deepspeed.moe.layer.MoE` at stage 3", REMOVED, stages=(3,), dtype="fp32", way=moe),
@@ -283,7 +284,7 @@ def joined(features: Iterable[Feature]) -> list[Feature]:
 
 
 # Experts, groups and states of parameters have tests of their own in every run.
-ELSEWHERE = (moe, *(way for *_, way in ROWS))
+ELSEWHERE = (moe, tensor_parallel, *(way for *_, way in ROWS))
 JOINED = joined(feature for feature in FEATURES if feature.way not in ELSEWHERE)
 
 

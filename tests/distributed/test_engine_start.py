@@ -56,9 +56,9 @@ REFUSED = {
     ),
     "elastic": (case(extra={"zero_elastic_checkpoint": True}), "ValueError", ["elastic_checkpoint = True", "false"]),
     "tensor parallel": (
-        case(stage=1, dtype="bf16", extra={"tensor_parallel": {"autotp_size": 2}}),
+        case(stage=3, dtype="bf16", extra={"tensor_parallel": {"autotp_size": 2}}),
         "ValueError",
-        ["tensor parallelism of size 2", "set it to 1"],
+        ["tensor_parallel.autotp_size = 2", "stage = 3", "use stage 0, 1 or 2, or set it to 1"],
     ),
     "pipeline": (case("pipeline", stage=1), "ValueError", ["PipelineEngine", "PipelineModule"]),
     "sparse": (case("sparse", stage=0), "ValueError", ["embedding.sparse = True", "sparse=False"]),

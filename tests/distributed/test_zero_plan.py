@@ -10,7 +10,7 @@ import pytest
 from benchmarks.communication.layout import BYTES, plan_llama
 from benchmarks.communication.partition import LLAMAS
 from ds_fira.sharding.plan import GroupLayout
-from ds_fira.sharding.split_matrix import state_numel
+from ds_fira.sharding.projection import state_numel
 from tests.distributed.zero_jobs import config
 from tests.ranks import Pools
 

@@ -29,7 +29,8 @@ class SplitPart:
         side: the projected side.
         shape: (m, n) of the whole matrix.
         rank: r.
-        rows: whole rows that the rank holds.
+        width: elements of a row: n, or those of a slice of columns.
+        rows: whole rows that the rank holds, or whole rows of the slice.
         body: place of the first of them in weights and gradient.
         body_line: on the right its place among the entries of R that the rank works on; 0 on the left.
         body_basis: the row of P that it is multiplied with first, of those that the rank works with.
@@ -56,6 +57,7 @@ class SplitPart:
     side: Side
     shape: tuple[int, int]
     rank: int
+    width: int
     rows: int
     body: int
     body_line: int

@@ -76,12 +76,12 @@ class SplitStep:
                 ]
             )
             launch_project(
-                grad._replace(rows=first.shape[1], columns=1),
+                grad._replace(rows=first.width, columns=1),
                 strided(basis, alike),
                 low_rank._replace(rows=first.region if first.left else first.rank, columns=1),
                 grad_sq._replace(rows=1),
                 None,
-                (len(alike), first.rows, first.shape[1], first.rank),
+                (len(alike), first.rows, first.width, first.rank),
                 first.side,
                 self.settings.chosen_precision,
             )
@@ -237,12 +237,12 @@ class SplitStep:
             inner = inner._replace(rows=first.region if first.left else first.rank, columns=1)
             turned = basis._replace(rows=basis.columns, columns=basis.rows)
             launch_update(
-                weight._replace(rows=first.shape[1], columns=1),
-                grad._replace(rows=first.shape[1], columns=1),
+                weight._replace(rows=first.width, columns=1),
+                grad._replace(rows=first.width, columns=1),
                 *((basis, inner) if first.left else (inner, turned)),
                 scales._replace(rows=0 if one else 1) if scaled else None,
                 finite,
-                (len(alike), first.rows, first.shape[1], first.rank),
+                (len(alike), first.rows, first.width, first.rank),
                 settings.decay_factor,
                 counts if settings.rounds_stochastically else None,
                 by_row=not first.left,

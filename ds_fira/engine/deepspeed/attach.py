@@ -27,6 +27,7 @@ from ds_fira.engine.deepspeed.param_states import link_params
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.schedulers import show_user_groups
+from ds_fira.engine.deepspeed.tensor_parallel import note_slices, sliced, uses_autotp
 from ds_fira.engine.deepspeed.thawed import note_frozen
 from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from ds_fira.optim.attachment import EngineAttachment
@@ -82,6 +83,8 @@ def make_optimizer(engine: DeepSpeedEngine, model_parameters: Iterable[object], 
     """
     kind = TYPES[engine.optimizer_name()]
     unsupported.refuse_unsupported_module(engine, kind.algorithm.name)
+    if uses_autotp(engine):
+        note_slices(engine.module, kind.algorithm.name)
     given = grouped(model_parameters)
     settings = checked_params(engine, given)
     groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)
@@ -108,6 +111,8 @@ def attach_built(
             optimizer = optimizer.itself
             unsupported.refuse_unsupported(engine, optimizer.algorithm.name)
             unsupported.refuse_unsupported_module(engine, optimizer.algorithm.name)
+            if uses_autotp(engine):
+                note_slices(engine.module, optimizer.algorithm.name)
             optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0)
         return optimizer
 
@@ -133,10 +138,13 @@ def attach(engine: DeepSpeedEngine) -> None:
     optimizer: LowRankOptimizer = engine.basic_optimizer
     holders = engine.fira_holders = Holders(engine)
     stage = engine.zero_optimization_stage()
-    communicator, flats, plans, matrices = holders.everyone, stepped_groups(engine, holders.of), [], {}
+    communicator, flats = holders.everyone, stepped_groups(engine, holders.of)
     if stage > 0:
         project_as_flat(optimizer, flats, communicator)
-        plans, matrices = _plan_flats(optimizer, flats, holders, stage)
+    partitionings = [flat.partitioning for flat in flats if stage > 0]
+    if holders.grid is not None:
+        partitionings = holders.grid.learn(flats)
+    plans, matrices = _plan_flats(optimizer, flats, holders, stage)
     groups = optimizer.param_groups
     trained = [
         (flat.group, name, shape_of(param)) for flat in flats for name, param in holders.everywhere(flat.lp_params)
@@ -146,18 +154,18 @@ def attach(engine: DeepSpeedEngine) -> None:
     optimizer.attach(
         EngineAttachment(
             communicator=communicator,
-            replicas={flat.hp_partition: flat.communicator for flat in flats if stage == 0},
+            replicas={flat.hp_partition: ranks for flat in flats if (ranks := holders.replicas(flat)) is not None},
             members=members,
             inventory=[ParamRecord.of(name, shape, groups[group]) for group, name, shape in trained],
             layouts=[layout for _, layout in plans],
-            slices={flat.hp_partition: flat.slices(flat.communicator.dp_rank, holders.names) for flat in flats},
+            slices={flat.hp_partition: flat.slices(flat.communicator.dp_rank, holders.labels) for flat in flats},
             matrices=matrices,
             names=holders.names,
             gradient_dtypes={flat.hp_partition: flat.lp_params[0].dtype for flat in flats},
             digest=digest(
                 (stage, engine.optimizer.__class__.__name__, communicator.dp_size),
                 members,
-                [flat.partitioning for flat in flats if stage > 0],
+                partitionings,
                 *_layouts_of_all(plans, communicator),
                 [_structure(group, listed) for group, listed in zip(groups, members, strict=True)],
                 [_precision(part, groups) for part in parts],
@@ -206,36 +214,58 @@ def _precision(flats: Sequence[FlatGroup], groups: Sequence[Mapping[str, object]
 def _plan_flats(
     optimizer: LowRankOptimizer, flats: list[FlatGroup], holders: Holders, stage: int
 ) -> tuple[list[tuple[Communicator, GroupLayout]], dict[Tensor, LocalMatrices]]:
-    """Plan the flat tensors that are projected, those of the same ranks together; and what this rank has in them.
+    """Plan the tensors that are projected and cut, those of the same ranks together; and what this rank has in them.
 
     Returns:
-        Of every flat tensor that is projected its ranks and its layout, the same on all of them; the matrices of this
-        rank, by flat tensor.
+        Of every such tensor its ranks and its layout, the same on all of them; the matrices of this rank, by tensor.
     """
-    projected = [flat for flat in flats if all(kinds_of(flat, optimizer.param_groups))]
-    unsupported.refuse_sharding(optimizer.algorithm, len(projected) < len(flats), stage)
-    numbers = _numbers(projected, holders)
+    cut = [(number, flat) for number, flat in enumerate(flats) if stage > 0 or sliced(flat.lp_params)]
+    projected = [(number, flat) for number, flat in cut if all(kinds_of(flat, optimizer.param_groups))]
+    unsupported.refuse_sharding(optimizer.algorithm, len(projected) < len(cut), stage)
     plans: dict[int, tuple[Communicator, GroupLayout]] = {}
-    bound = {}
-    for communicator in dict.fromkeys(flat.communicator for flat in projected):
-        places = [place for place, flat in enumerate(projected) if flat.communicator is communicator]
-        buffers = [
-            (projected[place].matrices(holders.names), projected[place].partitioning.partition_size) for place in places
-        ]
-        settings = [GroupSettings.of(optimizer.param_groups[projected[place].group]) for place in places]
-        layouts = plan_groups(buffers, communicator.dp_size, settings, stage == 3)
+    bound: dict[Tensor, LocalMatrices] = {}
+    if not projected:
+        return [], bound
+    numbers = _numbers([flat for flat in flats if all(kinds_of(flat, optimizer.param_groups))], holders)
+    if stage == 0:
+        bound |= _whole(optimizer, flats, numbers, holders)
+    ranks = [holders.sharers(flat) for _, flat in projected]
+    for communicator in dict.fromkeys(ranks):
+        places = [place for place, own in enumerate(ranks) if own is communicator]
+        found = [projected[place] for place in places]
+        buffers = [holders.buffer(number, flat) for number, flat in found]
+        settings = [GroupSettings.of(optimizer.param_groups[flat.group]) for _, flat in found]
+        evenly = stage == 3 or any(sliced(flat.lp_params) for _, flat in found)
+        layouts = plan_groups(buffers, communicator.dp_size, settings, evenly)
         communicator.require_same(plan_hash(layouts), optimizer.algorithm.name)
-        for place, layout in zip(places, layouts, strict=True):
+        for place, (_, flat), layout in zip(places, found, layouts, strict=True):
             plans[place] = (communicator, layout)
-            bound[projected[place].hp_partition] = _bind(layout, communicator, numbers)
+            bound[flat.hp_partition] = _bind(layout, communicator, numbers, holders.replicas(flat))
     return [plans[place] for place in range(len(projected))], bound
 
 
-def _bind(layout: GroupLayout, communicator: Communicator, numbers: Mapping[str, int]) -> LocalMatrices:
+def _whole(
+    optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], numbers: Mapping[str, int], holders: Holders
+) -> dict[Tensor, LocalMatrices]:
+    """The matrices that no slice is of, at stage 0, by numbers that count the sliced ones too."""
+    found = {}
+    for flat in flats:
+        (param,) = flat.lp_params
+        if all(kinds_of(flat, optimizer.param_groups)) and not sliced(flat.lp_params):
+            shards = tuple(matrices_of("", shape_of(param)))
+            listed = matrices_of(holders.names[id(param)], shape_of(param))
+            indices = tuple(numbers[matrix.name] for matrix in listed)
+            found[flat.hp_partition] = LocalMatrices(shards, indices, batched=param.ndim == 3, flat=False)
+    return found
+
+
+def _bind(
+    layout: GroupLayout, communicator: Communicator, numbers: Mapping[str, int], replicas: Communicator | None
+) -> LocalMatrices:
     """What a rank steps of a flat tensor, and the collectives that it takes part in for it."""
     whole = layout.unsplit[communicator.dp_rank]
     exchanges = tuple(GatherExchange(turn, communicator) for turn in layout.gathered_turns)
-    low_rank = LowRankMatrices(layout.low_rank, communicator, numbers) if layout.low_rank else None
+    low_rank = LowRankMatrices(layout.low_rank, communicator, numbers, replicas) if layout.low_rank else None
     indices = tuple(numbers[matrix.name] for matrix in (*whole, *layout.gathered_by(communicator.dp_rank)))
     return LocalMatrices(whole, indices, exchanges, low_rank)
 

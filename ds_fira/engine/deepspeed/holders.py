@@ -2,7 +2,8 @@
 
 Most parameters are held by all data-parallel ranks, under the name that the module gives. Experts of a DeepSpeed MoE
 layer are not: the ranks of an expert-parallel group hold different ones, all called 0, 1 and so on, and one expert is
-held by the ranks of an expert-data-parallel group. Everything else here goes by what this file says.
+held by the ranks of an expert-data-parallel group. Of what AutoTP has sliced, tensor-parallel ranks hold different
+slices (`tensor_parallel.py`). Everything else here goes by what this file says.
 
 Written against DeepSpeed 0.17 to 0.19. What it relies on: `is_moe_param` tells experts, whose `group_name` is the key
 of their process groups; `deepspeed.moe.experts.Experts` holds rank e's share of n experts in its list
@@ -11,7 +12,7 @@ of their process groups; `deepspeed.moe.experts.Experts` holds rank e's share of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.utils import is_moe_param
@@ -19,23 +20,32 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.engine.deepspeed.save_load.files import normalized
+from ds_fira.engine.deepspeed.tensor_parallel import Grid, note_slices, sliced, uses_autotp
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.geometry import MatrixShard
 
 
 class Holders:
     """The ranks and names of an engine's parameters.
 
     Attributes:
-        everyone: all data-parallel ranks.
-        names: of this rank's parameters, by their `id`: the same on every rank that holds one.
+        everyone: all ranks that train together.
+        grid: where AutoTP has sliced the module, where the slices lie; else None.
+        names: of this rank's parameters, by their `id`: the same on every rank that holds one, or a slice of it.
+        labels: likewise, but of a slice its own name.
         order: the names of the parameters of all ranks, in the module's order and that of the layer's experts.
     """
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        self.everyone = Communicator(engine.seq_data_parallel_group)
+        self._column = Communicator(engine.seq_data_parallel_group)
         self._optimizer: LowRankOptimizer = engine.basic_optimizer
+        self.grid = Grid(self._column) if uses_autotp(engine) else None
+        if self.grid is not None:
+            note_slices(engine.module, type(self._optimizer).__name__)
+        self.everyone = self._column if self.grid is None else self.grid.everyone
         self._stage = engine.zero_optimization_stage()
         found = getattr(engine, "expert_data_parallel_group", None) or {}
         self._experts = {name: Communicator(group) for name, group in found.items()}
@@ -44,6 +54,9 @@ class Holders:
         self.names = {id(param): name for name, param in own.items()}
         ranks = {id(param): groups._get_expert_parallel_rank(param.group_name) for param in _experts_in(own.values())}
         self.names |= {key: copies[ranks[key]] for key, copies in self._copies.items()}
+        self.labels = self.names
+        if self.grid is not None:
+            self.labels = {id(param): self.grid.label(self.names[id(param)], param) for param in own.values()}
         self.order = list(dict.fromkeys(self._ordered(own.values())))
 
     def _ordered(self, params: Iterable[Tensor]) -> Iterable[str]:
@@ -61,10 +74,51 @@ class Holders:
         """Of DeepSpeed's file with this rank's optimizer states, where there are several."""
         if self._stage == 0 and self._copies:
             return groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
-        return self.everyone.dp_rank
+        return self._column.dp_rank
+
+    @property
+    def slice_number(self) -> int:
+        """Of the slices of the module that this rank has, 0 where it has all of it."""
+        return 0 if self.grid is None else self.grid.rank
+
+    @property
+    def slices(self) -> int:
+        """Into how many slices the module is taken apart."""
+        return 1 if self.grid is None else self.grid.size
+
+    def alike(self, params: Sequence[Tensor]) -> Communicator:
+        """The ranks that hold the same of some parameters; raises as `of`."""
+        return self.of(params) if self.grid is None or sliced(params) else self.everyone
+
+    def replicas(self, flat: FlatGroup) -> Communicator | None:
+        """The ranks that step the same tensor as this one; None for this one alone."""
+        if self._stage == 0:
+            return self.alike(flat.lp_params)
+        return None if self.grid is None or sliced(flat.lp_params) else self.grid.row
+
+    def sharers(self, flat: FlatGroup) -> Communicator:
+        """The ranks that have the matrices of a tensor together, each some fragments."""
+        if self.grid is None or not sliced(flat.lp_params):
+            return flat.communicator
+        return self.grid.row if self._stage == 0 else self.everyone
+
+    def buffer(self, number: int, flat: FlatGroup) -> tuple[list[Mapping[int, MatrixShard]], int]:
+        """Where the matrices of a tensor lie, as `plan_groups` takes it: over its `sharers`, the same on all of them.
+
+        Args:
+            number: of the tensor among all.
+            flat: the tensor.
+
+        Raises:
+            ValueError: as of `FlatGroup.matrices`, or the slices of a matrix do not make up the whole.
+        """
+        if self.grid is None or not sliced(flat.lp_params):
+            return flat.matrices(self.names), flat.partitioning.partition_size
+        names = [self.names[id(param)] for param in flat.lp_params]
+        return self.grid.buffer(number, flat, names, self._stage, self._optimizer.algorithm.name)
 
     def of(self, params: Sequence[Tensor]) -> Communicator:
-        """The ranks that hold some parameters, which have to be the same for all of them.
+        """The ranks that ZeRO cuts some parameters over, or leaves them alike at stage 0; the same for all of them.
 
         Raises:
             ValueError: they are not.
@@ -76,7 +130,7 @@ class Holders:
                 "parameters, which ZeRO partitions over different ranks; give them groups of their own by "
                 "deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer."
             )
-        return self.everyone if kinds in (set(), {None}) else self._experts[kinds.pop()]
+        return self._column if kinds in (set(), {None}) else self._experts[kinds.pop()]
 
     def everywhere(self, params: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         """The names of some parameters on all ranks, each with the parameter that this rank has in its place."""

@@ -15,7 +15,6 @@ Written against DeepSpeed 0.17 to 0.19. What it relies on:
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, MutableMapping
 
@@ -28,6 +27,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ds_fira.core import quantization
+from ds_fira.core.selection import numel_of
 from ds_fira.core.state import stored_moment
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.param_place import holders, name_of
@@ -149,8 +149,8 @@ def _local(wrapper: DeepSpeedZeroOptimizer_Stage3, param: Parameter, key: str | 
 def _set_whole(optimizer: LowRankOptimizer, param: Parameter, value: Tensor, key: str) -> None:
     """Set this rank's part of a moment, of which `value` is the whole."""
     name = _unprojected(optimizer, param, key)
-    shape = next(record.shape for record in optimizer.inventory if record.name == name)
-    if value.numel() != math.prod(shape):
+    if value.numel() != numel_of(param):
+        shape = tuple(getattr(param, "ds_shape", param.shape))
         raise ValueError(
             f"safe_set_full_optimizer_state: {value.numel()} values for {name} of shape {shape}; give one for each of "
             "its elements."

@@ -14,6 +14,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from deepspeed.utils import groups
 from packaging.version import Version
 from torch import nn
 
@@ -86,6 +87,7 @@ def unsupported_settings(engine: DeepSpeedEngine, name: str) -> list[str]:
         name: of the optimizer.
     """
     refused = {**_refused(engine, name), **_without_effect(engine), **_refused_before_0_19(engine)}
+    refused |= _refused_with_autotp(engine)
     return [f"{name}: {sentence}" for sentence, is_set in refused.items() if is_set]
 
 
@@ -93,14 +95,14 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
     """By sentence, whether a setting is on that is not supported."""
     config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
     pipeline = isinstance(engine, PipelineEngine)
-    tensor_parallel = max(engine.autotp_size(), _model_parallel_size(engine.mpu))
+    mpu_size = _model_parallel_size(engine.mpu)
     ratio = getattr(zero.offload_optimizer, "ratio", 1.0)
     autocast = config.torch_autocast_dtype if getattr(config, "torch_autocast_enabled", False) else None
     return {
         f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
         "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2.": pipeline,
-        f"tensor parallelism of size {tensor_parallel} (tensor_parallel.autotp_size, or an mpu) is not supported yet, "
-        "because a rank would see a part of every matrix; set it to 1.": tensor_parallel > 1,
+        f"an mpu with tensor parallelism of size {mpu_size} is not supported, because its parameters do not say which "
+        "slice of which matrix they are; give none, and set tensor_parallel.autotp_size.": mpu_size > 1,
         # AutoEP came with 0.19.
         "expert_parallel.enabled = True is not supported yet, because ranks then hold different experts in parameters "
         "of one name; set it to false and train the experts as ordinary parameters, or build the model with "
@@ -129,6 +131,23 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         and autocast == torch.float16,
         # Apex was removed in 0.19.
         "amp.enabled = True is not supported; use the bf16 or the fp16 block.": _at(config, "amp_enabled"),
+    }
+
+
+def _refused_with_autotp(engine: DeepSpeedEngine) -> dict[str, object]:
+    """By sentence, whether a setting is on that AutoTP's slices of matrices exclude."""
+    size, version = engine.autotp_size(), deepspeed.__version__
+    setting, optimizer = f"tensor_parallel.autotp_size = {size}", engine.client_optimizer
+    recorder = getattr(optimizer, "recorder", None)
+    recorded = (engine.optimizer_params() or {}).get("record_scaling_factors") if optimizer is None else recorder
+    if size <= 1:
+        return {}
+    return {
+        f"{setting} is not supported at zero_optimization.stage = 3, which would cut every slice once more; use stage "
+        "0, 1 or 2, or set it to 1.": engine.zero_optimization_stage() == 3,
+        f"{setting} is supported from DeepSpeed 0.19 on, and this is {version}; set it to 1, or use DeepSpeed "
+        "0.19.": Version(version) < Version("0.19"),
+        f"record_scaling_factors is not supported with {setting}; set it to 0.": recorded,
     }
 
 
@@ -245,10 +264,10 @@ def refuse_object(engine: DeepSpeedEngine, optimizer: object) -> None:
             its own Adam for offload.
     """
     ours = isinstance(optimizer, LowRankOptimizer)
-    groups = [group for group in getattr(optimizer, "param_groups", ()) if ours or "update_proj_gap" in group]
-    if not groups:
+    found = [group for group in getattr(optimizer, "param_groups", ()) if ours or "update_proj_gap" in group]
+    if not found:
         return
-    name = algorithm_of(groups[0]).name
+    name = algorithm_of(found[0]).name
     if not ours:
         reason = (
             f"{type(optimizer).__name__} took the param groups of a {name}, as accelerate does under optimizer "
@@ -265,8 +284,9 @@ def refuse_object(engine: DeepSpeedEngine, optimizer: object) -> None:
 
 
 def _model_parallel_size(mpu: object) -> int:
-    # DeepSpeed's own mpu for Ulysses calls its sequence-parallel group the model-parallel one too.
-    if hasattr(mpu, "initialize_sequence_parallel"):
+    # DeepSpeed's own mpu for Ulysses calls its sequence-parallel group the model-parallel one too, and AutoTP's is a
+    # module of DeepSpeed.
+    if hasattr(mpu, "initialize_sequence_parallel") or mpu is groups:
         return 1
     for name in ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"):
         if hasattr(mpu, name):

@@ -119,12 +119,12 @@ def _replicated(engine: DeepSpeedEngine, optimizer: LowRankOptimizer) -> list[tu
     """
     known: Holders = engine.fira_holders
     params = list(engine.module.parameters())
-    found = [(known.names[id(param)], param, known.of([param])) for param in params]
+    found = [(known.labels[id(param)], param, known.alike([param])) for param in params]
     if optimizer.attachment.replicas:
         own, attachment = {id(param) for param in params}, optimizer.attachment
         found += [
             (f"master copy of {held[0].name or i}", param, attachment.replicas[param])
             for i, (param, held) in enumerate(attachment.slices.items())
-            if id(param) not in own
+            if id(param) not in own and param in attachment.replicas
         ]
     return found

@@ -98,10 +98,10 @@ class DeviceTurn(Turn):
         step, pieces = self.step, self._pieces
         self._parts |= {position: step.parts[position] for position in positions if position in step.parts}
         held = tuple(position for position in positions if position in step.parts)
-        known = all(self._parts[position].state.has_basis for position in held)
+        cleared = self._layout.has_gaps or not all(self._parts[position].state.has_basis for position in held)
         if self._memory is None:
             param, sizes = step.param, self._layout.sizes
-            self._memory = SplitStep(param, param.grad, sizes, step.settings, self._ratio, cleared=not known)
+            self._memory = SplitStep(param, param.grad, sizes, step.settings, self._ratio, cleared=cleared)
         memory = self._memory
         yield from self._borrow_bases(positions, held)
         memory.project(self._held(position for position in held if self._parts[position].state.has_basis))

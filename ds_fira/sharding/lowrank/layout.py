@@ -40,6 +40,7 @@ class TurnLayout:
         parts: likewise.
         forms: of the answers, by position.
         sizes: elements of the memory, float32 and float64.
+        has_gaps: whether a region has entries that the rank's fragment does not touch, whose sums begin at zero.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class TurnLayout:
         found = {plan.position: self._part(plan, words.take, doubles.take) for plan in sorted(plans, key=_order)}
         self.parts = {plan.position: found[plan.position] for plan in plans}
         self.sizes = words.size, doubles.size
+        self.has_gaps = any(plan.region != plan.matrix.touched(plan.dp_rank) for plan in plans)
         self._known: dict[Hashable, object] = {}
 
     def known(self, key: Hashable, make: Callable[[], Planned]) -> Planned:
@@ -92,6 +94,7 @@ class TurnLayout:
             side=matrix.side,
             shape=matrix.shape,
             rank=r,
+            width=len(plan.fragment.span),
             rows=0 if body is None else len(body.rows),
             body=0 if body is None else plan.fragment.offset + body.offset,
             body_line=0 if left or body is None else body.rows.start - plan.region.start,
@@ -117,8 +120,8 @@ class TurnLayout:
 
 
 def _blocks(plan: LocalShardPlan) -> tuple[RowBlock | None, list[RowBlock]]:
-    """The whole rows of a fragment, None for none, and the parts of rows."""
-    n = plan.matrix.shape[1]
+    """The whole rows of a fragment, None for none, and the parts of rows; of a slice its own rows."""
+    n = len(plan.fragment.span)
     full = [block for block in plan.blocks if len(block.columns) == n]
     return (full[0] if full else None), [block for block in plan.blocks if len(block.columns) < n]
 
@@ -142,7 +145,7 @@ def _kind(plan: LocalShardPlan) -> tuple[int, ...]:
     rows = (-1, 0) if body is None else (len(body.rows), body.rows.start)
     kept = (plan.kept.start - plan.region.start, len(plan.kept)) if len(plan.kept) else (0, 0)
     spans = (plan.region, plan.basis_span, plan.basis_rows)
-    held = tuple(number for span in spans for number in (span.start, len(span)))
+    held = (len(plan.fragment.span), *(number for span in spans for number in (span.start, len(span))))
     return (*plan.matrix.shape, plan.matrix.side == "left", plan.matrix.rank, *rows, *kept, *held, len(edges))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ds_fira.core.basis import awaits_basis, basis_change, basis_of, take_basis
@@ -25,11 +26,16 @@ class LowRankRefresh:
     Attributes:
         matrices: the low-rank matrices of a param group by their positions among its split ones.
         communicator: the ranks; all of them take part.
+        replicas: the ranks that hold the same parts as this one, to which the first of them sends what it computes as
+            an owner; None for this one alone.
     """
 
-    def __init__(self, matrices: Mapping[int, SplitMatrix], communicator: Communicator) -> None:
+    def __init__(
+        self, matrices: Mapping[int, SplitMatrix], communicator: Communicator, replicas: Communicator | None = None
+    ) -> None:
         self.matrices = matrices
         self.communicator = communicator
+        self.replicas = replicas if replicas is not None and replicas.dp_size > 1 else None
 
     def refresh(
         self, due: Sequence[int], param: Tensor, parts: Parts, settings: GroupSettings, refresher: Refresher
@@ -65,13 +71,12 @@ class LowRankRefresh:
         adopted: dict[int, tuple[Tensor, Tensor | None]] = {}
         for position, (grad,) in zip(self._owned(turn), grads, strict=True):
             part, matrix, old = parts[position], self.matrices[position], previous.get(position)
-            basis = refresher.attempt(
-                lambda s=part.state, g=grad, o=old: basis_of(g, s, settings, o), settings.subspace
-            )
+            basis = self._computed(part, grad, old, settings, refresher)
             change = None if basis is None else basis_change(basis, old, part.state, settings)
             if basis is not None:
                 adopted[position] = (_rows(basis, matrix.basis_rows(rank)), change)
-                refresher.listener.count_refresh()
+                if self.replicas is None or self.replicas.dp_rank == 0:
+                    refresher.listener.count_refresh()
             for sharer in matrix.sharers:
                 if sharer != rank:
                     rows, numel = _sent_rows(matrix, sharer, part), _answer_numel(matrix, sharer, part, settings)
@@ -84,6 +89,15 @@ class LowRankRefresh:
                 adopted[position] = _unpacked(parts[position], shared[position], answer[1:], settings)
         for position, (basis, change) in adopted.items():
             take_basis(parts[position].state, settings, basis, change)
+
+    def _computed(
+        self, part: ShardStep, grad: Tensor, old: Tensor | None, settings: GroupSettings, refresher: Refresher
+    ) -> Tensor | None:
+        """The new basis of a matrix that this rank owns, whole, None for none; on all replicas that of the first."""
+        replicas, basis = self.replicas, None
+        if replicas is None or replicas.dp_rank == 0:
+            basis = refresher.attempt(lambda: basis_of(grad, part.state, settings, old), settings.subspace)
+        return basis if replicas is None else shared_basis(basis, part.plan.matrix, grad, part.state.dtype, replicas)
 
     def _owned(self, turn: Sequence[int]) -> list[int]:
         return [position for position in turn if self.matrices[position].owner == self.communicator.dp_rank]
@@ -124,6 +138,19 @@ class LowRankRefresh:
                     rows = _rows(assembled[position], matrix.basis_rows(sharer))
                     rows.copy_(own if sharer == rank else arrived[position, sharer].view_as(rows))
         return assembled
+
+
+def shared_basis(
+    basis: Tensor | None, matrix: SplitMatrix, grad: Tensor, dtype: torch.dtype, replicas: Communicator
+) -> Tensor | None:
+    """The basis that the first of some replicas has, if it has one, on all of them; a collective call."""
+    shape = matrix.shape[matrix.side == "right"], matrix.rank
+    packed = grad.new_zeros(1 + shape[0] * shape[1], dtype=dtype)
+    if basis is not None:
+        packed[0] = 1.0
+        packed[1:] = basis.reshape(-1)
+    packed = replicas.broadcast(packed, 0)
+    return packed[1:].view(shape) if packed[0] else None
 
 
 def _rows(basis: Tensor, rows: range) -> Tensor:

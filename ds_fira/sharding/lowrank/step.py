@@ -72,7 +72,11 @@ class LowRankMatrices:
     """
 
     def __init__(
-        self, matrices: Mapping[int, SplitMatrix], communicator: Communicator, numbers: Mapping[str, int]
+        self,
+        matrices: Mapping[int, SplitMatrix],
+        communicator: Communicator,
+        numbers: Mapping[str, int],
+        replicas: Communicator | None = None,
     ) -> None:
         """Plan the exchange.
 
@@ -80,6 +84,7 @@ class LowRankMatrices:
             matrices: the low-rank matrices of the group by their positions among its split ones.
             communicator: the ranks.
             numbers: by name, every matrix's number in the model.
+            replicas: the ranks that hold the same parts as this one, and step them alike; None for this one alone.
         """
         self.communicator = communicator
         self._matrices = matrices
@@ -89,7 +94,7 @@ class LowRankMatrices:
             for position, matrix in self._matrices.items()
             if rank in matrix.sharers
         ]
-        self._refresh = LowRankRefresh(self._matrices, communicator)
+        self._refresh = LowRankRefresh(self._matrices, communicator, replicas)
         self._exchange = LowRankExchange(self._matrices, communicator)
         self.deal(turns_of(self._matrices))
 

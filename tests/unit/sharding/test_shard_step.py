@@ -28,8 +28,9 @@ from ds_fira.sharding.lowrank.answers import (
 )
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.shard_step import ShardStep
+from ds_fira.sharding.projection import state_numel
 from ds_fira.sharding.row_blocks import inside, row_blocks, touched_columns
-from ds_fira.sharding.split_matrix import SplitMatrix, plan_split, state_numel
+from ds_fira.sharding.split_matrix import SplitMatrix, plan_split
 
 UNLIMITED = GroupSettings(rank=2, limiter="none")
 

@@ -130,7 +130,9 @@ class Capture:
 
     @property
     def _spreads(self) -> bool:
-        return len(self._peers) > 1 and self._engine.zero_optimization_stage() < 3 and self._zipped
+        # With slices of the module every rank has its own file of it, or another one writes the same.
+        whole = self._engine.fira_holders.slices == 1
+        return len(self._peers) > 1 and self._engine.zero_optimization_stage() < 3 and self._zipped and whole
 
     @property
     def _zipped(self) -> bool:

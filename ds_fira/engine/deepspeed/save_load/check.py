@@ -19,6 +19,7 @@ from ds_fira.checkpoint.errors import load_sentence
 from ds_fira.checkpoint.safe_load import SETTING, UnsafeFileError
 from ds_fira.checkpoint.shared_read import SharedRead
 from ds_fira.checkpoint.tag_folder import matching_files
+from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, load
 from ds_fira.optim.base import LowRankOptimizer
 
@@ -113,9 +114,10 @@ def require_own_share(engine: DeepSpeedEngine, folder: Path, reading: SharedRead
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
     with agreed(optimizer):
-        files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, reading)
+        known: Holders = engine.fira_holders
+        files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, reading, known.slice_number)
         if files.models:
-            _, state_dict = files.of_rank(engine.fira_holders.file_number)
+            _, state_dict = files.of_rank(known.file_number)
             optimizer.require_fit(state_dict)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_fira.checkpoint import safe_load
-from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict
+from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict, TensorSlices
 from ds_fira.checkpoint.shared_read import SharedRead
 from ds_fira.checkpoint.tag_folder import matching_files
 
@@ -25,14 +25,14 @@ T = TypeVar("T")
 OUTER = "optimizer_state_dict"
 BASE_OPTIMIZER = ("base_optimizer_state", "optimizer_state_dict")  # stages 1 and 2; stage 3 and the wrapper of stage 0
 MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
-OPTIMIZER_FILE = re.compile(r"(?:(?:bf16_)?zero_pp|expp)_rank_(\d+)_mp_rank_00_optim_states\.pt")
+OPTIMIZER_FILE = re.compile(r"(?:(?:bf16_)?zero_pp|expp)_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
-MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_00_model_states\.pt")
+MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
-    """The files of one tag.
+    """The files of one tag; where the ranks had slices of the module, those of one slice.
 
     Attributes:
         models: with the module's weights: one, or under stage 3 one a rank.
@@ -40,16 +40,23 @@ class CheckpointFiles:
             rank of the largest expert-parallel group.
         unpickle: see `load`.
         reading: by which all ranks read them, None where this process does it alone.
+        slices: how many slices of the module there are files of.
     """
 
     models: tuple[Path, ...]
     optimizers: tuple[Path, ...]
     unpickle: bool = False
     reading: SharedRead | None = None
+    slices: int = 1
 
     @classmethod
     def find(
-        cls, folder: Path, every: bool = True, unpickle: bool = False, reading: SharedRead | None = None
+        cls,
+        folder: Path,
+        every: bool = True,
+        unpickle: bool = False,
+        reading: SharedRead | None = None,
+        of_slice: int = 0,
     ) -> CheckpointFiles:
         """The files in the folder of a tag.
 
@@ -58,18 +65,24 @@ class CheckpointFiles:
             every: whether there have to be those of all ranks that saved it; on node-local storage there are not.
             unpickle: see `load`.
             reading: of that folder.
+            of_slice: the number of the slice.
 
         Raises:
             ValueError: some are missing.
         """
         listed = None if reading is None else reading.files
-        models = _by_rank(folder, MODEL_FILE, "*", listed)
+        every_model = _by_rank(folder, MODEL_FILE, "*", listed)
+        models = every_model.get(of_slice)
         if not models:
             return cls((), ())
         # A folder that was saved into twice, in bf16 and not, has two sets; the newer one counts.
-        found = [_by_rank(folder, OPTIMIZER_FILE, names, listed) for names in ("bf16_*", "zero_*", "expp_*")]
+        found = [
+            _by_rank(folder, OPTIMIZER_FILE, names, listed).get(of_slice, {})
+            for names in ("bf16_*", "zero_*", "expp_*")
+        ]
         optimizers = max(found, key=lambda files: max((path.stat().st_mtime for path in files.values()), default=0.0))
-        files = cls(tuple(models.values()), tuple(optimizers.values()), unpickle, reading)
+        slices = 1 + max(every_model)
+        files = cls(tuple(models.values()), tuple(optimizers.values()), unpickle, reading, slices)
         if not optimizers or not every:
             return files
         if absent := files.find_absent():
@@ -139,9 +152,22 @@ class CheckpointFiles:
             )
         return wrapper, next((wrapper[key] for key in BASE_OPTIMIZER if key in wrapper), wrapper)
 
+    def of_all_slices(self) -> list[CheckpointFiles]:
+        """The files of the same tag by slice."""
+        if self.slices == 1:
+            return [self]
+        folder = self.models[0].parent
+        others = {"unpickle": self.unpickle, "reading": self.reading}
+        return [CheckpointFiles.find(folder, **others, of_slice=number) for number in range(self.slices)]
+
     def read(self) -> SavedState:
         """The states and master weights that all ranks saved."""
         saved = SavedState()
+        for files in self.of_all_slices():
+            files._read_into(saved)
+        return saved
+
+    def _read_into(self, saved: SavedState) -> None:
         for number in range(max(1, len(self.optimizers))):
             wrapper, state_dict = self.optimizer_state(number)
             weights = next((wrapper[key] for key in MASTERS if key in wrapper), None)
@@ -150,9 +176,9 @@ class CheckpointFiles:
             elif weights is None:
                 # Stage 0 in float32 steps the module's own weights.
                 module = self._module()
-                weights = [module[held["pieces"][0][0]] for held in state_dict[KEY]["places"]]
+                held = [TensorSlices.from_plain(each).params[0] for each in state_dict[KEY]["places"]]
+                weights = [module[part.param] for part in held]
             saved.add(state_dict, weights)
-        return saved
 
     def _module(self) -> dict[str, Tensor]:
         """The module's weights by name, experts too, each of which has a file."""
@@ -163,9 +189,32 @@ class CheckpointFiles:
         return normalized(found)
 
 
-def _by_rank(folder: Path, pattern: re.Pattern[str], names: str, listed: Collection[str] | None) -> dict[int, Path]:
+def refuse_other_slices(files: CheckpointFiles, now: int) -> None:
+    """Stop if a checkpoint is of a module that was sliced otherwise.
+
+    Args:
+        files: of any slice.
+        now: how many slices the module is taken apart into.
+
+    Raises:
+        ValueError: with both.
+    """
+    if files.models and files.slices != now:
+        raise ValueError(
+            f"tensor_parallel.autotp_size = {now} cannot load what was saved with {files.slices}, since ranks had "
+            f"other slices of every matrix; set it to {files.slices}, on any number of data-parallel ranks."
+        )
+
+
+def _by_rank(
+    folder: Path, pattern: re.Pattern[str], names: str, listed: Collection[str] | None
+) -> dict[int, dict[int, Path]]:
+    """By the number of the slice, the files by rank, in order."""
     matches = [(pattern.fullmatch(path.name), path) for path in matching_files(folder, names, listed)]
-    return dict(sorted((int(match[1] or 0), path) for match, path in matches if match))
+    found: dict[int, dict[int, Path]] = {}
+    for number, rank, path in sorted((int(match[2]), int(match[1] or 0), path) for match, path in matches if match):
+        found.setdefault(number, {})[rank] = path
+    return found
 
 
 def load(path: Path, unpickle: bool = False, reading: SharedRead | None = None) -> dict[str, object]:

@@ -32,7 +32,7 @@ from ds_fira.engine.deepspeed.flat_groups import stepped_groups
 from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.client_state import KEY, set_rng_state
-from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized, refuse_other_slices
 from ds_fira.engine.deepspeed.save_load.written import (
     Loaded,
     carry_loss_scale,
@@ -71,8 +71,10 @@ def load_into_other(
     Raises:
         ValueError: the checkpoint lacks a trained parameter.
     """
-    files = CheckpointFiles.find(Path(load_dir, tag))
-    saved, holders = files.read(), Holders(engine)
+    holders = Holders(engine)
+    files = CheckpointFiles.find(Path(load_dir, tag), of_slice=holders.slice_number)
+    refuse_other_slices(files, holders.slices)
+    saved = files.read()
     members = _members(engine, holders)
     name, kind = saved.algorithm.name, type(engine.basic_optimizer).__name__
     wanted = normalized(dict(engine.module.named_parameters())).keys() - {
@@ -81,7 +83,7 @@ def load_into_other(
     rest, stage = untrained_values(files), engine.zero_optimization_stage()
     with replaced(
         engine,
-        _get_all_ckpt_names=lambda *_: [str(files.models[0])],
+        _get_all_ckpt_names=lambda *_: [str(each.models[0]) for each in files.of_all_slices()],
         load_module_state_dict=lambda **_: load_untrained(engine, rest, wanted),
     ):
         # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
@@ -124,7 +126,7 @@ def _members(engine: DeepSpeedEngine, holders: Holders) -> list[Members]:
 
 def _load_masters(engine: DeepSpeedEngine, saved: SavedState, holders: Holders) -> None:
     """Set the stepped weights, and by them the module's; a collective call."""
-    names = holders.names
+    names = holders.labels
     if hasattr(engine.optimizer, "fp32_groups_flat"):
         params = [param for group in engine.optimizer.fp16_groups for param in group]
         restore_weights(saved, [(p, (ParamSlice(names[id(p)], 0, 0, p.numel()),)) for p in params])

@@ -28,7 +28,7 @@ from ds_fira.engine.deepspeed.projection import project_as_saved
 from ds_fira.engine.deepspeed.save_load.adam_files import given_names, maker_of, read_adam, warn_of_adam
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, gathered, require_loadable, require_own_share
-from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, refuse_other_slices
 from ds_fira.engine.deepspeed.save_load.fill import fill_elsewhere, fill_own, opened, release, untrained
 from ds_fira.engine.deepspeed.save_load.for_others import load_into_other, made_here
 from ds_fira.engine.deepspeed.save_load.pick import current_reading
@@ -100,8 +100,9 @@ def load_elsewhere(
     reading, wanted = current_reading(), []
     if reading is not None:
         reading.spread_structure([name for name in reading.images if reading.files[name].rank is not None])
+    number = engine.fira_holders.slice_number
     with agreed(optimizer):
-        files = CheckpointFiles.find(folder, unpickle=optimizer.unpickle_checkpoints, reading=reading)
+        files = CheckpointFiles.find(folder, True, optimizer.unpickle_checkpoints, reading, number)
         saved = files.read() if adam is None else read_adam(files, adam, given_names(engine))
         refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
         if reading is not None:
@@ -121,7 +122,8 @@ def load_elsewhere(
         rest = untrained_values(files)
     if not simple:
         methods = {"load_module_state_dict": lambda **_: load_untrained(engine, rest, untrained(engine))}
-    with replaced(engine, _get_all_ckpt_names=lambda *_: [str(files.models[0])], **methods):
+    listed = [str(each.models[0]) for each in files.of_all_slices()]
+    with replaced(engine, _get_all_ckpt_names=lambda *_: listed, **methods):
         # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
         path, client_state = load_engine_state(
             **{**options, "load_optimizer_states": stage > 0, "load_lr_scheduler_states": False}
@@ -166,6 +168,8 @@ def load_states(
             if not optimizer.unpickle_checkpoints:
                 # Stage 3 takes the weights from the optimizer's files.
                 require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3, reading)
+            if optimizer_too:
+                refuse_other_slices(CheckpointFiles.find(folder, False, reading=reading), engine.fira_holders.slices)
             reads = optimizer_too and optimizer.communicator.dp_rank == 0
             return read_header(optimizer, folder) if reads else None
 
@@ -174,6 +178,12 @@ def load_states(
             groups = header.groups
             with errors_name(optimizer.algorithm.name):
                 project_as_saved(optimizer, groups, functools.partial(attach, engine))
+            if header.adam is not None and engine.fira_holders.slices > 1:
+                raise ValueError(
+                    f"{optimizer.algorithm.name}: the checkpoint was made by {header.adam} with tensor parallelism, "
+                    "and its moments are of slices, from which no basis is made; load with load_optimizer_states=False "
+                    "to start anew from its weights."
+                )
             if header.adam is not None or header.layout not in (None, optimizer.attachment.digest):
                 load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
                 engine.fira_has_loaded = True

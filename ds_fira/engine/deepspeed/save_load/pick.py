@@ -71,8 +71,9 @@ class Choice:
         self.whole = not partial
         self.local: bool = engine.use_node_local_storage()
         self.owner = owns_storage(engine)
-        # Weights alone of stage 3 are put together by DeepSpeed, which maps the files.
-        self.keeps = not engine.basic_optimizer.unpickle_checkpoints and (self.whole or self.model_only)
+        # Weights alone of stage 3 are put together by DeepSpeed, which maps the files; slices have files of their own.
+        self.keeps = engine.fira_holders.slices == 1
+        self.keeps &= not engine.basic_optimizer.unpickle_checkpoints and (self.whole or self.model_only)
         self.reading: SharedRead | None = None
 
     def make(self) -> str | None:
