@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.storage import TypedStorage, UntypedStorage
 
 from ds_fira.checkpoint.byte_ranges import FileRange
+from ds_fira.checkpoint.payload import PAYLOAD
 from ds_fira.checkpoint.safe_load import StandIn
 from ds_fira.checkpoint.shared_read import PIECE, SharedRead
 from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, CheckpointFiles, load, normalized
@@ -120,7 +121,7 @@ def fill_elsewhere(
     if simple:
         return _fill_model(reading, first, engine, options, without=("optimizer",))
     contents = [files.model(number) for number in range(len(files.models) if files.partitioned else 1)]
-    rest = {key: value for key, value in contents[0].items() if key not in ("module", "optimizer")}
+    rest = {key: value for key, value in contents[0].items() if key not in ("module", "optimizer", PAYLOAD)}
     wanted = untrained(engine)
     needed = [
         rest,

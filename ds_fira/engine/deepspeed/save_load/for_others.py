@@ -24,6 +24,7 @@ from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.manifest import MANIFEST
 from ds_fira.checkpoint.named_state import KEY as DESCRIPTION
 from ds_fira.checkpoint.named_state import SavedState
+from ds_fira.checkpoint.payload import PAYLOAD
 from ds_fira.checkpoint.rates import carry_rates, with_own_rates
 from ds_fira.checkpoint.reconcile import Members, carry_schedule
 from ds_fira.checkpoint.restore import restore_weights
@@ -91,7 +92,8 @@ def load_into_other(
     with errors_name(kind):
         _load_masters(engine, saved, holders)
     schedule = client_state.pop("lr_scheduler", None)
-    client_state.pop("optimizer", None)
+    for key in ("optimizer", PAYLOAD):
+        client_state.pop(key, None)
     if options.get("load_lr_scheduler_states", True):
         carry_rates(saved.groups, engine.basic_optimizer.param_groups, members)
         if schedule and engine.lr_scheduler is not None:

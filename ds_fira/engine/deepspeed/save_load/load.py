@@ -19,6 +19,7 @@ from deepspeed.utils import logger
 
 from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.named_state import KEY, SavedState
+from ds_fira.checkpoint.payload import PAYLOAD
 from ds_fira.checkpoint.rates import carry_rates
 from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure
 from ds_fira.checkpoint.safe_load import only_safe_loads
@@ -132,7 +133,7 @@ def load_elsewhere(
             engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
     write_back(engine)
     carry_loss_scale(engine.optimizer, files.optimizer_state(0)[0])
-    for key in ("optimizer", "lr_scheduler"):
+    for key in ("optimizer", "lr_scheduler", PAYLOAD):
         client_state.pop(key, None)
     release(reading)
     if adam is not None:
@@ -149,7 +150,7 @@ def load_states(
     load_checkpoint: Callable[..., Loaded], engine: DeepSpeedEngine, load_dir: str, tag: str, **options: bool
 ) -> Loaded:
     """`_load_checkpoint`: loads what other ranks, another stage or dtype saved; runs no code of a file."""
-    engine.fira_has_loaded = False
+    engine.fira_has_loaded, engine.fira_states = False, None
     if not trains_ours(engine):
         if options.get("load_module_only") or engine.optimizer is None or not made_here(Path(load_dir, str(tag))):
             return load_checkpoint(engine, load_dir, tag, **options)
@@ -179,12 +180,13 @@ def load_states(
                 engine.fira_has_loaded = True
                 return load_elsewhere(engine, folder, load_engine_state, options, header.adam)
             with stepped_params(engine):
-                require_own_share(engine, folder, reading)
+                engine.fira_states = require_own_share(engine, folder, reading)
         if reading is not None:
             methods = fill_own(reading, engine, options)
         with replaced(engine, **methods), carried_schedule(engine, groups):
             loaded = load_checkpoint(engine, load_dir, tag, **options)
         release(reading)
+        (loaded[1] or {}).pop(PAYLOAD, None)
         return loaded
 
 
@@ -193,5 +195,10 @@ def load_zero_states(load_zero: Callable[..., bool], engine: DeepSpeedEngine, *a
     if getattr(engine, "fira_has_loaded", False):
         return True
     enabled = trains_ours(engine) and not engine.basic_optimizer.unpickle_checkpoints
-    with only_safe_loads(enabled, opened(current_reading())):
+    own, methods = vars(engine).pop("fira_states", None), {}
+    if own is not None:
+        # DeepSpeed finds them in the form that its converter reads.
+        optimizer: LowRankOptimizer = engine.basic_optimizer
+        methods = {"load_state_dict": lambda _: type(optimizer).load_state_dict(optimizer, own)}
+    with only_safe_loads(enabled, opened(current_reading())), replaced(engine.basic_optimizer, **methods):
         return load_zero(engine, *args, **kwargs)
