@@ -25,6 +25,7 @@ from ds_fira.core.algorithms import ADAM_STATES, Algorithm
 from ds_fira.core.quantization import VALUES
 from ds_fira.core.state import BASIS, STEP
 from ds_fira.engine.deepspeed.save_load.files import MASTERS, CheckpointFiles, normalized
+from ds_fira.engine.deepspeed.save_load.universal_files import UniversalFiles
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.geometry import Partitioning
 
@@ -97,6 +98,8 @@ def read_adam(files: CheckpointFiles, name: str, given: Sequence[Sequence[str]])
     Raises:
         ValueError: which parameters the states are of cannot be said.
     """
+    if isinstance(files, UniversalFiles):
+        return files.read_adam(name)
     model = files.model()
     listed = model.get("param_shapes") if files.optimizers else None
     weights = normalized({key: value for key, value in model["module"].items() if isinstance(value, Tensor)})

@@ -29,10 +29,11 @@ from ds_fira.engine.deepspeed.projection import project_as_saved
 from ds_fira.engine.deepspeed.save_load.adam_files import given_names, maker_of, read_adam, warn_of_adam
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, gathered, require_loadable, require_own_share
-from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
 from ds_fira.engine.deepspeed.save_load.fill import fill_elsewhere, fill_own, opened, release, untrained
 from ds_fira.engine.deepspeed.save_load.for_others import load_into_other, made_here
 from ds_fira.engine.deepspeed.save_load.pick import current_reading
+from ds_fira.engine.deepspeed.save_load.universal import load_weights, require_undamaged
+from ds_fira.engine.deepspeed.save_load.universal_files import find_files, is_universal
 from ds_fira.engine.deepspeed.save_load.written import (
     Loaded,
     carry_loss_scale,
@@ -65,7 +66,7 @@ def read_header(optimizer: LowRankOptimizer, folder: Path) -> Header:
     Raises:
         ValueError: it cannot be read.
     """
-    files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, current_reading())
+    files = find_files(folder, False, optimizer.unpickle_checkpoints, current_reading())
     state_dict = files.optimizer_state(0)[1] if files.models else {}
     if KEY in state_dict:
         saved = SavedState()
@@ -102,7 +103,7 @@ def load_elsewhere(
     if reading is not None:
         reading.spread_structure([name for name in reading.images if reading.files[name].rank is not None])
     with agreed(optimizer):
-        files = CheckpointFiles.find(folder, unpickle=optimizer.unpickle_checkpoints, reading=reading)
+        files = find_files(folder, unpickle=optimizer.unpickle_checkpoints, reading=reading)
         saved = files.read() if adam is None else read_adam(files, adam, given_names(engine))
         refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
         if reading is not None:
@@ -152,31 +153,37 @@ def load_states(
     """`_load_checkpoint`: loads what other ranks, another stage or dtype saved; runs no code of a file."""
     engine.fira_has_loaded, engine.fira_states = False, None
     if not trains_ours(engine):
-        if options.get("load_module_only") or engine.optimizer is None or not made_here(Path(load_dir, str(tag))):
+        folder = Path(load_dir, str(tag))
+        plain = options.get("load_module_only") and not is_universal(folder)
+        if plain or engine.optimizer is None or not made_here(folder):
             return load_checkpoint(engine, load_dir, tag, **options)
         engine.fira_has_loaded = True
         return load_into_other(load_checkpoint, engine, load_dir, str(tag), **options)
     optimizer, folder = engine.basic_optimizer, Path(load_dir, str(tag))
     optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
-    reading, methods, groups = current_reading(), {}, ()
+    reading, methods, groups, universal = current_reading(), {}, (), is_universal(folder)
     with only_safe_loads(not optimizer.unpickle_checkpoints, opened(reading)):
         if reading is not None:
             reading.spread_structure([name for name in reading.images if reading.files[name].rank is None])
 
         def look() -> Header | None:
-            if not optimizer.unpickle_checkpoints:
+            if universal:
+                require_undamaged(optimizer, folder)
+            elif not optimizer.unpickle_checkpoints:
                 # Stage 3 takes the weights from the optimizer's files.
                 require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3, reading)
             reads = optimizer_too and optimizer.communicator.dp_rank == 0
             return read_header(optimizer, folder) if reads else None
 
         header = gathered(optimizer, look)[0]
+        load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
+        if universal and not optimizer_too:
+            return load_weights(engine, folder, load_engine_state, options)
         if optimizer_too:
             groups = header.groups
             with errors_name(optimizer.algorithm.name):
                 project_as_saved(optimizer, groups, functools.partial(attach, engine))
-            if header.adam is not None or header.layout not in (None, optimizer.attachment.digest):
-                load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
+            if universal or header.adam is not None or header.layout not in (None, optimizer.attachment.digest):
                 engine.fira_has_loaded = True
                 return load_elsewhere(engine, folder, load_engine_state, options, header.adam)
             with stepped_params(engine):
