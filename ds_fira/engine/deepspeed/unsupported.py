@@ -107,9 +107,8 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "deepspeed.moe.layer.MoE.": _at(config, "expert_parallel_config.enabled"),
         # stage3.py, `state_dict`: it would stop the first save.
         "zero_optimization.elastic_checkpoint = True is not supported at stage 3, because DeepSpeed has no such form "
-        f"of its partitioned weights and states; remove it, {name} loads a checkpoint on any number of ranks as it is.": (
-            stage == 3 and zero.elastic_checkpoint
-        ),
+        f"of its partitioned weights and states; remove it: {name} loads a checkpoint on any number of ranks as it "
+        "is.": stage == 3 and zero.elastic_checkpoint,
         "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.": zero.zenflow,
         "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam on "
         "the CPU; set it to false.": _at(zero, "offload_optimizer.super_offload"),

@@ -150,7 +150,10 @@ class CheckpointFiles:
             return state_dict.get(PAYLOAD)
         ranks = [int(MODEL_FILE.fullmatch(path.name)[1]) for path in self.models]
         rank = self.ranks[number]
-        return self.model(ranks.index(rank)).get(PAYLOAD) if rank in ranks else None
+        payload = self.model(ranks.index(rank)).get(PAYLOAD) if rank in ranks else None
+        if payload is not None and payload[KEY]["places"] != state_dict[KEY]["places"]:
+            raise ValueError("this state dict is another rank's share of the run; load each rank's own.")
+        return payload
 
     def read(self) -> SavedState:
         """The states and master weights that all ranks saved."""

@@ -34,6 +34,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
+from ds_fira.checkpoint.named_state import KEY
 from ds_fira.checkpoint.payload import PAYLOAD, fold
 from ds_fira.core.algorithms import ADAM_STATES
 from ds_fira.engine.deepspeed.save_load.files import BASE_OPTIMIZER, MASTERS
@@ -80,7 +81,7 @@ def for_converter(engine: DeepSpeedEngine, wrapper: dict[str, object], model: di
     states = {"state": seen, "param_groups": payload["param_groups"]}
     if sliced:
         model[PAYLOAD] = payload
-        return {**wrapper, base: states}
+        return {**wrapper, base: {**states, KEY: payload[KEY]}}  # by which the two files are known to belong together
     first, second = ADAM_STATES
     seen[len(tensors)] = {first: payload, second: None}
     return {
