@@ -141,6 +141,16 @@ def release(reading: SharedRead | None) -> None:
         reading.forget_all_but(name, kept)
 
 
+def release_payloads(reading: SharedRead | None) -> None:
+    """Give back the states of stage 3, once loaded, in the file of the model's states: it has the client state too."""
+    for name, image in ({} if reading is None else reading.images).items():
+        if MODEL_FILE.fullmatch(name) and image.legible and reading.holds(name):
+            content = load(reading.folder / name, reading=reading)
+            if PAYLOAD in content:
+                rest = {key: value for key, value in content.items() if key != PAYLOAD}
+                reading.forget_all_but(name, _ranges(reading, name, rest))
+
+
 def untrained(engine: DeepSpeedEngine) -> set[str]:
     """The names of buffers and of parameters that the optimizer does not step, without torch.compile's prefix."""
     trained = {name for group in engine.basic_optimizer.members for name, _ in group}

@@ -26,10 +26,17 @@ from ds_fira.checkpoint.safe_load import only_safe_loads
 from ds_fira.engine.deepspeed.attach import attach
 from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.projection import project_as_saved
-from ds_fira.engine.deepspeed.save_load.adam_files import given_names, maker_of, read_adam, warn_of_adam
+from ds_fira.engine.deepspeed.save_load.adam_files import given_names, left_out, maker_of, read_adam, warn_of_adam
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, gathered, require_loadable, require_own_share
-from ds_fira.engine.deepspeed.save_load.fill import fill_elsewhere, fill_own, opened, release, untrained
+from ds_fira.engine.deepspeed.save_load.fill import (
+    fill_elsewhere,
+    fill_own,
+    opened,
+    release,
+    release_payloads,
+    untrained,
+)
 from ds_fira.engine.deepspeed.save_load.for_others import load_into_other, made_here
 from ds_fira.engine.deepspeed.save_load.pick import current_reading
 from ds_fira.engine.deepspeed.save_load.universal import load_weights, require_undamaged
@@ -138,7 +145,7 @@ def load_elsewhere(
         client_state.pop(key, None)
     release(reading)
     if adam is not None:
-        warn_of_adam(optimizer, adam, stacklevel=6)
+        warn_of_adam(optimizer, adam, left_out(files), stacklevel=6)
     if communicator.dp_rank == 0:
         logger.info(
             f"{optimizer.algorithm.name}: resumed at step {engine.global_steps} on {communicator.dp_size} ranks at "
@@ -208,4 +215,7 @@ def load_zero_states(load_zero: Callable[..., bool], engine: DeepSpeedEngine, *a
         optimizer: LowRankOptimizer = engine.basic_optimizer
         methods = {"load_state_dict": lambda _: type(optimizer).load_state_dict(optimizer, own)}
     with only_safe_loads(enabled, opened(current_reading())), replaced(engine.basic_optimizer, **methods):
-        return load_zero(engine, *args, **kwargs)
+        loaded = load_zero(engine, *args, **kwargs)
+    if own is not None:
+        release_payloads(current_reading())
+    return loaded
