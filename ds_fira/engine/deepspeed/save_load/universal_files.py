@@ -214,7 +214,7 @@ class UniversalFiles(CheckpointFiles):
             what = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             empty = " without content" if isinstance(value, Tensor) and value.is_meta else ""
             raise ValueError(f"{path} holds {what}{empty} where {tuple(shape)} belongs; {_AGAIN}.")
-        return value.reshape(-1)
+        return value.detach().reshape(-1)
 
     def _load(self, path: Path) -> object:
         if not path.is_file():
