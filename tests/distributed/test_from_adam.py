@@ -280,7 +280,7 @@ def test_without_an_engine_the_sentence_names_the_other_adam() -> None:
 
 
 def test_what_is_left_out_is_named(ranks: Pools, tmp_path: Path) -> None:
-    """amsgrad keeps a third state, which FiraAdam has no place for."""
+    """Amsgrad keeps a third state, which FiraAdam has no place for."""
     ours = {**config(1, "fp32", PARAMS), "train_micro_batch_size_per_gpu": 6}
     settings = adam_config(config(1, "fp32", PARAMS), weight_decay=0.05, amsgrad=True)
     arguments = {"ds_config": settings, "shapes": SHAPES, "first": 0, "last": SAVED, "save": str(tmp_path)}

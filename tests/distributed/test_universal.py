@@ -11,10 +11,11 @@ import torch
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
 from tests.distributed.adam_jobs import adam_config
 from tests.distributed.test_resize import END, OPTIONS, PARAMS, SAVED, SHAPES, canonical, job, saved, whole
-from tests.distributed.universal_jobs import UNIVERSAL, convert, damaged, inject
+from tests.distributed.universal_jobs import ALONE, UNIVERSAL, convert, damaged, inject
 from tests.distributed.zero_jobs import config
 from tests.grids import full_if, half
-from tests.ranks import Pools
+from tests.programs import run
+from tests.ranks import Pools, free_port
 
 TAG = f"global_step{SAVED}"
 _converted: dict[str, Path] = {}
@@ -223,6 +224,17 @@ def test_ours_goes_on_in_adamw(ranks: Pools, folders: Path, stage: int, next_sta
     assert (found["losses"], found["counts"]) == (expected["losses"], [END - SAVED])
     assert (found["lr"], found["client_state"].keys()) == (expected["lr"], expected["client_state"].keys())
     assert all(torch.equal(weight, found["weights"][name]) for name, weight in expected["weights"].items())
+
+
+@pytest.mark.full
+def test_deepspeed_alone_takes_no_moments_from_where_there_are_none(
+    ranks: Pools, folders: Path, tmp_path: Path
+) -> None:
+    """Without this package its AdamW stops; with zeros in their place it would go on, at a step count of 3."""
+    universal = both(ranks, folders, 2, 2)[1]
+    done = run(["python", "-c", ALONE, str(universal), str(free_port()), repr(SHAPES)], tmp_path)
+    assert done.returncode != 0
+    assert "Cannot copy out of meta tensor; no data!" in done.stderr
 
 
 def test_experts_are_refused_by_the_converter(ranks: Pools, tmp_path: Path) -> None:

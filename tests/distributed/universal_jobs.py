@@ -5,11 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.distributed.zero_jobs import build
 from tests.programs import run, run_code
 
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
@@ -70,11 +68,21 @@ def damaged(universal: Path, work: Path, name: str, how: str) -> Path:
     return copy
 
 
-def load_alone(ds_config: dict[str, Any], shapes: list[tuple[int, int]], folder: str) -> str:
-    """What DeepSpeed alone says of a load, in a process that has not imported this package."""
-    engine = build(ds_config, shapes)
-    try:
-        engine.load_checkpoint(folder)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+# DeepSpeed alone, with its AdamW and the model of `zero_jobs`; it would compile an operator for a minute.
+ALONE = """
+import os, sys
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
+import deepspeed
+from torch import nn
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+model = nn.Module()
+model.embedding, model.norm, model.lm_head = nn.Embedding(11, 6), nn.LayerNorm(6), nn.Linear(6, 11, bias=False)
+model.layers = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in eval(sys.argv[3]))
+optimizer = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+settings = {"zero_optimization": {"stage": 2}, "checkpoint": {"load_universal": True}, "optimizer": optimizer}
+deepspeed.init_distributed("gloo")
+given = {"model": model, "model_parameters": list(model.parameters())}
+engine, *_ = deepspeed.initialize(**given, config={**settings, "train_micro_batch_size_per_gpu": 2})
+assert "ds_fira" not in sys.modules
+engine.load_checkpoint(sys.argv[1])
+"""
