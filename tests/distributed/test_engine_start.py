@@ -54,7 +54,11 @@ REFUSED = {
         "ValueError",
         ["offload_optimizer.ratio = 0.5", "set it to 1.0"],
     ),
-    "elastic": (case(extra={"zero_elastic_checkpoint": True}), "ValueError", ["elastic_checkpoint = True", "false"]),
+    "elastic": (
+        case(stage=3, extra={"zero_elastic_checkpoint": True}),
+        "ValueError",
+        ["elastic_checkpoint = True is not supported at stage 3", "remove it"],
+    ),
     "tensor parallel": (
         case(stage=3, dtype="bf16", extra={"tensor_parallel": {"autotp_size": 2}}),
         "ValueError",

@@ -277,3 +277,15 @@ def test_without_an_engine_the_sentence_names_the_other_adam() -> None:
     adam.step()
     with pytest.raises(ValueError, match=r"^FiraAdam: the state dict was made by another Adam, such as torch.s AdamW"):
         ds_fira.FiraAdam(model, rank=2).load_state_dict(adam.state_dict())
+
+
+def test_what_is_left_out_is_named(ranks: Pools, tmp_path: Path) -> None:
+    """Amsgrad keeps a third state, which FiraAdam has no place for."""
+    ours = {**config(1, "fp32", PARAMS), "train_micro_batch_size_per_gpu": 6}
+    settings = adam_config(config(1, "fp32", PARAMS), weight_decay=0.05, amsgrad=True)
+    arguments = {"ds_config": settings, "shapes": SHAPES, "first": 0, "last": SAVED, "save": str(tmp_path)}
+    agree(ranks.run(2, "adam", module="tests.distributed.adam_jobs", **arguments))
+    (first, second), others = said(ranks, 2, ours, tmp_path)
+    assert (others, first.startswith("FiraAdam: the checkpoint was made by AdamW")) == ([], True)
+    assert second.startswith("FiraAdam: max_exp_avg_sq of the checkpoint of AdamW is left out, since FiraAdam has no ")
+    assert "(amsgrad)" in second

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_fira.checkpoint.atomic_save import reseal
+from ds_fira.checkpoint.payload import PAYLOAD, unfold
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
 from tests.integration.hf_jobs import EXAMPLES, MATRICES, optimizer_states, states_files, write_config, write_inputs
 from tests.programs import Forked, run
 from tests.ranks import Pools, free_port
@@ -99,10 +101,12 @@ def test_a_resumed_run_is_equal_to_the_bit(whole: dict[str, Any], resumed: Path,
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     last = f"checkpoint-{STEPS}/global_step{STEPS}"
-    for ours, theirs in zip(optimizer_states(resumed / last), optimizer_states(folder / "whole" / last), strict=True):
+    found, wanted = (CheckpointFiles.find(run / last) for run in (resumed, folder / "whole"))
+    for rank in range(2):
+        (ours, mine), (theirs, other) = found.optimizer_state(rank), wanted.optimizer_state(rank)
         masters = "single_partition_of_fp32_groups"
         assert all(torch.equal(one, two) for one, two in zip(ours[masters], theirs[masters], strict=True))
-        states, expected = ours["base_optimizer_state"]["state"], theirs["base_optimizer_state"]["state"]
+        states, expected = mine["state"], other["state"]
         assert any("basis" in state for state in states.values())
         for index, state in states.items():
             assert state.keys() == expected[index].keys()
@@ -115,7 +119,8 @@ def test_resuming_restores_the_optimizers_state(ranks: Pools, whole: dict[str, A
     shutil.copytree(folder / "whole" / f"checkpoint-{HALF}", checkpoint)
     for path in states_files(checkpoint / f"global_step{HALF}"):
         content = torch.load(path, weights_only=False)
-        for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+        base = content["optimizer_state_dict"]["base_optimizer_state"]
+        for state in unfold(base[PAYLOAD], base["state"])["state"].values():
             for value in state.values():
                 value.zero_()
         torch.save(content, path)

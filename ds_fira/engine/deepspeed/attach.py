@@ -122,6 +122,10 @@ def attach_built(
         configure(engine, await_engine(client_optimizer), *args, **kwargs)
     if trains_ours(engine):
         refuse_partitioned_weights(engine)
+        if getattr(engine.optimizer, "elastic_checkpoint", False):
+            # Files of ours are loaded on any number of ranks. DeepSpeed's elastic ones hold a list of what each rank
+            # has, of which it gives every rank rank 0's bases and low-rank moments.
+            engine.optimizer.elastic_checkpoint = False
         note_frozen(engine)
         attach(engine)
         link_params(engine)

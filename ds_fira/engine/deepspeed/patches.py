@@ -150,6 +150,8 @@ TEMPORARY = (
     ("DeepSpeedEngine", "load_module_state_dict", "save_load.load"),  # weights that other ranks saved
     ("DeepSpeedEngine", "_get_all_ckpt_names", "save_load.for_others"),  # likewise, of another optimizer
     ("DeepSpeedEngine", "load_module_state_dict", "save_load.for_others"),  # likewise
+    ("DeepSpeedEngine", "load_universal_checkpoint", "save_load.universal"),  # false: it is loaded here
+    ("DeepSpeedEngine", "load_universal_checkpoint", "save_load.for_others"),  # likewise, of another optimizer
     ("deepspeed.comm", "get_rank", "rehearsal"),  # 0, where no rank has started
     ("torch", "load", "checkpoint.safe_load"),  # runs no code of a file that DeepSpeed reads
 )

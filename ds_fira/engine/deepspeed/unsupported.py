@@ -107,8 +107,10 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "expert_parallel.enabled = True is not supported yet, because ranks then hold different experts in parameters "
         "of one name; set it to false and train the experts as ordinary parameters, or build the model with "
         "deepspeed.moe.layer.MoE.": _at(config, "expert_parallel_config.enabled"),
-        "zero_optimization.elastic_checkpoint = True is not supported, because it gives every rank rank 0's low-rank "
-        "state on loading; set it to false.": zero.elastic_checkpoint,
+        # stage3.py, `state_dict`: it would stop the first save.
+        "zero_optimization.elastic_checkpoint = True is not supported at stage 3, because DeepSpeed has no such form "
+        f"of its partitioned weights and states; remove it: {name} loads a checkpoint on any number of ranks as it "
+        "is.": stage == 3 and zero.elastic_checkpoint,
         "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.": zero.zenflow,
         "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam on "
         "the CPU; set it to false.": _at(zero, "offload_optimizer.super_offload"),
@@ -119,8 +121,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         },
         f"zero_optimization.offload_optimizer.ratio = {ratio} is not supported, because the part that stays on the GPU "
         "is stepped by torch's AdamW; set it to 1.0.": stage == 3 and ratio != 1.0,
-        "checkpoint.load_universal = True is not supported; remove it, load_checkpoint re-shards "
-        f"{name}'s state by itself.": config.load_universal_checkpoint,
         "compile.deepcompile = True is not supported, because its passes replace ZeRO's reduction of gradients; set it "
         "to false and call engine.compile().": config.compile_config.deepcompile,
         "hybrid_engine.enabled = True is not supported, because its inference containers hold weights of their own; "

@@ -25,6 +25,7 @@ from ds_fira.core.algorithms import ADAM_STATES, Algorithm
 from ds_fira.core.quantization import VALUES
 from ds_fira.core.state import BASIS, STEP
 from ds_fira.engine.deepspeed.save_load.files import MASTERS, CheckpointFiles, normalized
+from ds_fira.engine.deepspeed.save_load.universal_files import UniversalFiles
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.geometry import Partitioning
 
@@ -72,8 +73,24 @@ def given_names(engine: DeepSpeedEngine) -> list[list[str]]:
     return [[names.get(key, "") for key in group] for group in engine.fira_given]
 
 
-def warn_of_adam(optimizer: LowRankOptimizer, name: str, stacklevel: int) -> None:
-    """Say once, on the first rank, what becomes of the moments of another package's Adam."""
+def left_out(files: CheckpointFiles) -> list[str]:
+    """What an Adam of another package kept beside its two moments, which nothing here takes over."""
+    state_dict = files.optimizer_state(0)[1]
+    found = {key for state in state_dict["state"].values() for key in state} - {STEP, *ADAM_STATES}
+    # DeepSpeed's converter leaves it out itself.
+    amsgrad = any(group.get("amsgrad") for group in state_dict["param_groups"])
+    return sorted(found | ({"max_exp_avg_sq"} if amsgrad else set()))
+
+
+def warn_of_adam(optimizer: LowRankOptimizer, name: str, lost: Sequence[str], stacklevel: int) -> None:
+    """Say once, on the first rank, what becomes of the states of another package's Adam.
+
+    Args:
+        optimizer: that goes on.
+        name: of the other.
+        lost: of `left_out`.
+        stacklevel: of the warning.
+    """
     if optimizer.communicator.dp_rank != 0:
         return
     rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
@@ -84,6 +101,14 @@ def warn_of_adam(optimizer: LowRankOptimizer, name: str, stacklevel: int) -> Non
         f"on it, so that this step still takes the memory of {name}.",
         stacklevel=stacklevel,
     )
+    if lost:
+        warnings.warn(
+            f"{optimizer.algorithm.name}: {', '.join(lost)} of the checkpoint of {name} is left out, since "
+            f"{optimizer.algorithm.name} has no such state: steps are divided by the root of exp_avg_sq from now on"
+            f"{', and not by that of its maximum (amsgrad)' if 'max_exp_avg_sq' in lost else ''}; keep {name} if the "
+            "run needs it.",
+            stacklevel=stacklevel,
+        )
 
 
 def read_adam(files: CheckpointFiles, name: str, given: Sequence[Sequence[str]]) -> SavedState:
@@ -97,6 +122,8 @@ def read_adam(files: CheckpointFiles, name: str, given: Sequence[Sequence[str]])
     Raises:
         ValueError: which parameters the states are of cannot be said.
     """
+    if isinstance(files, UniversalFiles):
+        return files.read_adam(name)
     model = files.model()
     listed = model.get("param_shapes") if files.optimizers else None
     weights = normalized({key: value for key, value in model["module"].items() if isinstance(value, Tensor)})

@@ -35,6 +35,7 @@ from ds_fira.checkpoint.process_identity import boot
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.client_state import KEY
 from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, OUTER
+from ds_fira.engine.deepspeed.save_load.universal_form import add_info, for_converter
 from ds_fira.sharding.comm import Communicator
 
 # What all ranks hold alike below stage 3, of the module's file: the states are in it at stage 0 alone.
@@ -108,6 +109,7 @@ class Capture:
         """
         self._engine, self._folder, self._peers, self._caught = engine, folder, peers, caught
         self._rank = engine.global_rank
+        self._model: dict[str, object] = {}  # what is saved with the module's weights
         self._handed: list[_Handed] = []
         self._incomplete: list[Outgoing] = []
         self.files: list[Outgoing] = []
@@ -144,6 +146,11 @@ class Capture:
     def _save(self, state_dict: object, path: str) -> None:
         with self._caught(Path(path)):
             name = Path(path).relative_to(self._folder).as_posix()
+            if MODEL_FILE.fullmatch(name):
+                self._model = state_dict
+                add_info(self._engine, state_dict)
+            elif isinstance(state_dict, dict) and OUTER in state_dict:
+                state_dict = {**state_dict, OUTER: for_converter(self._engine, state_dict[OUTER], self._model)}
             shared = self._shared(state_dict) if self._spreads and MODEL_FILE.fullmatch(name) else []
             file = Outgoing(name, self._peers[0] if shared else self._rank)
             self._handed.append(_Handed(file, state_dict, shared))

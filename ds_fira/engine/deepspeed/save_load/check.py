@@ -16,6 +16,7 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ds_fira.checkpoint.errors import load_sentence
+from ds_fira.checkpoint.named_state import StateDict
 from ds_fira.checkpoint.safe_load import SETTING, UnsafeFileError
 from ds_fira.checkpoint.shared_read import SharedRead
 from ds_fira.checkpoint.tag_folder import matching_files
@@ -98,7 +99,7 @@ def require_loadable(
             load(path, reading=reading)
 
 
-def require_own_share(engine: DeepSpeedEngine, folder: Path, reading: SharedRead | None = None) -> None:
+def require_own_share(engine: DeepSpeedEngine, folder: Path, reading: SharedRead | None = None) -> StateDict | None:
     """Stop on every rank unless each finds the states that it saved, whole; a collective call.
 
     For a checkpoint that DeepSpeed loads by itself, the same ranks having saved it. Stage 3 has its tensors in the
@@ -109,16 +110,21 @@ def require_own_share(engine: DeepSpeedEngine, folder: Path, reading: SharedRead
         folder: of the tag.
         reading: of the folder.
 
+    Returns:
+        The states; None where there are none, and at stage 0, where they may not have been read yet.
+
     Raises:
         ValueError: with what is missing or another's, and the remedy.
     """
     optimizer: LowRankOptimizer = engine.basic_optimizer
+    state_dict = None
     with agreed(optimizer):
         known: Holders = engine.fira_holders
         files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, reading, known.slice_number)
         if files.models:
             _, state_dict = files.of_rank(known.file_number)
             optimizer.require_fit(state_dict)
+    return None if engine.zero_optimization_stage() == 0 else state_dict
 
 
 def warn_if_unloadable(engine: DeepSpeedEngine, folder: Path, client_state: Mapping[str, object]) -> None:

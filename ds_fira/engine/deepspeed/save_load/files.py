@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_fira.checkpoint import safe_load
 from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict, TensorSlices
+from ds_fira.checkpoint.payload import PAYLOAD, unfold
 from ds_fira.checkpoint.shared_read import SharedRead
 from ds_fira.checkpoint.tag_folder import matching_files
 
@@ -150,7 +151,22 @@ class CheckpointFiles:
             raise ValueError(
                 f"{path} holds no optimizer states; load with load_optimizer_states=False, or another tag."
             )
-        return wrapper, next((wrapper[key] for key in BASE_OPTIMIZER if key in wrapper), wrapper)
+        state_dict = next((wrapper[key] for key in BASE_OPTIMIZER if key in wrapper), wrapper)
+        payload = self._payload(number, state_dict)
+        return wrapper, state_dict if payload is None else unfold(payload, state_dict["state"])
+
+    def _payload(self, number: int, state_dict: object) -> Mapping[str, object] | None:
+        """What of a rank's states is not where DeepSpeed looks for it; at stage 3 in the file of its model's states."""
+        if self.at_stage_0 or not isinstance(state_dict, Mapping):
+            return None
+        if not self.partitioned:
+            return state_dict.get(PAYLOAD)
+        ranks = [int(MODEL_FILE.fullmatch(path.name)[1]) for path in self.models]
+        rank = self.ranks[number]
+        payload = self.model(ranks.index(rank)).get(PAYLOAD) if rank in ranks else None
+        if payload is not None and payload[KEY]["places"] != state_dict[KEY]["places"]:
+            raise ValueError("this state dict is another rank's share of the run; load each rank's own.")
+        return payload
 
     def of_all_slices(self) -> list[CheckpointFiles]:
         """The files of the same tag by slice."""

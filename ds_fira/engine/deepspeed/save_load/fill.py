@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.storage import TypedStorage, UntypedStorage
 
 from ds_fira.checkpoint.byte_ranges import FileRange
+from ds_fira.checkpoint.payload import PAYLOAD
 from ds_fira.checkpoint.safe_load import StandIn
 from ds_fira.checkpoint.shared_read import PIECE, SharedRead
 from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, CheckpointFiles, load, normalized
@@ -120,7 +121,7 @@ def fill_elsewhere(
     if simple:
         return _fill_model(reading, first, engine, options, without=("optimizer",))
     contents = [files.model(number) for number in range(len(files.models) if files.partitioned else 1)]
-    rest = {key: value for key, value in contents[0].items() if key not in ("module", "optimizer")}
+    rest = {key: value for key, value in contents[0].items() if key not in ("module", "optimizer", PAYLOAD)}
     wanted = untrained(engine)
     needed = [
         rest,
@@ -138,6 +139,16 @@ def release(reading: SharedRead | None) -> None:
     """Give back what only the load has needed of the model's file, on whose memory the client state lies."""
     for name, kept in ({} if reading is None else reading.kept).items():
         reading.forget_all_but(name, kept)
+
+
+def release_payloads(reading: SharedRead | None) -> None:
+    """Give back the states of stage 3, once loaded, in the file of the model's states: it has the client state too."""
+    for name, image in ({} if reading is None else reading.images).items():
+        if MODEL_FILE.fullmatch(name) and image.legible and reading.holds(name):
+            content = load(reading.folder / name, reading=reading)
+            if PAYLOAD in content:
+                rest = {key: value for key, value in content.items() if key != PAYLOAD}
+                reading.forget_all_but(name, _ranges(reading, name, rest))
 
 
 def untrained(engine: DeepSpeedEngine) -> set[str]:

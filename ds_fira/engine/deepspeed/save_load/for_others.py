@@ -24,6 +24,7 @@ from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.manifest import MANIFEST
 from ds_fira.checkpoint.named_state import KEY as DESCRIPTION
 from ds_fira.checkpoint.named_state import SavedState
+from ds_fira.checkpoint.payload import PAYLOAD
 from ds_fira.checkpoint.rates import carry_rates, with_own_rates
 from ds_fira.checkpoint.reconcile import Members, carry_schedule
 from ds_fira.checkpoint.restore import restore_weights
@@ -33,6 +34,7 @@ from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.client_state import KEY, set_rng_state
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized, refuse_other_slices
+from ds_fira.engine.deepspeed.save_load.universal_files import UniversalFiles, find_files, is_universal, read_latest
 from ds_fira.engine.deepspeed.save_load.written import (
     Loaded,
     carry_loss_scale,
@@ -45,9 +47,12 @@ from ds_fira.sharding.geometry import ParamSlice
 
 def made_here(folder: Path) -> bool:
     """Whether an engine with an optimizer of this package has saved a checkpoint; opens no other's files."""
-    if not (folder / MANIFEST).is_file():
+    universal = is_universal(folder)
+    if not universal and not (folder / MANIFEST).is_file():
         return False
     try:
+        if universal:
+            return UniversalFiles.find(folder).ours
         # Another optimizer may have been saved over it since, which leaves the manifest.
         files = CheckpointFiles.find(folder, every=False)
         return bool(files.models) and DESCRIPTION in files.optimizer_state(0)[1]
@@ -55,12 +60,23 @@ def made_here(folder: Path) -> bool:
         return False
 
 
-def ask_for_states(call: inspect.BoundArguments) -> None:
-    """Let `load_checkpoint` go the way of `load_into_other`, with states or without: it takes over all there is."""
+def load_beside(load: Callable[..., Loaded], call: inspect.BoundArguments) -> Loaded:
+    """`load_checkpoint` of an engine with another optimizer: of a checkpoint of ours it takes over all there is.
+
+    That goes the way of `load_into_other`, whether the caller asks for states or not.
+    """
     given = call.arguments
-    tag = tag_folder.read_latest(Path(given["load_dir"])) if given["tag"] is None else str(given["tag"])
-    if tag and not given["load_module_only"] and made_here(Path(given["load_dir"], tag)):
-        given |= {"tag": tag, "load_optimizer_states": True}
+    engine, folder = given["self"], Path(given["load_dir"])
+    universal = engine.load_universal_checkpoint()
+    tag = given["tag"]
+    if tag is None:
+        tag = read_latest(folder) if universal else tag_folder.read_latest(folder)
+    if not tag or (given["load_module_only"] and not universal) or not made_here(folder / str(tag)):
+        return load(*call.args, **call.kwargs)
+    given |= {"tag": str(tag), "load_optimizer_states": True}
+    given["load_lr_scheduler_states"] &= not given["load_module_only"]
+    with replaced(engine, **({"load_universal_checkpoint": lambda: False} if universal else {})):
+        return load(*call.args, **call.kwargs)
 
 
 def load_into_other(
@@ -72,7 +88,7 @@ def load_into_other(
         ValueError: the checkpoint lacks a trained parameter.
     """
     holders = Holders(engine)
-    files = CheckpointFiles.find(Path(load_dir, tag), of_slice=holders.slice_number)
+    files = find_files(Path(load_dir, tag), of_slice=holders.slice_number)
     refuse_other_slices(files, holders.slices)
     saved = files.read()
     members = _members(engine, holders)
@@ -91,9 +107,10 @@ def load_into_other(
             engine, load_dir, tag, **{**options, "load_optimizer_states": stage > 0, "load_lr_scheduler_states": False}
         )
     with errors_name(kind):
-        _load_masters(engine, saved, holders)
+        load_masters(engine, saved, holders)
     schedule = client_state.pop("lr_scheduler", None)
-    client_state.pop("optimizer", None)
+    for key in ("optimizer", PAYLOAD):
+        client_state.pop(key, None)
     if options.get("load_lr_scheduler_states", True):
         carry_rates(saved.groups, engine.basic_optimizer.param_groups, members)
         if schedule and engine.lr_scheduler is not None:
@@ -124,7 +141,7 @@ def _members(engine: DeepSpeedEngine, holders: Holders) -> list[Members]:
     return found
 
 
-def _load_masters(engine: DeepSpeedEngine, saved: SavedState, holders: Holders) -> None:
+def load_masters(engine: DeepSpeedEngine, saved: SavedState, holders: Holders) -> None:
     """Set the stepped weights, and by them the module's; a collective call."""
     names = holders.labels
     if hasattr(engine.optimizer, "fp32_groups_flat"):

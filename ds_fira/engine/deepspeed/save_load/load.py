@@ -19,19 +19,29 @@ from deepspeed.utils import logger
 
 from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.named_state import KEY, SavedState
+from ds_fira.checkpoint.payload import PAYLOAD
 from ds_fira.checkpoint.rates import carry_rates
 from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure
 from ds_fira.checkpoint.safe_load import only_safe_loads
 from ds_fira.engine.deepspeed.attach import attach
 from ds_fira.engine.deepspeed.chosen import trains_ours
 from ds_fira.engine.deepspeed.projection import project_as_saved
-from ds_fira.engine.deepspeed.save_load.adam_files import given_names, maker_of, read_adam, warn_of_adam
+from ds_fira.engine.deepspeed.save_load.adam_files import given_names, left_out, maker_of, read_adam, warn_of_adam
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, gathered, require_loadable, require_own_share
-from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, refuse_other_slices
-from ds_fira.engine.deepspeed.save_load.fill import fill_elsewhere, fill_own, opened, release, untrained
+from ds_fira.engine.deepspeed.save_load.files import refuse_other_slices
+from ds_fira.engine.deepspeed.save_load.fill import (
+    fill_elsewhere,
+    fill_own,
+    opened,
+    release,
+    release_payloads,
+    untrained,
+)
 from ds_fira.engine.deepspeed.save_load.for_others import load_into_other, made_here
 from ds_fira.engine.deepspeed.save_load.pick import current_reading
+from ds_fira.engine.deepspeed.save_load.universal import load_weights, require_undamaged
+from ds_fira.engine.deepspeed.save_load.universal_files import find_files, is_universal
 from ds_fira.engine.deepspeed.save_load.written import (
     Loaded,
     carry_loss_scale,
@@ -64,7 +74,7 @@ def read_header(optimizer: LowRankOptimizer, folder: Path) -> Header:
     Raises:
         ValueError: it cannot be read.
     """
-    files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, current_reading())
+    files = find_files(folder, False, optimizer.unpickle_checkpoints, current_reading())
     state_dict = files.optimizer_state(0)[1] if files.models else {}
     if KEY in state_dict:
         saved = SavedState()
@@ -102,7 +112,7 @@ def load_elsewhere(
         reading.spread_structure([name for name in reading.images if reading.files[name].rank is not None])
     number = engine.fira_holders.slice_number
     with agreed(optimizer):
-        files = CheckpointFiles.find(folder, True, optimizer.unpickle_checkpoints, reading, number)
+        files = find_files(folder, True, optimizer.unpickle_checkpoints, reading, number)
         saved = files.read() if adam is None else read_adam(files, adam, given_names(engine))
         refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
         if reading is not None:
@@ -134,11 +144,11 @@ def load_elsewhere(
             engine.lr_scheduler.load_state_dict(model["lr_scheduler"])
     write_back(engine)
     carry_loss_scale(engine.optimizer, files.optimizer_state(0)[0])
-    for key in ("optimizer", "lr_scheduler"):
+    for key in ("optimizer", "lr_scheduler", PAYLOAD):
         client_state.pop(key, None)
     release(reading)
     if adam is not None:
-        warn_of_adam(optimizer, adam, stacklevel=6)
+        warn_of_adam(optimizer, adam, left_out(files), stacklevel=6)
     if communicator.dp_rank == 0:
         logger.info(
             f"{optimizer.algorithm.name}: resumed at step {engine.global_steps} on {communicator.dp_size} ranks at "
@@ -151,29 +161,36 @@ def load_states(
     load_checkpoint: Callable[..., Loaded], engine: DeepSpeedEngine, load_dir: str, tag: str, **options: bool
 ) -> Loaded:
     """`_load_checkpoint`: loads what other ranks, another stage or dtype saved; runs no code of a file."""
-    engine.fira_has_loaded = False
+    engine.fira_has_loaded, engine.fira_states = False, None
     if not trains_ours(engine):
-        if options.get("load_module_only") or engine.optimizer is None or not made_here(Path(load_dir, str(tag))):
+        folder = Path(load_dir, str(tag))
+        plain = options.get("load_module_only") and not is_universal(folder)
+        if plain or engine.optimizer is None or not made_here(folder):
             return load_checkpoint(engine, load_dir, tag, **options)
         engine.fira_has_loaded = True
         return load_into_other(load_checkpoint, engine, load_dir, str(tag), **options)
     optimizer, folder = engine.basic_optimizer, Path(load_dir, str(tag))
     optimizer_too = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
-    reading, methods, groups = current_reading(), {}, ()
+    reading, methods, groups, universal = current_reading(), {}, (), is_universal(folder)
     with only_safe_loads(not optimizer.unpickle_checkpoints, opened(reading)):
         if reading is not None:
             reading.spread_structure([name for name in reading.images if reading.files[name].rank is None])
 
         def look() -> Header | None:
-            if not optimizer.unpickle_checkpoints:
+            if universal:
+                require_undamaged(optimizer, folder)
+            elif not optimizer.unpickle_checkpoints:
                 # Stage 3 takes the weights from the optimizer's files.
                 require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3, reading)
             if optimizer_too:
-                refuse_other_slices(CheckpointFiles.find(folder, False, reading=reading), engine.fira_holders.slices)
+                refuse_other_slices(find_files(folder, False, reading=reading), engine.fira_holders.slices)
             reads = optimizer_too and optimizer.communicator.dp_rank == 0
             return read_header(optimizer, folder) if reads else None
 
         header = gathered(optimizer, look)[0]
+        load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
+        if universal and not optimizer_too:
+            return load_weights(engine, folder, load_engine_state, options)
         if optimizer_too:
             groups = header.groups
             with errors_name(optimizer.algorithm.name):
@@ -184,17 +201,17 @@ def load_states(
                     "and its moments are of slices, from which no basis is made; load with load_optimizer_states=False "
                     "to start anew from its weights."
                 )
-            if header.adam is not None or header.layout not in (None, optimizer.attachment.digest):
-                load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
+            if universal or header.adam is not None or header.layout not in (None, optimizer.attachment.digest):
                 engine.fira_has_loaded = True
                 return load_elsewhere(engine, folder, load_engine_state, options, header.adam)
             with stepped_params(engine):
-                require_own_share(engine, folder, reading)
+                engine.fira_states = require_own_share(engine, folder, reading)
         if reading is not None:
             methods = fill_own(reading, engine, options)
         with replaced(engine, **methods), carried_schedule(engine, groups):
             loaded = load_checkpoint(engine, load_dir, tag, **options)
         release(reading)
+        (loaded[1] or {}).pop(PAYLOAD, None)
         return loaded
 
 
@@ -203,5 +220,13 @@ def load_zero_states(load_zero: Callable[..., bool], engine: DeepSpeedEngine, *a
     if getattr(engine, "fira_has_loaded", False):
         return True
     enabled = trains_ours(engine) and not engine.basic_optimizer.unpickle_checkpoints
-    with only_safe_loads(enabled, opened(current_reading())):
-        return load_zero(engine, *args, **kwargs)
+    own, methods = vars(engine).pop("fira_states", None), {}
+    if own is not None:
+        # DeepSpeed finds them in the form that its converter reads.
+        optimizer: LowRankOptimizer = engine.basic_optimizer
+        methods = {"load_state_dict": lambda _: type(optimizer).load_state_dict(optimizer, own)}
+    with only_safe_loads(enabled, opened(current_reading())), replaced(engine.basic_optimizer, **methods):
+        loaded = load_zero(engine, *args, **kwargs)
+    if own is not None:
+        release_payloads(current_reading())
+    return loaded

@@ -32,8 +32,9 @@ from ds_fira.engine.deepspeed.save_load.calls import bound
 from ds_fira.engine.deepspeed.save_load.capture import Capture, peers_of
 from ds_fira.engine.deepspeed.save_load.check import warn_if_unloadable
 from ds_fira.engine.deepspeed.save_load.client_state import KEY, own_part, own_record, resume_state
-from ds_fira.engine.deepspeed.save_load.for_others import ask_for_states
+from ds_fira.engine.deepspeed.save_load.for_others import load_beside
 from ds_fira.engine.deepspeed.save_load.pick import Choice, only_listed_files, owns_storage
+from ds_fira.engine.deepspeed.save_load.universal import load_universal
 from ds_fira.engine.deepspeed.save_load.writing import Ranks, Target, Writing
 from ds_fira.runtime.lost_peer import tell_lost_contact
 from ds_fira.sharding.comm import Communicator
@@ -60,8 +61,10 @@ def load_whole(load: Callable[..., object], *args: object, **kwargs: object) -> 
     call = bound(load, *args, **kwargs)
     engine = call.arguments["self"]
     if not trains_ours(engine):
-        ask_for_states(call)
-    elif _can_stage(engine) and not engine.load_universal_checkpoint():
+        return load_beside(load, call)
+    if engine.load_universal_checkpoint():
+        return load_universal(load, call)
+    if _can_stage(engine):
         # Asked for both, DeepSpeed looks for the weights of stage 3 where that stage saves none, and says nothing.
         call.arguments["load_optimizer_states"] &= not call.arguments["load_module_only"]
         choice = Choice(engine, call)

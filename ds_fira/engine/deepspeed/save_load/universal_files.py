@@ -1,0 +1,238 @@
+"""Read a universal checkpoint: what DeepSpeed's `ds_to_universal` made of a checkpoint, by the names of parameters.
+
+Its folder has the files of the model's states as they were, `zero/optimizer_state.pt` with what the first rank's
+wrapper had beside its tensors, and for each parameter a folder `zero/NAME` with its float32 weights and, where the
+converter knew them, Adam's moments. `universal_form.py` says where the states are that it does not know.
+
+What it relies on, of DeepSpeed 0.17 to 0.19: these names; that a tensor of stages 1 and 2 lies in a dict under `param`,
+in its own shape, and one of stage 3 by itself, flat; and of an Adam's step count, that stages 1 and 2 have it in
+`zero/NAME/step.pt`, and stage 3 in the states of the first rank.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_fira.checkpoint import safe_load
+from ds_fira.checkpoint.named_state import KEY, SavedMoments, SavedState, StateDict, TensorSlices
+from ds_fira.checkpoint.payload import ELSEWHERE, PAYLOAD, unfold
+from ds_fira.checkpoint.reconcile import SavedGroup
+from ds_fira.core.algorithms import ADAM_STATES, Algorithm
+from ds_fira.core.quantization import VALUES
+from ds_fira.core.state import STEP
+from ds_fira.engine.deepspeed.save_load.files import BASE_OPTIMIZER, CheckpointFiles, normalized
+from ds_fira.engine.deepspeed.save_load.universal_form import PAYLOADS
+from ds_fira.sharding.geometry import ParamSlice
+
+LATEST = "latest_universal"  # the converter writes it beside its output folder
+WEIGHTS = "zero"
+CONVERTER = "python -m deepspeed.checkpoint.ds_to_universal"
+_WRAPPER = "optimizer_state.pt"
+_FIRST = next(iter(ADAM_STATES))
+_ZIP = b"PK\x03\x04"
+_AGAIN = "convert the checkpoint again"
+
+
+def is_universal(folder: Path) -> bool:
+    """Whether a folder is what the converter makes."""
+    return (folder / WEIGHTS).is_dir()
+
+
+def read_latest(folder: Path) -> str | None:
+    """The name of what the converter has made last in a folder; None where it does not say."""
+    path = folder / LATEST
+    return path.read_text().strip() if path.is_file() else None
+
+
+def find_files(folder: Path, *args: object, **kwargs: object) -> CheckpointFiles:
+    """The files of a checkpoint, universal or not; as `CheckpointFiles.find`."""
+    kind = UniversalFiles if is_universal(folder) else CheckpointFiles
+    return kind.find(folder, *args, **kwargs)
+
+
+def find_damage(path: Path) -> str | None:
+    """Why a file of `torch.save` is not as it was written, by the sums that stand in it; None where it is."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_ZIP)) != _ZIP:
+                return None  # of torch's old format, without sums; who reads it says what is wrong
+        with zipfile.ZipFile(path) as archive:
+            return None if archive.testzip() is None else "its content has changed"
+    except (OSError, zipfile.BadZipFile) as error:
+        return f"it cannot be read ({error})"
+
+
+@dataclass(frozen=True, slots=True)
+class UniversalFiles(CheckpointFiles):
+    """The files of a universal checkpoint; `optimizers` are those with payloads, of stages 1 and 2."""
+
+    @classmethod
+    def find(
+        cls, folder: Path, every: bool = True, unpickle: bool = False, reading: object = None, of_slice: int = 0
+    ) -> UniversalFiles:
+        """The files in a folder; as of the base class.
+
+        Raises:
+            ValueError: some are missing, or tensor parallelism sliced them.
+        """
+        del reading  # of files that the manifest of another folder lists
+        found = CheckpointFiles.find(folder, every=False, unpickle=unpickle)
+        if of_slice or found.slices > 1:
+            raise ValueError(
+                f"{folder} is a universal checkpoint, which is not read under tensor parallelism; set "
+                "checkpoint.load_universal = false and load the checkpoint that it was made of."
+            )
+        if not found.models:
+            raise ValueError(f"{folder} lacks mp_rank_00_model_states.pt, the model's states; {_AGAIN}.")
+        payloads = sorted((folder / PAYLOADS / "0").glob(f"{_FIRST}.*"), key=lambda path: int(path.suffix[1:]))
+        files = cls(found.models, tuple(payloads), unpickle)
+        if absent := files.find_absent():
+            raise ValueError(f"{folder} lacks {absent}; {_AGAIN}.")
+        return files
+
+    @property
+    def folder(self) -> Path:
+        """Of the parameters' folders."""
+        return self.models[0].parent / WEIGHTS
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files."""
+        return [path for path in sorted(self.models[0].parent.rglob("*")) if path.is_file()]
+
+    @property
+    def at_stage_0(self) -> bool:
+        """The converter reads no checkpoint of stage 0."""
+        return False
+
+    @property
+    def ours(self) -> bool:
+        """Whether an optimizer of this package saved it."""
+        return bool(self.optimizers) or PAYLOAD in self.model()
+
+    def find_absent(self) -> str:
+        """As of the base class."""
+        if not self.ours:
+            return ""
+        ranks = {int(path.suffix[1:]) for path in self.optimizers}
+        if self.partitioned:
+            ranks = {number for number in range(len(self.models)) if PAYLOAD in self.model(number)}
+        size = int(self.model()["dp_world_size"])
+        absent = sorted({*range(size)} - ranks)
+        return f"the states of ranks {absent} of the {size} that saved it" if absent else ""
+
+    def wrapper(self) -> Mapping[str, object]:
+        """What the first rank's optimizer wrapper had, without its tensors."""
+        return self._load(self.folder / _WRAPPER)
+
+    def optimizer_state(self, number: int) -> tuple[Mapping[str, object], StateDict]:
+        """As of the base class; moments that are not in a payload are without content. Of another Adam: its groups."""
+        wrapper = self.wrapper()
+        if not self.ours:
+            named = next((wrapper[key] for key in BASE_OPTIMIZER if key in wrapper), {})
+            return wrapper, {"state": named.get("state", {}), "param_groups": wrapper["param_groups"]}
+        payload = self.model(number)[PAYLOAD] if self.partitioned else self._load(self.optimizers[number])
+        empty = dict.fromkeys(ADAM_STATES, torch.empty(0, device="meta"))
+        return wrapper, unfold(payload, dict.fromkeys(payload[ELSEWHERE], empty))
+
+    def read(self) -> SavedState:
+        """The states and master weights that all ranks saved."""
+        saved = SavedState()
+        elsewhere: set[str] = set()
+        for number in range(len(self.models) if self.partitioned else len(self.optimizers)):
+            _, state_dict = self.optimizer_state(number)
+            saved.add(state_dict)
+            for held, state in zip(state_dict[KEY]["places"], _in_order(state_dict), strict=True):
+                if any(value.is_meta for value in state.values()):
+                    elsewhere |= {part.name for part in TensorSlices.from_plain(held).params}
+        shapes = {name: shape for group in saved.groups for name, shape in group.members.items()}
+        self.add_weights(saved, shapes)
+        for name in elsewhere:
+            step = max((moments.step for _, moments in saved.moments[name]), key=int)
+            saved.moments[name] = self._moments(name, shapes[name], step)
+        return saved
+
+    def read_adam(self, name: str) -> SavedState:
+        """The moments and master weights of a run with an Adam of another package.
+
+        Args:
+            name: of the optimizer.
+
+        Raises:
+            ValueError: a parameter has no moments, or another one's.
+        """
+        wrapper, state_dict = self.optimizer_state(0)
+        listed = [normalized({key: tuple(s) for key, s in part.items()}) for part in self.model()["param_shapes"]]
+        groups, saved = wrapper["param_groups"], SavedState(algorithm=Algorithm(name, limited=False))
+        # Stage 3 lists sub-groups, of which a group may have several.
+        values = groups if len(groups) == len(listed) else [groups[0]] * len(listed)
+        for part, group in zip(listed, values, strict=True):
+            kept = {key: group[key] for key in ("lr", "initial_lr") if key in group}
+            saved.groups.append(SavedGroup(part, {}, kept, made_by=name))
+        shapes = {key: shape for part in listed for key, shape in part.items()}
+        self.add_weights(saved, shapes)
+        steps = [state[STEP] for state in state_dict["state"].values() if STEP in state]
+        steps += [group[STEP] for group in groups if STEP in group]
+        for key, shape in shapes.items():
+            folder = self._path(key)
+            if any((folder / f"{state}.pt").is_file() for state in ADAM_STATES):  # else it never had a gradient
+                found = folder / f"{STEP}.pt"
+                step = self._load(found) if found.is_file() else next(iter(steps), 0)
+                saved.moments[key] = self._moments(key, shape, torch.tensor(int(step)))
+        return saved
+
+    def add_weights(self, saved: SavedState, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Add the float32 weights of some parameters.
+
+        Args:
+            saved: gets them.
+            shapes: of the parameters, by name.
+
+        Raises:
+            ValueError: they are missing, or of another size.
+        """
+        for name, shape in shapes.items():
+            weights = self._tensor(name, "fp32", shape)
+            saved.weights[name].append((ParamSlice(name, 0, 0, weights.numel()), weights))
+
+    def _moments(self, name: str, shape: tuple[int, ...], step: Tensor) -> list[tuple[ParamSlice, SavedMoments]]:
+        found = {key: {VALUES: self._tensor(name, key, shape)} for key in ADAM_STATES}
+        return [(ParamSlice(name, 0, 0, math.prod(shape)), SavedMoments(step, found))]
+
+    def _path(self, name: str) -> Path:
+        """The folder of a parameter, whose name may have torch.compile's prefix somewhere."""
+        path = self.folder / name
+        if path.is_dir():
+            return path
+        found = normalized({each.name: each for each in self.folder.iterdir() if each.is_dir()})
+        return found.get(name, path)
+
+    def _tensor(self, name: str, key: str, shape: Collection[int]) -> Tensor:
+        """One flat tensor of a parameter; mapped, not read."""
+        path = self._path(name) / f"{key}.pt"
+        if not path.is_file():
+            raise ValueError(f"{self.models[0].parent} lacks {WEIGHTS}/{name}/{key}.pt; {_AGAIN}.")
+        found = self._load(path)
+        value = found.get("param") if isinstance(found, Mapping) else found
+        if not isinstance(value, Tensor) or value.is_meta or value.numel() != math.prod(shape):
+            what = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            empty = " without content" if isinstance(value, Tensor) and value.is_meta else ""
+            raise ValueError(f"{path} holds {what}{empty} where {tuple(shape)} belongs; {_AGAIN}.")
+        return value.detach().reshape(-1)
+
+    def _load(self, path: Path) -> object:
+        if not path.is_file():
+            raise ValueError(f"{self.models[0].parent} lacks {path.relative_to(self.models[0].parent)}; {_AGAIN}.")
+        return torch.load(path, map_location="cpu", weights_only=False) if self.unpickle else safe_load.read(path)
+
+
+def _in_order(state_dict: StateDict) -> list[dict[str, Tensor]]:
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    return [state_dict["state"].get(number, {}) for number in numbers]
