@@ -13,12 +13,10 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from packaging.version import Version
 from torch import nn
 
-from ds_fira.core.algorithms import Algorithm, algorithm_of
-from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.core.algorithms import Algorithm
 from ds_fira.optim.expert_groups import ALL_ALIKE, keys_of
 
 # DeepSpeed releases of three minors that the tests run with: ds_fira reads private attributes, which may change between
@@ -227,41 +225,6 @@ def refuse_sharding(algorithm: Algorithm, unprojected: bool, stage: int) -> None
             f"and {algorithm.rule.__name__}.elementwise = False says that they cannot be; use stage 0, or train only "
             "projected parameters."
         )
-
-
-class RefusedOptimizer(ValueError, ZeRORuntimeException):
-    """An optimizer object that would not be the one that trains; DeepSpeed's own class for that, and ours."""
-
-
-def refuse_object(engine: DeepSpeedEngine, optimizer: object) -> None:
-    """Stop if DeepSpeed, or who called it, would train with another optimizer than the one that the user made.
-
-    Args:
-        engine: that is being built.
-        optimizer: the object it is to train with.
-
-    Raises:
-        RefusedOptimizer: the object was made of the param groups of an optimizer of this package, or DeepSpeed wants
-            its own Adam for offload.
-    """
-    ours = isinstance(optimizer, LowRankOptimizer)
-    groups = [group for group in getattr(optimizer, "param_groups", ()) if ours or "update_proj_gap" in group]
-    if not groups:
-        return
-    name = algorithm_of(groups[0]).name
-    if not ours:
-        reason = (
-            f"{type(optimizer).__name__} took the param groups of a {name}, as accelerate does under optimizer "
-            "offload, and would train without a projection"
-        )
-    elif engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
-        reason = "with optimizer offload DeepSpeed takes no other optimizer object than its own Adam"
-    else:
-        return
-    raise RefusedOptimizer(
-        f'{name}: {reason}; give it as "type": "{name}" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = '
-        "false, which keeps the object."
-    )
 
 
 def _model_parallel_size(mpu: object) -> int:
