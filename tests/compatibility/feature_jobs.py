@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.compatibility.engines import trained
 from tests.compatibility.expert_features import moe
-from tests.compatibility.object_features import fira_object, forgotten_object, object_of_accelerate, replaced_object
+from tests.compatibility.object_features import fira_object, object_of_accelerate, replaced_object
 from tests.compatibility.option_jobs import PARAMS, WatchedNet, forget_autocast, try_config
 from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.sequence_jobs import ulysses
@@ -140,12 +140,6 @@ FEATURES = [
         way=object_of_accelerate,
     ),
     Feature("another optimizer made of a FiraAdam's groups: any other", REFUSED, way=replaced_object),
-    Feature(
-        "a FiraAdam object beside a config that names an optimizer, as in `Trainer(optimizers=...)`",
-        REFUSED,
-        stages=(0, 2),
-        way=forgotten_object,
-    ),
     *(Feature(name, SUPPORTED if good else REFUSED, stages, way=way) for name, good, stages, way in ROWS),
     Feature("`elastic_checkpoint`", REFUSED, stages=(1, 2, 3), extra={"zero_elastic_checkpoint": True}),
     Feature("`checkpoint.load_universal`", REFUSED, stages=(1, 2, 3), extra={"checkpoint": {"load_universal": True}}),

@@ -40,16 +40,6 @@ def replaced_object(ds_config: dict[str, Any]) -> dict[str, Any]:
     return trained(without_optimizer(ds_config), plain=plain, optimizer=torch.optim.Adam(made.param_groups, lr=0.01))
 
 
-def forgotten_object(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A FiraAdam object that is not given to the engine, whose config names AdamW."""
-    plain = make_net().bfloat16()
-    made = ds_fira.FiraAdam(ds_fira.param_groups(plain, **PARAMS))
-    adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
-    result = trained({**ds_config, "optimizer": adamw}, plain=plain)
-    del made
-    return result
-
-
 @contextmanager
 def without_compiled_adam() -> Iterator[None]:
     """DeepSpeed's Adam for the CPU without its compiled operator, which is asked for no step here."""

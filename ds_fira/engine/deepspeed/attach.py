@@ -97,6 +97,7 @@ def attach_built(
     configure: Callable[..., None], engine: DeepSpeedEngine, client_optimizer: object, *args: object, **kwargs: object
 ) -> None:
     """`_configure_optimizer`: an optimizer of this package makes no step until it knows what lies where."""
+    objects.refuse_forgotten(engine, client_optimizer)
     # By whose order a checkpoint of stage 0 that has no names is read.
     listed = client_optimizer.param_groups if isinstance(client_optimizer, LowRankOptimizer) else grouped(args[0])
     engine.fira_given = [[id(param) for param in parameters_of(group["params"])] for group in listed]
@@ -110,9 +111,6 @@ def attach_built(
             objects.accept_object(engine)
             optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0)
         return optimizer
-
-    if client_optimizer is None:
-        objects.refuse_forgotten(engine)
 
     if callable(client_optimizer):
         configure(engine, lambda params: await_engine(client_optimizer(params)), *args, **kwargs)

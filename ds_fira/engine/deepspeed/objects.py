@@ -6,12 +6,15 @@ Written against DeepSpeed 0.17 to 0.19, accelerate 1 and transformers 5. What it
   `zero_force_ds_cpu_optimizer()` is false. The reason it gives is speed: torch's Adam is slow on a CPU.
 - Under offload `accelerate.Accelerator.prepare` makes a DeepSpeed optimizer of an object's `param_groups` and hands
   that over; the dicts of the groups stay the same ones.
-- Where a config names an optimizer, transformers' Trainer lets it win over `Trainer(optimizers=...)`, and says nothing.
+- The Trainer sets its `optimizer` to None before it builds an engine, and takes the config's, or an AdamW of its own:
+  an object in `Trainer(optimizers=...)` makes no step, and nothing is said. Its callbacks have the object till then.
 """
 
 from __future__ import annotations
 
 import gc
+import inspect
+import sys
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
@@ -72,34 +75,46 @@ def refuse_copied_groups(optimizer: object) -> None:
         )
 
 
-def refuse_forgotten(engine: DeepSpeedEngine) -> None:
-    """Stop before an engine trains with its config's optimizer, if an object of this package was made to do so.
+def refuse_forgotten(engine: DeepSpeedEngine, optimizer: object) -> None:
+    """Stop before the Trainer of transformers trains with another optimizer than the object that its user gave it.
 
     Args:
-        engine: with its module; no optimizer object was given to it.
+        engine: with its module.
+        optimizer: the object that the engine was given; None for the one that its config names.
 
     Raises:
-        RefusedOptimizer: an object lives that has some of the module's parameters, no state and no engine.
+        RefusedOptimizer: a Trainer builds the engine, and an object lives that has some of the module's parameters, no
+            state and no engine.
     """
+    if isinstance(optimizer, LowRankOptimizer) or not _called_by_trainer():
+        return
     trained = {id(param) for param in engine.module.parameters()}
-    forgotten = _forgotten(trained)
-    if forgotten is not None:
-        del forgotten
+    if _forgotten(trained):
         gc.collect()  # what nobody has any more may still be in a cycle
-        forgotten = _forgotten(trained)
-    if forgotten is not None:
-        name, own = forgotten.algorithm.name, engine.optimizer_name()
+    for name in _forgotten(trained):
+        other = engine.optimizer_name() if optimizer is None else type(optimizer).__name__
         raise RefusedOptimizer(
-            f"{name}: the DeepSpeed config names {own}, so the {name} object that was made of the same parameters "
-            'would make no step, as an object in Trainer(optimizers=...) makes none; take "optimizer" out of the '
-            "config, or delete the object."
+            f"{name}: under DeepSpeed the Trainer drops the {name} object of Trainer(optimizers=...), and would train "
+            f'with {other}; give it as "type": "{name}" in the DeepSpeed config, and no object.'
         )
 
 
-def _forgotten(trained: set[int]) -> LowRankOptimizer | None:
-    for made in MADE:
-        if made.state or made.members or made.suspended:
-            continue
-        if any(id(param) in trained for group in made.param_groups for param in group["params"]):
-            return made
-    return None
+def _called_by_trainer() -> bool:
+    """Whether this is called, by way of accelerate, from a Trainer of transformers."""
+    trainers = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    frame = inspect.currentframe() if trainers else None
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), trainers):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _forgotten(trained: set[int]) -> list[str]:
+    """The names of the objects that have made no step and have no engine, of those that have such parameters."""
+    return [
+        made.algorithm.name
+        for made in MADE
+        if not (made.state or made.members or made.suspended)
+        and any(id(param) in trained for group in made.param_groups for param in group["params"])
+    ]
