@@ -16,6 +16,7 @@ from torch import nn
 from tests.compatibility.engines import trained
 from tests.compatibility.expert_features import moe
 from tests.compatibility.object_features import fira_object, object_of_accelerate, replaced_object
+from tests.compatibility.offload_features import offloaded_between_steps
 from tests.compatibility.option_jobs import PARAMS, WatchedNet, forget_autocast, try_config
 from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.sequence_jobs import ulysses
@@ -126,6 +127,7 @@ FEATURES = [
         "SuperOffload", REFUSED, stages=(1, 2, 3), extra={"zero_offload_optimizer": {**OFFLOAD, "super_offload": True}}
     ),
     Feature("ZenFlow", REFUSED, stages=(1, 2, 3), extra={"zero_zenflow": {}, "zero_offload_optimizer": OFFLOAD}),
+    Feature("`engine.offload_states()`, `engine.reload_states()`", stages=(1, 2, 3), way=offloaded_between_steps),
     Feature("an optimizer object", stages=(0, 1, 2, 3), way=fira_object),
     Feature(
         "an optimizer object under offload",

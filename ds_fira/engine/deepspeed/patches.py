@@ -22,11 +22,22 @@ import deepspeed.runtime.engine as deepspeed_engine
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import mixed_precision_linkage, zero_to_fp32
 
-from ds_fira.engine.deepspeed import attach, loss_scale, monitor, param_states, peers, schedulers, thawed, weight_sync
+from ds_fira.engine.deepspeed import (
+    attach,
+    loss_scale,
+    monitor,
+    moved_states,
+    param_states,
+    peers,
+    schedulers,
+    thawed,
+    weight_sync,
+)
 from ds_fira.engine.deepspeed.save_load import behind, client_state, load, pick, save
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.registry import TYPES, add_types
@@ -115,6 +126,14 @@ PATCHES = (
     Patch(DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", param_states.set_full_sliced),
     Patch(DeepSpeedZeroOptimizer_Stage3, "get_local_fp32_param", param_states.get_local),
     Patch(DeepSpeedZeroOptimizer_Stage3, "set_local_hp_param", param_states.set_local),
+    # --- Its states leave the GPU for a while.
+    # Of stage 3: asks for the optimizer's class, notes in offloaded_states what it has moved.
+    Patch(DeepSpeedZeroOptimizer_Stage3, "offload_states", moved_states.offload_stage_3, optional=True),
+    Patch(stage3, "reload_adam_states", moved_states.reload, optional=True),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "get_hp_param_device", moved_states.state_device, optional=True),
+    # Of stages 1 and 2: would put the host's numbers on the GPU. From 0.18 on.
+    Patch(stage_1_and_2, "offload_optimizer_states", moved_states.offload, optional=True),
+    Patch(stage_1_and_2, "reload_optimizer_states", moved_states.reload, optional=True),
     # --- It saves and loads.
     # Survives a crash, with generators, counters and records; writes through checkpoint_engine.save and
     # _copy_recovery_script, and client_state beside the weights.
