@@ -22,6 +22,7 @@ import deepspeed.runtime.engine as deepspeed_engine
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -35,6 +36,7 @@ from ds_fira.engine.deepspeed import (
     param_states,
     peers,
     schedulers,
+    swapped,
     thawed,
     weight_sync,
 )
@@ -122,10 +124,7 @@ PATCHES = (
     Patch(mixed_precision_linkage, "get_full_hp_param", param_states.get_full),
     Patch(mixed_precision_linkage, "set_full_hp_param", param_states.set_full),
     # Of stage 3: take the key of a state last, or leave it out for the weights.
-    Patch(DeepSpeedZeroOptimizer_Stage3, "get_full_hp_param", param_states.get_full_sliced),
-    Patch(DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", param_states.set_full_sliced),
-    Patch(DeepSpeedZeroOptimizer_Stage3, "get_local_fp32_param", param_states.get_local),
-    Patch(DeepSpeedZeroOptimizer_Stage3, "set_local_hp_param", param_states.set_local),
+    *(Patch(DeepSpeedZeroOptimizer_Stage3, name, wrapper) for name, wrapper in param_states.OF_STAGE_3.items()),
     # --- Its states leave the GPU for a while.
     # Of stage 3: asks for the optimizer's class, notes in offloaded_states what it has moved.
     Patch(DeepSpeedZeroOptimizer_Stage3, "offload_states", moved_states.offload_stage_3, optional=True),
@@ -134,6 +133,12 @@ PATCHES = (
     # Of stages 1 and 2: would put the host's numbers on the GPU. From 0.18 on.
     Patch(stage_1_and_2, "offload_optimizer_states", moved_states.offload, optional=True),
     Patch(stage_1_and_2, "reload_optimizer_states", moved_states.reload, optional=True),
+    # --- Its states and weights lie on a disk.
+    # Of states only those that it brings back as they were; gradients where a disk can read them to. From 0.19 on.
+    Patch(OptimizerSwapper, "_get_state_tensors", swapped.states_to_swap, optional=True),
+    Patch(OptimizerSwapper, "_swap_out_gradients", swapped.swap_aligned_gradients, optional=True),
+    # Read and set what is there, and know nothing of files.
+    *(Patch(DeepSpeedZeroOptimizer_Stage3, name, swapped.call_mapped) for name in param_states.OF_STAGE_3),
     # --- It saves and loads.
     # Survives a crash, with generators, counters and records; writes through checkpoint_engine.save and
     # _copy_recovery_script, and client_state beside the weights.
@@ -152,6 +157,9 @@ PATCHES = (
     Patch(DeepSpeedEngine, "load_checkpoint", client_state.load_with_resume_state),
     # Gives the folder of checkpoints back.
     Patch(DeepSpeedEngine, "destroy", save.release_folder),
+    # Find in memory what the engine has in files.
+    Patch(DeepSpeedEngine, "save_checkpoint", swapped.call_mapped),
+    Patch(DeepSpeedEngine, "load_checkpoint", swapped.call_mapped),
     # Both wait for a save from behind.
     Patch(DeepSpeedEngine, "load_checkpoint", behind.wait_before),
     Patch(DeepSpeedEngine, "destroy", behind.wait_before),

@@ -108,11 +108,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.": zero.zenflow,
         "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam on "
         "the CPU; set it to false.": _at(zero, "offload_optimizer.super_offload"),
-        **{
-            f"zero_optimization.{block}.device = 'nvme' is not supported yet, because low-rank states are not swapped; "
-            "use 'cpu'.": stage == 3 and _at(zero, f"{block}.device") == "nvme"
-            for block in ("offload_optimizer", "offload_param")
-        },
         f"zero_optimization.offload_optimizer.ratio = {ratio} is not supported, because the part that stays on the GPU "
         "is stepped by torch's AdamW; set it to 1.0.": stage == 3 and ratio != 1.0,
         "checkpoint.load_universal = True is not supported; remove it, load_checkpoint re-shards "

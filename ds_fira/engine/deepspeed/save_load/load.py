@@ -174,7 +174,9 @@ def load_states(
             groups = header.groups
             with errors_name(optimizer.algorithm.name):
                 project_as_saved(optimizer, groups, functools.partial(attach, engine))
-            if header.adam is not None or header.layout not in (None, optimizer.attachment.digest):
+            # DeepSpeed itself has no weights to set where they are swapped out.
+            swapped = getattr(engine.optimizer, "params_in_nvme_and_cpu", False)
+            if header.adam is not None or swapped or header.layout not in (None, optimizer.attachment.digest):
                 load_engine_state = functools.partial(load_checkpoint, engine, load_dir, tag)
                 engine.fira_has_loaded = True
                 return load_elsewhere(engine, folder, load_engine_state, options, header.adam)
