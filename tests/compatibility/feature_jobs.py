@@ -16,10 +16,11 @@ from torch import nn
 from tests.compatibility.engines import trained
 from tests.compatibility.expert_features import moe
 from tests.compatibility.object_features import fira_object, object_of_accelerate, replaced_object
-from tests.compatibility.offload_features import offloaded_between_steps
+from tests.compatibility.offload_features import offloaded_between_steps, on_nvme, partly_offloaded
 from tests.compatibility.option_jobs import PARAMS, WatchedNet, forget_autocast, try_config
 from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.sequence_jobs import ulysses
+from tests.distributed.nvme_jobs import operator_is_built
 from tests.distributed.zero_jobs import config
 
 SUPPORTED, REFUSED, REMOVED = "supported", "refused", "DeepSpeed's refusal"
@@ -37,6 +38,7 @@ class Feature:
         extra: added to the config, as `tests.distributed.zero_jobs.config` takes it.
         top: added at the top of the config as it is.
         way: tries it under a config.
+        ready: whether this machine has what it takes.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Feature:
     extra: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
     way: Callable[[dict[str, Any]], dict[str, Any]] = try_config
+    ready: Callable[[], bool] = lambda: True
 
     def ds_config(self, stage: int) -> dict[str, Any]:
         """The DeepSpeed config at a stage."""
@@ -118,10 +121,27 @@ FEATURES = [
         "`stage3_param_persistence_threshold` = 0", stages=(3,), extra={"zero_stage3_param_persistence_threshold": 0}
     ),
     Feature(
-        "`offload_optimizer.ratio` below 1 at stage 3",
-        REFUSED,
+        "`offload_optimizer.ratio` below 1 at stage 3 (Twin-Flow)",
         stages=(3,),
-        extra={"zero_offload_optimizer": {**OFFLOAD, "ratio": 0.5}},
+        extra={"zero_offload_optimizer": {**OFFLOAD, "ratio": 0.5}, "zero_sub_group_size": 50},
+        way=partly_offloaded,
+    ),
+    Feature(
+        "`offload_optimizer.device` = nvme at stage 3; low-rank states stay in host memory",
+        stages=(3,),
+        extra={"zero_offload_optimizer": {"device": "nvme"}},
+        way=on_nvme,
+        ready=operator_is_built,
+    ),
+    Feature(
+        "the same and `offload_param.device` = nvme; reads and writes overlap (`pipeline_read`, `pipeline_write`)",
+        stages=(3,),
+        extra={
+            "zero_offload_param": {"device": "nvme"},
+            "zero_offload_optimizer": {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8},
+        },
+        way=on_nvme,
+        ready=operator_is_built,
     ),
     Feature(
         "SuperOffload", REFUSED, stages=(1, 2, 3), extra={"zero_offload_optimizer": {**OFFLOAD, "super_offload": True}}

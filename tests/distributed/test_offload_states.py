@@ -5,6 +5,7 @@ A machine without a GPU has one device: that the memory of states is given up is
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +37,13 @@ def test_states_leave_and_come_back(ranks: Pools, stage: int, include: list[str]
         assert found["weights"]
         assert found["moments"]
         assert found["devices"] == ({"cpu"} if stage == 3 and "optim_states" in found["offloaded"] else set())
+
+
+def test_a_run_that_is_partly_offloaded_resumes(ranks: Pools, tmp_path: Path) -> None:
+    """`offload_optimizer.ratio`, whose training is on the compatibility page."""
+    zero = {"zero_offload_optimizer": {"device": "cpu", "pin_memory": False, "ratio": 0.5}, "zero_sub_group_size": 50}
+    job = {"ds_config": config(3, "bf16", PARAMS, **zero), "shapes": SHAPES, "folder": str(tmp_path)}
+    assert ranks.run(2, "resume", steps=5, save_at=3, **job) == [True, True]
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -38,6 +38,7 @@ from ds_fira.engine.deepspeed import (
     schedulers,
     swapped,
     thawed,
+    twin_flow,
     weight_sync,
 )
 from ds_fira.engine.deepspeed.save_load import behind, client_state, load, pick, save
@@ -87,6 +88,9 @@ PATCHES = (
     Patch(DeepSpeedEngine, "_configure_basic_optimizer", attach.build_optimizer),
     # Compares the optimizer over the ranks; called with it before it is wrapped.
     Patch(DeepSpeedEngine, "_do_optimizer_sanity_check", peers.agree_on_optimizer),
+    # One optimizer steps what is offloaded and what is not: takes it and the ratio; deals the sub-groups out.
+    Patch(DeepSpeedZeroOptimizer_Stage3, "__init__", twin_flow.build),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", twin_flow.deal_out),
     # Tells the optimizer what lies where, and every rank of an error before that; sets basic_optimizer and its wrapper
     # optimizer.
     Patch(DeepSpeedEngine, "_configure_optimizer", attach.attach_built),

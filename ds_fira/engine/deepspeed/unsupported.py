@@ -92,7 +92,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
     config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
     pipeline = isinstance(engine, PipelineEngine)
     tensor_parallel = max(engine.autotp_size(), _model_parallel_size(engine.mpu))
-    ratio = getattr(zero.offload_optimizer, "ratio", 1.0)
     autocast = config.torch_autocast_dtype if getattr(config, "torch_autocast_enabled", False) else None
     return {
         f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
@@ -108,8 +107,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.": zero.zenflow,
         "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam on "
         "the CPU; set it to false.": _at(zero, "offload_optimizer.super_offload"),
-        f"zero_optimization.offload_optimizer.ratio = {ratio} is not supported, because the part that stays on the GPU "
-        "is stepped by torch's AdamW; set it to 1.0.": stage == 3 and ratio != 1.0,
         "checkpoint.load_universal = True is not supported; remove it, load_checkpoint re-shards "
         f"{name}'s state by itself.": config.load_universal_checkpoint,
         "compile.deepcompile = True is not supported, because its passes replace ZeRO's reduction of gradients; set it "
