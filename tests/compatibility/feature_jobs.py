@@ -138,7 +138,12 @@ FEATURES = [
         stages=(3,),
         extra={
             "zero_offload_param": {"device": "nvme"},
-            "zero_offload_optimizer": {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8},
+            "zero_offload_optimizer": {
+                "device": "nvme",
+                "pipeline_read": True,
+                "pipeline_write": True,
+                "buffer_count": 8,
+            },
         },
         way=on_nvme,
         ready=operator_is_built,

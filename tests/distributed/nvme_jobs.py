@@ -36,11 +36,11 @@ def operator_is_built() -> bool:
 
 
 def nvme_config(folder: str, dtype: str, params: bool = False, **how: Any) -> dict[str, Any]:
-    """A config of stage 3 with the optimizer on NVMe, and the parameters too where asked."""
+    """A config of stage 3 with the optimizer on NVMe, or where `how` says, and the parameters there too where asked."""
     block = {"device": "nvme", "nvme_path": folder}
-    extra = {"zero_offload_optimizer": {**how, **block}}
+    extra = {"zero_offload_optimizer": {**block, **how}}
     if params:
-        extra["zero_offload_param"] = {**block, "buffer_size": 2_000_000, "pin_memory": False}
+        extra["zero_offload_param"] = {**block, "buffer_size": 2_000_000, "max_in_cpu": 0}
     return config(3, dtype, PARAMS, **extra)
 
 

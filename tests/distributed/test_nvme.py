@@ -19,6 +19,7 @@ from tests.ranks import Pools
 
 JOBS = "tests.distributed.nvme_jobs"
 PIPELINE = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8}
+ALONE = {"params": True, "device": "cpu"}
 pytestmark = pytest.mark.skipif(not operator_is_built(), reason="DeepSpeed's async_io is not compiled here")
 
 
@@ -52,6 +53,7 @@ CPU = config(3, "fp32", PARAMS, zero_offload_optimizer={"device": "cpu", "pin_me
         pytest.param({"params": True}, PIPELINE, 2, id="other swapper", marks=pytest.mark.full),
         pytest.param({}, None, 2, id="to memory", marks=pytest.mark.full),
         pytest.param(None, {"params": True}, 2, id="from memory", marks=pytest.mark.full),
+        pytest.param(ALONE, ALONE, 2, id="parameters alone", marks=pytest.mark.full),
         pytest.param(PIPELINE, {}, 1, id="one rank"),
     ],
 )

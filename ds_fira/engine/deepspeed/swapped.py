@@ -7,8 +7,9 @@ load and `safe_get_*` map the files instead of reading them into memory, so they
 Written against DeepSpeed 0.19. What it relies on:
 
 - `optimizer_swapper` of a stage-3 wrapper, an `OptimizerSwapper`: `swap_params_info` has a record of every master
-  partition, with its size and, first the partition itself, the tensors that are swapped, each with its path. What is
-  swapped out has no elements. A file holds the elements and a filling up to `_io_aligned_numel`.
+  partition, with its size and, first the partition itself, the tensors that are swapped, each with its path. Between
+  two steps all are swapped out: without elements, or, of `PipelinedOptimizerSwapper`, in a buffer that is free for
+  others. A file holds the elements and a filling up to `_io_aligned_numel`.
 - `_get_state_tensors` finds the states of a partition to swap, `_update_param_state_info` takes them into the record,
   `purge_state` out of it. `_swap_out_gradients` is called for every partition's gradients; pieces that are too small
   stay in memory.
@@ -88,9 +89,8 @@ def mapped(wrapper: DeepSpeedZeroOptimizer_Stage3) -> Iterator[None]:
     """
     swapper: OptimizerSwapper = wrapper.optimizer_swapper
     for info in swapper.swap_params_info.values():
-        for tensor in info.tensors:
-            if tensor.compute_tensor.numel() == 0:
-                tensor.compute_tensor.data = _in_file(swapper, tensor, info.numel())
+        for tensor in info.tensors:  # with elements or without, in no memory that counts
+            tensor.compute_tensor.data = _in_file(swapper, tensor, info.numel())
     try:
         with replaced(wrapper, swap_optimizer=False):
             yield
