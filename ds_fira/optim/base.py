@@ -107,6 +107,7 @@ class LowRankOptimizer(Capturing, GivenGroups):
         self.note_given(given_groups)
         MADE.add(self)
         if is_first_process():
+            self.tell_of_parts(len(given_groups), self.algorithm.name)
             warn_of_costly_ranks(self.param_groups)
 
     def _reset_runtime(self) -> None:

@@ -80,6 +80,7 @@ def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
     return trained(ds_config, wrap=make_sparse)
 
 
+PIPELINE = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8}
 OFFLOAD = {"device": "cpu", "pin_memory": False}
 FEATURES = [
     Feature("`engine.compile()`", stages=(0, 1, 2, 3), way=compiled_engine),

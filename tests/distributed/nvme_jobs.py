@@ -22,7 +22,7 @@ from tests.distributed.probes import stepped_and_states
 from tests.distributed.zero_jobs import batches, build, config
 
 # The swapper takes what has a MiB. No part but the first of a group begins at a block of a disk.
-SHAPES, VOCABULARY = [(300, 2000), (300, 2000), (11, 14)], 90_000
+SHAPES, VOCABULARY = [(133, 4000), (133, 4000), (11, 14)], 88_000
 MAKE = functools.partial(WatchedNet, SHAPES, VOCABULARY)
 
 

@@ -40,7 +40,7 @@ def test_it_trains_as_one_process(ranks: Pools, tmp_path: Path, dtype: str, how:
         assert found["held"] == [0, 0]
         assert found["moment"]
         assert found["low_rank"]
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*.swp")) > 4 * 2 * 4 * 540_000
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.swp")) > 4 * 4 * 2 * 528_000
 
 
 CPU = config(3, "fp32", PARAMS, zero_offload_optimizer={"device": "cpu", "pin_memory": False})
