@@ -7,6 +7,7 @@ updated one by one.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,9 @@ from ds_fira.sharding.comm import is_first_process
 from ds_fira.sharding.geometry import matrices_of
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, warn_of_costly_ranks
 from ds_fira.sharding.refresher import Refresher
+
+# Every one that a constructor has made, as long as somebody has it; not its copies.
+MADE: weakref.WeakSet[LowRankOptimizer] = weakref.WeakSet()
 
 
 class LowRankOptimizer(Capturing, GivenGroups):
@@ -101,7 +105,9 @@ class LowRankOptimizer(Capturing, GivenGroups):
         left = {PRESET: {name: mark[name] for name in mark if name not in given}} if mark else {}
         super().__init__(groups, {**group_defaults(settings), **self.algorithm.group_values, **left})
         self.note_given(given_groups)
+        MADE.add(self)
         if is_first_process():
+            self.tell_of_parts(len(given_groups), self.algorithm.name)
             warn_of_costly_ranks(self.param_groups)
 
     def _reset_runtime(self) -> None:

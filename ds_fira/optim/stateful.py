@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -65,6 +66,17 @@ class Resumable(Attachable, Optimizer):
             indices = tuple(range(first, first + len(shards)))
             found = self._alone[param] = LocalMatrices(shards, indices, batched=param.ndim == 3, flat=False)
         return found
+
+    def forget_state_tensors(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Keep nothing of the tensors of states, which are others from now on, and move what was made from them."""
+        self._refresher.forget_counts()
+        for matrices in (*self._bound.values(), *self._alone.values()):
+            matrices.move(move)
+
+    def on_host(self, param: Tensor, key: str) -> bool:
+        """Whether a state of a stepped tensor is the host's, wherever the tensor is; AdamW counts every step there."""
+        projected = param in self._bound or param in self._alone
+        return host_key(key) or (key == STEP and not projected)
 
     def _projects(self, param: Tensor, group: ParamGroup) -> bool:
         """Whether a stepped tensor has low-rank states. A flat partition has them where its matrices were bound."""

@@ -8,6 +8,7 @@ with those.
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
@@ -123,6 +124,21 @@ class GivenGroups(Optimizer):
             for index, group in enumerate(given)
             if group["params"] and index not in self.origins
         }
+
+    def tell_of_parts(self, given: int, name: str) -> None:
+        """Say what a scheduler of torch's is to be made of, which counts `param_groups` and would not say why.
+
+        Args:
+            given: how many groups the user gave.
+            name: of the optimizer.
+        """
+        if given > 1 and len(self.param_groups) != given:
+            warnings.warn(
+                f"{name}: your {given} param groups are stepped in {len(self.param_groups)} parts, which are its "
+                "param_groups; make a scheduler that has a value for each of yours of optimizer.user_groups, as in "
+                "LambdaLR(optimizer.user_groups, [f, g]).",
+                stacklevel=4,
+            )
 
     def drop_empty(self) -> None:
         """Remove param groups without parameters, as an engine does, with what is kept of them elsewhere."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -77,6 +77,12 @@ class LocalMatrices:
         if len(self._tensors) != len(state) or not all(map(operator.is_, self._tensors, state.values())):
             self._tensors = tuple(state.values())
             self._views = matrix_states(state, self.shapes, settings, self.batched, algorithm, dtype=dtype)
+
+    def move(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Forget the tensors of the state, which are others from now on, and move what else was made from them."""
+        self._tensors, self._views = (), []
+        if self.low_rank is not None:
+            self.low_rank.move(move)
 
     def tasks(
         self,

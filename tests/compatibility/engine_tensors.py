@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from ds_fira.engine.deepspeed.save_load.written import stepped_params
+from ds_fira.engine.deepspeed.swapped import mapped
 from ds_fira.optim.registry import fira_of
 from tests.distributed.probes import describe_groups
 
@@ -70,13 +72,19 @@ def stepped_tensors(engine: Any) -> list[list[Tensor]]:
     return [[tensor] for group in groups for tensor in group] if engine.zero_optimization_stage() == 3 else groups
 
 
+def in_memory(engine: Any) -> AbstractContextManager[None]:
+    """While what is swapped out to files is there."""
+    return mapped(engine.optimizer) if getattr(engine.optimizer, "swap_optimizer", False) else nullcontext()
+
+
 def from_slices(engine: Any, tensors: list[list[Tensor]]) -> dict[str, Tensor]:
     """As `by_name` at stage 3: every rank has an even slice of every parameter of `fp16_groups`, in their order."""
     names = {id(param): name for name, param in engine.module.named_parameters()}
     mine, ranks = {}, distributed.get_world_size()
-    for params, (flat,) in zip(engine.optimizer.fp16_groups, tensors, strict=True):
-        slices = flat.detach().reshape(-1).split([-(-param.ds_numel // ranks) for param in params])
-        mine |= {names[id(param)]: (param, part) for param, part in zip(params, slices, strict=True)}
+    with in_memory(engine):
+        for params, (flat,) in zip(engine.optimizer.fp16_groups, tensors, strict=True):
+            slices = flat.detach().reshape(-1).clone().split([-(-param.ds_numel // ranks) for param in params])
+            mine |= {names[id(param)]: (param, part) for param, part in zip(params, slices, strict=True)}
     result = {}
     for name, (param, part) in mine.items():
         parts = [torch.empty_like(part) for _ in range(ranks)]

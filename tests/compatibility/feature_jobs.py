@@ -11,24 +11,18 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import distributed, nn
+from torch import nn
 
-import ds_fira
+from tests.compatibility.engines import trained
 from tests.compatibility.expert_features import moe
-from tests.compatibility.option_jobs import (
-    PARAMS,
-    SHAPES,
-    STEPS,
-    WatchedNet,
-    forget_autocast,
-    measure,
-    refuser,
-    try_config,
-)
+from tests.compatibility.object_features import fira_object, object_of_accelerate, replaced_object
+from tests.compatibility.offload_features import offloaded_between_steps, on_nvme, partly_offloaded
+from tests.compatibility.option_jobs import PARAMS, WatchedNet, forget_autocast, try_config
 from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.sequence_jobs import ulysses
 from tests.compatibility.tensor_parallel_features import tensor_parallel
-from tests.distributed.zero_jobs import batches, build, config
+from tests.distributed.nvme_jobs import operator_is_built
+from tests.distributed.zero_jobs import config
 
 SUPPORTED, REFUSED, REMOVED = "supported", "refused", "DeepSpeed's refusal"
 
@@ -45,6 +39,7 @@ class Feature:
         extra: added to the config, as `tests.distributed.zero_jobs.config` takes it.
         top: added at the top of the config as it is.
         way: tries it under a config.
+        ready: whether this machine has what it takes.
     """
 
     name: str
@@ -54,32 +49,11 @@ class Feature:
     extra: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
     way: Callable[[dict[str, Any]], dict[str, Any]] = try_config
+    ready: Callable[[], bool] = lambda: True
 
     def ds_config(self, stage: int) -> dict[str, Any]:
         """The DeepSpeed config at a stage."""
         return {**config(stage, self.dtype, PARAMS, **{"gradient_clipping": 1.0, **self.extra}), **self.top}
-
-
-def trained(
-    ds_config: dict[str, Any],
-    wrap: Callable[[WatchedNet], nn.Module] | None = None,
-    prepare: Callable[[Any], None] | None = None,
-    plain: WatchedNet | None = None,
-    **kwargs: Any,
-) -> dict[str, Any]:
-    """`measure` around a model that may come wrapped, and an engine that something is done to before it trains."""
-    engine = None
-    try:
-        plain = plain or make_net()
-        engine = build(ds_config, SHAPES, model=wrap(plain) if wrap else plain, **kwargs)
-        if prepare:
-            prepare(engine)
-        return measure(engine, plain, batches(STEPS, distributed.get_rank()), 1, ds_config["gradient_clipping"])
-    except Exception as error:
-        return {"message": f"{type(error).__name__}: {error}", "refused_by": refuser(error)}
-    finally:
-        if engine is not None:
-            engine.destroy()
 
 
 def compiled_engine(ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -90,31 +64,6 @@ def compiled_engine(ds_config: dict[str, Any]) -> dict[str, Any]:
 def compiled_model(ds_config: dict[str, Any]) -> dict[str, Any]:
     """`torch.compile(model)` before `deepspeed.initialize`: names get a prefix."""
     return trained(ds_config, wrap=lambda plain: torch.compile(plain, backend="eager"))
-
-
-def fira_object(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A FiraAdam object in place of the JSON's optimizer."""
-    plain = make_net().bfloat16()
-    optimizer = ds_fira.FiraAdam(ds_fira.param_groups(plain, **PARAMS))
-    return trained(without_optimizer(ds_config), plain=plain, optimizer=optimizer)
-
-
-def replaced_object(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Another optimizer that took a FiraAdam's groups, as accelerate makes of an object under offload."""
-    plain = make_net().bfloat16()
-    made = ds_fira.FiraAdam(ds_fira.param_groups(plain, **PARAMS))
-    return trained(without_optimizer(ds_config), plain=plain, optimizer=torch.optim.Adam(made.param_groups, lr=0.01))
-
-
-def without_optimizer(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The config without its optimizer."""
-    return {key: value for key, value in ds_config.items() if key != "optimizer"}
-
-
-def make_net() -> WatchedNet:
-    """The same on every rank."""
-    torch.manual_seed(0)
-    return WatchedNet(SHAPES)
 
 
 def pipeline(ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +81,7 @@ def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
     return trained(ds_config, wrap=make_sparse)
 
 
+PIPELINE = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8}
 OFFLOAD = {"device": "cpu", "pin_memory": False}
 AUTOTP, TWO_SLICES = "tensor parallelism: `tensor_parallel.autotp_size`", {"tensor_parallel": {"autotp_size": 2}}
 FEATURES = [
@@ -173,24 +123,52 @@ FEATURES = [
         "`stage3_param_persistence_threshold` = 0", stages=(3,), extra={"zero_stage3_param_persistence_threshold": 0}
     ),
     Feature(
-        "`offload_optimizer.ratio` below 1 at stage 3",
-        REFUSED,
+        "`offload_optimizer.ratio` below 1 at stage 3 (Twin-Flow)",
         stages=(3,),
-        extra={"zero_offload_optimizer": {**OFFLOAD, "ratio": 0.5}},
+        extra={"zero_offload_optimizer": {**OFFLOAD, "ratio": 0.5}, "zero_sub_group_size": 50},
+        way=partly_offloaded,
+    ),
+    Feature(
+        "`offload_optimizer.device` = nvme at stage 3; low-rank states stay in host memory",
+        stages=(3,),
+        extra={"zero_offload_optimizer": {"device": "nvme"}},
+        way=on_nvme,
+        ready=operator_is_built,
+    ),
+    Feature(
+        "the same and `offload_param.device` = nvme; reads and writes overlap (`pipeline_read`, `pipeline_write`)",
+        stages=(3,),
+        extra={
+            "zero_offload_param": {"device": "nvme"},
+            "zero_offload_optimizer": {
+                "device": "nvme",
+                "pipeline_read": True,
+                "pipeline_write": True,
+                "buffer_count": 8,
+            },
+        },
+        way=on_nvme,
+        ready=operator_is_built,
     ),
     Feature(
         "SuperOffload", REFUSED, stages=(1, 2, 3), extra={"zero_offload_optimizer": {**OFFLOAD, "super_offload": True}}
     ),
     Feature("ZenFlow", REFUSED, stages=(1, 2, 3), extra={"zero_zenflow": {}, "zero_offload_optimizer": OFFLOAD}),
+    Feature("`engine.offload_states()`, `engine.reload_states()`", stages=(1, 2, 3), way=offloaded_between_steps),
     Feature("an optimizer object", stages=(0, 1, 2, 3), way=fira_object),
-    Feature("an optimizer object under offload", REFUSED, extra={"zero_offload_optimizer": OFFLOAD}, way=fira_object),
     Feature(
-        "the same with `zero_force_ds_cpu_optimizer` = false",
-        way=fira_object,
+        "an optimizer object under offload",
+        stages=(1, 2, 3),
         extra={"zero_offload_optimizer": OFFLOAD},
-        top={"zero_force_ds_cpu_optimizer": False},
+        way=fira_object,
     ),
-    Feature("another optimizer made of a FiraAdam's groups (accelerate under offload)", REFUSED, way=replaced_object),
+    Feature(
+        "another optimizer made of a FiraAdam's groups: DeepSpeed's own, as accelerate makes under offload",
+        stages=(1, 2, 3),
+        extra={"zero_offload_optimizer": OFFLOAD},
+        way=object_of_accelerate,
+    ),
+    Feature("another optimizer made of a FiraAdam's groups: any other", REFUSED, way=replaced_object),
     *(Feature(name, SUPPORTED if good else REFUSED, stages, way=way) for name, good, stages, way in ROWS),
     Feature("`elastic_checkpoint`", REFUSED, stages=(1, 2, 3), extra={"zero_elastic_checkpoint": True}),
     Feature("`checkpoint.load_universal`", REFUSED, stages=(1, 2, 3), extra={"checkpoint": {"load_universal": True}}),

@@ -195,7 +195,8 @@ def run_features(pools: Pools, together: bool = False) -> list[dict[str, Any]]:
         "refused" or "DeepSpeed's refusal" with the `message`, or "wrong" with what is.
     """
     results, features = [], JOINED if together else FEATURES
-    for position, stage in [(i, stage) for i, feature in enumerate(features) for stage in feature.stages]:
+    ready = [(number, feature) for number, feature in enumerate(features) if feature.ready()]
+    for position, stage in [(number, stage) for number, feature in ready for stage in feature.stages]:
         job = {"chosen": [(position, stage)], "together": together}
         answers = pools.run(RANKS, "try_features", module="tests.compatibility.feature_jobs", **job)
         (answer,) = answers[0]
@@ -260,6 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results |= {**describe(torch.device("cpu")), "rows": sorted(rows, key=lambda row: row["stage"])}
             # After every row, so that a run that was ended goes on with --missing.
             save_results(args.results, results)
+        missing = [feature.name for feature in FEATURES if not feature.ready()]
+        if missing:
+            raise SystemExit(f"this machine lacks what {missing} take; see tests/distributed/test_nvme.py")
         results |= {"features": run_features(pools), "features_device": describe(torch.device("cpu"))["device"]}
         pools.close()
         results["gradient_clipping_default"] = GRADIENT_CLIPPING_DEFAULT

@@ -35,8 +35,8 @@ GRADIENT_LIMIT = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 class WatchedNet(Net):
     """`Net` with gradients whose norm is above 1, so that clipping at 1 does something; keeps what it was given."""
 
-    def __init__(self, shapes: list[tuple[int, int]]) -> None:
-        super().__init__(shapes)
+    def __init__(self, shapes: list[tuple[int, int]], vocabulary: int = 11) -> None:
+        super().__init__(shapes, vocabulary)
         self.seen: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.watched = True
 

@@ -34,25 +34,10 @@ REFUSED = {
     "lr auto": (case(lr="auto"), "ValueError", ["lr = 'auto'"]),
     "proj_type": (case(proj_type="full"), "ValueError", ["proj_type = 'full'", "'std'"]),
     "target_modules": (case(target_modules=["no_such"]), "ValueError", ["['no_such']", "match no"]),
-    "nvme": (
-        case(stage=3, extra={"zero_offload_optimizer": {"device": "nvme", "nvme_path": "nowhere"}}),
-        "ValueError",
-        ["offload_optimizer.device = 'nvme'", "use 'cpu'"],
-    ),
-    "nvme parameters": (
-        case(stage=3, extra={"zero_offload_param": {"device": "nvme", "nvme_path": "nowhere"}}),
-        "ValueError",
-        ["offload_param.device = 'nvme'", "use 'cpu'"],
-    ),
     "super offload": (
         case(stage=3, extra={"zero_offload_optimizer": {"device": "cpu", "super_offload": True}}),
         "ValueError",
         ["super_offload = True", "set it to false"],
-    ),
-    "ratio": (
-        case(stage=3, extra={"zero_offload_optimizer": {"device": "cpu", "ratio": 0.5}}),
-        "ValueError",
-        ["offload_optimizer.ratio = 0.5", "set it to 1.0"],
     ),
     "elastic": (
         case(stage=3, extra={"zero_elastic_checkpoint": True}),

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-import ds_fira
 from ds_fira.optim.registry import fira_of
 from ds_fira.tools import models
 
@@ -142,36 +141,3 @@ def accelerate_train(arguments: list[str]) -> None:
             accelerator, options, module.load(options.model, options.text, options.seq_length, options.cache_dir)
         )
         accelerator.free_memory()
-
-
-def accelerate_object() -> tuple[list[int], list[float], str]:
-    """Three steps with a FiraAdam object; returns its step counts, the losses and the class that DeepSpeed runs."""
-    with example("accelerate_train"):
-        from accelerate import Accelerator
-        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
-
-        config = {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-            # Without it accelerate puts DeepSpeedCPUAdam in the place of any optimizer object under offload.
-            "zero_force_ds_cpu_optimizer": False,
-        }
-        plugin = DeepSpeedPlugin(hf_ds_config=config)
-        backend = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
-        accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=backend)
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 8))
-        optimizer = ds_fira.FiraAdam(ds_fira.param_groups(model, rank=4, target_modules=["0", "2"]), lr=0.05)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        inputs, losses = torch.randn(2, 12, device=accelerator.device), []
-        for _ in range(3):
-            loss = model(inputs).square().mean()
-            accelerator.backward(loss)
-            losses.append(loss.item())
-        inner = fira_of(model)
-        steps = sorted({int(state["step"].max()) for state in inner.state.values() if "step" in state})
-        result = steps, losses, type(model.basic_optimizer).__name__
-        del optimizer, inner
-        accelerator.free_memory()
-    return result

@@ -133,14 +133,6 @@ def test_the_model_opens(whole: dict[str, Any], folder: Path) -> None:
     assert whole["losses"][-1] < whole["losses"][0] - 0.1
 
 
-def test_a_firaadam_object(ranks: Pools) -> None:
-    """`accelerator.prepare(model, FiraAdam(...))` where the JSON has no optimizer: it trains, and stays FiraAdam."""
-    for steps, losses, name in ranks.run(2, "accelerate_object", JOBS):
-        assert name == "FiraAdam"
-        assert steps == [3]
-        assert losses[-1] < losses[0]
-
-
 def test_wrong_settings_stop_on_every_rank_with_one_sentence(ranks: Pools, folder: Path) -> None:
     write_config(folder / "no_rank.json", "zero2_bf16.json", TOP, rank=None)
     write_config(folder / "auto_lr.json", "zero2_bf16.json", TOP, lr="auto")

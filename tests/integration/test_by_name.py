@@ -100,6 +100,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
             "deepspeed": write(tmp_path, "ds.json"),
         },
         "did you mean 'alpha'": {"optim_args": "rank=4,alhpa=1"},
+        'optim = "fira_adamw" does not train under FSDP': {"fsdp": "full_shard"},
         'optim = "fira_adamw" contradicts the DeepSpeed config, which names FiraAdam;': {
             "deepspeed": write(tmp_path, "named.json", **fira)
         },

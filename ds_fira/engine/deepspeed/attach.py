@@ -19,7 +19,7 @@ from ds_fira.core import kernels
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.selection import shape_of
 from ds_fira.core.settings import GroupSettings
-from ds_fira.engine.deepspeed import unsupported
+from ds_fira.engine.deepspeed import objects, unsupported
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
 from ds_fira.engine.deepspeed.holders import Holders
@@ -100,19 +100,20 @@ def attach_built(
     configure: Callable[..., None], engine: DeepSpeedEngine, client_optimizer: object, *args: object, **kwargs: object
 ) -> None:
     """`_configure_optimizer`: an optimizer of this package makes no step until it knows what lies where."""
+    objects.refuse_forgotten(engine, client_optimizer)
     # By whose order a checkpoint of stage 0 that has no names is read.
     listed = client_optimizer.param_groups if isinstance(client_optimizer, LowRankOptimizer) else grouped(args[0])
     engine.fira_given = [[id(param) for param in parameters_of(group["params"])] for group in listed]
 
     def await_engine(optimizer: object) -> object:
-        if optimizer is not None:
-            unsupported.refuse_object(engine, optimizer)
+        objects.refuse_copied_groups(optimizer)
         if isinstance(optimizer, LowRankOptimizer):
             optimizer = optimizer.itself
             unsupported.refuse_unsupported(engine, optimizer.algorithm.name)
             unsupported.refuse_unsupported_module(engine, optimizer.algorithm.name)
             if uses_autotp(engine):
                 note_slices(engine.module, optimizer.algorithm.name)
+            objects.accept_object(engine)
             optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0)
         return optimizer
 

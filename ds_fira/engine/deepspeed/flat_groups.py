@@ -181,7 +181,9 @@ def _sub_group(wrapper: ZeROOptimizer, index: int, holders_of: HoldersOf) -> Fla
     counts = getattr(wrapper, "sub_group_partition_counts", None)
     count = ranks if counts is None else counts[index]
     held = [param.ds_tensor.ds_numel for param in params]
-    if count != ranks or sum(held) != partitioning.partition_size or hp_partition.numel() != sum(held):
+    # Without elements while it is swapped out.
+    numel = hp_partition.numel() or wrapper.fp16_partitioned_groups_flat_numel[index]
+    if count != ranks or not sum(held) == partitioning.partition_size == numel:
         raise RuntimeError(
             f"{wrapper.optimizer.algorithm.name}: ZeRO-3 cut a group of {len(params)} parameters over {count} ranks, "
             f"not in even slices over the {ranks} data-parallel ones; leave out what gives parameters process groups "

@@ -197,3 +197,12 @@ def _assign(stored: quantization.Stored, offset: int, values: Tensor) -> None:
     whole, first = quantization.read(part).clone(), offset % block
     whole[first : first + values.numel()].copy_(values)
     quantization.write_(part, whole, seed=None)
+
+
+# By the names of the methods that they wrap.
+OF_STAGE_3 = {
+    "get_full_hp_param": get_full_sliced,
+    "set_full_hp_param": set_full_sliced,
+    "get_local_fp32_param": get_local,
+    "set_local_hp_param": set_local,
+}

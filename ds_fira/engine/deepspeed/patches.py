@@ -22,11 +22,25 @@ import deepspeed.runtime.engine as deepspeed_engine
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import mixed_precision_linkage, zero_to_fp32
 
-from ds_fira.engine.deepspeed import attach, loss_scale, monitor, param_states, peers, schedulers, thawed, weight_sync
+from ds_fira.engine.deepspeed import (
+    attach,
+    loss_scale,
+    monitor,
+    moved_states,
+    param_states,
+    peers,
+    schedulers,
+    swapped,
+    thawed,
+    twin_flow,
+    weight_sync,
+)
 from ds_fira.engine.deepspeed.save_load import behind, client_state, load, pick, save
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.registry import TYPES, add_types
@@ -74,6 +88,9 @@ PATCHES = (
     Patch(DeepSpeedEngine, "_configure_basic_optimizer", attach.build_optimizer),
     # Compares the optimizer over the ranks; called with it before it is wrapped.
     Patch(DeepSpeedEngine, "_do_optimizer_sanity_check", peers.agree_on_optimizer),
+    # One optimizer steps what is offloaded and what is not: takes it and the ratio; deals the sub-groups out.
+    Patch(DeepSpeedZeroOptimizer_Stage3, "__init__", twin_flow.build),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", twin_flow.deal_out),
     # Tells the optimizer what lies where, and every rank of an error before that; sets basic_optimizer and its wrapper
     # optimizer.
     Patch(DeepSpeedEngine, "_configure_optimizer", attach.attach_built),
@@ -111,10 +128,21 @@ PATCHES = (
     Patch(mixed_precision_linkage, "get_full_hp_param", param_states.get_full),
     Patch(mixed_precision_linkage, "set_full_hp_param", param_states.set_full),
     # Of stage 3: take the key of a state last, or leave it out for the weights.
-    Patch(DeepSpeedZeroOptimizer_Stage3, "get_full_hp_param", param_states.get_full_sliced),
-    Patch(DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", param_states.set_full_sliced),
-    Patch(DeepSpeedZeroOptimizer_Stage3, "get_local_fp32_param", param_states.get_local),
-    Patch(DeepSpeedZeroOptimizer_Stage3, "set_local_hp_param", param_states.set_local),
+    *(Patch(DeepSpeedZeroOptimizer_Stage3, name, wrapper) for name, wrapper in param_states.OF_STAGE_3.items()),
+    # --- Its states leave the GPU for a while.
+    # Of stage 3: asks for the optimizer's class, notes in offloaded_states what it has moved.
+    Patch(DeepSpeedZeroOptimizer_Stage3, "offload_states", moved_states.offload_stage_3, optional=True),
+    Patch(stage3, "reload_adam_states", moved_states.reload, optional=True),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "get_hp_param_device", moved_states.state_device, optional=True),
+    # Of stages 1 and 2: would put the host's numbers on the GPU. From 0.18 on.
+    Patch(stage_1_and_2, "offload_optimizer_states", moved_states.offload, optional=True),
+    Patch(stage_1_and_2, "reload_optimizer_states", moved_states.reload, optional=True),
+    # --- Its states and weights lie on a disk.
+    # Of states only those that it brings back as they were; gradients where a disk can read them to. From 0.19 on.
+    Patch(OptimizerSwapper, "_get_state_tensors", swapped.states_to_swap, optional=True),
+    Patch(OptimizerSwapper, "_swap_out_gradients", swapped.swap_aligned_gradients, optional=True),
+    # Read and set what is there, and know nothing of files.
+    *(Patch(DeepSpeedZeroOptimizer_Stage3, name, swapped.call_mapped) for name in param_states.OF_STAGE_3),
     # --- It saves and loads.
     # Survives a crash, with generators, counters and records; writes through checkpoint_engine.save and
     # _copy_recovery_script, and client_state beside the weights.
@@ -133,6 +161,9 @@ PATCHES = (
     Patch(DeepSpeedEngine, "load_checkpoint", client_state.load_with_resume_state),
     # Gives the folder of checkpoints back.
     Patch(DeepSpeedEngine, "destroy", save.release_folder),
+    # Find in memory what the engine has in files.
+    Patch(DeepSpeedEngine, "save_checkpoint", swapped.call_mapped),
+    Patch(DeepSpeedEngine, "load_checkpoint", swapped.call_mapped),
     # Both wait for a save from behind.
     Patch(DeepSpeedEngine, "load_checkpoint", behind.wait_before),
     Patch(DeepSpeedEngine, "destroy", behind.wait_before),

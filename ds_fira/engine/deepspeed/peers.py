@@ -20,6 +20,7 @@ from ds_fira.core.kernels import VARIABLE
 from ds_fira.engine.deepspeed.agreement import Building, agree, engines_of, foreign
 from ds_fira.engine.deepspeed.chosen import checked_params, label, our_name, type_in
 from ds_fira.engine.deepspeed.description import Description, describe_config, describe_groups, describe_module, plain
+from ds_fira.engine.deepspeed.objects import object_given
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.settings import SaveSettings
 from ds_fira.runtime import lost_peer
@@ -51,7 +52,8 @@ def build_among_peers(init: Callable[..., None], engine: DeepSpeedEngine, *args:
     global _begun
     _begun += 1
     bound = inspect.signature(init).bind(engine, *args, **kwargs)
-    given, optimizer = bound.arguments, bound.arguments.get("optimizer")
+    given = bound.arguments
+    optimizer = given["optimizer"] = object_given(given.get("optimizer"))
     json_type = getattr(given.get("config_class"), "optimizer_name", None)
     engines, name = engines_of(given.get("mpu")), our_name(optimizer, json_type)
     building = vars(engine)[_BUILDING] = Building(engines, name or FIRA_ADAM.name, given)

@@ -13,13 +13,11 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import groups
 from packaging.version import Version
 from torch import nn
 
-from ds_fira.core.algorithms import Algorithm, algorithm_of
-from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.core.algorithms import Algorithm
 from ds_fira.optim.expert_groups import ALL_ALIKE, keys_of
 
 # DeepSpeed releases of three minors that the tests run with: ds_fira reads private attributes, which may change between
@@ -96,7 +94,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
     config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
     pipeline = isinstance(engine, PipelineEngine)
     mpu_size = _model_parallel_size(engine.mpu)
-    ratio = getattr(zero.offload_optimizer, "ratio", 1.0)
     autocast = config.torch_autocast_dtype if getattr(config, "torch_autocast_enabled", False) else None
     return {
         f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
@@ -114,13 +111,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.": zero.zenflow,
         "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam on "
         "the CPU; set it to false.": _at(zero, "offload_optimizer.super_offload"),
-        **{
-            f"zero_optimization.{block}.device = 'nvme' is not supported yet, because low-rank states are not swapped; "
-            "use 'cpu'.": stage == 3 and _at(zero, f"{block}.device") == "nvme"
-            for block in ("offload_optimizer", "offload_param")
-        },
-        f"zero_optimization.offload_optimizer.ratio = {ratio} is not supported, because the part that stays on the GPU "
-        "is stepped by torch's AdamW; set it to 1.0.": stage == 3 and ratio != 1.0,
         "compile.deepcompile = True is not supported, because its passes replace ZeRO's reduction of gradients; set it "
         "to false and call engine.compile().": config.compile_config.deepcompile,
         "hybrid_engine.enabled = True is not supported, because its inference containers hold weights of their own; "
@@ -246,41 +236,6 @@ def refuse_sharding(algorithm: Algorithm, unprojected: bool, stage: int) -> None
             f"and {algorithm.rule.__name__}.elementwise = False says that they cannot be; use stage 0, or train only "
             "projected parameters."
         )
-
-
-class RefusedOptimizer(ValueError, ZeRORuntimeException):
-    """An optimizer object that would not be the one that trains; DeepSpeed's own class for that, and ours."""
-
-
-def refuse_object(engine: DeepSpeedEngine, optimizer: object) -> None:
-    """Stop if DeepSpeed, or who called it, would train with another optimizer than the one that the user made.
-
-    Args:
-        engine: that is being built.
-        optimizer: the object it is to train with.
-
-    Raises:
-        RefusedOptimizer: the object was made of the param groups of an optimizer of this package, or DeepSpeed wants
-            its own Adam for offload.
-    """
-    ours = isinstance(optimizer, LowRankOptimizer)
-    found = [group for group in getattr(optimizer, "param_groups", ()) if ours or "update_proj_gap" in group]
-    if not found:
-        return
-    name = algorithm_of(found[0]).name
-    if not ours:
-        reason = (
-            f"{type(optimizer).__name__} took the param groups of a {name}, as accelerate does under optimizer "
-            "offload, and would train without a projection"
-        )
-    elif engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
-        reason = "with optimizer offload DeepSpeed takes no other optimizer object than its own Adam"
-    else:
-        return
-    raise RefusedOptimizer(
-        f'{name}: {reason}; give it as "type": "{name}" in the DeepSpeed config, or set zero_force_ds_cpu_optimizer = '
-        "false, which keeps the object."
-    )
 
 
 def _model_parallel_size(mpu: object) -> int:

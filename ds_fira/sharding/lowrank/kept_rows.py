@@ -8,7 +8,8 @@ where a state was loaded or written to from outside, and says so in the first su
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
 
@@ -35,7 +36,8 @@ class KeptRows:
         """
         self._positions = frozenset(positions)
         self._known: set[int] = set()
-        self._sent: dict[int, tuple[Tensor, int]] = {}
+        # Not the tensors, whose memory is the optimizer's to give back.
+        self._sent: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.rows: BorrowedRows = {}
         self.wire: Tensor | None = None
 
@@ -67,8 +69,24 @@ class KeptRows:
                     self.rows[position][transfer].copy_(rows)
         for position, part in parts.items():
             if part.plan.basis_lent:
-                self._sent[position] = part.state.basis, part.state.basis._version
+                self._sent[position] = weakref.ref(part.state.basis), part.state.basis._version
         return self.rows
+
+    def move(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Keep the rows in other memory, and no longer what has been sent: that bases have moved, lenders will see."""
+        wire = None if self.wire is None else move(self.wire)
+        first = 0 if wire is None else self.wire.storage_offset()
+
+        def moved(rows: Tensor) -> Tensor:
+            if wire is None:
+                return move(rows)
+            return wire.as_strided(rows.shape, rows.stride(), rows.storage_offset() - first)
+
+        self.rows = {
+            position: {transfer: moved(rows) for transfer, rows in borrowed.items()}
+            for position, borrowed in self.rows.items()
+        }
+        self.wire = wire
 
     def forget(self, positions: Iterable[int]) -> None:
         """Their bases are others now."""
@@ -80,5 +98,5 @@ class KeptRows:
             position
             for position, (basis, version) in self._sent.items()
             if position in self._known
-            and (parts[position].state.basis is not basis or parts[position].state.basis._version != version)
+            and (parts[position].state.basis is not basis() or parts[position].state.basis._version != version)
         }

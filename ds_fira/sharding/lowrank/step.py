@@ -29,7 +29,7 @@ there is a limiter for those of 5, since both decide which collectives follow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
@@ -107,6 +107,10 @@ class LowRankMatrices:
         first = turns[0] if turns else ()
         self._turns = turns
         self._kept = KeptRows(first if any(self._matrices[position].shares_basis for position in first) else ())
+
+    def move(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Move the borrowed rows of P that are kept."""
+        self._kept.move(move)
 
     def allocate(self, param: Tensor, settings: GroupSettings, algorithm: Algorithm) -> dict[str, Tensor]:
         """Zero state for this rank's parts; the keys of a matrix end in ".cut" and its number among the group's.

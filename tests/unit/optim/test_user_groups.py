@@ -15,6 +15,9 @@ import ds_fira
 from ds_fira import FiraAdam
 from ds_fira.optim.registry import fira_of
 
+# What `test_what_a_scheduler_with_a_value_for_each_group_takes` asks for.
+pytestmark = pytest.mark.filterwarnings("ignore:FiraAdam. your 2 param groups are stepped in")
+
 
 class Layers(nn.Module):
     """Two linear layers with biases."""
@@ -41,6 +44,21 @@ def optimizer_of_two() -> FiraAdam:
 def rates(optimizer: FiraAdam) -> list[float]:
     """Of every part."""
     return [group["lr"] for group in optimizer.param_groups]
+
+
+def test_what_a_scheduler_with_a_value_for_each_group_takes() -> None:
+    """Torch says only that it counts other groups; so the optimizer says it when it is made, where there are parts."""
+    with pytest.warns(UserWarning, match="your 2 param groups are stepped in 4 parts, .* optimizer.user_groups"):
+        optimizer = optimizer_of_two()
+    with pytest.raises(ValueError, match="Expected 4 lr_lambdas, but got 2"):
+        LambdaLR(optimizer, [lambda _: 1.0, lambda _: 0.5])
+    LambdaLR(optimizer.user_groups, [lambda _: 1.0, lambda _: 0.5])
+    assert rates(optimizer) == [0.1, 0.1, 0.25, 0.25]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = Layers()
+        FiraAdam(model, lr=0.1, rank=2)  # one group
+        FiraAdam(ds_fira.param_groups(model, rank=2), lr=0.1)  # those that are stepped
 
 
 def test_a_group_is_all_of_its_parts() -> None:

@@ -201,7 +201,10 @@ def load_states(
                     "and its moments are of slices, from which no basis is made; load with load_optimizer_states=False "
                     "to start anew from its weights."
                 )
-            if universal or header.adam is not None or header.layout not in (None, optimizer.attachment.digest):
+            # DeepSpeed itself has no weights to set where they are swapped out.
+            swapped = getattr(engine.optimizer, "params_in_nvme_and_cpu", False)
+            other = header.adam is not None or header.layout not in (None, optimizer.attachment.digest)
+            if universal or swapped or other:
                 engine.fira_has_loaded = True
                 return load_elsewhere(engine, folder, load_engine_state, options, header.adam)
             with stepped_params(engine):

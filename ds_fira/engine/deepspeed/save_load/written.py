@@ -1,7 +1,7 @@
 """What a load writes into an engine beside optimizer states: its weights, frozen ones, buffers, the loss scale.
 
-What it relies on, of DeepSpeed 0.17 to 0.19: `update_lp_params` and `_link_all_hp_params` of stages 1 and 2; the flat
-groups and their partitioned parameters of stage 3, and `invalidate_secondary_tensor`.
+What it relies on, of DeepSpeed 0.17 to 0.19: `update_lp_params` and `_link_all_hp_params` of stages 1 and 2;
+`_reassign_or_swap_out_partitioned_parameters` of a sub-group of stage 3, and `invalidate_secondary_tensor`.
 """
 
 from __future__ import annotations
@@ -44,15 +44,8 @@ def write_back(engine: DeepSpeedEngine) -> None:
         wrapper.update_lp_params()
         wrapper._link_all_hp_params()
     elif hasattr(wrapper, "fp16_partitioned_groups_flat"):  # stage 3
-        for flat, master, parts in zip(
-            wrapper.fp16_partitioned_groups_flat,
-            wrapper.fp32_partitioned_groups_flat,
-            wrapper.fp16_partitioned_groups,
-            strict=True,
-        ):
-            flat.data.copy_(master.data)
-            for part, values in zip(parts, wrapper.unflatten(flat, parts), strict=True):
-                part.data = values.data
+        for index in range(len(wrapper.fp16_groups)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(index)
         if wrapper.persistent_parameters:
             wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
         # ZeRO++'s second copy within a node, which a forward pass would take.
