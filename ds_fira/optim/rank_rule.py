@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ds_fira.core.algorithms import FIRA_ADAM
-from ds_fira.core.selection import find_named_weights, find_projected_weights, projected_weights, some_names
+from ds_fira.core.selection import (
+    find_named_weights,
+    find_projected_weights,
+    projected_elsewhere,
+    projected_weights,
+    some_names,
+)
 from ds_fira.core.settings import ParamGroup
 from ds_fira.sharding.comm import is_first_process
 
@@ -110,7 +116,9 @@ def ranked_groups(
         projected = projected_weights(model, target_modules, name)
     else:
         projected = _projected_names(groups, rank, target_modules, name)
-    return _without_note(told_unprojected(split_by_rank(groups, rank, projected), rank, name))
+    groups = split_by_rank(groups, rank, projected)
+    elsewhere = projected_elsewhere(model, rank, target_modules)
+    return _without_note(groups if elsewhere else told_unprojected(groups, rank, name))
 
 
 def _without_note(groups: list[ParamGroup]) -> list[ParamGroup]:

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor
 
 from ds_fira.checkpoint.reconcile import Members
@@ -22,7 +23,7 @@ from ds_fira.core.settings import GroupSettings
 from ds_fira.engine.deepspeed import unsupported
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
-from ds_fira.engine.deepspeed.holders import Holders
+from ds_fira.engine.deepspeed.holders import Holders, shared_by_stages, stages_of
 from ds_fira.engine.deepspeed.param_states import link_params
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
@@ -134,8 +135,9 @@ def attach(engine: DeepSpeedEngine) -> None:
     holders = engine.fira_holders = Holders(engine)
     stage = engine.zero_optimization_stage()
     communicator, flats, plans, matrices = holders.everyone, stepped_groups(engine, holders.of), [], {}
+    refuse_shared(engine, optimizer, flats)
     if stage > 0:
-        project_as_flat(optimizer, flats, communicator)
+        project_as_flat(optimizer, flats, holders.dense)
         plans, matrices = _plan_flats(optimizer, flats, holders, stage)
     groups = optimizer.param_groups
     trained = [
@@ -143,30 +145,62 @@ def attach(engine: DeepSpeedEngine) -> None:
     ]
     members = [[(name, shape) for group, name, shape in trained if group == number] for number in range(len(groups))]
     parts = [[flat] for flat in flats] if stage > 0 else by_group(flats)
+    inventory = [ParamRecord.of(name, shape, groups[group]) for group, name, shape in trained]
+    if holders.staged:
+        inventory = list(holders.of_all({record.name: record for record in inventory}).values())
+    own = digest(
+        (stage, engine.optimizer.__class__.__name__, holders.dense.dp_size),
+        members,
+        [flat.partitioning for flat in flats if stage > 0],
+        *_layouts_of_all(plans, holders.dense),
+        [_structure(group, listed) for group, listed in zip(groups, members, strict=True)],
+        [_precision(part, groups) for part in parts],
+    )
     optimizer.attach(
         EngineAttachment(
             communicator=communicator,
             replicas={flat.hp_partition: flat.communicator for flat in flats if stage == 0},
             members=members,
-            inventory=[ParamRecord.of(name, shape, groups[group]) for group, name, shape in trained],
+            inventory=inventory,
             layouts=[layout for _, layout in plans],
             slices={flat.hp_partition: flat.slices(flat.communicator.dp_rank, holders.names) for flat in flats},
             matrices=matrices,
             names=holders.names,
             gradient_dtypes={flat.hp_partition: flat.lp_params[0].dtype for flat in flats},
-            digest=digest(
-                (stage, engine.optimizer.__class__.__name__, communicator.dp_size),
-                members,
-                [flat.partitioning for flat in flats if stage > 0],
-                *_layouts_of_all(plans, communicator),
-                [_structure(group, listed) for group, listed in zip(groups, members, strict=True)],
-                [_precision(part, groups) for part in parts],
-            ),
+            digest=_of_stages(own, engine, holders),
         )
     )
     _agree_on_kernels(optimizer, flats, communicator)
     if optimizer.recorder is not None:
         record_weights(engine, optimizer, flats, holders)
+
+
+def _of_stages(own: str, engine: DeepSpeedEngine, holders: Holders) -> str:
+    """The digest of all stages of a pipeline, whose files are other ones than those of another module; else the own."""
+    if not isinstance(engine.module, PipelineModule):
+        return own
+    parts = set(holders.everyone.gather_objects((holders.stage, own)))
+    return digest(("pipeline", engine.module.num_stages), sorted(parts))
+
+
+def refuse_shared(engine: DeepSpeedEngine, optimizer: LowRankOptimizer, flats: Sequence[FlatGroup]) -> None:
+    """Stop where a weight is projected of which several stages of a pipeline hold a copy.
+
+    Each would step it in a basis of its own, cut in its own way, and the copies would drift apart by their rounding.
+
+    Raises:
+        ValueError: names the weight and the remedy.
+    """
+    shared = shared_by_stages(engine.module) if stages_of(engine.module) > 1 else set()
+    for flat in flats:
+        for param, projected in zip(flat.lp_params, kinds_of(flat, optimizer.param_groups), strict=True):
+            if projected and id(param) in shared:
+                name = next(name for name, own in engine.module.named_parameters() if own is param)
+                raise ValueError(
+                    f"{optimizer.algorithm.name}: {name} is tied over stages of the PipelineModule, and a weight of "
+                    "which several stages hold a copy cannot be projected; leave it out of target_modules, or put it "
+                    "into a param group with rank = None."
+                )
 
 
 def _agree_on_kernels(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], communicator: Communicator) -> None:
@@ -250,11 +284,13 @@ def _layouts_of_all(plans: Sequence[tuple[Communicator, GroupLayout]], everyone:
 def _numbers(projected: Sequence[FlatGroup], holders: Holders) -> dict[str, int]:
     """A number for every projected matrix by name, in the module's order: the same on any number of ranks."""
     order = {name: position for position, name in enumerate(holders.order)}
-    matrices = [
-        matrix.name
-        for flat in projected
-        for name, param in holders.everywhere(flat.lp_params)
-        for matrix in matrices_of(name, shape_of(param))
-    ]
+    matrices = holders.of_all(
+        {
+            matrix.name: None
+            for flat in projected
+            for name, param in holders.everywhere(flat.lp_params)
+            for matrix in matrices_of(name, shape_of(param))
+        }
+    )
     in_order = sorted(matrices, key=lambda matrix: order.get(matrix.partition("[")[0], len(order)))
     return {matrix: number for number, matrix in enumerate(in_order)}

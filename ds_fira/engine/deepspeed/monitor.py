@@ -160,8 +160,11 @@ def _hook_of(engine: DeepSpeedEngine) -> MonitorHook | None:
 
 
 def _own_norm(engine: DeepSpeedEngine) -> Tensor | None:
-    """The gradient's norm before clipping where no wrapper keeps it: at stage 0 in fp32; None elsewhere."""
-    if not isinstance(engine.optimizer, LowRankOptimizer):
+    """The gradient's norm before clipping where no wrapper keeps it: at stage 0 in fp32; None elsewhere.
+
+    And None where this rank has the gradient of a pipeline's stage only.
+    """
+    if not isinstance(engine.optimizer, LowRankOptimizer) or engine.fira_holders.staged:
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 

@@ -115,7 +115,7 @@ def require_own_share(engine: DeepSpeedEngine, folder: Path, reading: SharedRead
     with agreed(optimizer):
         files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, reading)
         if files.models:
-            _, state_dict = files.of_rank(engine.fira_holders.file_number)
+            _, state_dict = files.of_rank(engine.fira_holders.place)
             optimizer.require_fit(state_dict)
 
 

@@ -25,9 +25,12 @@ T = TypeVar("T")
 OUTER = "optimizer_state_dict"
 BASE_OPTIMIZER = ("base_optimizer_state", "optimizer_state_dict")  # stages 1 and 2; stage 3 and the wrapper of stage 0
 MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
-OPTIMIZER_FILE = re.compile(r"(?:(?:bf16_)?zero_pp|expp)_rank_(\d+)_mp_rank_00_optim_states\.pt")
+# Of a rank of a stage; there is but stage 0 where the module is no pipeline.
+OPTIMIZER_FILE = re.compile(r"(?:(?:bf16_)?zero_pp|expp)_rank_(\d+)_mp_rank_(\d\d+)_optim_states\.pt")
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
-MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_00_model_states\.pt")
+MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d\d+)_model_states\.pt")
+# A stage of a pipeline and a data-parallel rank in it.
+Place = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +38,9 @@ class CheckpointFiles:
     """The files of one tag.
 
     Attributes:
-        models: with the module's weights: one, or under stage 3 one a rank.
+        models: with the module's weights: one, or under stage 3 one a rank; of a pipeline one a stage, without them.
         optimizers: one a rank; none at stage 0, where the states are in the model's file, but with experts one for each
-            rank of the largest expert-parallel group.
+            rank of the largest expert-parallel group. Of a pipeline stage after stage.
         unpickle: see `load`.
         reading: by which all ranks read them, None where this process does it alone.
     """
@@ -77,15 +80,27 @@ class CheckpointFiles:
                 f"{folder} lacks {absent}; to resume on other ranks all of its files must be in one folder that every "
                 "node can read."
             )
-        return replace(files, optimizers=files.optimizers[: int(files.model()["dp_world_size"])])
+        wanted = [files.places.index(place) for place in files.saved_places()]
+        return replace(files, optimizers=tuple(files.optimizers[number] for number in wanted))
 
     def find_absent(self) -> str:
         """Words for the optimizer states of ranks that saved and have no file here; empty where all have."""
         if self.at_stage_0:
             return ""  # how many there were, nothing says; a state that is missing is found as it is read
-        size = int(self.model()["dp_world_size"])
-        absent = sorted({*range(size)} - {*self.ranks})
-        return f"the optimizer states of ranks {absent} of the {size} that saved it" if absent else ""
+        saved, found = self.saved_places(), {*self.places}
+        absent = [number for number, place in enumerate(saved) if place not in found]
+        return f"the optimizer states of ranks {absent} of the {len(saved)} that saved it" if absent else ""
+
+    def saved_places(self) -> list[Place]:
+        """Of all ranks that saved it, stage after stage."""
+        model = self.model()
+        stages = int(model["mp_world_size"]) if self.of_pipeline else 1
+        return [(stage, rank) for stage in range(stages) for rank in range(int(model["dp_world_size"]))]
+
+    @property
+    def of_pipeline(self) -> bool:
+        """Whether a pipeline saved it, whose layers have a file each."""
+        return self.model().get("module", "") is None
 
     def lost_experts(self) -> list[str]:
         """The names of the files of experts that are not here."""
@@ -108,29 +123,29 @@ class CheckpointFiles:
         return MODEL_FILE.fullmatch(self.models[0].name)[1] is not None
 
     @property
-    def ranks(self) -> list[int]:
+    def places(self) -> list[Place]:
         """The ranks that the files of optimizer states are of."""
-        return [int(OPTIMIZER_FILE.fullmatch(path.name)[1]) for path in self.optimizers]
+        return [place_of(OPTIMIZER_FILE.fullmatch(path.name)) for path in self.optimizers]
 
     def model(self, number: int = 0) -> dict[str, object]:
         """What the file with the module's weights holds, of one rank under stage 3."""
         return load(self.models[number], self.unpickle, self.reading)
 
-    def of_rank(self, rank: int) -> tuple[Mapping[str, object], StateDict]:
-        """As `optimizer_state`, of the file by its number: files of other ranks may be on other nodes.
+    def of_rank(self, place: Place) -> tuple[Mapping[str, object], StateDict]:
+        """As `optimizer_state`, of a rank by its place: files of other ranks may be on other nodes.
 
         Raises:
             ValueError: it has no file.
         """
-        ranks = self.ranks
-        if ranks and rank not in ranks:
-            folder = self.models[0].parent
-            raise ValueError(f"{folder} lacks the optimizer states of rank {rank}; load another tag.")
-        return self.optimizer_state(ranks.index(rank) if ranks else 0)
+        places, (stage, rank) = self.places, place
+        if places and place not in places:
+            folder, where = self.models[0].parent, f" of stage {stage}" if self.of_pipeline else ""
+            raise ValueError(f"{folder} lacks the optimizer states of rank {rank}{where}; load another tag.")
+        return self.optimizer_state(places.index(place) if places else stage)
 
     def optimizer_state(self, number: int) -> tuple[Mapping[str, object], StateDict]:
         """What a rank's wrapper has saved, and in it the state dict of the optimizer."""
-        path = self.optimizers[number] if self.optimizers else self.models[0]
+        path = self.optimizers[number] if self.optimizers else self.models[number]
         content = load(path, self.unpickle, self.reading)
         wrapper = content.get("optimizer" if self.at_stage_0 else OUTER)
         if not isinstance(wrapper, Mapping):
@@ -139,15 +154,20 @@ class CheckpointFiles:
             )
         return wrapper, next((wrapper[key] for key in BASE_OPTIMIZER if key in wrapper), wrapper)
 
+    def first_of_stages(self) -> list[int]:
+        """The numbers of files with states, one of each stage."""
+        stages = [stage for stage, _ in self.places] or range(len(self.models))
+        return [number for number, stage in enumerate(stages) if stage not in stages[:number]]
+
     def read(self) -> SavedState:
-        """The states and master weights that all ranks saved."""
+        """The states and master weights that all ranks saved; without weights where they are in the layers' files."""
         saved = SavedState()
-        for number in range(max(1, len(self.optimizers))):
+        for number in range(len(self.optimizers) or len(self.models)):
             wrapper, state_dict = self.optimizer_state(number)
             weights = next((wrapper[key] for key in MASTERS if key in wrapper), None)
             if weights is None and "fp32_groups" in wrapper:
                 weights = [tensor for group in wrapper["fp32_groups"] for tensor in group]
-            elif weights is None:
+            elif weights is None and not self.of_pipeline:
                 # Stage 0 in float32 steps the module's own weights.
                 module = self._module()
                 weights = [module[held["pieces"][0][0]] for held in state_dict[KEY]["places"]]
@@ -163,9 +183,14 @@ class CheckpointFiles:
         return normalized(found)
 
 
-def _by_rank(folder: Path, pattern: re.Pattern[str], names: str, listed: Collection[str] | None) -> dict[int, Path]:
+def place_of(match: re.Match[str]) -> Place:
+    """Of the rank that a file is of, by its name."""
+    return int(match[2]), int(match[1] or 0)
+
+
+def _by_rank(folder: Path, pattern: re.Pattern[str], names: str, listed: Collection[str] | None) -> dict[Place, Path]:
     matches = [(pattern.fullmatch(path.name), path) for path in matching_files(folder, names, listed)]
-    return dict(sorted((int(match[1] or 0), path) for match, path in matches if match))
+    return dict(sorted((place_of(match), path) for match, path in matches if match))
 
 
 def load(path: Path, unpickle: bool = False, reading: SharedRead | None = None) -> dict[str, object]:

@@ -72,6 +72,11 @@ def load_into_other(
         ValueError: the checkpoint lacks a trained parameter.
     """
     files = CheckpointFiles.find(Path(load_dir, tag))
+    if files.of_pipeline:
+        raise ValueError(
+            f"the checkpoint in {Path(load_dir, tag)} was made by an optimizer of ds_fira in a PipelineModule, of "
+            "which another optimizer can take the weights only; load with load_module_only=True."
+        )
     saved, holders = files.read(), Holders(engine)
     members = _members(engine, holders)
     name, kind = saved.algorithm.name, type(engine.basic_optimizer).__name__

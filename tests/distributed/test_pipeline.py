@@ -1,0 +1,113 @@
+"""DeepSpeed's pipelines: each stage's matrices are stepped by the ranks of the stage, as one process steps them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.pipe_jobs import STEPS
+from tests.distributed.pipe_reference import reference
+from tests.distributed.zero_jobs import config
+from tests.grids import full_if
+from tests.ranks import Pools
+
+MODULE = "tests.distributed.pipe_jobs"
+PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1}
+# Ranks, stages of the pipeline, of ZeRO, whether the head is the embedding, further settings, clipping, the ways in
+# which matrices are cut. At ZeRO stage 0 DeepSpeed clips by the norm of the first stage's gradient.
+CASES = {
+    "two stages, tied": (2, 2, 1, True, {}, 0.3, []),
+    "two stages at ZeRO stage 0": (2, 2, 0, True, {}, 0.0, []),
+    "a head of its own, an object, staggered": (2, 2, 1, False, {"way": "object", "stagger": True}, 0.3, []),
+    "one stage": (2, 1, 1, True, {}, 0.3, []),
+    "two stages of two ranks": (4, 2, 1, True, {}, 0.3, ["low_rank"]),
+    "two stages of two ranks, gathered": (4, 2, 1, False, {"exact_cuts": True}, 0.3, ["gathered"]),
+    "two stages of two ranks at ZeRO stage 0": (4, 2, 0, True, {}, 0.0, []),
+}
+IN_EVERY_RUN = ("two stages, tied", "two stages at ZeRO stage 0")
+
+
+@pytest.mark.parametrize("name", full_if(lambda name: name not in IN_EVERY_RUN, CASES))
+def test_a_pipeline_trains_as_one_process(ranks: Pools, name: str) -> None:
+    """The gradients, the losses and the weights of a process that has all layers and no DeepSpeed."""
+    size, stages, zero, tied, extra, clip, ways = CASES[name]
+    way = {"way": extra["way"]} if "way" in extra else {}
+    params = {**PARAMS, **{key: value for key, value in extra.items() if key not in way}}
+    ds_config = config(zero, "fp32", params, gradient_clipping=clip)
+    runs = ranks.run(size, "train", MODULE, ds_config=ds_config, stages=stages, tied=tied, **way)
+    expected, losses, apart = reference(runs, params, clip, size // stages, tied)
+    assert apart < 1e-6
+    seen: dict[str, Tensor] = {}
+    for run in runs:
+        assert run["losses"] == pytest.approx(losses, abs=1e-5)
+        for weight_name, weight in run["after"].items():
+            assert (weight - expected[weight_name]).abs().max() < 1e-5, weight_name
+            assert torch.equal(weight, seen.setdefault(weight_name, weight)), weight_name
+    assert seen.keys() == expected.keys()
+    assert [run["stage"] for run in runs] == sorted(run["stage"] for run in runs)
+    # What is told is of all stages, on every rank.
+    matrices = {f"{block}.{key}.weight" for block in range(1, 5) for key in ("up", "down")}
+    assert {each for run in runs for each in run["ranked"]} == matrices
+    for run in runs:
+        assert sorted(run["listed"]) == sorted(expected)
+        assert run["ways"] == ways
+        assert run["metrics"]["matrix_steps"] == STEPS * len(matrices)
+        assert run["metrics"]["projected_matrices"] == len(matrices)
+        assert run["report"] == runs[0]["report"]
+
+
+def equal(runs: list[dict[str, Any]], others: list[dict[str, Any]], key: str = "weights") -> bool:
+    """Whether every rank has the same weights to the bit."""
+    return all(
+        run[key].keys() == other["weights"].keys()
+        and all(torch.equal(run[key][name], other["weights"][name]) for name in run[key])
+        for run, other in zip(runs, others, strict=True)
+    )
+
+
+def difference(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
+    """The largest between the weights of two runs, whoever holds them."""
+    first, second = ({name: w for run in each for name, w in run["weights"].items()} for each in (runs, others))
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+# Ranks and stages, of ZeRO, dtype; ranks, stages, of ZeRO, of a run that takes it up elsewhere.
+RESUMES = {
+    "to one stage": ((2, 2, 1, "fp32"), (1, 1, 1)),
+    "to ZeRO stage 0": ((2, 2, 1, "fp32"), (2, 2, 0)),
+    "from ZeRO stage 0": ((2, 2, 0, "fp32"), (1, 1, 1)),
+    "to two ranks a stage": ((2, 2, 1, "fp32"), (4, 2, 1)),
+    "from two ranks a stage": ((4, 2, 1, "fp32"), (2, 2, 1)),
+    "to four stages": ((4, 2, 1, "fp32"), (4, 4, 1)),
+    "bf16": ((2, 2, 1, "bf16"), (1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", full_if(lambda name: name not in ("to one stage", "from ZeRO stage 0"), RESUMES))
+def test_a_resumed_pipeline_is_the_same(ranks: Pools, name: str, tmp_path: Path) -> None:
+    """To the bit on the same ranks, also by way of other stages; trained elsewhere up to rounding."""
+    (size, stages, zero, dtype), (others, other_stages, other_zero) = RESUMES[name]
+    saved, moved, at = str(tmp_path / "saved"), str(tmp_path / "moved"), 4
+
+    def run(count: int, pipeline: int, stage: int, **kwargs: Any) -> list[dict[str, Any]]:
+        # As many rows a step, from one pipeline or two, only where there are as many pipelines: then no training.
+        return ranks.run(
+            count, "run", MODULE, ds_config=config(stage, dtype, PARAMS), stages=pipeline, tied=True, **kwargs
+        )
+
+    whole = run(size, stages, zero, steps=(0, at), save=saved)
+    resumed = run(size, stages, zero, steps=(at, at), load=saved)
+    assert "message" not in resumed[0], resumed[0]["message"]
+    assert equal(resumed, whole)
+    assert [each["losses"] for each in resumed] == [each["losses"][at:] for each in whole]
+    assert resumed[0]["metrics"]["matrix_steps"] == whole[0]["metrics"]["matrix_steps"]
+    there = run(others, other_stages, other_zero, steps=(at, at), load=saved, save=moved)
+    assert "message" not in there[0], there[0]["message"]
+    assert equal(run(size, stages, zero, steps=(at, at), load=moved), whole)
+    if others // other_stages == size // stages:
+        assert difference(there, whole) < (1e-5 if dtype == "fp32" else 3e-2)
