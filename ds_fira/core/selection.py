@@ -151,7 +151,7 @@ def projected_elsewhere(
     """Names, shapes and rank of the weights that a rank applies to and other stages of a pipeline hold.
 
     Args:
-        model: the whole, of which nothing is elsewhere, or this process's stage; None where it is not known.
+        model: of which nothing is elsewhere, or a stage of a pipeline; None where it is not known.
         rank: of the constructor or the JSON config.
         target_modules: substrings of the names of the modules to project.
     """

@@ -30,9 +30,9 @@ def whole_model(model: nn.Module) -> nn.Module:
     """
     if not is_pipeline(model):
         return model
-    whole = nn.Module()
+    found = nn.Module()
     tied = nn.ModuleDict()
-    whole.add_module(TIED, tied)
+    found.add_module(TIED, tied)
     own = dict(model.named_children())
     failed: dict[int, Exception] = {}
     for index, spec in enumerate(model._layer_specs):
@@ -45,10 +45,10 @@ def whole_model(model: nn.Module) -> nn.Module:
             failed[index] = error
             continue
         if layer is not None:
-            tied.add_module(key, layer) if key is not None else whole.add_module(str(index), layer)
+            tied.add_module(key, layer) if key is not None else found.add_module(str(index), layer)
     if failed:
         _warn(failed, model._layer_specs)
-    return whole
+    return found
 
 
 def _built(spec: object) -> nn.Module | None:

@@ -83,7 +83,7 @@ def param_groups(
         ]
     elsewhere = projected_elsewhere(model, checked["rank"], checked["target_modules"])
     result = [group for group in result if group["params"]]
-    result = result if elsewhere else told_unprojected(result, checked["rank"], algorithm.name)
+    result = told_unprojected(result, checked["rank"], algorithm.name, elsewhere)
     return _marked(result, preset_mark(checked.get(PRESET), projected_matrices(result, projected) + elsewhere))
 
 
@@ -173,7 +173,7 @@ def build_groups(
                 parts = split_by_size(sized, most * ranks)
             groups += [{**kind, "params": part} for part in parts if part]
     elsewhere = projected_elsewhere(module, rank, settings["target_modules"])
-    groups = groups if elsewhere else told_unprojected(groups, rank, algorithm.name)
+    groups = told_unprojected(groups, rank, algorithm.name, elsewhere)
     if settings.get(PRESET) is not None:
         names = {id(param): name for name, param in module.named_parameters()}
         mark = {**preset_mark(settings[PRESET], projected_matrices(groups, names) + elsewhere), **mark}

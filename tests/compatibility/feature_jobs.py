@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import deepspeed
 import torch
 from torch import distributed, nn
 
@@ -26,6 +25,7 @@ from tests.compatibility.option_jobs import (
     try_config,
 )
 from tests.compatibility.param_jobs import ROWS
+from tests.compatibility.pipe_features import pipeline
 from tests.compatibility.sequence_jobs import ulysses
 from tests.distributed.zero_jobs import batches, build, config
 
@@ -116,11 +116,6 @@ def make_net() -> WatchedNet:
     return WatchedNet(SHAPES)
 
 
-def pipeline(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A PipelineModule."""
-    return trained(ds_config, wrap=lambda _: deepspeed.pipe.PipelineModule(layers=[nn.Linear(4, 4)], num_stages=1))
-
-
 def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
     """nn.Embedding(sparse=True)."""
 
@@ -142,7 +137,8 @@ FEATURES = [
     Feature(
         "tensor parallelism: `tensor_parallel.autotp_size`", REFUSED, extra={"tensor_parallel": {"autotp_size": 2}}
     ),
-    Feature("pipeline parallelism: `PipelineModule`", REFUSED, stages=(1,), way=pipeline),
+    Feature("pipeline parallelism: `PipelineModule` of two stages", stages=(0, 1), dtype="fp32", way=pipeline),
+    Feature("the same at stages 2 and 3", REMOVED, stages=(2, 3), dtype="fp32", way=pipeline),
     Feature("experts: `deepspeed.moe.layer.MoE`, `ep_size` 1 and 2", stages=(0, 1, 2), dtype="fp32", way=moe),
     Feature("experts: `deepspeed.moe.layer.MoE` at stage 3", REMOVED, stages=(3,), dtype="fp32", way=moe),
     Feature("experts: `expert_parallel` (AutoEP)", REFUSED, extra={"expert_parallel": {"enabled": True}}),

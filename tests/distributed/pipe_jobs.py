@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.moe.layer import MoE
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 import ds_fira
@@ -128,7 +131,7 @@ def train(ds_config: dict[str, Any], stages: int, tied: bool, **kwargs: Any) -> 
         "metrics": ds_fira.metrics(engine),
         "report": ds_fira.memory_report(engine),
     }
-    engine.destroy()
+    close(engine)
     return result
 
 
@@ -166,5 +169,76 @@ def run(
     except (ValueError, CheckpointError) as error:
         result["message"] = str(error)
     finally:
-        engine.destroy()
+        close(engine)
     return result
+
+
+def close(engine: Any) -> None:
+    """End an engine; what is built after it in this process is no pipeline."""
+    engine.destroy()
+    groups.mpu = None
+
+
+class Unmeasurable(nn.Embedding):
+    """An embedding that needs a number of its weights as it is built."""
+
+    def __init__(self) -> None:
+        super().__init__(WORDS, WIDTH)
+        self.scale = self.weight.std().item()
+
+
+def tied_matrices() -> list[Any]:
+    """Layers of which one on each stage shares the weight of a linear layer, not its bias; the last is the head."""
+    tie, block = TiedLayerSpec("tie", nn.Linear, WIDTH, WIDTH), LayerSpec(Block, INNER)
+    head = LayerSpec(nn.Linear, WIDTH, WORDS, bias=False)
+    return [LayerSpec(nn.Embedding, WORDS, WIDTH), tie, block, block, tie, head]
+
+
+def tell_of_ties(ds_config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What two stages make of a linear layer that they share, after training and a resume."""
+    engine = build(ds_config, 2, True, given=tied_matrices())
+    steps_of(engine, 0, 3)
+    engine.save_checkpoint(folder)
+    optimizer = engine.basic_optimizer
+    result = {
+        "listed": [record.name for record in optimizer.inventory],
+        "projected": [record.name for record in optimizer.inventory if record.matrices],
+        "own": sorted(name for listed in optimizer.members for name, _ in listed if "tie" in name),
+        "weights": weights_of(engine),
+    }
+    close(engine)
+    resumed = build(ds_config, 2, True, given=tied_matrices())
+    resumed.load_checkpoint(folder)
+    result["resumed"] = weights_of(resumed)
+    close(resumed)
+    return result
+
+
+def refusals(ds_config: dict[str, Any]) -> dict[str, str]:
+    """What is said of pipelines that are not supported, and of ranks of two stages that have other settings."""
+    params, rank = ds_config["optimizer"]["params"], torch.distributed.get_rank()
+
+    def having(**changes: Any) -> dict[str, Any]:
+        return {**ds_config, "optimizer": {"type": "FiraAdam", "params": {**params, **changes}}}
+
+    cases: dict[str, tuple[dict[str, Any], list[Any] | None]] = {
+        "tied": (having(target_modules=["tie"]), tied_matrices()),
+        "stage 0": ({**ds_config, "bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, None),
+        "stage 2": ({**ds_config, "zero_optimization": {"stage": 2}}, None),
+        "stage 3": ({**ds_config, "zero_optimization": {"stage": 3}}, None),
+        "experts": (ds_config, [*layers(False)[:4], MoE(WIDTH, Block(INNER), num_experts=2), nn.LayerNorm(WIDTH)]),
+        "ranks": (having(alpha=0.25 * (1 + rank)), None),
+        "meta": (ds_config, [LayerSpec(Unmeasurable), *layers(False)[1:]]),
+    }
+    found = {}
+    for name, (config, given) in cases.items():
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                # Of experts on one stage alone DeepSpeed would make groups on that stage alone, and wait for ever.
+                close(build(config, 1 if name == "experts" else 2, False, given=given))
+            found[name] = next((str(each.message) for each in told if "PipelineModule" in str(each.message)), "")
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+            groups.mpu = None
+    return found

@@ -52,9 +52,11 @@ def given(runs: list[dict[str, Any]], step: int) -> dict[str, Tensor]:
 
 
 def reference(
-    runs: list[dict[str, Any]], params: dict[str, Any], clip: float, pipelines: int, tied: bool
+    runs: list[dict[str, Any]], ds_config: dict[str, Any], pipelines: int, tied: bool
 ) -> tuple[dict[str, Tensor], list[float], float]:
     """Train alone, by autograd of the whole model.
+
+    Clipping is DeepSpeed's: by the norm of the whole gradient, at ZeRO stage 0 by that of the first stage's.
 
     Returns:
         The weights; the losses; the largest difference between its gradients and those that the ranks' optimizers had.
@@ -63,6 +65,8 @@ def reference(
     model.load_state_dict(whole_weights(runs, "before"))
     ranked = set(itertools.chain.from_iterable(run["ranked"] for run in runs))
     named = dict(model.named_parameters())
+    params, clip = ds_config["optimizer"]["params"], ds_config["gradient_clipping"]
+    counted = runs[0]["before"] if ds_config["zero_optimization"]["stage"] == 0 else named
     settings = {key: value for key, value in params.items() if key != "rank"}
     groups = [
         {"params": [param for name, param in named.items() if name in ranked], "rank": params["rank"]},
@@ -75,7 +79,8 @@ def reference(
         optimizer.zero_grad()
         loss.backward()
         if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            norm = torch.nn.utils.get_total_norm([named[name].grad for name in counted])
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
         for name, grad in given(runs, step).items():
             apart = max(apart, float((grad - named[name].grad).abs().max()))
         optimizer.step()

@@ -60,7 +60,6 @@ REFUSED = {
         "ValueError",
         ["tensor parallelism of size 2", "set it to 1"],
     ),
-    "pipeline": (case("pipeline", stage=1), "ValueError", ["PipelineEngine", "PipelineModule"]),
     "sparse": (case("sparse", stage=0), "ValueError", ["embedding.sparse = True", "sparse=False"]),
     "complex": (case("complex", stage=0), "ValueError", ["rotation", "complex64", "view_as_real"]),
 }

@@ -18,15 +18,15 @@ from tests.ranks import Pools
 MODULE = "tests.distributed.pipe_jobs"
 PARAMS = {"lr": 0.01, "rank": 3, "update_proj_gap": 3, "alpha": 0.5, "weight_decay": 0.1}
 # Ranks, stages of the pipeline, of ZeRO, whether the head is the embedding, further settings, clipping, the ways in
-# which matrices are cut. At ZeRO stage 0 DeepSpeed clips by the norm of the first stage's gradient.
+# which matrices are cut.
 CASES = {
     "two stages, tied": (2, 2, 1, True, {}, 0.3, []),
-    "two stages at ZeRO stage 0": (2, 2, 0, True, {}, 0.0, []),
+    "two stages at ZeRO stage 0": (2, 2, 0, True, {}, 0.3, []),
     "a head of its own, an object, staggered": (2, 2, 1, False, {"way": "object", "stagger": True}, 0.3, []),
     "one stage": (2, 1, 1, True, {}, 0.3, []),
     "two stages of two ranks": (4, 2, 1, True, {}, 0.3, ["low_rank"]),
     "two stages of two ranks, gathered": (4, 2, 1, False, {"exact_cuts": True}, 0.3, ["gathered"]),
-    "two stages of two ranks at ZeRO stage 0": (4, 2, 0, True, {}, 0.0, []),
+    "two stages of two ranks at ZeRO stage 0": (4, 2, 0, True, {}, 0.3, []),
 }
 IN_EVERY_RUN = ("two stages, tied", "two stages at ZeRO stage 0")
 
@@ -39,7 +39,7 @@ def test_a_pipeline_trains_as_one_process(ranks: Pools, name: str) -> None:
     params = {**PARAMS, **{key: value for key, value in extra.items() if key not in way}}
     ds_config = config(zero, "fp32", params, gradient_clipping=clip)
     runs = ranks.run(size, "train", MODULE, ds_config=ds_config, stages=stages, tied=tied, **way)
-    expected, losses, apart = reference(runs, params, clip, size // stages, tied)
+    expected, losses, apart = reference(runs, ds_config, size // stages, tied)
     assert apart < 1e-6
     seen: dict[str, Tensor] = {}
     for run in runs:
@@ -111,3 +111,47 @@ def test_a_resumed_pipeline_is_the_same(ranks: Pools, name: str, tmp_path: Path)
     assert equal(run(size, stages, zero, steps=(at, at), load=moved), whole)
     if others // other_stages == size // stages:
         assert difference(there, whole) < (1e-5 if dtype == "fp32" else 3e-2)
+
+
+def test_stages_share_a_weight_and_not_what_is_beside_it(ranks: Pools, tmp_path: Path) -> None:
+    """The weight of a tied linear layer is alike and not projected; each stage's bias has a name of its own."""
+    runs = ranks.run(2, "tell_of_ties", MODULE, ds_config=config(1, "fp32", PARAMS), folder=str(tmp_path))
+    weight, bias = "tied_modules.tie.weight", "tied_modules.tie.bias"
+    for run in runs:
+        assert {each for each in run["listed"] if "tie" in each} == {weight, bias, "tied_modules.tie@1.bias"}
+        assert run["projected"] == ["2.up.weight", "2.down.weight", "3.up.weight", "3.down.weight"]
+    assert [run["own"] for run in runs] == [sorted([weight, bias]), sorted([weight, "tied_modules.tie@1.bias"])]
+    first, last = (run["weights"] for run in runs)
+    assert torch.equal(first[weight], last[weight])
+    assert not torch.equal(first[bias], last[bias])
+    assert equal(runs, runs, "resumed")
+
+
+def test_what_is_refused(ranks: Pools) -> None:
+    """On every rank, in one sentence."""
+    told = []
+    for found in ranks.run(2, "refusals", MODULE, ds_config=config(1, "fp32", PARAMS)):
+        assert "tied_modules.tie.weight is tied over stages of the PipelineModule" in found["tied"]
+        assert (
+            "zero_optimization.stage = 0 is not supported with bfloat16 in a PipelineModule; set it to 1"
+            in found["stage 0"]
+        )
+        for stage in (2, 3):
+            assert "ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism" in found[f"stage {stage}"]
+        assert "is of a DeepSpeed MoE layer, which is not supported inside a PipelineModule" in found["experts"]
+        assert "optimizer.params.alpha is 0.5 on rank 1 and 0.25 on rank 0" in found["ranks"]
+        told.append(found["meta"])
+    # The stage that holds the layer builds it on its device.
+    assert told[0] == ""
+    assert "layer 0 of the PipelineModule (Unmeasurable) cannot be built on the meta device" in told[1]
+
+
+def test_a_changed_layer_is_found_before_training(ranks: Pools, tmp_path: Path) -> None:
+    """On every rank, by its file."""
+    ds_config = config(1, "fp32", PARAMS)
+    ranks.run(2, "run", MODULE, ds_config=ds_config, stages=2, tied=True, steps=(0, 1), save=str(tmp_path))
+    (file,) = tmp_path.glob("*/layer_04-model_states.pt")
+    content = file.read_bytes()
+    file.write_bytes(content[:-200] + bytes([content[-200] ^ 1]) + content[-199:])
+    found = ranks.run(2, "run", MODULE, ds_config=ds_config, stages=2, tied=True, steps=(1, 1), load=str(tmp_path))
+    assert {file.name in each.get("message", "") for each in found} == {True}

@@ -25,7 +25,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from ds_fira.core.whole_model import TIED
-from ds_fira.engine.deepspeed.save_load.files import Place, normalized
+from ds_fira.engine.deepspeed.save_load.files import StageRank, normalized
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.comm import Communicator
 
@@ -72,7 +72,7 @@ class Holders:
             yield from [name] if experts is None else sorted(experts, key=_number_of)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> StageRank:
         """By which DeepSpeed names its file with this rank's optimizer states, where there are several."""
         if self._stage == 0 and self._copies:
             return 0, groups._get_expert_parallel_rank(groups._get_max_expert_size_name())

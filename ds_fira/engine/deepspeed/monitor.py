@@ -118,7 +118,7 @@ def add_loss(backward: Callable[..., T], engine: DeepSpeedEngine, *args: object,
     """`backward`: the loss that it returns goes into the mean of the interval."""
     loss = backward(engine, *args, **kwargs)
     hook = _hook_of(engine)
-    if hook is not None:
+    if hook is not None and not engine.pipeline_parallelism:  # of a pipeline DeepSpeed writes it
         hook.add_loss(loss)
     return loss
 

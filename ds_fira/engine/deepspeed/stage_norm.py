@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.sharding.comm import Communicator
 
 NOT_FINITE = -1.0
 
@@ -31,6 +32,5 @@ def norm_over_stages(
     with replaced(wrapper, _model_parallel_all_reduce=lambda *_, **__: None):
         own = torch.as_tensor(scaled_global_norm(wrapper, *args, **kwargs))
     squares = torch.where(own == NOT_FINITE, torch.inf, own.double().square())
-    distributed.all_reduce(squares, group=group)
-    norm = squares.sqrt().to(own.dtype)
+    norm = Communicator(group).start_all_reduce(squares).wait().sqrt().to(own.dtype)
     return torch.where(norm.isfinite(), norm, NOT_FINITE)

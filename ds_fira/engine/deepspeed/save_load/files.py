@@ -30,7 +30,7 @@ OPTIMIZER_FILE = re.compile(r"(?:(?:bf16_)?zero_pp|expp)_rank_(\d+)_mp_rank_(\d\
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d\d+)_model_states\.pt")
 # A stage of a pipeline and a data-parallel rank in it.
-Place = tuple[int, int]
+StageRank = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class CheckpointFiles:
         absent = [number for number, place in enumerate(saved) if place not in found]
         return f"the optimizer states of ranks {absent} of the {len(saved)} that saved it" if absent else ""
 
-    def saved_places(self) -> list[Place]:
+    def saved_places(self) -> list[StageRank]:
         """Of all ranks that saved it, stage after stage."""
         model = self.model()
         stages = int(model["mp_world_size"]) if self.of_pipeline else 1
@@ -123,7 +123,7 @@ class CheckpointFiles:
         return MODEL_FILE.fullmatch(self.models[0].name)[1] is not None
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[StageRank]:
         """The ranks that the files of optimizer states are of."""
         return [place_of(OPTIMIZER_FILE.fullmatch(path.name)) for path in self.optimizers]
 
@@ -131,7 +131,7 @@ class CheckpointFiles:
         """What the file with the module's weights holds, of one rank under stage 3."""
         return load(self.models[number], self.unpickle, self.reading)
 
-    def of_rank(self, place: Place) -> tuple[Mapping[str, object], StateDict]:
+    def of_rank(self, place: StageRank) -> tuple[Mapping[str, object], StateDict]:
         """As `optimizer_state`, of a rank by its place: files of other ranks may be on other nodes.
 
         Raises:
@@ -183,12 +183,14 @@ class CheckpointFiles:
         return normalized(found)
 
 
-def place_of(match: re.Match[str]) -> Place:
+def place_of(match: re.Match[str]) -> StageRank:
     """Of the rank that a file is of, by its name."""
     return int(match[2]), int(match[1] or 0)
 
 
-def _by_rank(folder: Path, pattern: re.Pattern[str], names: str, listed: Collection[str] | None) -> dict[Place, Path]:
+def _by_rank(
+    folder: Path, pattern: re.Pattern[str], names: str, listed: Collection[str] | None
+) -> dict[StageRank, Path]:
     matches = [(pattern.fullmatch(path.name), path) for path in matching_files(folder, names, listed)]
     return dict(sorted((place_of(match), path) for match, path in matches if match))
 
