@@ -145,7 +145,9 @@ class SavedState:
         """
         plain, groups = described(state_dict), state_dict["param_groups"]
         self.algorithm = Algorithm.from_plain(plain.get("method"))
-        if not self.groups:
+        # All ranks say the same of the groups, but for the stages of a pipeline, which have other ones.
+        known = {name for group in self.groups for name in group.members}
+        if not self.groups or not known.issuperset(name for listed in plain["members"] for name, _ in listed):
             upgraded = ALGORITHMS.get(self.algorithm.name, self.algorithm).upgraded
             # Before 0.2.0 every param group was one of its own for a scheduler.
             origins = plain.get("user_groups", range(len(groups)))

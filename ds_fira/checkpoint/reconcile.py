@@ -8,8 +8,8 @@ run otherwise than the old one keeps the new value, and is said. The learning ra
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -43,6 +43,11 @@ class SavedGroup:
 
 
 Members = Sequence[tuple[str, tuple[int, ...]]]
+
+
+def without(saved: Sequence[SavedGroup], names: Collection[str]) -> list[SavedGroup]:
+    """Saved groups as if some parameters had not been among them; a group that is left empty stays."""
+    return [replace(group, members={n: s for n, s in group.members.items() if n not in names}) for group in saved]
 
 
 def refuse_changed_structure(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from ds_fira.core.algorithms import FIRA_ADAM
+from ds_fira.core.whole_model import TIED, is_pipeline, whole_model
 
 # Names that model code gives to the layer that makes logits, where nothing else tells it apart.
 HEAD_NAMES = frozenset({"lm_head", "embed_out", "output_projection", "score", "classifier"})
@@ -66,9 +67,11 @@ def _expert_tensors(name: str, module: nn.Module) -> list[str]:
 
 
 def _unprojected_weights(model: nn.Module) -> set[int]:
-    """Identities of the weights of embeddings, of the output head, tied or not, and of routers."""
+    """Identities of the weights of embeddings, of the output head, tied or not, of routers, and what stages share."""
     embeddings = [module.weight for module in model.modules() if _is_embedding(module)]
     excluded = {id(weight) for weight in embeddings}
+    shared = getattr(model, TIED, None)
+    excluded |= {id(param) for param in shared.parameters()} if isinstance(shared, nn.ModuleDict) else set()
     excluded |= {id(module.wg.weight) for module in model.modules() if type(module).__name__ == _ROUTER}
     for module in model.modules():
         head = getattr(module, "get_output_embeddings", None)
@@ -87,12 +90,14 @@ def find_projected_weights(model: nn.Module, target_modules: Sequence[str] | Non
     """The weights of a model that a rank applies to, none if there are none.
 
     Without `target_modules`: the weights of `nn.Linear`, of transformers' `Conv1D`, and 3-D expert tensors; not the
-    output head, a head tied to the embedding, embeddings, the routers of DeepSpeed's MoE layers, norms or biases. With
-    it: the weights of those kinds (head and routers too) whose module's name contains one of the substrings.
+    output head, a head tied to the embedding, embeddings, the routers of DeepSpeed's MoE layers, what the stages of a
+    pipeline share, norms or biases. With it: the weights of those kinds (head and routers too) whose module's name
+    contains one of the substrings.
 
     Returns:
-        Parameter names by `id` of the parameter.
+        Parameter names by `id` of the parameter; of a pipeline those of all stages, other stages' on the meta device.
     """
+    model = whole_model(model)
     excluded = set() if target_modules is not None else _unprojected_weights(model)
     found = {}
     for name, module in model.named_modules():
@@ -130,7 +135,7 @@ def find_named_weights(
         if not (len(shape) == 2 or (len(shape) == 3 and "expert" in name.lower())) or key.endswith("bias"):
             continue
         head = parts[-1] in HEAD_NAMES
-        if not head and any("embed" in part or part in _EMBEDDINGS for part in parts):
+        if not head and (parts[0] == TIED or any("embed" in part or part in _EMBEDDINGS for part in parts)):
             embeddings.add(shape)
             continue
         last = (id(param), shape)
@@ -153,12 +158,29 @@ def projected_weights(
     """
     found = find_projected_weights(model, target_modules)
     if not found and target_modules is not None:
-        names = [name for name, module in model.named_modules() if _is_linear(module)]
+        names = [name for name, module in whole_model(model).named_modules() if _is_linear(module)]
         raise ValueError(
             f"{optimizer}: target_modules = {list(target_modules)!r} match no linear module of "
             f"{type(model).__name__}; use parts of names such as {some_names(names)}."
         )
     return found
+
+
+def projected_elsewhere(
+    model: nn.Module | None, rank: int | None, target_modules: Sequence[str] | None = None
+) -> list[tuple[str, tuple[int, ...], int]]:
+    """Names, shapes and rank of the weights that a rank applies to and other stages of a pipeline hold.
+
+    Args:
+        model: of which nothing is elsewhere, or a stage of a pipeline; None where it is not known.
+        rank: of the constructor or the JSON config.
+        target_modules: substrings of the names of the modules to project.
+    """
+    if model is None or rank is None or not is_pipeline(model):
+        return []
+    names = set(find_projected_weights(model, target_modules).values())
+    names -= {name for name, _ in model.named_parameters()}
+    return [(name, shape_of(param), rank) for name, param in whole_model(model).named_parameters() if name in names]
 
 
 def some_names(names: Sequence[str]) -> str:

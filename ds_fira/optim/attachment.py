@@ -88,6 +88,11 @@ class Attachable:
         return self.attachment.members
 
     @property
+    def elsewhere(self) -> set[str]:
+        """Names of trained parameters that other ranks have in param groups of their own: of a pipeline's stages."""
+        return {record.name for record in self.attachment.inventory} - {n for listed in self.members for n, _ in listed}
+
+    @property
     def layouts(self) -> Sequence[GroupLayout]:
         """The rank that holds and steps each projected matrix; empty where no engine says."""
         return self.attachment.layouts

@@ -19,7 +19,7 @@ from ds_fira.checkpoint.named_state import StateDict
 from ds_fira.core import kernels
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.capture import capturing
-from ds_fira.core.selection import numel_of, shape_of
+from ds_fira.core.selection import numel_of, projected_elsewhere, shape_of
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.observe.metrics import StepMetrics
 from ds_fira.observe.scaling_recorder import ScalingRecorder
@@ -100,7 +100,8 @@ class LowRankOptimizer(Capturing, GivenGroups):
         rank, target_modules = settings["rank"], settings["target_modules"]
         groups = ranked_groups(groups, rank, target_modules, self.algorithm.name, model) if params else []
         if groups and settings.get(PRESET) is not None:
-            mark = {**preset_mark(settings[PRESET], projected_matrices(groups)), **mark}
+            matrices = projected_matrices(groups) + projected_elsewhere(model, rank, target_modules)
+            mark = {**preset_mark(settings[PRESET], matrices), **mark}
             settings = check_params({**values_of(mark), **settings}, algorithm=self.algorithm)
         left = {PRESET: {name: mark[name] for name in mark if name not in given}} if mark else {}
         super().__init__(groups, {**group_defaults(settings), **self.algorithm.group_values, **left})

@@ -8,7 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from ds_fira.core.algorithms import FIRA_ADAM, KEY, Algorithm, algorithm_of
-from ds_fira.core.selection import is_sliced, numel_of, projected_weights, shape_of, undecayed_weights
+from ds_fira.core.selection import (
+    is_sliced,
+    numel_of,
+    projected_elsewhere,
+    projected_weights,
+    shape_of,
+    undecayed_weights,
+)
 from ds_fira.core.settings import ParamGroup
 from ds_fira.optim.expert_groups import keys_of, ranks_of
 from ds_fira.optim.presets import PRESET, preset_mark, projected_matrices, take_mark
@@ -81,8 +88,10 @@ def param_groups(
             {"params": rest, **shared, **unranked},
             {"params": norms, **shared, "weight_decay": 0.0, **unranked},
         ]
-    result = told_unprojected([group for group in result if group["params"]], checked["rank"], algorithm.name)
-    return _marked(result, preset_mark(checked.get(PRESET), projected_matrices(result, projected)))
+    elsewhere = projected_elsewhere(model, checked["rank"], checked["target_modules"])
+    result = [group for group in result if group["params"]]
+    result = told_unprojected(result, checked["rank"], algorithm.name, elsewhere)
+    return _marked(result, preset_mark(checked.get(PRESET), projected_matrices(result, projected) + elsewhere))
 
 
 def _marked(groups: list[ParamGroup], mark: Mapping[str, object]) -> list[ParamGroup]:
@@ -174,10 +183,11 @@ def build_groups(
             else:
                 parts = split_by_size(sized, most * ranks)
             groups += [{**kind, "params": part} for part in parts if part]
-    groups = told_unprojected(groups, rank, algorithm.name)
+    elsewhere = projected_elsewhere(module, rank, settings["target_modules"])
+    groups = told_unprojected(groups, rank, algorithm.name, elsewhere)
     if settings.get(PRESET) is not None:
         names = {id(param): name for name, param in module.named_parameters()}
-        mark = {**preset_mark(settings[PRESET], projected_matrices(groups, names)), **mark}
+        mark = {**preset_mark(settings[PRESET], projected_matrices(groups, names) + elsewhere), **mark}
     return _marked(groups, mark)
 
 

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ds_fira.core.algorithms import FIRA_ADAM
-from ds_fira.core.selection import find_named_weights, find_projected_weights, projected_weights, some_names
+from ds_fira.core.selection import (
+    find_named_weights,
+    find_projected_weights,
+    projected_elsewhere,
+    projected_weights,
+    some_names,
+)
 from ds_fira.core.settings import ParamGroup
 from ds_fira.sharding.comm import is_first_process
 
@@ -110,24 +116,29 @@ def ranked_groups(
         projected = projected_weights(model, target_modules, name)
     else:
         projected = _projected_names(groups, rank, target_modules, name)
-    return _without_note(told_unprojected(split_by_rank(groups, rank, projected), rank, name))
+    groups = split_by_rank(groups, rank, projected)
+    elsewhere = projected_elsewhere(model, rank, target_modules)
+    return _without_note(told_unprojected(groups, rank, name, elsewhere))
 
 
 def _without_note(groups: list[ParamGroup]) -> list[ParamGroup]:
     return [{key: value for key, value in group.items() if key != NOTHING} for group in groups]
 
 
-def told_unprojected(groups: list[ParamGroup], rank: int | None, name: str) -> list[ParamGroup]:
+def told_unprojected(
+    groups: list[ParamGroup], rank: int | None, name: str, elsewhere: Collection[object] = ()
+) -> list[ParamGroup]:
     """Groups as they are; where a rank found nothing to project, with a warning and a note in each.
 
     Args:
         groups: split by `split_by_rank`.
         rank: of the constructor or the JSON config.
         name: of the optimizer.
+        elsewhere: what other stages of a pipeline project; then there is nothing to warn of.
     """
     if rank is None or any(group.get("rank") is not None for group in groups):
         return groups
-    if is_first_process():
+    if is_first_process() and not elsewhere:
         count = sum(len(group["params"]) for group in groups)
         warnings.warn(
             f"{name}: rank = {rank!r}, but none of the {count} trained parameters is a linear weight to project, so "

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import deepspeed
 import torch
-from torch import nn
 
 from tests.compatibility.engines import trained
 from tests.compatibility.expert_features import moe
@@ -19,6 +17,7 @@ from tests.compatibility.object_features import fira_object, object_of_accelerat
 from tests.compatibility.offload_features import offloaded_between_steps, on_nvme, partly_offloaded
 from tests.compatibility.option_jobs import PARAMS, WatchedNet, forget_autocast, try_config
 from tests.compatibility.param_jobs import ROWS
+from tests.compatibility.pipe_features import pipeline
 from tests.compatibility.sequence_jobs import ulysses
 from tests.compatibility.tensor_parallel_features import tensor_parallel
 from tests.distributed.nvme_jobs import operator_is_built
@@ -66,11 +65,6 @@ def compiled_model(ds_config: dict[str, Any]) -> dict[str, Any]:
     return trained(ds_config, wrap=lambda plain: torch.compile(plain, backend="eager"))
 
 
-def pipeline(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """A PipelineModule."""
-    return trained(ds_config, wrap=lambda _: deepspeed.pipe.PipelineModule(layers=[nn.Linear(4, 4)], num_stages=1))
-
-
 def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
     """nn.Embedding(sparse=True)."""
 
@@ -93,7 +87,8 @@ FEATURES = [
     Feature("sequence parallelism: Ulysses, DeepSpeed's `parallel_state_sp`", stages=(1, 2), dtype="fp32", way=ulysses),
     Feature(AUTOTP, stages=(0, 1, 2), dtype="fp32", extra=TWO_SLICES, way=tensor_parallel),
     Feature(f"{AUTOTP} at stage 3", REFUSED, stages=(3,), dtype="fp32", extra=TWO_SLICES, way=tensor_parallel),
-    Feature("pipeline parallelism: `PipelineModule`", REFUSED, stages=(1,), way=pipeline),
+    Feature("pipeline parallelism: `PipelineModule` of two stages", stages=(0, 1), dtype="fp32", way=pipeline),
+    Feature("the same at stages 2 and 3", REMOVED, stages=(2, 3), dtype="fp32", way=pipeline),
     Feature("experts: `deepspeed.moe.layer.MoE`, `ep_size` 1 and 2", stages=(0, 1, 2), dtype="fp32", way=moe),
     Feature("experts: `deepspeed.moe.layer.MoE` at stage 3", REMOVED, stages=(3,), dtype="fp32", way=moe),
     Feature("experts: `expert_parallel` (AutoEP)", REFUSED, extra={"expert_parallel": {"enabled": True}}),

@@ -180,7 +180,7 @@ def test_values_that_two_processes_print_differently_are_the_same() -> None:
     assert plain(object()) == plain(object()) == "object"
     assert plain({"b", "a"}) == ["a", "b"]
     assert plain((1, (2.5, None))) == [1, [2.5, None]]
-    empty = {"settings": {}, "parameters": [], "groups": []}
+    empty = {"settings": {}, "stage": 0, "group_settings": {}, "parameters": [], "groups": []}
     assert describe_difference({0: empty, 1: empty}) is None
     long = {**empty, "settings": {"x": "a" * 200}}
     other = {**empty, "settings": {"x": "a" * 199 + "b"}}

@@ -49,7 +49,6 @@ REFUSED = {
         "ValueError",
         ["tensor_parallel.autotp_size = 2", "stage = 3", "use stage 0, 1 or 2, or set it to 1"],
     ),
-    "pipeline": (case("pipeline", stage=1), "ValueError", ["PipelineEngine", "PipelineModule"]),
     "sparse": (case("sparse", stage=0), "ValueError", ["embedding.sparse = True", "sparse=False"]),
     "complex": (case("complex", stage=0), "ValueError", ["rotation", "complex64", "view_as_real"]),
 }

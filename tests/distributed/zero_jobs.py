@@ -226,7 +226,7 @@ def try_to_build(
     """Build an engine for every case; returns the type and the text of what each raised.
 
     Args:
-        cases: a DeepSpeed config, and what to do to the model first: "sparse", "complex", "pipeline" or None.
+        cases: a DeepSpeed config, and what to do to the model first: "sparse", "complex" or None.
         shapes: of the linear layers.
     """
     raised = []
@@ -236,8 +236,6 @@ def try_to_build(
             model.embedding.sparse = True
         if change == "complex":
             model.rotation = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-        if change == "pipeline":
-            model = deepspeed.pipe.PipelineModule(layers=[nn.Linear(4, 4), nn.Linear(4, 4)], num_stages=1)
         try:
             build(ds_config, shapes, model=model)
             raised.append(("", ""))

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch.distributed import distributed_c10d
 
 from ds_fira.engine.deepspeed.description import Description, describe_difference
@@ -83,9 +84,11 @@ _engines: dict[str, Engines] = {}
 
 
 def engines_of(mpu: object) -> Engines:
-    """The engines of the ranks that will train together: those that `mpu` names, else all."""
+    """The engines of the ranks that will train together: those that `mpu` names, else all; the stages of a pipeline."""
     ranks: Sequence[int] = range(torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
-    for name in ("get_sequence_data_parallel_group", "get_data_parallel_group"):
+    for name in (
+        () if isinstance(mpu, PipelineParallelGrid) else ("get_sequence_data_parallel_group", "get_data_parallel_group")
+    ):
         if hasattr(mpu, name):
             # What is wrong with an mpu is for DeepSpeed to say.
             with contextlib.suppress(Exception):
@@ -147,10 +150,10 @@ def agree(
     others = lost_peer.current() if len(building.engines.ranks) > 1 else None
     if others is not None:
         says = None if error is None else lost_peer.one_line(error) or type(error).__name__
-        text = json.dumps({**description, "name": building.name, "error": says})
+        told = {**description, "name": building.name, "error": says}
         table = _Table(others, building, phase)
-        if not table.all_same(hashlib.sha256(text.encode()).hexdigest()):
-            found = {rank: json.loads(each) for rank, each in table.gather(text).items()}
+        if not table.all_same(_digests(told)):
+            found = {rank: json.loads(each) for rank, each in table.gather(json.dumps(told)).items()}
             table.leave()
             raise DeviatingRank(_difference(found)) from error
         if error is not None:
@@ -158,6 +161,16 @@ def agree(
     if error is not None:
         raise error
     building.refused = False
+
+
+def _digests(told: Mapping[str, object]) -> dict[str, str]:
+    """Digests of what all ranks have to tell alike, and of what those of a pipeline's stage have to."""
+    of_stage = ("stage", "group_settings", "parameters", "groups")
+    common = {key: value for key, value in told.items() if key not in of_stage}
+    parts = {"all": common, f"stage {told.get('stage', 0)}": [told.get(key) for key in of_stage]}
+    if told["error"] is not None:
+        parts = {"all": common}
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def _difference(found: Mapping[int, _Told]) -> str:
@@ -189,10 +202,11 @@ class _Table:
     def __post_init__(self) -> None:
         self.store = torch.distributed.PrefixStore(f"{self.building.place}/{self.phase}", self.peers.store)
 
-    def all_same(self, digest: str) -> bool:
-        """Whether every rank came with this digest; waits for them."""
-        if self.store.compare_set("digest", "", digest).decode() != digest:
-            self.store.add("others", 1)
+    def all_same(self, digests: Mapping[str, str]) -> bool:
+        """Whether every rank came with these digests, as far as they have names in common; waits for them."""
+        for name, digest in digests.items():
+            if self.store.compare_set(f"digest/{name}", "", digest).decode() != digest:
+                self.store.add("others", 1)
         self._arrive("arrived")
         return self.store.add("others", 0) == 0
 

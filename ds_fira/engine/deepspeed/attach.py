@@ -12,22 +12,23 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor
+from deepspeed.runtime.pipe.module import PipelineModule
 
 from ds_fira.checkpoint.reconcile import Members
 from ds_fira.core import kernels
 from ds_fira.core.algorithms import KEY
 from ds_fira.core.selection import shape_of
-from ds_fira.core.settings import GroupSettings
 from ds_fira.engine.deepspeed import objects, unsupported
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
 from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.param_states import link_params
-from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
+from ds_fira.engine.deepspeed.pipeline import refuse_shared
+from ds_fira.engine.deepspeed.planning import layouts_of_all, plan_flats
+from ds_fira.engine.deepspeed.projection import project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.schedulers import show_user_groups
-from ds_fira.engine.deepspeed.tensor_parallel import note_slices, sliced, uses_autotp
+from ds_fira.engine.deepspeed.tensor_parallel import note_slices, uses_autotp
 from ds_fira.engine.deepspeed.thawed import note_frozen
 from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from ds_fira.optim.attachment import EngineAttachment
@@ -38,11 +39,7 @@ from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import SaveSettings, refuse_auto
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.sharding.comm import Communicator
-from ds_fira.sharding.gather import GatherExchange
-from ds_fira.sharding.geometry import matrices_of
-from ds_fira.sharding.local_matrices import LocalMatrices
-from ds_fira.sharding.lowrank.step import LowRankMatrices
-from ds_fira.sharding.plan import GroupLayout, digest, plan_groups, plan_hash
+from ds_fira.sharding.plan import digest
 from ds_fira.sharding.projection import is_projected
 
 
@@ -144,42 +141,55 @@ def attach(engine: DeepSpeedEngine) -> None:
     holders = engine.fira_holders = Holders(engine)
     stage = engine.zero_optimization_stage()
     communicator, flats = holders.everyone, stepped_groups(engine, holders.of)
+    refuse_shared(engine, optimizer, flats)
     if stage > 0:
-        project_as_flat(optimizer, flats, communicator)
+        project_as_flat(optimizer, flats, holders.planners)
     partitionings = [flat.partitioning for flat in flats if stage > 0]
     if holders.grid is not None:
         partitionings = holders.grid.learn(flats)
-    plans, matrices = _plan_flats(optimizer, flats, holders, stage)
+    plans, matrices = plan_flats(optimizer, flats, holders, stage)
     groups = optimizer.param_groups
     trained = [
         (flat.group, name, shape_of(param)) for flat in flats for name, param in holders.everywhere(flat.lp_params)
     ]
     members = [[(name, shape) for group, name, shape in trained if group == number] for number in range(len(groups))]
     parts = [[flat] for flat in flats] if stage > 0 else by_group(flats)
+    inventory = [ParamRecord.of(name, shape, groups[group]) for group, name, shape in trained]
+    if holders.staged:
+        inventory = list(holders.of_all({record.name: record for record in inventory}).values())
+    own = digest(
+        (stage, engine.optimizer.__class__.__name__, holders.planners.dp_size),
+        members,
+        partitionings,
+        *layouts_of_all(plans, holders.planners),
+        [_structure(group, listed) for group, listed in zip(groups, members, strict=True)],
+        [_precision(part, groups) for part in parts],
+    )
     optimizer.attach(
         EngineAttachment(
             communicator=communicator,
             replicas={flat.hp_partition: ranks for flat in flats if (ranks := holders.replicas(flat)) is not None},
             members=members,
-            inventory=[ParamRecord.of(name, shape, groups[group]) for group, name, shape in trained],
+            inventory=inventory,
             layouts=[layout for _, layout in plans],
             slices={flat.hp_partition: flat.slices(flat.communicator.dp_rank, holders.labels) for flat in flats},
             matrices=matrices,
             names=holders.names,
             gradient_dtypes={flat.hp_partition: flat.lp_params[0].dtype for flat in flats},
-            digest=digest(
-                (stage, engine.optimizer.__class__.__name__, communicator.dp_size),
-                members,
-                partitionings,
-                *_layouts_of_all(plans, communicator),
-                [_structure(group, listed) for group, listed in zip(groups, members, strict=True)],
-                [_precision(part, groups) for part in parts],
-            ),
+            digest=_of_stages(own, engine, holders),
         )
     )
     _agree_on_kernels(optimizer, flats, communicator)
     if optimizer.recorder is not None:
         record_weights(engine, optimizer, flats, holders)
+
+
+def _of_stages(own: str, engine: DeepSpeedEngine, holders: Holders) -> str:
+    """The digest of all stages of a pipeline, whose files are other ones than those of another module; else the own."""
+    if not isinstance(engine.module, PipelineModule):
+        return own
+    parts = set(holders.everyone.gather_objects((holders.stage, own)))
+    return digest(("pipeline", engine.module.num_stages), sorted(parts))
 
 
 def _agree_on_kernels(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], communicator: Communicator) -> None:
@@ -214,82 +224,3 @@ def _precision(flats: Sequence[FlatGroup], groups: Sequence[Mapping[str, object]
     """The dtypes of what is stepped together: of the states, and of the module's parameters."""
     number = flats[0].group
     return number, groups[number]["state_dtype"], sorted(set().union(*(flat.dtypes for flat in flats)))
-
-
-def _plan_flats(
-    optimizer: LowRankOptimizer, flats: list[FlatGroup], holders: Holders, stage: int
-) -> tuple[list[tuple[Communicator, GroupLayout]], dict[Tensor, LocalMatrices]]:
-    """Plan the tensors that are projected and cut, those of the same ranks together; and what this rank has in them.
-
-    Returns:
-        Of every such tensor its ranks and its layout, the same on all of them; the matrices of this rank, by tensor.
-    """
-    cut = [(number, flat) for number, flat in enumerate(flats) if stage > 0 or sliced(flat.lp_params)]
-    projected = [(number, flat) for number, flat in cut if all(kinds_of(flat, optimizer.param_groups))]
-    unsupported.refuse_sharding(optimizer.algorithm, len(projected) < len(cut), stage)
-    plans: dict[int, tuple[Communicator, GroupLayout]] = {}
-    bound: dict[Tensor, LocalMatrices] = {}
-    if not projected:
-        return [], bound
-    numbers = _numbers([flat for flat in flats if all(kinds_of(flat, optimizer.param_groups))], holders)
-    if stage == 0:
-        bound |= _whole(optimizer, flats, numbers, holders)
-    ranks = [holders.sharers(flat) for _, flat in projected]
-    for communicator in dict.fromkeys(ranks):
-        places = [place for place, own in enumerate(ranks) if own is communicator]
-        found = [projected[place] for place in places]
-        buffers = [holders.buffer(number, flat) for number, flat in found]
-        settings = [GroupSettings.of(optimizer.param_groups[flat.group]) for _, flat in found]
-        evenly = stage == 3 or any(sliced(flat.lp_params) for _, flat in found)
-        layouts = plan_groups(buffers, communicator.dp_size, settings, evenly)
-        communicator.require_same(plan_hash(layouts), optimizer.algorithm.name)
-        for place, (_, flat), layout in zip(places, found, layouts, strict=True):
-            plans[place] = (communicator, layout)
-            bound[flat.hp_partition] = _bind(layout, communicator, numbers, holders.replicas(flat))
-    return [plans[place] for place in range(len(projected))], bound
-
-
-def _whole(
-    optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], numbers: Mapping[str, int], holders: Holders
-) -> dict[Tensor, LocalMatrices]:
-    """The matrices that no slice is of, at stage 0, by numbers that count the sliced ones too."""
-    found = {}
-    for flat in flats:
-        (param,) = flat.lp_params
-        if all(kinds_of(flat, optimizer.param_groups)) and not sliced(flat.lp_params):
-            shards = tuple(matrices_of("", shape_of(param)))
-            listed = matrices_of(holders.names[id(param)], shape_of(param))
-            indices = tuple(numbers[matrix.name] for matrix in listed)
-            found[flat.hp_partition] = LocalMatrices(shards, indices, batched=param.ndim == 3, flat=False)
-    return found
-
-
-def _bind(
-    layout: GroupLayout, communicator: Communicator, numbers: Mapping[str, int], replicas: Communicator | None
-) -> LocalMatrices:
-    """What a rank steps of a flat tensor, and the collectives that it takes part in for it."""
-    whole = layout.unsplit[communicator.dp_rank]
-    exchanges = tuple(GatherExchange(turn, communicator) for turn in layout.gathered_turns)
-    low_rank = LowRankMatrices(layout.low_rank, communicator, numbers, replicas) if layout.low_rank else None
-    indices = tuple(numbers[matrix.name] for matrix in (*whole, *layout.gathered_by(communicator.dp_rank)))
-    return LocalMatrices(whole, indices, exchanges, low_rank)
-
-
-def _layouts_of_all(plans: Sequence[tuple[Communicator, GroupLayout]], everyone: Communicator) -> list[object]:
-    """The layouts for a digest that is the same on every rank; a collective call where ranks have different ones."""
-    common = [layout for communicator, layout in plans if communicator is everyone]
-    own = [layout for communicator, layout in plans if communicator is not everyone]
-    return [common, everyone.gather_objects(plan_hash(own))] if own else [common]
-
-
-def _numbers(projected: Sequence[FlatGroup], holders: Holders) -> dict[str, int]:
-    """A number for every projected matrix by name, in the module's order: the same on any number of ranks."""
-    order = {name: position for position, name in enumerate(holders.order)}
-    matrices = [
-        matrix.name
-        for flat in projected
-        for name, param in holders.everywhere(flat.lp_params)
-        for matrix in matrices_of(name, shape_of(param))
-    ]
-    in_order = sorted(matrices, key=lambda matrix: order.get(matrix.partition("[")[0], len(order)))
-    return {matrix: number for number, matrix in enumerate(in_order)}

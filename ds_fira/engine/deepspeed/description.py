@@ -35,11 +35,15 @@ class Description(TypedDict):
 
     Attributes:
         settings: by name.
+        stage: of a pipeline this rank's, else 0; what follows is the same on the ranks of one stage.
+        group_settings: of the param groups that were given, by name.
         parameters: of the module, each by its name and a text.
         groups: of every param group that was given, its parameters, each by its name.
     """
 
     settings: dict[str, object]
+    stage: int
+    group_settings: dict[str, object]
     parameters: list[list[str]]
     groups: list[list[list[str]]]
 
@@ -114,7 +118,21 @@ def describe_difference(descriptions: Mapping[int, Description]) -> str | None:
     Args:
         descriptions: of every rank.
     """
-    settings = {rank: each["settings"] for rank, each in descriptions.items()}
+    stages: dict[int, dict[int, Description]] = {}
+    for rank, each in descriptions.items():
+        stages.setdefault(each["stage"], {})[rank] = each
+    found = _differing_settings({rank: each["settings"] for rank, each in descriptions.items()})
+    for held in stages.values():
+        found += _differing_settings({rank: each["group_settings"] for rank, each in held.items()})
+        found += _differing_parameters(held)
+    if not found:
+        return None
+    more = f", and {len(found) - SHOWN} more differences" if len(found) > SHOWN else ""
+    return "; ".join(found[:SHOWN]) + more
+
+
+def _differing_settings(settings: Mapping[int, Mapping[str, object]]) -> list[str]:
+    """Each setting that ranks have otherwise than others."""
     names = list(dict.fromkeys(name for each in settings.values() for name in each))
     # What some ranks have not set may follow from what they have set otherwise, as all that a preset gives.
     names.sort(key=lambda name: not all(name in each for each in settings.values()))
@@ -123,7 +141,12 @@ def describe_difference(descriptions: Mapping[int, Description]) -> str | None:
         values = {rank: _shown(each[name]) if name in each else "not set" for rank, each in settings.items()}
         if len(set(values.values())) > 1:
             found.append(f"{name} is {_by_rank(values)}")
-    found += _differing_lists("the model's", {rank: each["parameters"] for rank, each in descriptions.items()})
+    return found
+
+
+def _differing_parameters(descriptions: Mapping[int, Description]) -> list[str]:
+    """Where the parameters of ranks that hold the same, or their param groups, differ."""
+    found = _differing_lists("the model's", {rank: each["parameters"] for rank, each in descriptions.items()})
     given = {rank: each["groups"] for rank, each in descriptions.items()}
     counts = {rank: f"{len(groups)}" for rank, groups in given.items()}
     if len(set(counts.values())) > 1:
@@ -132,10 +155,7 @@ def describe_difference(descriptions: Mapping[int, Description]) -> str | None:
         for number, lists in enumerate(zip(*given.values(), strict=True)):
             where = "the given" if set(counts.values()) == {"1"} else f"param group {number}'s"
             found += _differing_lists(where, dict(zip(given, lists, strict=True)))
-    if not found:
-        return None
-    more = f", and {len(found) - SHOWN} more differences" if len(found) > SHOWN else ""
-    return "; ".join(found[:SHOWN]) + more
+    return found
 
 
 def _differing_lists(whose: str, lists: Mapping[int, list[list[str]]]) -> list[str]:

@@ -2,8 +2,9 @@
 
 Most parameters are held by all data-parallel ranks, under the name that the module gives. Experts of a DeepSpeed MoE
 layer are not: the ranks of an expert-parallel group hold different ones, all called 0, 1 and so on, and one expert is
-held by the ranks of an expert-data-parallel group. Of what AutoTP has sliced, tensor-parallel ranks hold different
-slices (`tensor_parallel.py`). Everything else here goes by what this file says.
+held by the ranks of an expert-data-parallel group. Nor are the layers of a pipeline, each of which is held by the
+data-parallel ranks of its stage. Of what AutoTP has sliced, tensor-parallel ranks hold different slices
+(`tensor_parallel.py`). Everything else here goes by what this file says.
 
 Written against DeepSpeed 0.17 to 0.19. What it relies on: `is_moe_param` tells experts, whose `group_name` is the key
 of their process groups; `deepspeed.moe.experts.Experts` holds rank e's share of n experts in its list
@@ -13,6 +14,7 @@ of their process groups; `deepspeed.moe.experts.Experts` holds rank e's share of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.utils import is_moe_param
@@ -20,19 +22,26 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from ds_fira.core.whole_model import TIED
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
-from ds_fira.engine.deepspeed.save_load.files import normalized
+from ds_fira.engine.deepspeed.pipeline import stages_of, untied_names
+from ds_fira.engine.deepspeed.save_load.files import StageRank, normalized
 from ds_fira.engine.deepspeed.tensor_parallel import Grid, note_slices, sliced, uses_autotp
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import MatrixShard
 
+T = TypeVar("T")
+
 
 class Holders:
-    """The ranks and names of an engine's parameters.
+    """The ranks and names of an engine's parameters; made by a collective call where a pipeline has several stages.
 
     Attributes:
         everyone: all ranks that train together.
+        dense: of these, the data-parallel ranks, which hold what is no expert: in a pipeline those of this stage.
+        stage: of a pipeline this rank's, else 0.
+        staged: whether other ranks hold other stages.
         grid: where AutoTP has sliced the module, where the slices lie; else None.
         names: of this rank's parameters, by their `id`: the same on every rank that holds one, or a slice of it.
         labels: likewise, but of a slice its own name.
@@ -40,24 +49,28 @@ class Holders:
     """
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        self._column = Communicator(engine.seq_data_parallel_group)
+        self.dense = Communicator(engine.seq_data_parallel_group)
+        self.staged = stages_of(engine.module) > 1
+        self.stage = engine.module.stage_id if self.staged else 0
         self._optimizer: LowRankOptimizer = engine.basic_optimizer
-        self.grid = Grid(self._column) if uses_autotp(engine) else None
+        self.grid = Grid(self.dense) if uses_autotp(engine) else None
         if self.grid is not None:
             note_slices(engine.module, type(self._optimizer).__name__)
-        self.everyone = self._column if self.grid is None else self.grid.everyone
+        ranks = self.dense if self.grid is None else self.grid.everyone
+        self.everyone = Communicator() if self.staged else ranks
         self._stage = engine.zero_optimization_stage()
         found = getattr(engine, "expert_data_parallel_group", None) or {}
         self._experts = {name: Communicator(group) for name, group in found.items()}
         own = normalized(dict(engine.module.named_parameters()))
         self._copies = expert_names(engine.module)
         self.names = {id(param): name for name, param in own.items()}
+        self.names |= untied_names(engine.module) if self.staged else {}
         ranks = {id(param): groups._get_expert_parallel_rank(param.group_name) for param in _experts_in(own.values())}
         self.names |= {key: copies[ranks[key]] for key, copies in self._copies.items()}
         self.labels = self.names
         if self.grid is not None:
             self.labels = {id(param): self.grid.label(self.names[id(param)], param) for param in own.values()}
-        self.order = list(dict.fromkeys(self._ordered(own.values())))
+        self.order = list(self.of_all(dict.fromkeys(self._ordered(own.values()))))
 
     def _ordered(self, params: Iterable[Tensor]) -> Iterable[str]:
         layers: dict[str, list[str]] = {}
@@ -70,11 +83,16 @@ class Holders:
             yield from [name] if experts is None else sorted(experts, key=_number_of)
 
     @property
-    def file_number(self) -> int:
-        """Of DeepSpeed's file with this rank's optimizer states, where there are several."""
+    def place(self) -> StageRank:
+        """By which DeepSpeed names its file with this rank's optimizer states, where there are several."""
         if self._stage == 0 and self._copies:
-            return groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
-        return self._column.dp_rank
+            return 0, groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
+        return self.stage, self.dense.dp_rank
+
+    @property
+    def planners(self) -> Communicator:
+        """The ranks that plan alike: all, but in a pipeline those of this stage."""
+        return self.dense if self.staged else self.everyone
 
     @property
     def slice_number(self) -> int:
@@ -85,6 +103,22 @@ class Holders:
     def slices(self) -> int:
         """Into how many slices the module is taken apart."""
         return 1 if self.grid is None else self.grid.size
+
+    def of_all(self, own: Mapping[str, T]) -> dict[str, T]:
+        """What all stages have by the names of parameters or matrices, in the order of a module that holds all layers.
+
+        Args:
+            own: of this stage, in its module's order.
+
+        Returns:
+            The same on every rank; without a pipeline as it came, else by a collective call.
+        """
+        if not self.staged:
+            return dict(own)
+        parts = sorted(self.everyone.gather_objects((self.stage, dict(own))), key=lambda part: part[0])
+        found = {name: item for _, part in reversed(parts) for name, item in part.items()}
+        names = dict.fromkeys(name for _, part in parts for name in part)
+        return {name: found[name] for name in sorted(names, key=lambda name: not name.startswith(f"{TIED}."))}
 
     def alike(self, params: Sequence[Tensor]) -> Communicator:
         """The ranks that hold the same of some parameters; raises as `of`."""
@@ -130,7 +164,7 @@ class Holders:
                 "parameters, which ZeRO partitions over different ranks; give them groups of their own by "
                 "deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer."
             )
-        return self._column if kinds in (set(), {None}) else self._experts[kinds.pop()]
+        return self.dense if kinds in (set(), {None}) else self._experts[kinds.pop()]
 
     def everywhere(self, params: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         """The names of some parameters on all ranks, each with the parameter that this rank has in its place."""

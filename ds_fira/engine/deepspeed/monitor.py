@@ -118,7 +118,7 @@ def add_loss(backward: Callable[..., T], engine: DeepSpeedEngine, *args: object,
     """`backward`: the loss that it returns goes into the mean of the interval."""
     loss = backward(engine, *args, **kwargs)
     hook = _hook_of(engine)
-    if hook is not None:
+    if hook is not None and not engine.pipeline_parallelism:  # of a pipeline DeepSpeed writes it
         hook.add_loss(loss)
     return loss
 
@@ -160,8 +160,11 @@ def _hook_of(engine: DeepSpeedEngine) -> MonitorHook | None:
 
 
 def _own_norm(engine: DeepSpeedEngine) -> Tensor | None:
-    """The gradient's norm before clipping where no wrapper keeps it: at stage 0 in fp32; None elsewhere."""
-    if not isinstance(engine.optimizer, LowRankOptimizer):
+    """The gradient's norm before clipping where no wrapper keeps it: at stage 0 in fp32; None elsewhere.
+
+    And None where this rank has the gradient of a pipeline's stage only.
+    """
+    if not isinstance(engine.optimizer, LowRankOptimizer) or engine.fira_holders.staged:
         return None
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 

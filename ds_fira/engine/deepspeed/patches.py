@@ -22,9 +22,11 @@ import deepspeed.runtime.engine as deepspeed_engine
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import mixed_precision_linkage, zero_to_fp32
 
@@ -36,6 +38,7 @@ from ds_fira.engine.deepspeed import (
     param_states,
     peers,
     schedulers,
+    stage_norm,
     swapped,
     thawed,
     twin_flow,
@@ -114,6 +117,8 @@ PATCHES = (
     # Lets the loss scale grow after the step; step calls _update_scale before it divides the gradients by the scale.
     *(Patch(wrapper, "_update_scale", loss_scale.put_off_growth) for wrapper in loss_scale.WRAPPERS),
     *(Patch(wrapper, "step", loss_scale.grow_after_step) for wrapper in loss_scale.WRAPPERS),
+    # Sums the squares of a gradient over the stages of a pipeline once, not once a group.
+    Patch(DeepSpeedZeroOptimizer, "scaled_global_norm", stage_norm.norm_over_stages),
     # Refuses to leave out what has been thawed, writes events, then compares the weights; makes the optimizer step on
     # every rank, counts global_steps and global_samples.
     Patch(DeepSpeedEngine, "_take_model_step", thawed.refuse_thawed),
@@ -123,6 +128,9 @@ PATCHES = (
     Patch(DeepSpeedEngine, "step", peers.step_among_peers),
     # Raises what went wrong in a save from behind, before anything is stepped; called on all ranks alike.
     Patch(DeepSpeedEngine, "step", behind.hear_before_step),
+    # The same of a pipeline, which steps in it; called on all ranks alike.
+    Patch(PipelineEngine, "train_batch", peers.step_among_peers),
+    Patch(PipelineEngine, "train_batch", behind.hear_before_step),
     # --- A script reads and sets states by deepspeed.utils.safe_get_* and safe_set_*.
     # Of stages 1 and 2: become methods of every parameter, whose optimizer is noted.
     Patch(mixed_precision_linkage, "get_full_hp_param", param_states.get_full),

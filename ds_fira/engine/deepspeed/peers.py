@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.module import PipelineModule
 
 from ds_fira.core.algorithms import FIRA_ADAM
 from ds_fira.core.kernels import VARIABLE
@@ -156,7 +157,7 @@ def _describe(
         settings |= {f"optimizer.params.{key}": value for key, value in checked_params(engine).items()}
     settings |= describe_config(engine._config)
     settings["lr_scheduler"] = engine.client_lr_scheduler
-    items, groups = given.get("model_parameters"), []
+    items, groups, group_settings = given.get("model_parameters"), [], {}
     if made:
         items = chosen.param_groups
         settings["check_sync_every"] = getattr(chosen, "check_sync_every", 0)
@@ -164,10 +165,11 @@ def _describe(
         settings[f"kernels ({VARIABLE})"] = getattr(chosen, "kernels", "auto")
         settings["record_scaling_factors"] = getattr(getattr(chosen, "recorder", None), "every", 0)
     if items is not None:
-        found, groups = describe_groups(given["model"], items)
-        settings |= found
+        group_settings, groups = describe_groups(given["model"], items)
     return {
         "settings": {name: plain(value) for name, value in settings.items()},
+        "stage": getattr(given["model"], "stage_id", 0) if isinstance(given["model"], PipelineModule) else 0,
+        "group_settings": group_settings,
         "parameters": describe_module(given["model"]),
         "groups": groups,
     }

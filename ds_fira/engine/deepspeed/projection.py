@@ -68,7 +68,9 @@ def project_as_saved(
         wanted = saved_projection(saved, group, listed)
         if wanted is not None and wanted != group[PROJECT_FULL_RANK]:
             changed[number] = wanted
-    if not changed:
+    # The stages of a pipeline have groups of their own, and are told anew together.
+    alone = attach is None or optimizer.communicator is None
+    if not (changed if alone else any(optimizer.communicator.gather_objects(bool(changed)))):
         return
     refuse_changed_structure(saved, optimizer.param_groups, members)
     if attach is None and optimizer.communicator is not None:

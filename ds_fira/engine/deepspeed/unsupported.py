@@ -92,12 +92,15 @@ def unsupported_settings(engine: DeepSpeedEngine, name: str) -> list[str]:
 def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
     """By sentence, whether a setting is on that is not supported."""
     config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
-    pipeline = isinstance(engine, PipelineEngine)
+    pipeline, (dtype, _) = isinstance(engine, PipelineEngine), engine.get_data_types()
     mpu_size = _model_parallel_size(engine.mpu)
     autocast = config.torch_autocast_dtype if getattr(config, "torch_autocast_enabled", False) else None
     return {
-        f"{type(engine).__name__} is not supported yet, because its stages hold different layers; give "
-        "deepspeed.initialize a module that is no PipelineModule and use ZeRO stage 1 or 2.": pipeline,
+        # Of bf16 the wrapper is that of stage 1; that of fp16 sums norms over the stages group by group.
+        f"zero_optimization.stage = 0 is not supported with {str(dtype)[6:]} in a PipelineModule; set it to 1, which "
+        "takes less memory and sends no more.": pipeline and stage == 0 and dtype != torch.float32,
+        "tensor_parallel.autotp_size above 1 is not supported in a PipelineModule, whose stages would hold slices of "
+        "different layers; set it to 1.": pipeline and engine.autotp_size() > 1,
         f"an mpu with tensor parallelism of size {mpu_size} is not supported, because its parameters do not say which "
         "slice of which matrix they are; give none, and set tensor_parallel.autotp_size.": mpu_size > 1,
         # AutoEP came with 0.19.
@@ -191,6 +194,12 @@ def refuse_unsupported_module(engine: DeepSpeedEngine, name: str) -> None:
     """
     module = engine.module
     _refuse_mixed_experts(engine, name)
+    experts = [path for path, param in module.named_parameters() if keys_of(param)]
+    if experts and isinstance(engine, PipelineEngine):
+        raise ValueError(
+            f"{name}: {experts[0]} is of a DeepSpeed MoE layer, which is not supported inside a PipelineModule; build "
+            "the model as another module."
+        )
     for path, submodule in module.named_modules():
         if isinstance(submodule, nn.Embedding | nn.EmbeddingBag) and submodule.sparse:
             raise ValueError(f"{name}: {path}.sparse = True gives sparse gradients; build it with sparse=False.")

@@ -6,7 +6,8 @@ of its module's `dist`, which nothing needs here: the folder is made later, and 
 Every rank builds the content of the module's file, and those whose `save_non_zero_checkpoint` is set save it: rank 0
 below stage 3, or the first of each node. Below stage 3 all ranks hold the same parameters, and at stage 0 the same
 states. So there every rank saves it here, its part of the bytes. Buffers, which may differ between ranks, and
-everything else in it are the first one's.
+everything else in it are the first one's. Of a pipeline the first rank of each stage saves that stage's, as DeepSpeed
+does.
 
 At stage 3 the module's file, and at every stage above 0 that of the optimizer's states, is one a rank in DeepSpeed,
 with what that rank alone has.
@@ -26,6 +27,7 @@ from types import ModuleType
 import deepspeed.runtime.engine as deepspeed_engine
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.module import PipelineModule
 from torch.utils.serialization import config as serialization
 
 from ds_fira.checkpoint.manifest import FORMAT, MARK
@@ -132,8 +134,8 @@ class Capture:
 
     @property
     def _spreads(self) -> bool:
-        # With slices of the module every rank has its own file of it, or another one writes the same.
-        whole = self._engine.fira_holders.slices == 1
+        # Slices of the module, and layers of a pipeline, have files of their own, or several ranks write the same.
+        whole = self._engine.fira_holders.slices == 1 and not isinstance(self._engine.module, PipelineModule)
         return len(self._peers) > 1 and self._engine.zero_optimization_stage() < 3 and self._zipped and whole
 
     @property

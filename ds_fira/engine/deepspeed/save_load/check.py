@@ -122,7 +122,7 @@ def require_own_share(engine: DeepSpeedEngine, folder: Path, reading: SharedRead
         known: Holders = engine.fira_holders
         files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, reading, known.slice_number)
         if files.models:
-            _, state_dict = files.of_rank(known.file_number)
+            _, state_dict = files.of_rank(known.place)
             optimizer.require_fit(state_dict)
     return None if engine.zero_optimization_stage() == 0 else state_dict
 

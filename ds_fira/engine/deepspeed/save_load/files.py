@@ -26,9 +26,12 @@ T = TypeVar("T")
 OUTER = "optimizer_state_dict"
 BASE_OPTIMIZER = ("base_optimizer_state", "optimizer_state_dict")  # stages 1 and 2; stage 3 and the wrapper of stage 0
 MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
-OPTIMIZER_FILE = re.compile(r"(?:(?:bf16_)?zero_pp|expp)_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+# Of a rank, and of the slice of the module or the stage of the pipeline that it has; else 0.
+OPTIMIZER_FILE = re.compile(r"(?:(?:bf16_)?zero_pp|expp)_rank_(\d+)_mp_rank_(\d\d+)_optim_states\.pt")
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
-MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d\d+)_model_states\.pt")
+# A stage of a pipeline and a data-parallel rank in it.
+StageRank = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,9 @@ class CheckpointFiles:
     """The files of one tag; where the ranks had slices of the module, those of one slice.
 
     Attributes:
-        models: with the module's weights: one, or under stage 3 one a rank.
+        models: with the module's weights: one, or under stage 3 one a rank; of a pipeline one a stage, without them.
         optimizers: one a rank; none at stage 0, where the states are in the model's file, but with experts one for each
-            rank of the largest expert-parallel group.
+            rank of the largest expert-parallel group. Of a pipeline stage after stage.
         unpickle: see `load`.
         reading: by which all ranks read them, None where this process does it alone.
         slices: how many slices of the module there are files of.
@@ -72,34 +75,50 @@ class CheckpointFiles:
             ValueError: some are missing.
         """
         listed = None if reading is None else reading.files
-        every_model = _by_rank(folder, MODEL_FILE, "*", listed)
-        models = every_model.get(of_slice)
+        models = _by_rank(folder, MODEL_FILE, "*", listed)
         if not models:
             return cls((), ())
         # A folder that was saved into twice, in bf16 and not, has two sets; the newer one counts.
-        found = [
-            _by_rank(folder, OPTIMIZER_FILE, names, listed).get(of_slice, {})
-            for names in ("bf16_*", "zero_*", "expp_*")
-        ]
+        found = [_by_rank(folder, OPTIMIZER_FILE, names, listed) for names in ("bf16_*", "zero_*", "expp_*")]
         optimizers = max(found, key=lambda files: max((path.stat().st_mtime for path in files.values()), default=0.0))
-        slices = 1 + max(every_model)
-        files = cls(tuple(models.values()), tuple(optimizers.values()), unpickle, reading, slices)
-        if not optimizers or not every:
+        files = cls(tuple(models.values()), tuple(optimizers.values()), unpickle, reading)
+        slices = 1 + max(number for number, _ in models)
+        if slices > 1 and not files.of_pipeline:
+            kept = [
+                tuple(path for (number, _), path in paths.items() if number == of_slice)
+                for paths in (models, optimizers)
+            ]
+            files = replace(files, models=kept[0], optimizers=kept[1], slices=slices)
+        elif of_slice:
+            return cls((), (), slices=slices)
+        if not files.optimizers or not every:
             return files
         if absent := files.find_absent():
             raise ValueError(
                 f"{folder} lacks {absent}; to resume on other ranks all of its files must be in one folder that every "
                 "node can read."
             )
-        return replace(files, optimizers=files.optimizers[: int(files.model()["dp_world_size"])])
+        wanted = [files.places.index(place) for place in files.saved_places()]
+        return replace(files, optimizers=tuple(files.optimizers[number] for number in wanted))
 
     def find_absent(self) -> str:
         """Words for the optimizer states of ranks that saved and have no file here; empty where all have."""
         if self.at_stage_0:
             return ""  # how many there were, nothing says; a state that is missing is found as it is read
-        size = int(self.model()["dp_world_size"])
-        absent = sorted({*range(size)} - {*self.ranks})
-        return f"the optimizer states of ranks {absent} of the {size} that saved it" if absent else ""
+        saved, found = self.saved_places(), {*self.places}
+        absent = [number for number, place in enumerate(saved) if place not in found]
+        return f"the optimizer states of ranks {absent} of the {len(saved)} that saved it" if absent else ""
+
+    def saved_places(self) -> list[StageRank]:
+        """Of all ranks that saved it, stage after stage."""
+        model = self.model()
+        stages = int(model["mp_world_size"]) if self.of_pipeline else 1
+        return [(stage, rank) for stage in range(stages) for rank in range(int(model["dp_world_size"]))]
+
+    @property
+    def of_pipeline(self) -> bool:
+        """Whether a pipeline saved it, whose layers have a file each."""
+        return self.model().get("module", "") is None
 
     def lost_experts(self) -> list[str]:
         """The names of the files of experts that are not here."""
@@ -122,29 +141,30 @@ class CheckpointFiles:
         return MODEL_FILE.fullmatch(self.models[0].name)[1] is not None
 
     @property
-    def ranks(self) -> list[int]:
+    def places(self) -> list[StageRank]:
         """The ranks that the files of optimizer states are of."""
-        return [int(OPTIMIZER_FILE.fullmatch(path.name)[1]) for path in self.optimizers]
+        found = [place_of(OPTIMIZER_FILE.fullmatch(path.name)) for path in self.optimizers]
+        return found if self.slices == 1 else [(0, rank) for _, rank in found]
 
     def model(self, number: int = 0) -> dict[str, object]:
         """What the file with the module's weights holds, of one rank under stage 3."""
         return load(self.models[number], self.unpickle, self.reading)
 
-    def of_rank(self, rank: int) -> tuple[Mapping[str, object], StateDict]:
-        """As `optimizer_state`, of the file by its number: files of other ranks may be on other nodes.
+    def of_rank(self, place: StageRank) -> tuple[Mapping[str, object], StateDict]:
+        """As `optimizer_state`, of a rank by its place: files of other ranks may be on other nodes.
 
         Raises:
             ValueError: it has no file.
         """
-        ranks = self.ranks
-        if ranks and rank not in ranks:
-            folder = self.models[0].parent
-            raise ValueError(f"{folder} lacks the optimizer states of rank {rank}; load another tag.")
-        return self.optimizer_state(ranks.index(rank) if ranks else 0)
+        places, (stage, rank) = self.places, place
+        if places and place not in places:
+            folder, where = self.models[0].parent, f" of stage {stage}" if self.of_pipeline else ""
+            raise ValueError(f"{folder} lacks the optimizer states of rank {rank}{where}; load another tag.")
+        return self.optimizer_state(places.index(place) if places else stage)
 
     def optimizer_state(self, number: int) -> tuple[Mapping[str, object], StateDict]:
         """What a rank's wrapper has saved, and in it the state dict of the optimizer."""
-        path = self.optimizers[number] if self.optimizers else self.models[0]
+        path = self.optimizers[number] if self.optimizers else self.models[number]
         content = load(path, self.unpickle, self.reading)
         wrapper = content.get("optimizer" if self.at_stage_0 else OUTER)
         if not isinstance(wrapper, Mapping):
@@ -162,7 +182,7 @@ class CheckpointFiles:
         if not self.partitioned:
             return state_dict.get(PAYLOAD)
         ranks = [int(MODEL_FILE.fullmatch(path.name)[1]) for path in self.models]
-        rank = self.ranks[number]
+        _, rank = self.places[number]
         payload = self.model(ranks.index(rank)).get(PAYLOAD) if rank in ranks else None
         if payload is not None and payload[KEY]["places"] != state_dict[KEY]["places"]:
             raise ValueError("this state dict is another rank's share of the run; load each rank's own.")
@@ -176,20 +196,25 @@ class CheckpointFiles:
         others = {"unpickle": self.unpickle, "reading": self.reading}
         return [CheckpointFiles.find(folder, **others, of_slice=number) for number in range(self.slices)]
 
+    def first_of_stages(self) -> list[int]:
+        """The numbers of files with states, one of each stage."""
+        stages = [stage for stage, _ in self.places] or range(len(self.models))
+        return [number for number, stage in enumerate(stages) if stage not in stages[:number]]
+
     def read(self) -> SavedState:
-        """The states and master weights that all ranks saved."""
+        """The states and master weights that all ranks saved; without weights where they are in the layers' files."""
         saved = SavedState()
         for files in self.of_all_slices():
             files._read_into(saved)
         return saved
 
     def _read_into(self, saved: SavedState) -> None:
-        for number in range(max(1, len(self.optimizers))):
+        for number in range(len(self.optimizers) or len(self.models)):
             wrapper, state_dict = self.optimizer_state(number)
             weights = next((wrapper[key] for key in MASTERS if key in wrapper), None)
             if weights is None and "fp32_groups" in wrapper:
                 weights = [tensor for group in wrapper["fp32_groups"] for tensor in group]
-            elif weights is None:
+            elif weights is None and not self.of_pipeline:
                 # Stage 0 in float32 steps the module's own weights.
                 module = self._module()
                 held = [TensorSlices.from_plain(each).params[0] for each in state_dict[KEY]["places"]]
@@ -222,15 +247,16 @@ def refuse_other_slices(files: CheckpointFiles, now: int) -> None:
         )
 
 
+def place_of(match: re.Match[str]) -> StageRank:
+    """Of the rank that a file is of, by its name."""
+    return int(match[2]), int(match[1] or 0)
+
+
 def _by_rank(
     folder: Path, pattern: re.Pattern[str], names: str, listed: Collection[str] | None
-) -> dict[int, dict[int, Path]]:
-    """By the number of the slice, the files by rank, in order."""
+) -> dict[StageRank, Path]:
     matches = [(pattern.fullmatch(path.name), path) for path in matching_files(folder, names, listed)]
-    found: dict[int, dict[int, Path]] = {}
-    for number, rank, path in sorted((int(match[2]), int(match[1] or 0), path) for match, path in matches if match):
-        found.setdefault(number, {})[rank] = path
-    return found
+    return dict(sorted((place_of(match), path) for match, path in matches if match))
 
 
 def load(path: Path, unpickle: bool = False, reading: SharedRead | None = None) -> dict[str, object]:

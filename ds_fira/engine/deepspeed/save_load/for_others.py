@@ -90,6 +90,11 @@ def load_into_other(
     holders = Holders(engine)
     files = find_files(Path(load_dir, tag), of_slice=holders.slice_number)
     refuse_other_slices(files, holders.slices)
+    if files.of_pipeline:
+        raise ValueError(
+            f"the checkpoint in {Path(load_dir, tag)} was made by an optimizer of ds_fira in a PipelineModule, of "
+            "which another optimizer can take the weights only; load with load_module_only=True."
+        )
     saved = files.read()
     members = _members(engine, holders)
     name, kind = saved.algorithm.name, type(engine.basic_optimizer).__name__

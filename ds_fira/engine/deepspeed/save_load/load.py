@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import logger
 
 from ds_fira.checkpoint.errors import errors_name
 from ds_fira.checkpoint.named_state import KEY, SavedState
 from ds_fira.checkpoint.payload import PAYLOAD
 from ds_fira.checkpoint.rates import carry_rates
-from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure
+from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure, without
 from ds_fira.checkpoint.safe_load import only_safe_loads
 from ds_fira.engine.deepspeed.attach import attach
 from ds_fira.engine.deepspeed.chosen import trains_ours
@@ -45,6 +46,7 @@ from ds_fira.engine.deepspeed.save_load.universal_files import find_files, is_un
 from ds_fira.engine.deepspeed.save_load.written import (
     Loaded,
     carry_loss_scale,
+    load_layers,
     load_untrained,
     stepped_params,
     untrained_values,
@@ -61,11 +63,13 @@ class Header(NamedTuple):
         layout: a digest of what lay where on all of its ranks; None where the states of the first rank do not say.
         groups: its param groups; none where they do not say.
         adam: its optimizer, where that is an Adam of another package; else None.
+        pipeline: whether its module was a pipeline.
     """
 
     layout: str | None = None
     groups: Sequence[SavedGroup] = ()
     adam: str | None = None
+    pipeline: bool = False
 
 
 def read_header(optimizer: LowRankOptimizer, folder: Path) -> Header:
@@ -78,9 +82,10 @@ def read_header(optimizer: LowRankOptimizer, folder: Path) -> Header:
     state_dict = files.optimizer_state(0)[1] if files.models else {}
     if KEY in state_dict:
         saved = SavedState()
-        saved.add(state_dict)
-        return Header(state_dict[KEY].get("layout"), saved.groups)
-    return Header(adam=maker_of(files, state_dict) if state_dict else None)
+        for number in files.first_of_stages():
+            saved.add(files.optimizer_state(number)[1])
+        return Header(state_dict[KEY].get("layout"), saved.groups, pipeline=files.of_pipeline)
+    return Header(adam=maker_of(files, state_dict) if state_dict else None, pipeline=files.models and files.of_pipeline)
 
 
 def load_elsewhere(
@@ -114,14 +119,17 @@ def load_elsewhere(
     with agreed(optimizer):
         files = find_files(folder, True, optimizer.unpickle_checkpoints, reading, number)
         saved = files.read() if adam is None else read_adam(files, adam, given_names(engine))
+        saved.groups = without(saved.groups, optimizer.elsewhere)
         refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
         if reading is not None:
             with stepped_params(engine):
                 wanted = reading.touched_by(lambda: optimizer.restore(saved, weights=True, rehearsal=True))
-    simple, methods = stage < 3 and len(files.models) == 1 and not files.partitioned, {}
+    simple, methods = stage < 3 and (len(files.models) == 1 or files.of_pipeline) and not files.partitioned, {}
     if reading is not None:
         reading.deliver(wanted)
         methods = fill_elsewhere(reading, files, engine, options, simple)
+    if not saved.weights:
+        load_layers(engine, saved, folder)
     with agreed(optimizer):
         with stepped_params(engine):
             optimizer.restore(saved, weights=True)
@@ -129,10 +137,11 @@ def load_elsewhere(
             optimizer.carry_groups(saved)
         else:
             carry_rates(saved.groups, optimizer.param_groups, optimizer.members)
-        rest = untrained_values(files)
+        rest = {} if files.of_pipeline else untrained_values(files)
     if not simple:
         methods = {"load_module_state_dict": lambda **_: load_untrained(engine, rest, untrained(engine))}
-    listed = [str(each.models[0]) for each in files.of_all_slices()]
+    one_each = [files.models] if files.of_pipeline else [each.models[:1] for each in files.of_all_slices()]
+    listed = [str(path) for paths in one_each for path in paths]
     with replaced(engine, _get_all_ckpt_names=lambda *_: listed, **methods):
         # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
         path, client_state = load_engine_state(
@@ -192,7 +201,9 @@ def load_states(
         if universal and not optimizer_too:
             return load_weights(engine, folder, load_engine_state, options)
         if optimizer_too:
-            groups = header.groups
+            groups = without(header.groups, optimizer.elsewhere)
+            with agreed(optimizer):
+                _refuse_other_module(engine, header, groups)
             with errors_name(optimizer.algorithm.name):
                 project_as_saved(optimizer, groups, functools.partial(attach, engine))
             if header.adam is not None and engine.fira_holders.slices > 1:
@@ -216,6 +227,26 @@ def load_states(
         release(reading)
         (loaded[1] or {}).pop(PAYLOAD, None)
         return loaded
+
+
+def _refuse_other_module(engine: DeepSpeedEngine, header: Header, groups: Sequence[SavedGroup]) -> None:
+    """Stop where a pipeline's checkpoint meets another kind of module, or what only some of its stages would refuse."""
+    pipeline, optimizer = isinstance(engine.module, PipelineModule), engine.basic_optimizer
+    if header.layout is None and header.adam is None:
+        return
+    if header.pipeline != pipeline:
+        before, now = ("a PipelineModule", "no") if header.pipeline else ("another module", "a")
+        raise ValueError(
+            f"the checkpoint is of {before}, whose files are others, and this engine trains {now} PipelineModule; "
+            "build the model as it was."
+        )
+    if header.adam is not None and pipeline:
+        raise ValueError(
+            f"the checkpoint was made by {header.adam} in a PipelineModule, of which nothing but weights can be taken "
+            "over; load with load_optimizer_states=False and load_lr_scheduler_states=False."
+        )
+    if pipeline:
+        refuse_changed_structure(groups, optimizer.param_groups, optimizer.members)
 
 
 def load_zero_states(load_zero: Callable[..., bool], engine: DeepSpeedEngine, *args: object, **kwargs: object) -> bool:

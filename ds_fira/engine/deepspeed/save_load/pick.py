@@ -16,13 +16,14 @@ from typing import TypeVar
 
 from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import logger
 
 from ds_fira.checkpoint import manifest, tag_folder
 from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.checkpoint.manifest import FORMAT, REPLACED, STAGING
 from ds_fira.checkpoint.shared_read import Listed, SharedRead
-from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, OPTIMIZER_FILE, CheckpointFiles
+from ds_fira.engine.deepspeed.save_load.files import MODEL_FILE, OPTIMIZER_FILE, CheckpointFiles, place_of
 from ds_fira.sharding.comm import Communicator
 
 T = TypeVar("T")
@@ -71,9 +72,11 @@ class Choice:
         self.whole = not partial
         self.local: bool = engine.use_node_local_storage()
         self.owner = owns_storage(engine)
-        # Weights alone of stage 3 are put together by DeepSpeed, which maps the files; slices have files of their own.
-        self.keeps = engine.fira_holders.slices == 1
-        self.keeps &= not engine.basic_optimizer.unpickle_checkpoints and (self.whole or self.model_only)
+        # Weights alone of stage 3 are put together by DeepSpeed, which maps the files, as the layers' of a pipeline;
+        # slices have files of their own.
+        mapped = not (self.whole or self.model_only) or isinstance(engine.module, PipelineModule)
+        sliced = engine.fira_holders.slices > 1
+        self.keeps = not (engine.basic_optimizer.unpickle_checkpoints or mapped or sliced)
         self.reading: SharedRead | None = None
 
     def make(self) -> str | None:
@@ -191,8 +194,8 @@ class Choice:
         records = (manifest.read_manifest(path) or {"files": {}})["files"]
         names = [*records] or [file.name for file in path.glob("*.pt")]
         matches = {name: OPTIMIZER_FILE.fullmatch(name) or MODEL_FILE.fullmatch(name) for name in sorted(names)}
-        ranks = {int(match[1]) for match in matches.values() if match and match[1]}
-        one_each = self.whole and ranks == {*range(self.communicator.dp_size)}
+        places = {place_of(match) for match in matches.values() if match and match[1]}
+        one_each = self.whole and places == {(0, rank) for rank in range(self.communicator.dp_size)}
         found = {}
         for name, match in matches.items():
             if self.model_only and match and match.re is OPTIMIZER_FILE:

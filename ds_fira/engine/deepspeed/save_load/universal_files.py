@@ -80,13 +80,13 @@ class UniversalFiles(CheckpointFiles):
         """The files in a folder; as of the base class.
 
         Raises:
-            ValueError: some are missing, or tensor parallelism sliced them.
+            ValueError: some are missing, or they are of slices or stages of a module.
         """
         del reading  # of files that the manifest of another folder lists
         found = CheckpointFiles.find(folder, every=False, unpickle=unpickle)
-        if of_slice or found.slices > 1:
+        if of_slice or found.slices > 1 or (found.models and found.of_pipeline):
             raise ValueError(
-                f"{folder} is a universal checkpoint, which is not read under tensor parallelism; set "
+                f"{folder} is a universal checkpoint, which is not read under tensor or pipeline parallelism; set "
                 "checkpoint.load_universal = false and load the checkpoint that it was made of."
             )
         if not found.models:

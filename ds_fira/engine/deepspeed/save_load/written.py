@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from ds_fira.checkpoint.named_state import SavedState
 from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized
 from ds_fira.engine.deepspeed.save_load.fill import FROZEN
+from ds_fira.sharding.geometry import ParamSlice
 
 # The path that was loaded, and the client state.
 Loaded = tuple[str | None, dict[str, object] | None]
@@ -77,6 +80,20 @@ def untrained_values(files: CheckpointFiles) -> dict[str, Tensor]:
         whole = torch.cat([model[FROZEN][name].reshape(-1) for model in models])
         found[name] = whole[: shape.numel()].view(shape)
     return normalized(found)
+
+
+def load_layers(engine: DeepSpeedEngine, saved: SavedState, folder: Path) -> None:
+    """Load the layers of a pipeline from their files, and let a checkpoint whose only weights they are have those.
+
+    Args:
+        engine: that trains one.
+        saved: gets the weights of this rank's stage, those that the layers have now.
+        folder: of the tag.
+    """
+    engine.module.load_state_dir(load_dir=str(folder), strict=True, checkpoint_engine=engine.checkpoint_engine)
+    for param in engine.module.parameters():
+        name, numel = engine.fira_holders.names[id(param)], param.numel()
+        saved.weights[name] = [(ParamSlice(name, 0, 0, numel), param.detach().clone().reshape(-1))]
 
 
 def load_untrained(engine: DeepSpeedEngine, values: Mapping[str, Tensor], wanted: Collection[str]) -> None:
