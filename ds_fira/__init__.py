@@ -6,6 +6,7 @@ Importing this package registers `FiraAdam`, `GaLoreAdam` and `FiraRMSProp` with
 
 from ds_fira.checkpoint.released_files import read_released_state
 from ds_fira.core.rules import Rule
+from ds_fira.engine.doors import add_doors
 from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
 from ds_fira.optim.low_rank_state import LowRankState, low_rank_state, set_low_rank_state
 from ds_fira.optim.param_groups import param_groups
@@ -16,6 +17,7 @@ from ds_fira.runtime import import_deepspeed
 from ds_fira.runtime.termination import Termination
 from ds_fira.version import __version__
 
+add_doors()
 if import_deepspeed():
     from ds_fira.engine.deepspeed.agreement import DeviatingRank
     from ds_fira.engine.deepspeed.patches import register

@@ -92,7 +92,7 @@ class Resumable(Attachable, Optimizer):
         slices = [self._slices(param, group) for group in self.param_groups for param in group["params"]]
         states = [result["state"].get(number, {}) for group in result["param_groups"] for number in group["params"]]
         result[KEY] = describe(self.attachment.digest, self.given, self._members(), slices, states, self.algorithm)
-        if self.recorder is not None and self.communicator is None:
+        if self.recorder is not None and not self.members:
             # Inside an engine it goes over ranks: `ds_fira.engine.deepspeed.save_load.client_state` saves it.
             result[KEY][RECORD] = self.recorder.state_dict()
         return result
@@ -114,7 +114,7 @@ class Resumable(Attachable, Optimizer):
             saved, members, convert = self.require_fit(state_dict)
         self._load_as_saved(state_dict, states=not convert)
         self._refresher.forget_counts()
-        if self.recorder is not None and self.communicator is None:
+        if self.recorder is not None and not self.members:
             self.recorder.load_state_dict(state_dict.get(KEY, {}).get(RECORD))
         if saved is not None:
             for group, own in zip(self.param_groups, given, strict=True):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import deepspeed
@@ -14,11 +13,9 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from ds_fira.checkpoint.reconcile import Members
-from ds_fira.core import kernels
-from ds_fira.core.algorithms import KEY
 from ds_fira.core.selection import shape_of
 from ds_fira.core.settings import GroupSettings
+from ds_fira.engine.binding import agree_on_kernels, bind_layout, structure_of
 from ds_fira.engine.deepspeed import unsupported
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
@@ -37,12 +34,9 @@ from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import SaveSettings, refuse_auto
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.sharding.comm import Communicator
-from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.geometry import matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
-from ds_fira.sharding.lowrank.step import LowRankMatrices
 from ds_fira.sharding.plan import GroupLayout, digest, plan_groups, plan_hash
-from ds_fira.sharding.projection import is_projected
 
 
 def check_config(check: Callable[..., None], engine: DeepSpeedEngine) -> None:
@@ -159,42 +153,15 @@ def attach(engine: DeepSpeedEngine) -> None:
                 members,
                 [flat.partitioning for flat in flats if stage > 0],
                 *_layouts_of_all(plans, communicator),
-                [_structure(group, listed) for group, listed in zip(groups, members, strict=True)],
+                [structure_of(group, listed) for group, listed in zip(groups, members, strict=True)],
                 [_precision(part, groups) for part in parts],
             ),
         )
     )
-    _agree_on_kernels(optimizer, flats, communicator)
+    if flats:
+        agree_on_kernels(optimizer, flats[0].hp_partition.device, communicator)
     if optimizer.recorder is not None:
         record_weights(engine, optimizer, flats, holders)
-
-
-def _agree_on_kernels(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], communicator: Communicator) -> None:
-    """Where the kernels do not run on some rank, no rank uses them: replicas would drift apart by their rounding.
-
-    One rank says so, for all, with the reason of the first that has one to tell.
-    """
-    if optimizer.kernels == "off" or not flats:
-        return
-    found = communicator.gather_objects(kernels.fault(flats[0].hp_partition.device))
-    faults = {rank: fault for rank, fault in enumerate(found) if fault is not None}
-    if len(faults) == len(found):  # on devices that the kernels are not for, there is nothing to say
-        faults = {rank: fault for rank, fault in faults.items() if not fault.known}
-    if not faults:
-        return
-    optimizer.kernels = "off"
-    if communicator.dp_rank == 0:
-        rank, fault = min(faults.items(), key=lambda item: item[1].known)
-        warnings.warn(f"{optimizer.algorithm.name}: on rank {rank} {fault.advice}", stacklevel=2)
-
-
-def _structure(group: Mapping[str, object], members: Members) -> tuple[object, ...]:
-    """The settings of a param group that decide how its states are laid out, and what it leaves unprojected."""
-    return (
-        *(group.get("rank"), group["proj_type"], group["formulation"]),
-        *((group[KEY],) if KEY in group else ()),
-        *((name for name, shape in members if not is_projected(shape, group)) if "rank" in group else ()),
-    )
 
 
 def _precision(flats: Sequence[FlatGroup], groups: Sequence[Mapping[str, object]]) -> tuple[int, object, list[str]]:
@@ -227,17 +194,8 @@ def _plan_flats(
         communicator.require_same(plan_hash(layouts), optimizer.algorithm.name)
         for place, layout in zip(places, layouts, strict=True):
             plans[place] = (communicator, layout)
-            bound[projected[place].hp_partition] = _bind(layout, communicator, numbers)
+            bound[projected[place].hp_partition] = bind_layout(layout, communicator, numbers)
     return [plans[place] for place in range(len(projected))], bound
-
-
-def _bind(layout: GroupLayout, communicator: Communicator, numbers: Mapping[str, int]) -> LocalMatrices:
-    """What a rank steps of a flat tensor, and the collectives that it takes part in for it."""
-    whole = layout.unsplit[communicator.dp_rank]
-    exchanges = tuple(GatherExchange(turn, communicator) for turn in layout.gathered_turns)
-    low_rank = LowRankMatrices(layout.low_rank, communicator, numbers) if layout.low_rank else None
-    indices = tuple(numbers[matrix.name] for matrix in (*whole, *layout.gathered_by(communicator.dp_rank)))
-    return LocalMatrices(whole, indices, exchanges, low_rank)
 
 
 def _layouts_of_all(plans: Sequence[tuple[Communicator, GroupLayout]], everyone: Communicator) -> list[object]:
