@@ -1,0 +1,141 @@
+"""What is stepped in place of FSDP2's parameters: the part that this rank holds of one, or a flat tensor of several.
+
+What is not projected is stepped where it lies, element by element. Matrices are stepped together, as under ZeRO-3: what
+a rank holds of them is put behind one another for the time of a step, so that a few collectives serve all of them. A
+matrix that fills such a tensor alone is stepped where it lies, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ds_fira.engine.fsdp2.shards import Shards, local_of
+from ds_fira.sharding.comm import Communicator
+
+
+class LocalStandIn:
+    """What this rank holds of a parameter, stepped where it lies; see `ds_fira.optim.attachment.StandIn`.
+
+    Args:
+        param: the parameter.
+        flat: whether as one row of elements, because the rank does not hold all of it.
+    """
+
+    def __init__(self, param: nn.Parameter, flat: bool) -> None:
+        self._param, self._flat = param, flat
+        self.tensor = self._seen(param)
+
+    def take(self) -> bool:
+        """See `StandIn.take`."""
+        if self._param.grad is None:
+            return False
+        self.tensor.data = self._seen(self._param)  # FSDP2 may have moved it
+        self.tensor.grad = self._seen(self._param.grad)
+        return True
+
+    def give_back(self) -> None:
+        """Nothing has to be written; the gradient is the parameter's own again."""
+        self.tensor.grad = None
+
+    def _seen(self, tensor: Tensor) -> Tensor:
+        local = local_of(tensor)
+        return local.view(-1) if self._flat else local
+
+
+class FlatStandIn:
+    """Matrices of a param group whose parts lie behind one another; see `ds_fira.optim.attachment.StandIn`.
+
+    Attributes:
+        taken: whether it has been stepped since the start.
+
+    Args:
+        params: the parameters, of one dtype and device.
+        shards: how each is cut.
+        communicator: the ranks that they are cut over.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], shards: Sequence[Shards], communicator: Communicator) -> None:
+        self.params, self.shards, self.communicator, self.taken = params, shards, communicator, False
+        held = [each.stepped[communicator.dp_rank] for each in shards]
+        self._sizes = [len(elements) for elements in held]
+        local = local_of(params[0])
+        self._in_place = len(params) == 1 and shards[0].contiguous
+        self.tensor = local.view(-1) if self._in_place else local.new_empty(sum(self._sizes))
+        self._empty()
+
+    def _empty(self) -> None:
+        self.tensor.grad = None
+        if not self._in_place:
+            self.tensor.untyped_storage().resize_(0)
+
+    def take(self) -> bool:
+        """See `StandIn.take`; where only some have a gradient, that of the others is zero. May be a collective call."""
+        grads = [param.grad for param in self.params]
+        if all(grad is None for grad in grads):
+            return False
+        self.taken = True
+        if self._in_place:
+            self.tensor.data = local_of(self.params[0]).view(-1)
+            self.tensor.grad = local_of(grads[0]).view(-1)
+            return True
+        storage = self.tensor.untyped_storage()
+        storage.resize_(self.tensor.numel() * self.tensor.itemsize)
+        gradient = torch.empty_like(self.tensor)
+        self._collect(self.tensor, [local_of(param) for param in self.params])
+        self._collect(gradient, [None if grad is None else local_of(grad) for grad in grads])
+        self.tensor.grad = gradient
+        return True
+
+    def give_back(self) -> None:
+        """See `StandIn.give_back`; may be a collective call."""
+        if not self._in_place:
+            self._return()
+        self._empty()
+
+    def _parts(self, flat: Tensor) -> Iterator[tuple[Shards, Tensor]]:
+        yield from zip(self.shards, flat.split(self._sizes), strict=True)
+
+    def _collect(self, flat: Tensor, locals_: Sequence[Tensor | None]) -> None:
+        """Fill a flat tensor from what this rank holds, None for zero, and from what others do of the same rows."""
+        rank, sent, expected, targets = self.communicator.dp_rank, [], [], {}
+        for index, ((each, part), local) in enumerate(zip(self._parts(flat), locals_, strict=True)):
+            if local is None:
+                part.zero_()
+            elif each.contiguous:
+                part.copy_(local.reshape(-1))
+            else:
+                _, middle, inner = each.sizes
+                own = len(each.cut[rank]) * inner
+                rows = local.reshape(-1).split([len(block) * own for block in each.outer])
+                sent += [(target, [block]) for target, block in enumerate(rows)]
+                outer = len(each.outer[rank])
+                targets[index] = part.view(outer, middle, inner)
+                expected += [
+                    (source, (index, source), outer * len(block) * inner) for source, block in enumerate(each.cut)
+                ]
+        arrived = self.communicator.deliver(sent, expected, flat, bool(targets))
+        for (index, source), values in arrived.items():
+            block, target = self.shards[index].cut[source], targets[index]
+            place = target[:, block.start : block.stop]
+            place.copy_(values.view(place.shape))
+
+    def _return(self) -> None:
+        """The way back of `_collect`, for weights."""
+        rank, sent, expected, targets = self.communicator.dp_rank, [], [], {}
+        for index, ((each, part), param) in enumerate(zip(self._parts(self.tensor), self.params, strict=True)):
+            local = local_of(param)
+            if each.contiguous:
+                local.view(-1).copy_(part)
+                continue
+            _, middle, inner = each.sizes
+            values = part.view(len(each.outer[rank]), middle, inner)
+            sent += [(target, [values[:, block.start : block.stop]]) for target, block in enumerate(each.cut)]
+            own = len(each.cut[rank]) * inner
+            targets[index] = local.view(-1).split([len(block) * own for block in each.outer])
+            expected += [(source, (index, source), len(block) * own) for source, block in enumerate(each.outer)]
+        arrived = self.communicator.deliver(sent, expected, self.tensor, bool(targets))
+        for (index, source), values in arrived.items():
+            targets[index][source].copy_(values)
