@@ -42,12 +42,15 @@ class StateForm(Protocol):
     def gather(self) -> dict[int, dict[str, Tensor]]:
         """By a parameter's number among those of all groups its state; a collective call."""
 
-    def load(self, state_dict: StateDict) -> None:
-        """Take the states of such a state dict; a collective call.
+    def require_fit(self, state_dict: StateDict) -> None:
+        """Check the states of such a state dict; a collective call.
 
         Raises:
-            ValueError: they do not fit, the same on every rank; nothing is changed.
+            ValueError: they do not fit, the same on every rank.
         """
+
+    def load(self, state_dict: StateDict) -> None:
+        """Take its states, which fit; a collective call."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, allocate, allocate_unprojected, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
+from ds_fira.optim.formed_states import formed_state_dict, require_formed
 from ds_fira.optim.presets import PRESET, given_by_user
 from ds_fira.optim.state_shapes import refuse_adam, require_states
 from ds_fira.sharding.geometry import ParamSlice, matrices_of
@@ -88,6 +89,9 @@ class Resumable(Attachable, Optimizer):
 
     def state_dict(self) -> StateDict:
         """As in `torch.optim`, with a description of what the tensors hold; tensors, numbers, strings, lists, dicts."""
+        self.find_place()
+        if self.attachment.form is not None:
+            return formed_state_dict(self, super().state_dict)
         result = super().state_dict()
         slices = [self._slices(param, group) for group in self.param_groups for param in group["params"]]
         states = [result["state"].get(number, {}) for group in result["param_groups"] for number in group["params"]]
@@ -109,10 +113,16 @@ class Resumable(Attachable, Optimizer):
             ValueError: the state was made with another rank, side or shape of a matrix, or for other ranks, or a part
                 of it is missing; nothing is changed.
         """
-        given = [dict(group) for group in self.param_groups]
+        self.find_place()
+        given, form = [dict(group) for group in self.param_groups], self.attachment.form
         with errors_name(self.algorithm.name):
-            saved, members, convert = self.require_fit(state_dict)
-        self._load_as_saved(state_dict, states=not convert)
+            if form is not None:
+                saved, members, convert = require_formed(self, state_dict), [], False
+            else:
+                saved, members, convert = self.require_fit(state_dict)
+        self._load_as_saved(state_dict, states=form is None and not convert)
+        if form is not None:
+            form.load(state_dict)
         self._refresher.forget_counts()
         if self.recorder is not None and not self.members:
             self.recorder.load_state_dict(state_dict.get(KEY, {}).get(RECORD))

@@ -16,6 +16,7 @@ from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.engine.binding import agree_on_kernels, bind_layout, structure_of
 from ds_fira.engine.fsdp2.shards import Shards, sharded_dims
 from ds_fira.engine.fsdp2.stand_ins import FlatStandIn, LocalStandIn
+from ds_fira.engine.fsdp2.state_form import ShardedStates
 from ds_fira.optim.attachment import EngineAttachment, StandIn
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.state_size import ParamRecord
@@ -73,10 +74,8 @@ def attach(optimizer: LowRankOptimizer) -> None:
     everyone.require_same(plan, name)
     numbers = _numbers(optimizer.param_groups, members)
     communicator = found.communicator
-    bound = {
-        flat.tensor: bind_layout(layout, communicator, numbers)
-        for (_, flat), layout in zip(found.flats, found.layouts, strict=True)
-    }
+    layouts = {flat.tensor: layout for (_, flat), layout in zip(found.flats, found.layouts, strict=True)}
+    bound = {tensor: bind_layout(layout, communicator, numbers) for tensor, layout in layouts.items()}
     optimizer.attach(
         EngineAttachment(
             communicator=communicator,
@@ -97,6 +96,7 @@ def attach(optimizer: LowRankOptimizer) -> None:
             },
             digest=plan,
             stand_ins=found.stand_ins,
+            form=ShardedStates(optimizer, everyone, layouts),
         )
     )
     agree_on_kernels(optimizer, first.to_local().device, everyone)
@@ -165,12 +165,11 @@ def _same_ranks(found: Found | None, group: dist.ProcessGroup, optimizer: str, n
 
 def _local(found: Found, param: nn.Parameter, name: str, dims: Sequence[int], copies: Communicator) -> StandIn:
     """What stands in for a parameter that is not projected, or not cut."""
-    stand_in, held = LocalStandIn(param, flat=bool(dims)), [range(param.numel())]
-    if dims:
-        held = Shards.of(param, dims[0], name).held(found.communicator.dp_rank)
-    elif isinstance(param, DTensor) and copies.dp_size > 1:
+    shards = Shards.of(param, dims[0], name) if dims else None
+    stand_in = LocalStandIn(param, shards, found.communicator)
+    if not dims and isinstance(param, DTensor) and copies.dp_size > 1:
         found.replicas[stand_in.tensor] = copies
-    parts = zip(accumulate(map(len, held), initial=0), held, strict=False)
+    parts = zip(accumulate(map(len, stand_in.held), initial=0), stand_in.held, strict=False)
     found.slices[stand_in.tensor] = tuple(ParamSlice(name, at, own.start, own.stop) for at, own in parts)
     return stand_in
 

@@ -19,21 +19,27 @@ from ds_fira.sharding.comm import Communicator
 class LocalStandIn:
     """What this rank holds of a parameter, stepped where it lies; see `ds_fira.optim.attachment.StandIn`.
 
-    Args:
+    Attributes:
         param: the parameter.
-        flat: whether as one row of elements, because the rank does not hold all of it.
+        shards: how it is cut; None where the rank holds all of it.
+        communicator: the ranks that it is cut over.
     """
 
-    def __init__(self, param: nn.Parameter, flat: bool) -> None:
-        self._param, self._flat = param, flat
+    def __init__(self, param: nn.Parameter, shards: Shards | None, communicator: Communicator) -> None:
+        self.param, self.shards, self.communicator = param, shards, communicator
         self.tensor = self._seen(param)
+
+    @property
+    def held(self) -> list[range]:
+        """The parameter's elements that it has, in its order."""
+        return [range(self.param.numel())] if self.shards is None else self.shards.held(self.communicator.dp_rank)
 
     def take(self) -> bool:
         """See `StandIn.take`."""
-        if self._param.grad is None:
+        if self.param.grad is None:
             return False
-        self.tensor.data = self._seen(self._param)  # FSDP2 may have moved it
-        self.tensor.grad = self._seen(self._param.grad)
+        self.tensor.data = self._seen(self.param)  # FSDP2 may have moved it
+        self.tensor.grad = self._seen(self.param.grad)
         return True
 
     def give_back(self) -> None:
@@ -42,7 +48,7 @@ class LocalStandIn:
 
     def _seen(self, tensor: Tensor) -> Tensor:
         local = local_of(tensor)
-        return local.view(-1) if self._flat else local
+        return local if self.shards is None else local.view(-1)
 
 
 class FlatStandIn:
