@@ -1,0 +1,201 @@
+"""What the ranks of a test pool run without DeepSpeed: small trainings under FSDP2 and DDP, and their checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+import ds_fira
+from ds_fira.core.state import BASIS
+from tests.distributed.zero_jobs import ExpertNet, Net, batches
+
+MODELS = {"net": Net, "experts": lambda shapes: ExpertNet()}
+KINDS = {"FiraAdam": ds_fira.FiraAdam, "GaLoreAdam": ds_fira.GaLoreAdam, "FiraRMSProp": ds_fira.FiraRMSProp}
+
+
+def model_of(kind: str, shapes: list[tuple[int, int]]) -> nn.Module:
+    """A model, the same on every rank."""
+    torch.manual_seed(0)
+    return MODELS[kind](shapes)
+
+
+def shard(
+    model: nn.Module,
+    mesh: tuple[int, ...] | None = None,
+    shard_dim: int = 0,
+    bf16: bool = False,
+    offload: bool = False,
+) -> nn.Module:
+    """Shard a model, every layer by itself.
+
+    Args:
+        model: changed.
+        mesh: (shards,), or (replicas, shards); None for all ranks.
+        shard_dim: of the parameters that divide evenly there; of the others 0.
+        bf16: whether forward and backward compute in bfloat16.
+        offload: whether shards and gradients are on the CPU.
+    """
+    options: dict[str, Any] = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
+    if bf16:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if mesh is not None:
+        names = ("replicas", "shards")[-len(mesh) :]
+        options["mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=names)
+    shards = torch.distributed.get_world_size() if mesh is None else mesh[-1]
+    if shard_dim:
+        options["shard_placement_fn"] = lambda param: (
+            Shard(shard_dim) if param.ndim > shard_dim and param.shape[shard_dim] % shards == 0 else None
+        )
+    for layer in getattr(model, "layers", ()):
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def optimizer_of(model: nn.Module, given: str, settings: dict[str, Any], kind: str = "FiraAdam") -> Any:
+    """An optimizer of a model, of its param groups or of its parameters."""
+    if given == "model":
+        return KINDS[kind](model, **settings)
+    if given == "params":
+        return KINDS[kind](model.parameters(), **settings)
+    return KINDS[kind](ds_fira.param_groups(model, optimizer=kind, **settings))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of a tensor; a collective call for a DTensor."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train(
+    shapes: list[tuple[int, int]],
+    settings: dict[str, Any],
+    steps: int = 6,
+    kind: str = "net",
+    given: str = "model",
+    optimizer: str = "FiraAdam",
+    ddp: bool = False,
+    accumulation: int = 1,
+    clip: float | None = None,
+    compiled: bool = False,
+    frozen: tuple[str, ...] = (),
+    unused: dict[int, tuple[str, ...]] | None = None,
+    save: tuple[int, str] | None = None,
+    load: tuple[int, str] | None = None,
+    behind: bool = False,
+    **sharding: Any,
+) -> dict[str, Any]:
+    """Train, recording the gradients that FiraAdam sees.
+
+    Args:
+        shapes: of the linear layers.
+        settings: of the optimizer.
+        steps: that the run has in all.
+        kind: key of `MODELS`.
+        given: see `optimizer_of`.
+        optimizer: key of `KINDS`.
+        ddp: DDP in place of FSDP2.
+        accumulation: micro batches a step; all but the last without communication.
+        clip: the norm to clip at.
+        compiled: whether the model is compiled.
+        frozen: names of parameters that are not trained.
+        unused: by step, names of parameters whose gradient is taken away.
+        save: before which step a checkpoint is written, and where.
+        load: at which step it was written, and where it is.
+        behind: whether it is written by `async_save`.
+        **sharding: of `shard`.
+
+    Returns:
+        `gradients`: by step and name; `start`, `end`: weights by name; `states`: by name, as one process would have
+        them; `loaded`: likewise, behind `load`; `groups`: settings
+        and names; `ways`: by name of a parameter with split matrices; `metrics`; `memory`;
+        `held`: elements of bases and moments on this rank; `low_rank`: by name, of projected parameters.
+    """
+    model = model_of(kind, shapes)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name not in frozen)
+    names = [name for name, param in model.named_parameters() if param.requires_grad]
+    outer = DistributedDataParallel(model) if ddp else shard(model, **sharding)
+    fira = optimizer_of(outer, given, settings, optimizer)
+    named = {name: param for name, param in model.named_parameters() if name in names}
+    called = torch.compile(outer, backend="aot_eager") if compiled else outer
+    owners = {id(param): name for name, param in named.items()}
+    first, loaded = 0, {}
+    if load is not None:
+        first, folder = load
+        _load(outer, fira, folder)
+        loaded = states_of(fira, owners)
+    start = {name: whole(param) for name, param in named.items()}
+    record, saving = [], None
+    data = batches(steps * accumulation, torch.distributed.get_rank())
+    for step in range(first, steps):
+        if save is not None and save[0] == step:
+            saving = _save(outer, fira, save[1], behind)
+        for part in range(accumulation):
+            last = part == accumulation - 1
+            if not ddp:
+                outer.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or not ddp else outer.no_sync():
+                (called(data[step * accumulation + part]) / accumulation).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for name in (unused or {}).get(step, ()):
+            named[name].grad = None
+        record.append({name: whole(param.grad) for name, param in named.items() if param.grad is not None})
+        fira.step()
+        fira.zero_grad()
+    if saving is not None:
+        saving.result()
+    layouts = fira.attachment.layouts
+    held = list(fira.state.values())
+    known = {own: owners[key] for key, own in fira.attachment.names.items()}
+    states = states_of(fira, owners)
+    return {
+        "gradients": record,
+        "start": start,
+        "end": {name: whole(param) for name, param in named.items()},
+        "states": states,
+        "loaded": loaded,
+        "groups": [
+            (
+                {key: value for key, value in group.items() if key not in ("params", "param_names")},
+                [owners[id(param)] for param in group["params"]],
+            )
+            for group in fira.param_groups
+        ],
+        "ways": {known[matrix.name.partition("[")[0]]: matrix.way for layout in layouts for matrix in layout.split},
+        "metrics": ds_fira.metrics(fira),
+        "memory": ds_fira.memory_report(fira),
+        "held": sum(v.numel() for state in held for k, v in state.items() if k.startswith((BASIS, "exp_avg"))),
+        "low_rank": {name: ds_fira.low_rank_state(fira, named[name]) for name, own in states.items() if BASIS in own},
+    }
+
+
+def states_of(fira: Any, names: dict[int, str]) -> dict[str, dict[str, Tensor]]:
+    """The states of a state dict by name of the parameter, whole."""
+    listed = [names[id(param)] for group in fira.param_groups for param in group["params"]]
+    found = fira.state_dict()["state"]
+    return {listed[number]: {key: whole(value) for key, value in state.items()} for number, state in found.items()}
+
+
+def _save(model: nn.Module, fira: Any, folder: str, behind: bool) -> Any:
+    states = dict(zip(("model", "optim"), get_state_dict(model, fira), strict=True))
+    if behind:
+        # In a group of its own: a thread communicates in it while the next steps do so in theirs.
+        group = torch.distributed.new_group(backend="gloo")
+        return dcp.async_save(states, checkpoint_id=folder, process_group=group)
+    dcp.save(states, checkpoint_id=folder)
+    return None
+
+
+def _load(model: nn.Module, fira: Any, folder: str) -> None:
+    states = dict(zip(("model", "optim"), get_state_dict(model, fira), strict=True))
+    dcp.load(states, checkpoint_id=folder)
+    set_state_dict(model, fira, model_state_dict=states["model"], optim_state_dict=states["optim"])

@@ -1,0 +1,79 @@
+"""Checkpoints of `torch.distributed.checkpoint` with FSDP2 and DDP: exact, on any number of ranks and any mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.test_fsdp import TOLERANCE, alone, run
+from tests.ranks import Pools
+
+SAVED = 3  # with a refresh behind it: the gap is 3, and another at the first step that follows
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether tensors by name, or by name and key, are equal to the bit."""
+    tensors = [
+        {
+            (name, key): value
+            for name, own in each.items()
+            for key, value in (own if isinstance(own, dict) else {"": own}).items()
+        }
+        for each in (first, second)
+    ]
+    return tensors[0].keys() == tensors[1].keys() and all(
+        torch.equal(value, tensors[1][key]) for key, value in tensors[0].items()
+    )
+
+
+CASES = {
+    "float32": {},
+    "bfloat16": {"params": {"state_dtype": "bfloat16"}},
+    "gathered": {"params": {"exact_cuts": True}},
+    "normalized": {"params": {"residual": "normalized"}},
+    "experts": {"kind": "experts"},
+    "columns": {"shard_dim": 1},
+    "behind": {"behind": True},
+    "ddp": {"ddp": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_the_same_to_the_bit(ranks: Pools, tmp_path: Path, case: str) -> None:
+    job = CASES[case]
+    through = run(ranks, save=(SAVED, str(tmp_path)), **job)
+    before = run(ranks, steps=SAVED, **job)[0]
+    again = run(ranks, load=(SAVED, str(tmp_path)), **job)
+    for result in again:
+        assert same(result["loaded"], before["states"])
+        assert same(result["start"], before["end"])
+    for first, second in zip(through, again, strict=True):
+        assert same(first["end"], second["end"])
+        assert same(first["states"], second["states"])
+
+
+OTHERS = [
+    pytest.param(2, {"mesh": (2, 1)}, id="copies"),
+    pytest.param(2, {"shard_dim": 1}, id="columns"),
+    pytest.param(2, {"ddp": True}, id="ddp"),
+    *(pytest.param(n, {}, id=str(n), marks=pytest.mark.full) for n in (1, 3, 4)),
+    pytest.param(4, {"mesh": (2, 2)}, id="copies of shards", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("world_size", "job"), OTHERS)
+def test_on_other_ranks(ranks: Pools, tmp_path: Path, world_size: int, job: dict[str, Any]) -> None:
+    """What is loaded is what was saved, to the bit; the steps are those of one process that goes on with it."""
+    run(ranks, save=(SAVED, str(tmp_path)))
+    before = run(ranks, steps=SAVED)[0]
+    results = run(ranks, world_size, load=(SAVED, str(tmp_path)), **job)
+    _, params = alone(results[0], states=before["states"])
+    for result in results:
+        assert same(result["loaded"], before["states"])
+        for name, weight in params.items():
+            start, end = result["start"][name], result["end"][name]
+            assert torch.equal(start, before["end"][name])
+            assert (end - weight).norm() <= TOLERANCE * (weight - start).norm()
