@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ds_fira
@@ -199,3 +199,43 @@ def _load(model: nn.Module, fira: Any, folder: str) -> None:
     states = dict(zip(("model", "optim"), get_state_dict(model, fira), strict=True))
     dcp.load(states, checkpoint_id=folder)
     set_state_dict(model, fira, model_state_dict=states["model"], optim_state_dict=states["optim"])
+
+
+def refused(what: str) -> str:
+    """The sentence with which a rank refuses something, at the first step or, of a state dict, where it is loaded."""
+    rank, shapes = torch.distributed.get_rank(), [(12, 8), (9, 14)]
+    settings: dict[str, Any] = {"rank": 3, "lr": 0.01}
+    if what == "other settings":
+        settings["rank"] = 3 + rank
+    elif what == "record":
+        settings["record_scaling_factors"] = 2
+    elif what == "capturable":
+        settings["capturable"] = True
+    model = model_of("net", shapes)
+    if what == "two cuts":
+        mesh = init_device_mesh("cpu", (1, torch.distributed.get_world_size()), mesh_dim_names=("rows", "columns"))
+        placed = distribute_tensor(model.layers[0].weight, mesh, [Shard(0), Shard(1)])
+        model.layers[0].weight = nn.Parameter(placed)
+    else:
+        shard(model)
+    fira = ds_fira.FiraAdam(model, **settings)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    try:
+        fira.step()
+        if what == "late group":
+            fira.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+        elif what == "other parameters":
+            fira.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(12, 8))
+            fira.step()
+        elif what == "other rank":
+            other = ds_fira.FiraAdam(model, rank=2)
+            other.load_state_dict(fira.state_dict())
+        elif what == "other shapes":
+            state = fira.state_dict()
+            del state["fira"]
+            state["state"][0]["basis"] = state["state"][0]["basis"].full_tensor()[:-1]
+            fira.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""

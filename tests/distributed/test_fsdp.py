@@ -135,3 +135,23 @@ def test_a_missing_gradient_is_zero_beside_others(ranks: Pools) -> None:
     assert "layers.0.weight" not in seen
     seen["layers.0.weight"] = torch.zeros(SHAPES[0])
     check(results)
+
+
+REFUSED = {
+    "other settings": "FiraAdam: ranks [1] planned another layout than rank 0; build the same model with the same "
+    "settings on every rank.",
+    "record": "FiraAdam: record_scaling_factors = 2 is not supported with parameters sharded by FSDP2; remove it",
+    "capturable": "FiraAdam: capturable = True is not supported with parameters sharded by FSDP2",
+    "two cuts": "FiraAdam: layers.0.weight is placed as ('S(0)', 'S(1)') on a mesh of (1, 2) ranks",
+    "late group": "FiraAdam param group: the parameters are sharded, and which rank steps what was settled",
+    "other parameters": "ds_fira: the param groups hold other parameters than at the first step",
+    "other rank": "FiraAdam: XX",
+    "other shapes": "FiraAdam: the state of layers.0.weight of shape (12, 8) has basis of shape (7, 3) where (8, 3)",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_one_sentence_on_every_rank(ranks: Pools, what: str) -> None:
+    said = ranks.run(2, "refused", module=MODULE, what=what)
+    assert said[0] == said[1]
+    assert said[0].startswith(REFUSED[what]), said[0]
