@@ -33,6 +33,26 @@ class Fsdp2:
         attach(optimizer)
 
 
+class Fsdp1:
+    """Parameters that FSDP's first version has flattened: the shapes of matrices are gone."""
+
+    def of_model(self, model: nn.Module) -> None:
+        """Refuse such a model.
+
+        Raises:
+            ValueError: it is one.
+        """
+        module = sys.modules.get("torch.distributed.fsdp")
+        if module is not None and isinstance(model, module.FullyShardedDataParallel):
+            raise ValueError(
+                "ds_fira: the model is sharded by FullyShardedDataParallel, which flattens parameters so that no rank "
+                "knows a matrix; shard it by torch.distributed.fsdp.fully_shard (fsdp_version: 2)."
+            )
+
+    def of_params(self, params: Sequence[Tensor]) -> None:
+        """Never: one dimension, or none, is refused of any parameter that shall be projected."""
+
+
 class Ddp:
     """Parameters of a `DistributedDataParallel`, the same on every rank."""
 
@@ -50,5 +70,5 @@ class Ddp:
 
 def add_doors() -> None:
     """Add them; called where the package is imported."""
-    for each in (Fsdp2(), Ddp()):
+    for each in (Fsdp2(), Fsdp1(), Ddp()):
         doors.add_doors(each)

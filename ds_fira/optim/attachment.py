@@ -110,10 +110,13 @@ class Attachable:
 
     attachment: EngineAttachment = ALONE
     param_groups: list[ParamGroup]
-    _asked: bool = False
+    _asked: tuple[int, ...] = ()
 
     def find_place(self) -> None:
-        """Ask who holds the parameters, once, before they are stepped or their states saved; may be a collective call.
+        """Ask who holds the parameters, before they are stepped or their states saved; may be a collective call.
+
+        Asked once, and again where other parameters have taken their places, as accelerate does once it has sharded
+        a model.
 
         Raises:
             ValueError: the way in which they are held is not supported, the same on every rank.
@@ -124,12 +127,14 @@ class Attachable:
                 "ds_fira: the param groups hold other parameters than at the first step, and those would be stepped; "
                 "shard the model before the first step, and make a new optimizer for new parameters."
             )
-        if self._asked or held is not ALONE:
+        params = [param for group in self.param_groups for param in group["params"]]
+        asked = tuple(map(id, params))
+        if held is not ALONE or asked == self._asked:
             return
-        door = door_of([param for group in self.param_groups for param in group["params"]])
+        door = door_of(params)
         if door is not None:
             door.attach(self)
-        self._asked = True
+        self._asked = asked
 
     def stepped(self, number: int) -> list[Tensor]:
         """The tensors that are stepped for a param group: its parameters, or what stands in for them."""

@@ -99,6 +99,8 @@ class Resumable(Attachable, Optimizer):
         if self.recorder is not None and not self.members:
             # Inside an engine it goes over ranks: `ds_fira.engine.deepspeed.save_load.client_state` saves it.
             result[KEY][RECORD] = self.recorder.state_dict()
+        if not self.state:
+            self._alone.clear()  # others may yet take the places of these parameters, whose memory it would hold
         return result
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -133,6 +135,8 @@ class Resumable(Attachable, Optimizer):
             self.carry_groups(saved, [list(group.members.items()) for group in saved.groups])
         if convert:
             self.restore(saved, weights=False, members=members)
+        if not self.state:
+            self._alone.clear()
 
     def _load_as_saved(self, state_dict: StateDict, states: bool) -> None:
         """The loading of `torch.optim`, with its hooks, but that every state is copied once, in the dtype it has."""

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -216,12 +216,14 @@ def refused(what: str) -> str:
         mesh = init_device_mesh("cpu", (1, torch.distributed.get_world_size()), mesh_dim_names=("rows", "columns"))
         placed = distribute_tensor(model.layers[0].weight, mesh, [Shard(0), Shard(1)])
         model.layers[0].weight = nn.Parameter(placed)
+    elif what == "first version":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     else:
         shard(model)
-    fira = ds_fira.FiraAdam(model, **settings)
-    for param in model.parameters():
-        param.grad = torch.zeros_like(param)
     try:
+        fira = ds_fira.FiraAdam(model, **settings)
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
         fira.step()
         if what == "late group":
             fira.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})

@@ -143,9 +143,10 @@ REFUSED = {
     "record": "FiraAdam: record_scaling_factors = 2 is not supported with parameters sharded by FSDP2; remove it",
     "capturable": "FiraAdam: capturable = True is not supported with parameters sharded by FSDP2",
     "two cuts": "FiraAdam: layers.0.weight is placed as ('S(0)', 'S(1)') on a mesh of (1, 2) ranks",
+    "first version": "ds_fira: the model is sharded by FullyShardedDataParallel, which flattens parameters",
     "late group": "FiraAdam param group: the parameters are sharded, and which rank steps what was settled",
     "other parameters": "ds_fira: the param groups hold other parameters than at the first step",
-    "other rank": "FiraAdam: XX",
+    "other rank": "FiraAdam: rank = 2 for layers.0.weight, whose state in the checkpoint was made with 3; set rank",
     "other shapes": "FiraAdam: the state of layers.0.weight of shape (12, 8) has basis of shape (7, 3) where (8, 3)",
 }
 
