@@ -13,6 +13,7 @@ from ds_fira.optim.param_groups import param_groups
 from ds_fira.optim.plug import FiraRMSProp, plug
 from ds_fira.optim.report import memory_report, metrics, read_scaling_factors, scaling_factors, write_scaling_factors
 from ds_fira.optim.state_size import state_bytes
+from ds_fira.optim.whole_state import whole_state_dict
 from ds_fira.runtime import import_deepspeed
 from ds_fira.runtime.termination import Termination
 from ds_fira.version import __version__
@@ -51,6 +52,7 @@ __all__ = [
     "set_low_rank_state",
     "shutdown",
     "state_bytes",
+    "whole_state_dict",
     "write_scaling_factors",
 ]
 

@@ -18,7 +18,7 @@ from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, allocate, allocate_unprojected, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
-from ds_fira.optim.formed_states import formed_state_dict, require_formed
+from ds_fira.optim.formed_states import formed_input, formed_state_dict, holds_whole
 from ds_fira.optim.presets import PRESET, given_by_user
 from ds_fira.optim.state_shapes import refuse_adam, require_states
 from ds_fira.sharding.geometry import ParamSlice, matrices_of
@@ -119,7 +119,8 @@ class Resumable(Attachable, Optimizer):
         given, form = [dict(group) for group in self.param_groups], self.attachment.form
         with errors_name(self.algorithm.name):
             if form is not None:
-                saved, members, convert = require_formed(self, state_dict), [], False
+                found = formed_input(self, state_dict)
+                state_dict, saved, members, convert = found.state_dict, found.saved, found.members, False
             else:
                 saved, members, convert = self.require_fit(state_dict)
         self._load_as_saved(state_dict, states=form is None and not convert)
@@ -132,7 +133,7 @@ class Resumable(Attachable, Optimizer):
             for group, own in zip(self.param_groups, given, strict=True):
                 group.pop(PRESET, None)
                 group.update(own)
-            self.carry_groups(saved, [list(group.members.items()) for group in saved.groups])
+            self.carry_groups(saved, members if form else [list(group.members.items()) for group in saved.groups])
         if convert:
             self.restore(saved, weights=False, members=members)
         if not self.state:
@@ -197,7 +198,7 @@ class Resumable(Attachable, Optimizer):
             members = self._renamed(listed)
             refuse_changed_structure(saved.groups, self.param_groups, members)
         refuse_other_states(saved, self.algorithm)
-        if plain["layout"] != self.attachment.digest:
+        if plain["layout"] != self.attachment.digest and not holds_whole(self):
             raise ValueError(
                 "this state dict is a rank's share of a run on other ranks, or with other settings; load it "
                 "through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."

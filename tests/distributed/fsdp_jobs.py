@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ds_fira
 from ds_fira.core.state import BASIS
-from tests.distributed.zero_jobs import ExpertNet, Net, batches
+from ds_fira.optim.registry import fira_of
+from tests.distributed.zero_jobs import ExpertNet, Net, batches, build, config
 
 MODELS = {"net": Net, "experts": lambda shapes: ExpertNet()}
 KINDS = {"FiraAdam": ds_fira.FiraAdam, "GaLoreAdam": ds_fira.GaLoreAdam, "FiraRMSProp": ds_fira.FiraRMSProp}
@@ -163,19 +164,24 @@ def train(
         "end": {name: whole(param) for name, param in named.items()},
         "states": states,
         "loaded": loaded,
-        "groups": [
-            (
-                {key: value for key, value in group.items() if key not in ("params", "param_names")},
-                [owners[id(param)] for param in group["params"]],
-            )
-            for group in fira.param_groups
-        ],
+        "groups": groups_of(fira, owners),
         "ways": {known[matrix.name.partition("[")[0]]: matrix.way for layout in layouts for matrix in layout.split},
         "metrics": ds_fira.metrics(fira),
         "memory": ds_fira.memory_report(fira),
         "held": sum(v.numel() for state in held for k, v in state.items() if k.startswith((BASIS, "exp_avg"))),
         "low_rank": {name: ds_fira.low_rank_state(fira, named[name]) for name, own in states.items() if BASIS in own},
     }
+
+
+def groups_of(fira: Any, names: dict[int, str]) -> list[tuple[dict[str, Any], list[str]]]:
+    """Settings and names of the param groups."""
+    return [
+        (
+            {key: value for key, value in group.items() if key not in ("params", "param_names")},
+            [names[id(param)] for param in group["params"]],
+        )
+        for group in fira.param_groups
+    ]
 
 
 def states_of(fira: Any, names: dict[int, str]) -> dict[str, dict[str, Tensor]]:
@@ -233,6 +239,9 @@ def refused(what: str) -> str:
         elif what == "other rank":
             other = ds_fira.FiraAdam(model, rank=2)
             other.load_state_dict(fira.state_dict())
+        elif what == "share":
+            engine = build(config(1, "fp32", settings), shapes, model=model_of("net", shapes))
+            fira.load_state_dict(fira_of(engine).state_dict())
         elif what == "other shapes":
             state = fira.state_dict()
             del state["fira"]

@@ -147,6 +147,7 @@ REFUSED = {
     "late group": "FiraAdam param group: the parameters are sharded, and which rank steps what was settled",
     "other parameters": "ds_fira: the param groups hold other parameters than at the first step",
     "other rank": "FiraAdam: rank = 2 for layers.0.weight, whose state in the checkpoint was made with 3; set rank",
+    "share": "FiraAdam: this state dict is a rank's share of a run under ZeRO; load that checkpoint into an engine at",
     "other shapes": "FiraAdam: the state of layers.0.weight of shape (12, 8) has basis of shape (7, 3) where (8, 3)",
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_fsdp import TOLERANCE, alone, run
+from tests.distributed.test_fsdp import SHAPES, TOLERANCE, alone, run
 from tests.ranks import Pools
 
 SAVED = 3  # with a refresh behind it: the gap is 3, and another at the first step that follows
@@ -77,3 +77,21 @@ def test_on_other_ranks(ranks: Pools, tmp_path: Path, world_size: int, job: dict
             start, end = result["start"][name], result["end"][name]
             assert torch.equal(start, before["end"][name])
             assert (end - weight).norm() <= TOLERANCE * (weight - start).norm()
+
+
+def test_from_zero_to_fsdp_and_back(ranks: Pools, tmp_path: Path) -> None:
+    """States and weights go over to the bit, by names, and the steps between are those of one process."""
+    params = {"lr": 0.01, "rank": 3, "update_proj_gap": 2, "weight_decay": 0.1}
+    job = {"module": "tests.distributed.whole_state_jobs", "shapes": SHAPES[:3], "params": params}
+    results = ranks.run(2, "zero_to_fsdp_and_back", folder=str(tmp_path), **job)
+    for found in results:
+        projected = found["zero"].keys()
+        assert len(projected) == 3
+        assert same(found["zero"], {name: found["taken"][name] for name in projected})
+        assert same(found["back"], {name: found["fsdp"][name] for name in projected})
+        assert same(found["weights"][0], found["weights"][1])
+        assert same(found["weights"][2], found["weights"][3])
+        _, alone_with = alone({**found, "start": found["weights"][1]}, states=found["taken"])
+        for name, weight in alone_with.items():
+            change = (weight - found["weights"][1][name]).norm()
+            assert (weight - found["weights"][2][name]).norm() <= TOLERANCE * change, name
