@@ -42,6 +42,12 @@ class StateForm(Protocol):
     def gather(self) -> dict[int, dict[str, Tensor]]:
         """By a parameter's number among those of all groups its state; a collective call."""
 
+    def show_names(self, stepped: Tensor) -> None:
+        """Let the optimizer's `state` have the names of the states of parameters, whose stand-in now has states.
+
+        torch's `set_optimizer_state_dict` looks there which names a flattened state dict has to have.
+        """
+
     def require_fit(self, state_dict: StateDict) -> None:
         """Check the states of such a state dict; a collective call.
 
@@ -142,6 +148,10 @@ class Attachable:
         if batches is None:
             return self.param_groups[number]["params"]
         return [each.tensor for batch in batches for each in batch]
+
+    def _show_names(self, stepped: Tensor) -> None:
+        if self.attachment.form is not None:
+            self.attachment.form.show_names(stepped)
 
     def _lent(self, number: int) -> Iterator[list[Tensor]]:
         """What of a param group is stepped together and has a gradient; given back once the next is asked for."""

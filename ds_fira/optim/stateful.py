@@ -75,6 +75,7 @@ class Resumable(Attachable, Optimizer):
         state = self.state[param]
         if not state:
             state.update(self._allocated(param, group, param))
+            self._show_names(param)
         return state
 
     def _allocated(self, param: Tensor, group: ParamGroup, like: Tensor) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ class Resumable(Attachable, Optimizer):
         if self.attachment.form is not None:
             return formed_state_dict(self, super().state_dict)
         result = super().state_dict()
-        slices = [self._slices(param, group) for group in self.param_groups for param in group["params"]]
+        slices = [self._slices(p, group) for group in self.param_groups for p in group["params"]]
         states = [result["state"].get(number, {}) for group in result["param_groups"] for number in group["params"]]
         result[KEY] = describe(self.attachment.digest, self.given, self._members(), slices, states, self.algorithm)
         if self.recorder is not None and not self.members:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -91,6 +91,7 @@ def train(
     save: tuple[int, str] | None = None,
     load: tuple[int, str] | None = None,
     behind: bool = False,
+    flat: bool = False,
     **sharding: Any,
 ) -> dict[str, Any]:
     """Train, recording the gradients that FiraAdam sees.
@@ -111,6 +112,7 @@ def train(
         save: before which step a checkpoint is written, and where.
         load: at which step it was written, and where it is.
         behind: whether it is written by `async_save`.
+        flat: whether its optimizer state is flattened, as torchtitan has it.
         **sharding: of `shard`.
 
     Returns:
@@ -131,14 +133,14 @@ def train(
     first, loaded = 0, {}
     if load is not None:
         first, folder = load
-        _load(outer, fira, folder)
+        _load(outer, fira, folder, flat)
         loaded = states_of(fira, owners)
     start = {name: whole(param) for name, param in named.items()}
     record, saving = [], None
     data = batches(steps * accumulation, torch.distributed.get_rank())
     for step in range(first, steps):
         if save is not None and save[0] == step:
-            saving = _save(outer, fira, save[1], behind)
+            saving = _save(outer, fira, save[1], behind, flat)
         for part in range(accumulation):
             last = part == accumulation - 1
             if not ddp:
@@ -155,7 +157,7 @@ def train(
     if saving is not None:
         saving.result()
     layouts = fira.attachment.layouts
-    held = list(fira.state.values())
+    held = [state for param, state in fira.state.items() if not isinstance(param, DTensor)]
     known = {own: owners[key] for key, own in fira.attachment.names.items()}
     states = states_of(fira, owners)
     return {
@@ -191,8 +193,13 @@ def states_of(fira: Any, names: dict[int, str]) -> dict[str, dict[str, Tensor]]:
     return {listed[number]: {key: whole(value) for key, value in state.items()} for number, state in found.items()}
 
 
-def _save(model: nn.Module, fira: Any, folder: str, behind: bool) -> Any:
-    states = dict(zip(("model", "optim"), get_state_dict(model, fira), strict=True))
+def _states(model: nn.Module, fira: Any, flat: bool) -> tuple[dict[str, Any], StateDictOptions]:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    return dict(zip(("model", "optim"), get_state_dict(model, fira, options=options), strict=True)), options
+
+
+def _save(model: nn.Module, fira: Any, folder: str, behind: bool, flat: bool) -> Any:
+    states, _ = _states(model, fira, flat)
     if behind:
         # In a group of its own: a thread communicates in it while the next steps do so in theirs.
         group = torch.distributed.new_group(backend="gloo")
@@ -201,10 +208,11 @@ def _save(model: nn.Module, fira: Any, folder: str, behind: bool) -> Any:
     return None
 
 
-def _load(model: nn.Module, fira: Any, folder: str) -> None:
-    states = dict(zip(("model", "optim"), get_state_dict(model, fira), strict=True))
+def _load(model: nn.Module, fira: Any, folder: str, flat: bool) -> None:
+    states, options = _states(model, fira, flat)
     dcp.load(states, checkpoint_id=folder)
-    set_state_dict(model, fira, model_state_dict=states["model"], optim_state_dict=states["optim"])
+    parts = {"model_state_dict": states["model"], "optim_state_dict": states["optim"]}
+    set_state_dict(model, fira, **parts, options=options)
 
 
 def refused(what: str) -> str:

@@ -55,6 +55,15 @@ class ShardedStates:
                     found[numbers[id(param)]] = each.shown()
         return dict(sorted(found.items()))
 
+    def show_names(self, stepped: Tensor) -> None:
+        """See `StateForm.show_names`; tensors without memory, for the states lie elsewhere."""
+        for group, stand_in in self._stand_ins():
+            if stand_in.tensor is stepped:
+                for param, shapes in self._shapes(group, stand_in):
+                    if param not in self.optimizer.state:
+                        names = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+                        self.optimizer.state[param] = names
+
     def require_fit(self, state_dict: StateDict) -> None:
         """See `StateForm.require_fit`."""
         faults = self.everyone.gather_objects(self._fault(_by_number(state_dict)))
@@ -148,26 +157,30 @@ class ShardedStates:
         """What speaks against loading some states, by number of the parameter; None for nothing."""
         numbers = self._numbers()
         for group, stand_in in self._stand_ins():
-            wanted: list[tuple[object, dict[str, tuple[int, ...]]]] = []
-            if isinstance(stand_in, FlatStandIn):
-                pairs = zip(stand_in.params, self._formed(stand_in, group), strict=True)
-                wanted = [(param, formed.shapes()) for param, formed in pairs]
-            elif stand_in.shards is not None:
-                shape = tuple(stand_in.param.shape)
-                wanted = [(stand_in.param, {STEP: (), **dict.fromkeys(self.optimizer.algorithm.states, shape)})]
-            else:
-                state = self.optimizer._allocated(stand_in.tensor, group, torch.empty_like(stand_in.tensor))
-                wanted = [(stand_in.param, {key: tuple(value.shape) for key, value in state.items()})]
-            for param, shapes in wanted:
+            for param, shapes in self._shapes(group, stand_in):
                 found = {key: tuple(getattr(each, "shape", ())) for key, each in states[numbers[id(param)]].items()}
                 if found and found != shapes:
                     key = min(key for key, _ in found.items() ^ shapes.items())
                     own = self.optimizer.attachment.names[id(param)]
                     return (
-                        f"the state of {own} of shape {tuple(param.shape)} has {key} of shape {found.get(key)} "
-                        f"where {shapes.get(key)} belongs; load the state that this model and these settings made."
+                        f"the state of {own} of shape {tuple(param.shape)} has {key} of shape {found.get(key)} where "
+                        f"{shapes.get(key)} belongs; load the state that this model and these settings made."
                     )
         return None
+
+    def _shapes(
+        self, group: ParamGroup, stand_in: FlatStandIn | LocalStandIn
+    ) -> Iterator[tuple[Tensor, dict[str, tuple[int, ...]]]]:
+        """The parameters that something stands in for, each with the shapes of its states by name."""
+        if isinstance(stand_in, FlatStandIn):
+            for param, formed in zip(stand_in.params, self._formed(stand_in, group), strict=True):
+                yield param, formed.shapes()
+        elif stand_in.shards is not None:
+            shape = tuple(stand_in.param.shape)
+            yield stand_in.param, {STEP: (), **dict.fromkeys(self.optimizer.algorithm.states, shape)}
+        else:
+            state = self.optimizer._allocated(stand_in.tensor, group, torch.empty_like(stand_in.tensor, device="meta"))
+            yield stand_in.param, {key: tuple(value.shape) for key, value in state.items()}
 
 
 def _by_number(state_dict: StateDict) -> dict[int, dict[str, Tensor]]:
