@@ -106,6 +106,7 @@ CASES = {
     "offload": {"offload": True},
     "frozen": {"frozen": ("layers.1.weight", "norm.bias")},
     "experts": {"kind": "experts"},
+    "expert columns": {"kind": "experts", "shard_dim": 1},
     "bf16 states": {"params": {"state_dtype": "bfloat16", "exact_cuts": True}},
     "rotated": {"params": {"refresh_moments": "rotate", "subspace": "randomized", "stagger": True}},
     "normalized": {"params": {"residual": "normalized"}},
@@ -117,7 +118,7 @@ CASES = {
 def test_ways_to_train(ranks: Pools, case: str) -> None:
     job = CASES[case]
     results = run(ranks, **job)
-    low_rank = case not in ("copies", "experts", "bf16 states")
+    low_rank = case not in ("copies", "experts", "expert columns", "bf16 states")
     check(results, low_rank=low_rank, kind=job.get("optimizer", "FiraAdam"), copies=2 if case == "copies" else 1)
 
 

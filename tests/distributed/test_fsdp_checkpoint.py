@@ -32,6 +32,7 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
 CASES = {
     "float32": {},
     "bfloat16": {"params": {"state_dtype": "bfloat16"}},
+    "int8": {"params": {"state_dtype": "int8"}},
     "gathered": {"params": {"exact_cuts": True}},
     "normalized": {"params": {"residual": "normalized"}},
     "experts": {"kind": "experts"},
