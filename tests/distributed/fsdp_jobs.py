@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import ds_fira
@@ -35,6 +36,7 @@ def shard(
     shard_dim: int = 0,
     bf16: bool = False,
     offload: bool = False,
+    tensor_parallel: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Shard a model, every layer by itself.
 
@@ -44,6 +46,7 @@ def shard(
         shard_dim: of the parameters that divide evenly there; of the others 0.
         bf16: whether forward and backward compute in bfloat16.
         offload: whether shards and gradients are on the CPU.
+        tensor_parallel: (shards, tensor-parallel ranks): the layers are cut by columns and by rows in turn.
     """
     options: dict[str, Any] = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
     if bf16:
@@ -51,6 +54,12 @@ def shard(
     if mesh is not None:
         names = ("replicas", "shards")[-len(mesh) :]
         options["mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=names)
+    if tensor_parallel is not None:
+        both = init_device_mesh("cpu", tensor_parallel, mesh_dim_names=("shards", "tensors"))
+        options["mesh"], kinds = both["shards"], (ColwiseParallel, RowwiseParallel)
+        for number, layer in enumerate(model.layers):
+            layouts = {"input_layouts": Replicate(), "output_layouts": Replicate(), "use_local_output": True}
+            parallelize_module(layer, both["tensors"], kinds[number % 2](**layouts))
     shards = torch.distributed.get_world_size() if mesh is None else mesh[-1]
     if shard_dim:
         options["shard_placement_fn"] = lambda param: (
@@ -137,7 +146,8 @@ def train(
         loaded = states_of(fira, owners)
     start = {name: whole(param) for name, param in named.items()}
     record, saving = [], None
-    data = batches(steps * accumulation, torch.distributed.get_rank())
+    alike = (sharding.get("tensor_parallel") or (1, 1))[1]  # ranks with the same data
+    data = batches(steps * accumulation, torch.distributed.get_rank() // alike)
     for step in range(first, steps):
         if save is not None and save[0] == step:
             saving = _save(outer, fira, save[1], behind, flat)
@@ -228,8 +238,12 @@ def refused(what: str) -> str:
     model = model_of("net", shapes)
     if what == "two cuts":
         mesh = init_device_mesh("cpu", (1, torch.distributed.get_world_size()), mesh_dim_names=("rows", "columns"))
-        placed = distribute_tensor(model.layers[0].weight, mesh, [Shard(0), Shard(1)])
-        model.layers[0].weight = nn.Parameter(placed)
+        model = model_of("experts", [])
+        model.experts.weight = nn.Parameter(distribute_tensor(model.experts.weight, mesh, [Shard(0), Shard(1)]))
+    elif what == "two meshes":
+        mesh = init_device_mesh("cpu", (1, torch.distributed.get_world_size()), mesh_dim_names=("ones", "ranks"))
+        for layer, own in zip(model.layers, ("ones", "ranks"), strict=True):
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight, mesh[own], [Shard(0)]))
     elif what == "first version":
         model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     else:

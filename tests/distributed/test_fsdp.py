@@ -46,7 +46,9 @@ def alone(
     return optimizer, params
 
 
-def check(results: list[dict[str, Any]], *, low_rank: bool = True, kind: str = "FiraAdam", copies: int = 1) -> None:
+def check(
+    results: list[dict[str, Any]], *, low_rank: bool = True, kind: str = "FiraAdam", copies: int | None = 1
+) -> None:
     """Weights and states as in one process: to the bit, of matrices on the low-rank way but for rounding."""
     optimizer, params = alone(results[0], kind)
     ways = results[0]["ways"]
@@ -82,7 +84,8 @@ def check(results: list[dict[str, Any]], *, low_rank: bool = True, kind: str = "
         for key, value in state.items()
         if key.startswith(("basis", "exp_avg"))
     )
-    assert sum(result["held"] for result in results) == copies * lone
+    if copies is not None:
+        assert sum(result["held"] for result in results) == copies * lone
 
 
 @pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 3, 4))])
@@ -122,6 +125,19 @@ def test_ways_to_train(ranks: Pools, case: str) -> None:
     check(results, low_rank=low_rank, kind=job.get("optimizer", "FiraAdam"), copies=2 if case == "copies" else 1)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "mesh"),
+    [(2, (1, 2)), *(pytest.param(*case, marks=pytest.mark.full) for case in ((2, (2, 1)), (4, (2, 2))))],
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_tensor_parallel_beside_it(ranks: Pools, world_size: int, mesh: tuple[int, int], exact: bool) -> None:
+    """Weights cut by columns and rows over one dimension of the mesh, and by rows over the other."""
+    shapes = [(12, 40), (40, 12), (16, 24)]
+    results = run(ranks, world_size, {"exact_cuts": exact}, tensor_parallel=mesh, shapes=shapes)
+    assert all(len(result["ways"]) == 3 for result in results)
+    check(results, low_rank=not exact, copies=None)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("job", [{"mesh": (2, 2)}, {"mesh": (2, 2), "shard_dim": 1}, {"kind": "experts"}])
 def test_four_ranks(ranks: Pools, job: dict[str, Any]) -> None:
@@ -143,7 +159,8 @@ REFUSED = {
     "settings on every rank.",
     "record": "FiraAdam: record_scaling_factors = 2 is not supported with parameters sharded by FSDP2; remove it",
     "capturable": "FiraAdam: capturable = True is not supported with parameters sharded by FSDP2",
-    "two cuts": "FiraAdam: layers.0.weight is placed as ('S(0)', 'S(1)') on a mesh of (1, 2) ranks",
+    "two cuts": "FiraAdam: experts.weight of shape (5, 6, 7) is placed as ('S(0)', 'S(1)'), and a parameter may be cut",
+    "two meshes": "FiraAdam: layers.1.weight is sharded over ranks [0, 1] and other matrices over [",
     "first version": "ds_fira: the model is sharded by FullyShardedDataParallel, which flattens parameters",
     "late group": "FiraAdam param group: the parameters are sharded, and which rank steps what was settled",
     "other parameters": "ds_fira: the param groups hold other parameters than at the first step",

@@ -40,6 +40,7 @@ CASES = {
     "behind": {"behind": True},
     "flat": {"flat": True},
     "ddp": {"ddp": True},
+    "tensor parallel": {"tensor_parallel": (1, 2), "shapes": [(12, 40), (40, 12)]},
 }
 
 
@@ -61,6 +62,7 @@ OTHERS = [
     pytest.param(2, {"mesh": (2, 1)}, id="copies"),
     pytest.param(2, {"shard_dim": 1}, id="columns"),
     pytest.param(2, {"ddp": True}, id="ddp"),
+    pytest.param(4, {"tensor_parallel": (2, 2)}, id="tensor parallel", marks=pytest.mark.full),
     pytest.param(3, {"flat": True}, id="flat", marks=pytest.mark.full),
     *(pytest.param(n, {}, id=str(n), marks=pytest.mark.full) for n in (1, 3, 4)),
     pytest.param(4, {"mesh": (2, 2)}, id="copies of shards", marks=pytest.mark.full),
@@ -70,9 +72,10 @@ OTHERS = [
 @pytest.mark.parametrize(("world_size", "job"), OTHERS)
 def test_on_other_ranks(ranks: Pools, tmp_path: Path, world_size: int, job: dict[str, Any]) -> None:
     """What is loaded is what was saved, to the bit; the steps are those of one process that goes on with it."""
-    run(ranks, save=(SAVED, str(tmp_path)), flat=job.get("flat", False))
-    before = run(ranks, steps=SAVED)[0]
-    results = run(ranks, world_size, load=(SAVED, str(tmp_path)), **job)
+    shapes = [(12, 40), (40, 12)] if "tensor_parallel" in job else SHAPES
+    run(ranks, save=(SAVED, str(tmp_path)), flat=job.get("flat", False), shapes=shapes)
+    before = run(ranks, steps=SAVED, shapes=shapes)[0]
+    results = run(ranks, world_size, load=(SAVED, str(tmp_path)), shapes=shapes, **job)
     _, params = alone(results[0], states=before["states"])
     for result in results:
         assert same(result["loaded"], before["states"])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 
 from ds_fira.checkpoint.reconcile import Members
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.engine.binding import agree_on_kernels, bind_layout, structure_of
-from ds_fira.engine.fsdp2.shards import Shards, sharded_dims
+from ds_fira.engine.fsdp2.shards import Box, Shards, boxes_of, coordinate, own_box, sharded_dims
 from ds_fira.engine.fsdp2.stand_ins import FlatStandIn, LocalStandIn
 from ds_fira.engine.fsdp2.state_form import ShardedStates
 from ds_fira.optim.attachment import EngineAttachment, StandIn
@@ -35,7 +36,8 @@ class Found:
     """What this rank knows of its parameters before the ranks agree.
 
     Attributes:
-        communicator: the ranks that they are cut over.
+        communicator: the ranks that those which are projected are cut over.
+        copies: the same ranks, as those that hold what is not cut.
         flats: with the number of their param group.
         stand_ins: as in `EngineAttachment`.
         slices: likewise.
@@ -44,6 +46,7 @@ class Found:
     """
 
     communicator: Communicator
+    copies: Communicator
     flats: list[tuple[int, FlatStandIn]] = field(default_factory=list)
     stand_ins: dict[int, list[list[StandIn]]] = field(default_factory=dict)
     slices: dict[Tensor, tuple[ParamSlice, ...]] = field(default_factory=dict)
@@ -59,11 +62,14 @@ def attach(optimizer: LowRankOptimizer) -> None:
         RuntimeError: ranks disagree about the layout.
     """
     name, members = optimizer.algorithm.name, optimizer._members()
-    first = next(p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor))
-    everyone = _ranks_of(first)
+    sharded = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
+    first = max(sharded, key=lambda param: param.device_mesh.size())  # others may be on a part of its mesh
+    everyone = Communicator(_ranks_of(first.device_mesh, range(first.device_mesh.ndim)))
+    names = [[own for own, _ in listed] for listed in members]
+    boxes = dict(everyone.gather_objects((dist.get_rank(), _own_boxes(optimizer, names))))
     found, fault = None, None
     try:
-        found = _find(optimizer, [[own for own, _ in listed] for listed in members])
+        found = _find(optimizer, names, boxes)
     except ValueError as error:
         fault = str(error)
     refused = next((each for each in everyone.gather_objects(fault) if each is not None), None)
@@ -102,41 +108,51 @@ def attach(optimizer: LowRankOptimizer) -> None:
     agree_on_kernels(optimizer, first.to_local().device, everyone)
 
 
-def _ranks_of(param: DTensor) -> Communicator:
-    """All ranks of a parameter's mesh."""
-    mesh = param.device_mesh
-    if mesh.size() == dist.get_world_size():
-        return Communicator(None)
-    return Communicator(mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group())
+def _ranks_of(mesh: DeviceMesh, dims: Sequence[int]) -> dist.ProcessGroup | None:
+    """The process group of the ranks along some dimensions of a mesh; None for all that there are."""
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
+    if len(dims) < mesh.ndim:
+        mesh = mesh[tuple(mesh.mesh_dim_names[dim] for dim in dims)]
+    return None if mesh.size() == dist.get_world_size() else mesh._flatten().get_group()
 
 
-def _find(optimizer: LowRankOptimizer, names: Sequence[Sequence[str]]) -> Found:
+def _own_boxes(optimizer: LowRankOptimizer, names: Sequence[Sequence[str]]) -> dict[str, Box]:
+    """What this rank holds, by name, of parameters with several cuts."""
+    listed = zip(optimizer.param_groups, names, strict=True)
+    params = [pair for group, owned in listed for pair in zip(group["params"], owned, strict=True)]
+    return {
+        name: own_box(param)
+        for param, name in params
+        if isinstance(param, DTensor) and sum(type(each) is not Replicate for each in param.placements) > 1
+    }
+
+
+def _find(optimizer: LowRankOptimizer, names: Sequence[Sequence[str]], boxes: Mapping[int, Mapping[str, Box]]) -> Found:
     """What this rank holds of the parameters, and the plan for those that are projected.
 
     Raises:
         ValueError: something is not supported.
     """
-    name, found = optimizer.algorithm.name, None
+    name = optimizer.algorithm.name
     _refuse_settings(optimizer)
-    for group, listed in zip(optimizer.param_groups, names, strict=True):
-        for param, own in zip(group["params"], listed, strict=True):
-            dims = sharded_dims(param, name, own) if isinstance(param, DTensor) else []
-            if dims:
-                found = _same_ranks(found, param.device_mesh.get_group(dims[0]), name, own)
-    if found is None:  # a mesh without a cut: of copies alone
-        found = Found(Communicator(None))
-    copies = Communicator(found.communicator.group)  # another one: they are not all that is stepped
+    dims = {
+        own: sharded_dims(param, name, own)
+        for group, listed in zip(optimizer.param_groups, names, strict=True)
+        for param, own in zip(group["params"], listed, strict=True)
+    }
+    found = _communicators(optimizer, names, dims)
     buffers, settings = [], []
     for number, (group, listed) in enumerate(zip(optimizer.param_groups, names, strict=True)):
         single: list[StandIn] = []
         batches: list[list[StandIn]] = []
         cut: list[tuple[nn.Parameter, Shards]] = []
         for param, own in zip(group["params"], listed, strict=True):
-            dims = sharded_dims(param, name, own) if isinstance(param, DTensor) else []
-            if dims and is_projected(tuple(param.shape), group):
-                cut.append((param, Shards.of(param, dims[0], own)))
+            shards = _shards(param, dims[own], own, boxes, name)
+            if shards is not None and is_projected(tuple(param.shape), group):
+                cut.append((param, shards))
             else:
-                single.append(_local(found, param, own, dims, copies))
+                single.append(_local(found, param, own, shards, dims[own]))
         _refuse_rule(optimizer, single)
         for flat in _flats(cut, found.communicator):
             found.flats.append((number, flat))
@@ -149,26 +165,56 @@ def _find(optimizer: LowRankOptimizer, names: Sequence[Sequence[str]]) -> Found:
     return found
 
 
-def _same_ranks(found: Found | None, group: dist.ProcessGroup, optimizer: str, name: str) -> Found:
-    if found is None:
-        return Found(Communicator(group))
-    ranks, others = (
-        dist.get_process_group_ranks(each or dist.group.WORLD) for each in (found.communicator.group, group)
-    )
+def _communicators(optimizer: LowRankOptimizer, names: Sequence[Sequence[str]], dims: Mapping[str, list[int]]) -> Found:
+    """The ranks that projected parameters are cut over, the same for all of them; else those of any parameter."""
+    others: Communicator | None = None
+    found: Communicator | None = None
+    for group, listed in zip(optimizer.param_groups, names, strict=True):
+        for param, own in zip(group["params"], listed, strict=True):
+            if not dims[own] or not (others is None or is_projected(tuple(param.shape), group)):
+                continue
+            ranks = Communicator(_ranks_of(param.device_mesh, dims[own]))
+            others = others or ranks
+            if is_projected(tuple(param.shape), group):
+                _require_same_ranks(found or ranks, ranks, optimizer.algorithm.name, own)
+                found = found or ranks
+    communicator = found or others or Communicator(None)
+    return Found(communicator, Communicator(communicator.group))
+
+
+def _require_same_ranks(first: Communicator, other: Communicator, optimizer: str, name: str) -> None:
+    ranks, others = _members_of(first.group), _members_of(other.group)
     if ranks != others:
         raise ValueError(
-            f"{optimizer}: {name} is sharded over ranks {others} and other parameters over {ranks}; shard all "
-            "parameters over one mesh, or give those of each mesh an optimizer of their own."
+            f"{optimizer}: {name} is sharded over ranks {others} and other matrices over {ranks}; shard all that are "
+            "projected over one mesh, or give those of each mesh an optimizer of their own."
         )
-    return found
 
 
-def _local(found: Found, param: nn.Parameter, name: str, dims: Sequence[int], copies: Communicator) -> StandIn:
+def _members_of(group: dist.ProcessGroup | None) -> list[int]:
+    return dist.get_process_group_ranks(group or dist.group.WORLD)
+
+
+def _shards(
+    param: nn.Parameter, dims: Sequence[int], name: str, boxes: Mapping[int, Mapping[str, Box]], optimizer: str
+) -> Shards | None:
+    """How a parameter is cut; None for one that is not."""
+    if not dims:
+        return None
+    ranks = _members_of(_ranks_of(param.device_mesh, dims))
+    if ranks.index(dist.get_rank()) != coordinate(param, dims):
+        raise ValueError(
+            f"{optimizer}: {name} is sharded on a mesh whose ranks {param.device_mesh.mesh.tolist()} are not in "
+            "ascending order; build the mesh by init_device_mesh."
+        )
+    return Shards.of(param, dims, name, boxes_of(boxes, ranks, name))
+
+
+def _local(found: Found, param: nn.Parameter, name: str, shards: Shards | None, dims: Sequence[int]) -> StandIn:
     """What stands in for a parameter that is not projected, or not cut."""
-    shards = Shards.of(param, dims[0], name) if dims else None
-    stand_in = LocalStandIn(param, shards, found.communicator)
-    if not dims and isinstance(param, DTensor) and copies.dp_size > 1:
-        found.replicas[stand_in.tensor] = copies
+    stand_in = LocalStandIn(param, shards, coordinate(param, dims) if dims else 0)
+    if shards is None and isinstance(param, DTensor) and found.copies.dp_size > 1:
+        found.replicas[stand_in.tensor] = found.copies
     parts = zip(accumulate(map(len, stand_in.held), initial=0), stand_in.held, strict=False)
     found.slices[stand_in.tensor] = tuple(ParamSlice(name, at, own.start, own.stop) for at, own in parts)
     return stand_in

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import Algorithm
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import BASIS, REFRESH_STEP, RESIDUAL_AVG_SQ, RESIDUAL_NORM, STEP, MatrixState, compute_dtype
 from ds_fira.core.subspace import basis_shape, low_rank_shape
-from ds_fira.engine.fsdp2.shards import Shards, blocks, local_of
+from ds_fira.engine.fsdp2.shards import Shards, local_of, nested_blocks
 from ds_fira.engine.fsdp2.tracks import Track
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.split_matrix import SplitMatrix
@@ -93,7 +93,7 @@ class FormedParam:
         matrix, self._batch = shards.shape[-2:], shards.shape[:-2]
         side = settings.side_of(matrix)
         self._param, self._settings, self._algorithm = param, settings, algorithm
-        self._ranks, self._rank = shards.ranks, rank
+        self._ranks, self._mesh, self._rank = shards.ranks, shards.mesh, rank
         self._axis = 1 if side == "left" else 0
         self._basis_shape = basis_shape(matrix, settings.rank, side)
         self._low_rank_shape = low_rank_shape(matrix, settings.rank, side)
@@ -102,11 +102,11 @@ class FormedParam:
 
     @property
     def _rows(self) -> tuple[range, ...]:
-        return blocks(self._basis_shape[0], self._ranks)
+        return nested_blocks(self._basis_shape[0], self._mesh)
 
     @property
     def _entries(self) -> tuple[range, ...]:
-        return blocks(self._low_rank_shape[self._axis], self._ranks)
+        return nested_blocks(self._low_rank_shape[self._axis], self._mesh)
 
     def _zeros(self) -> Values:
         shape = list(self._low_rank_shape)
@@ -192,7 +192,8 @@ class FormedParam:
         return torch.stack(tuple(values)) if self._batch else values[0]
 
     def _placed(self, name: str, dim: int, values: Sequence[Tensor]) -> DTensor:
-        return placed(self._joined(values), self._param, dim + len(self._batch), self.shapes()[name])
+        placements = evenly(self._param, dim + len(self._batch))
+        return placed(self._joined(values), self._param, placements, self.shapes()[name])
 
     def take(self, state: Mapping[str, Tensor]) -> None:
         """The reverse of `shown`; may be a collective call."""
@@ -223,24 +224,30 @@ def whole_of(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def placed(local: Tensor, param: DTensor, dim: int, shape: tuple[int, ...]) -> DTensor:
-    """A tensor of which this rank has its part, cut over the ranks over which a parameter is.
+def placed(local: Tensor, param: DTensor, placements: Sequence[Placement], shape: tuple[int, ...]) -> DTensor:
+    """A tensor of which this rank has its part, on a parameter's mesh.
 
     Args:
         local: the part.
         param: the parameter.
-        dim: which dimension is cut.
+        placements: of the tensor.
         shape: of the whole.
     """
     strides = tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
     size = torch.Size(shape)
     return DTensor.from_local(
-        local.contiguous(), param.device_mesh, _placements(param, dim), run_check=False, shape=size, stride=strides
+        local.contiguous(), param.device_mesh, placements, run_check=False, shape=size, stride=strides
     )
 
 
+def placed_part(value: DTensor, placements: Sequence[Placement]) -> Tensor:
+    """This rank's part of a tensor; a collective call where it is placed otherwise."""
+    placements = list(placements)
+    return local_of(value if list(value.placements) == placements else value.redistribute(placements=placements))
+
+
 def own_part(value: Tensor, param: DTensor, dim: int, block: range) -> Tensor:
-    """This rank's part of a tensor, as `placed` has it; of a DTensor that is cut otherwise a collective call.
+    """This rank's part of a tensor that is cut evenly over the ranks over which a parameter is.
 
     Args:
         value: a DTensor, or the whole tensor.
@@ -250,9 +257,9 @@ def own_part(value: Tensor, param: DTensor, dim: int, block: range) -> Tensor:
     """
     if not isinstance(value, DTensor):
         return value.narrow(dim, block.start, len(block))
-    placements = _placements(param, dim)
-    return local_of(value if list(value.placements) == placements else value.redistribute(placements=placements))
+    return placed_part(value, evenly(param, dim))
 
 
-def _placements(param: DTensor, dim: int) -> list[Replicate | Shard]:
+def evenly(param: DTensor, dim: int) -> list[Placement]:
+    """Placements that cut a dimension over the ranks over which a parameter is cut."""
     return [Replicate() if type(each) is Replicate else Shard(dim) for each in param.placements]

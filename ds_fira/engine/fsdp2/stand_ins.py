@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ds_fira.engine.fsdp2.shards import Shards, local_of
 from ds_fira.sharding.comm import Communicator
+from ds_fira.sharding.row_blocks import common, inside
 
 
 class LocalStandIn:
@@ -22,17 +23,17 @@ class LocalStandIn:
     Attributes:
         param: the parameter.
         shards: how it is cut; None where the rank holds all of it.
-        communicator: the ranks that it is cut over.
+        rank: this one among those that it is cut over.
     """
 
-    def __init__(self, param: nn.Parameter, shards: Shards | None, communicator: Communicator) -> None:
-        self.param, self.shards, self.communicator = param, shards, communicator
+    def __init__(self, param: nn.Parameter, shards: Shards | None, rank: int) -> None:
+        self.param, self.shards, self.rank = param, shards, rank
         self.tensor = self._seen(param)
 
     @property
     def held(self) -> list[range]:
         """The parameter's elements that it has, in its order."""
-        return [range(self.param.numel())] if self.shards is None else self.shards.held(self.communicator.dp_rank)
+        return [range(self.param.numel())] if self.shards is None else self.shards.held(self.rank)
 
     def take(self) -> bool:
         """See `StandIn.take`."""
@@ -113,20 +114,36 @@ class FlatStandIn:
             elif each.contiguous:
                 part.copy_(local.reshape(-1))
             else:
-                _, middle, inner = each.sizes
-                own = len(each.cut[rank]) * inner
-                rows = local.reshape(-1).split([len(block) * own for block in each.outer])
-                sent += [(target, [block]) for target, block in enumerate(rows)]
-                outer = len(each.outer[rank])
-                targets[index] = part.view(outer, middle, inner)
+                held, columns = each.rows[rank], each.columns[rank]
+                values = local.reshape(len(held), len(columns))
+                sent += [(to, [values[inside(rows, held)]]) for to, rows in self._common(each, rank)]
+                targets[index] = part.view(-1, each.width)
                 expected += [
-                    (source, (index, source), outer * len(block) * inner) for source, block in enumerate(each.cut)
+                    (source, (index, source), len(rows) * len(each.columns[source]))
+                    for source, rows in self._sources(each)
                 ]
         arrived = self.communicator.deliver(sent, expected, flat, bool(targets))
         for (index, source), values in arrived.items():
-            block, target = self.shards[index].cut[source], targets[index]
-            place = target[:, block.start : block.stop]
+            place = self._place(index, source, targets[index])
             place.copy_(values.view(place.shape))
+
+    def _common(self, shards: Shards, rank: int) -> list[tuple[int, range]]:
+        """The ranks that step some of the rows that a rank holds elements of, and which rows."""
+        if not len(shards.columns[rank]):
+            return []
+        found = [(to, common(shards.rows[rank], rows)) for to, rows in enumerate(shards.stepped_rows)]
+        return [(to, rows) for to, rows in found if len(rows)]
+
+    def _sources(self, shards: Shards) -> list[tuple[int, range]]:
+        """The ranks that hold elements of the rows that this one steps, and which rows."""
+        own = self.communicator.dp_rank
+        return [(rank, rows) for rank in range(shards.ranks) for to, rows in self._common(shards, rank) if to == own]
+
+    def _place(self, index: int, source: int, target: Tensor) -> Tensor:
+        """Where that lies which a rank holds of the rows that this one steps, as rows and columns."""
+        shards = self.shards[index]
+        own, columns = shards.stepped_rows[self.communicator.dp_rank], shards.columns[source]
+        return target[inside(common(shards.rows[source], own), own), columns.start : columns.stop]
 
     def _return(self) -> None:
         """The way back of `_collect`, for weights."""
@@ -136,12 +153,12 @@ class FlatStandIn:
             if each.contiguous:
                 local.view(-1).copy_(part)
                 continue
-            _, middle, inner = each.sizes
-            values = part.view(len(each.outer[rank]), middle, inner)
-            sent += [(target, [values[:, block.start : block.stop]]) for target, block in enumerate(each.cut)]
-            own = len(each.cut[rank]) * inner
-            targets[index] = local.view(-1).split([len(block) * own for block in each.outer])
-            expected += [(source, (index, source), len(block) * own) for source, block in enumerate(each.outer)]
+            values, held, columns = part.view(-1, each.width), each.rows[rank], each.columns[rank]
+            sent += [(to, [self._place(index, to, values)]) for to, _ in self._sources(each)]
+            targets[index] = local.view(len(held), len(columns)), held, dict(self._common(each, rank))
+            expected += [(to, (index, to), len(rows) * len(columns)) for to, rows in targets[index][2].items()]
         arrived = self.communicator.deliver(sent, expected, self.tensor, bool(targets))
         for (index, source), values in arrived.items():
-            targets[index][source].copy_(values)
+            local, held, rows = targets[index]
+            place = local[inside(rows[source], held)]
+            place.copy_(values.view(place.shape))

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ds_fira.checkpoint.named_state import StateDict
 from ds_fira.core import quantization
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, compute_dtype, state_views, stored_moment
-from ds_fira.engine.fsdp2.formed_param import FormedParam, Values, own_part, placed, whole_of
+from ds_fira.engine.fsdp2.formed_param import FormedParam, Values, placed, placed_part, whole_of
 from ds_fira.engine.fsdp2.shards import local_of
 from ds_fira.engine.fsdp2.stand_ins import FlatStandIn, LocalStandIn
 from ds_fira.engine.fsdp2.tracks import carry
@@ -135,7 +136,7 @@ class ShardedStates:
         shown = {STEP: state[STEP]}
         for name in self.optimizer.algorithm.states:
             values = quantization.read(stored_moment(state, name), compute_dtype(param.dtype))
-            shown[name] = placed(values.view(local_of(param).shape), param, stand_in.shards.dim, tuple(param.shape))
+            shown[name] = placed(values.view(local_of(param).shape), param, param.placements, tuple(param.shape))
         return shown
 
     def _take(self, stand_in: LocalStandIn, group: ParamGroup, saved: dict[str, Tensor]) -> None:
@@ -145,13 +146,15 @@ class ShardedStates:
             for key, value in state.items():
                 value.copy_(whole_of(saved[key]))
             return
-        block = stand_in.shards.cut[stand_in.communicator.dp_rank]
         state[STEP].copy_(whole_of(saved[STEP]))
         for name in self.optimizer.algorithm.states:
-            values = own_part(saved[name], param, stand_in.shards.dim, block)
-            quantization.write_(
-                stored_moment(state, name), values.reshape(-1).to(compute_dtype(param.dtype)), seed=None
-            )
+            value = saved[name]
+            if isinstance(value, DTensor):
+                values = placed_part(value, param.placements)
+            else:
+                values = stand_in.shards.part(value, stand_in.rank)
+            values = values.reshape(-1).to(compute_dtype(param.dtype))
+            quantization.write_(stored_moment(state, name), values, seed=None)
 
     def _fault(self, states: dict[int, dict[str, Tensor]]) -> str | None:
         """What speaks against loading some states, by number of the parameter; None for nothing."""

@@ -38,7 +38,7 @@ def test_blocks_are_torch_s(size: int, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_fragments_tile_every_matrix(shape: tuple[int, ...], dim: int, ranks: int) -> None:
     """And what a rank holds is what torch gives it: elements by their numbers."""
-    whole, shards = torch.arange(torch.Size(shape).numel()).view(shape), Shards("w", shape, dim, ranks)
+    whole, shards = torch.arange(torch.Size(shape).numel()).view(shape), Shards.of_dimension("w", shape, dim, ranks)
     for rank in range(ranks):
         chunks = whole.chunk(ranks, dim)
         torchs_own = chunks[rank].reshape(-1).tolist() if rank < len(chunks) else []
@@ -56,13 +56,13 @@ def test_states_are_shared_evenly(name: str, ranks: int) -> None:
     """The fullest rank holds at most 1.1 of an even share, and all together what one process does."""
     hidden, inner, layers, rank = LLAMAS[name]
     shapes = [(hidden, hidden)] * 4 * layers + [(inner, hidden)] * 2 * layers + [(hidden, inner)] * layers
-    shards = [Shards(f"w{number}", shape, 0, ranks) for number, shape in enumerate(shapes)]
+    shards = [Shards.of_dimension(f"w{number}", shape, 0, ranks) for number, shape in enumerate(shapes)]
     flat = SimpleNamespace(shards=shards, communicator=SimpleNamespace(dp_size=ranks, dp_rank=0))
     _, fragments, size = _places(flat)
     settings = GroupSettings.of({"rank": rank, "update_proj_gap": 200})
     (layout,) = plan_groups([(fragments, size)], ranks, [settings], evenly_sharded=True)
     rest = [(32000, hidden)] * 2 + [(hidden,)] * (2 * layers + 1)
-    unprojected = [Shards(f"r{number}", shape, 0, ranks) for number, shape in enumerate(rest)]
+    unprojected = [Shards.of_dimension(f"r{number}", shape, 0, ranks) for number, shape in enumerate(rest)]
     held = [
         sum(matrix.state_numel(each) for matrix in layout.split)
         + sum(2 * len(elements) for other in unprojected for elements in other.held(each))
