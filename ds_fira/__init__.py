@@ -6,6 +6,7 @@ Importing this package registers `FiraAdam`, `GaLoreAdam` and `FiraRMSProp` with
 
 from ds_fira.checkpoint.released_files import read_released_state
 from ds_fira.core.rules import Rule
+from ds_fira.engine.doors import add_doors
 from ds_fira.optim.backward_steps import step_in_backward
 from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
 from ds_fira.optim.low_rank_state import LowRankState, low_rank_state, set_low_rank_state
@@ -13,10 +14,12 @@ from ds_fira.optim.param_groups import param_groups
 from ds_fira.optim.plug import FiraRMSProp, plug
 from ds_fira.optim.report import memory_report, metrics, read_scaling_factors, scaling_factors, write_scaling_factors
 from ds_fira.optim.state_size import state_bytes
+from ds_fira.optim.whole_state import whole_state_dict
 from ds_fira.runtime import import_deepspeed
 from ds_fira.runtime.termination import Termination
 from ds_fira.version import __version__
 
+add_doors()
 if import_deepspeed():
     from ds_fira.engine.deepspeed.agreement import DeviatingRank
     from ds_fira.engine.deepspeed.patches import register
@@ -51,6 +54,7 @@ __all__ = [
     "shutdown",
     "state_bytes",
     "step_in_backward",
+    "whole_state_dict",
     "write_scaling_factors",
 ]
 

@@ -137,10 +137,11 @@ def _add_handler(trainer_optimizer: ModuleType) -> None:
 def _make(context: Any) -> tuple[type[FiraAdam], dict[str, Any]]:
     """What the Trainer makes without DeepSpeed: FiraAdam and its arguments, the param groups under "params"."""
     settings, args = settings_of(context.args), context.args
-    if getattr(args, "fsdp", None):
+    version = (getattr(args, "fsdp_config", None) or {}).get("version", 2)
+    if getattr(args, "fsdp", None) and int(version) != 2:
         raise ValueError(
-            f'optim = "{NAME}" does not train under FSDP, which shards matrices without saying where they are cut; '
-            "use DeepSpeed's ZeRO, or no sharding."
+            f'optim = "{NAME}" does not train under FSDP with fsdp_config version = {version}, which flattens '
+            "parameters so that no rank knows a matrix; set version to 2, or use DeepSpeed's ZeRO."
         )
     if context.model is None:
         raise ValueError(f'optim = "{NAME}" needs the model; give it to get_optimizer_cls_and_kwargs.')

@@ -2,18 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ds_fira.checkpoint.named_state import StateDict
 from ds_fira.checkpoint.reconcile import Members
+from ds_fira.core.settings import ParamGroup
+from ds_fira.optim.doors import door_of
 from ds_fira.optim.state_size import ParamRecord
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import ParamSlice
 from ds_fira.sharding.local_matrices import LocalMatrices
 from ds_fira.sharding.plan import GroupLayout
+
+
+class StandIn(Protocol):
+    """A tensor that is stepped in place of parameters whose engine keeps them in another form.
+
+    Attributes:
+        tensor: has the states; its memory, and its gradient, may be there in a step alone.
+    """
+
+    tensor: Tensor
+
+    def take(self) -> bool:
+        """Fill it, and its gradient, from the parameters; False, and nothing done, where none has a gradient."""
+
+    def give_back(self) -> None:
+        """Write what was stepped into the parameters."""
+
+
+class StateForm(Protocol):
+    """How an engine's states look in a state dict, where they do not lie in it as they are stepped."""
+
+    def gather(self) -> dict[int, dict[str, Tensor]]:
+        """By a parameter's number among those of all groups its state; a collective call."""
+
+    def show_names(self, stepped: Tensor) -> None:
+        """Let the optimizer's `state` have the names of the states of parameters, whose stand-in now has states.
+
+        torch's `set_optimizer_state_dict` looks there which names a flattened state dict has to have.
+        """
+
+    def require_fit(self, state_dict: StateDict) -> None:
+        """Check the states of such a state dict; a collective call.
+
+        Raises:
+            ValueError: they do not fit, the same on every rank.
+        """
+
+    def load(self, state_dict: StateDict) -> None:
+        """Take its states, which fit; a collective call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +78,9 @@ class EngineAttachment:
         gradient_dtypes: by stepped tensor, the dtype in which its gradient was computed.
         names: of the module's parameters, by their `id`.
         digest: of all that is the same on every rank; a state dict of another digest was saved elsewhere.
+        stand_ins: by number of a param group, what is stepped in place of its parameters: lists of those that are
+            stepped together, one list after the other. Empty where the parameters themselves are stepped.
+        form: of the states in a state dict; None where they are in it as they are.
         replicated: whether all ranks hold the same parameters and states, and step the same matrices.
     """
 
@@ -48,6 +94,8 @@ class EngineAttachment:
     gradient_dtypes: Mapping[Tensor, torch.dtype] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
     digest: str = ""
+    stand_ins: Mapping[int, Sequence[Sequence[StandIn]]] = field(default_factory=dict)
+    form: StateForm | None = None
     replicated: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,9 +108,62 @@ ALONE = EngineAttachment()
 
 
 class Attachable:
-    """Reads what `attachment` says; an optimizer without an engine reads the defaults."""
+    """Reads what `attachment` says; an optimizer without an engine reads the defaults.
+
+    Attributes:
+        param_groups: of the optimizer.
+    """
 
     attachment: EngineAttachment = ALONE
+    param_groups: list[ParamGroup]
+    _asked: tuple[int, ...] = ()
+
+    def find_place(self) -> None:
+        """Ask who holds the parameters, before they are stepped or their states saved; may be a collective call.
+
+        Asked once, and again where other parameters have taken their places, as accelerate does once it has sharded
+        a model.
+
+        Raises:
+            ValueError: the way in which they are held is not supported, the same on every rank.
+        """
+        held = self.attachment
+        if held.stand_ins and not all(id(p) in held.names for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "ds_fira: the param groups hold other parameters than at the first step, and those would be stepped; "
+                "shard the model before the first step, and make a new optimizer for new parameters."
+            )
+        params = [param for group in self.param_groups for param in group["params"]]
+        asked = tuple(map(id, params))
+        if held is not ALONE or asked == self._asked:
+            return
+        door = door_of(params)
+        if door is not None:
+            door.attach(self)
+        self._asked = asked
+
+    def stepped(self, number: int) -> list[Tensor]:
+        """The tensors that are stepped for a param group: its parameters, or what stands in for them."""
+        batches = self.attachment.stand_ins.get(number)
+        if batches is None:
+            return self.param_groups[number]["params"]
+        return [each.tensor for batch in batches for each in batch]
+
+    def _show_names(self, stepped: Tensor) -> None:
+        if self.attachment.form is not None:
+            self.attachment.form.show_names(stepped)
+
+    def _lent(self, number: int) -> Iterator[list[Tensor]]:
+        """What of a param group is stepped together and has a gradient; given back once the next is asked for."""
+        batches = self.attachment.stand_ins.get(number)
+        if batches is None:
+            yield [param for param in self.param_groups[number]["params"] if param.grad is not None]
+            return
+        for batch in batches:
+            taken = [each for each in batch if each.take()]
+            yield [each.tensor for each in taken]
+            for each in taken:
+                each.give_back()
 
     @property
     def communicator(self) -> Communicator | None:

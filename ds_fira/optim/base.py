@@ -26,6 +26,7 @@ from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import EngineAttachment
 from ds_fira.optim.capturing import Capturing, refuse_capturable
 from ds_fira.optim.constructor import Params, bind, documented, signature_of
+from ds_fira.optim.doors import note_model
 from ds_fira.optim.param_groups import by_kind, group_defaults
 from ds_fira.optim.presets import PRESET, preset_in, preset_mark, projected_matrices, take_mark, values_of
 from ds_fira.optim.rank_rule import grouped, linear_weights, ranked_groups
@@ -83,6 +84,7 @@ class LowRankOptimizer(Capturing, GivenGroups):
         self.given: list[dict[str, object]] = []
         model = params if isinstance(params, nn.Module) else None
         if model is not None:
+            model = note_model(model)
             params = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         params = [params] if isinstance(params, Tensor) else list(params)
         groups = given_groups = grouped(params)
@@ -152,6 +154,11 @@ class LowRankOptimizer(Capturing, GivenGroups):
                 nor 3 dimensions.
         """
         self._refuse_algorithm(param_group)
+        if self.attachment.stand_ins:
+            raise ValueError(
+                f"{self.algorithm.name} param group: the parameters are sharded, and which rank steps what was settled "
+                "at the first step; give the optimizer all param groups before."
+            )
         if param_group.get(PRESET) is not None:
             raise ValueError(
                 f"{self.algorithm.name} param group: preset = {param_group[PRESET]!r} concerns the whole training; "
@@ -267,6 +274,7 @@ class LowRankOptimizer(Capturing, GivenGroups):
                 loss = closure()
         if self.suspended:
             return loss
+        self.find_place()
         with kernels.switched(self.kernels):
             if capturing():
                 self._capture_step()

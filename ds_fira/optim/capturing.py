@@ -189,12 +189,12 @@ class Capturing(Stepping):
     def _groups_to_step(self) -> Iterator[tuple[ParamGroup, list[Tensor], GroupSettings]]:
         """The groups with gradients: each with its parameters that have one, and its settings at this step."""
         for number, group in enumerate(self.param_groups):
-            params = [param for param in group["params"] if param.grad is not None]
-            if params:
-                settings = GroupSettings.of(group)
-                if settings.capturable:
-                    settings = self._on_device(number, params, settings, group["lr"])
-                yield group, params, settings
+            for params in self._lent(number):
+                if params:
+                    settings = GroupSettings.of(group)
+                    if settings.capturable:
+                        settings = self._on_device(number, params, settings, group["lr"])
+                    yield group, params, settings
 
     def _on_device(
         self, number: int, params: list[Tensor], settings: GroupSettings, lr: float | Tensor

@@ -17,6 +17,7 @@ from ds_fira.core.selection import (
     undecayed_weights,
 )
 from ds_fira.core.settings import ParamGroup
+from ds_fira.optim.doors import note_model
 from ds_fira.optim.expert_groups import keys_of, ranks_of
 from ds_fira.optim.presets import PRESET, preset_mark, projected_matrices, take_mark
 from ds_fira.optim.rank_rule import (
@@ -67,6 +68,7 @@ def param_groups(
     Raises:
         ValueError: a setting is unknown or out of range.
     """
+    model = note_model(model)
     algorithm = algorithm_of({KEY: optimizer})
     given = {**settings, "rank": rank, "target_modules": target_modules}
     checked = check_params(given, "ds_fira.param_groups", algorithm)

@@ -78,4 +78,4 @@ def adamw_bytes(records: Iterable[ParamRecord], bytes_per_element: int = 4) -> i
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of all state tensors that this process holds."""
     held = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.nbytes for value in held if isinstance(value, Tensor))
+    return sum(value.nbytes for value in held if isinstance(value, Tensor) and not value.is_meta)

@@ -19,6 +19,7 @@ from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, allocate, allocate_unprojected, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
+from ds_fira.optim.formed_states import formed_input, formed_state_dict, holds_whole
 from ds_fira.optim.presets import PRESET, given_by_user
 from ds_fira.optim.settings import warn_without_effect
 from ds_fira.optim.state_shapes import refuse_adam, require_states
@@ -88,6 +89,7 @@ class Resumable(Attachable, Optimizer):
         if not state:
             warn_without_effect(param, group, self.algorithm.name)
             state.update(self._allocated(param, group, param))
+            self._show_names(param)
         return state
 
     def _allocated(self, param: Tensor, group: ParamGroup, like: Tensor) -> dict[str, Tensor]:
@@ -102,13 +104,18 @@ class Resumable(Attachable, Optimizer):
 
     def state_dict(self) -> StateDict:
         """As in `torch.optim`, with a description of what the tensors hold; tensors, numbers, strings, lists, dicts."""
+        self.find_place()
+        if self.attachment.form is not None:
+            return formed_state_dict(self, super().state_dict)
         result = super().state_dict()
-        slices = [self._slices(param, group) for group in self.param_groups for param in group["params"]]
+        slices = [self._slices(p, group) for group in self.param_groups for p in group["params"]]
         states = [result["state"].get(number, {}) for group in result["param_groups"] for number in group["params"]]
         result[KEY] = describe(self.attachment.digest, self.given, self._members(), slices, states, self.algorithm)
-        if self.recorder is not None and self.communicator is None:
+        if self.recorder is not None and not self.members:
             # Inside an engine it goes over ranks: `ds_fira.engine.deepspeed.save_load.client_state` saves it.
             result[KEY][RECORD] = self.recorder.state_dict()
+        if not self.state:
+            self._alone.clear()  # others may yet take the places of these parameters, whose memory it would hold
         return result
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -123,20 +130,29 @@ class Resumable(Attachable, Optimizer):
             ValueError: the state was made with another rank, side or shape of a matrix, or for other ranks, or a part
                 of it is missing; nothing is changed.
         """
-        given = [dict(group) for group in self.param_groups]
+        self.find_place()
+        given, form = [dict(group) for group in self.param_groups], self.attachment.form
         with errors_name(self.algorithm.name):
-            saved, members, convert = self.require_fit(state_dict)
-        self._load_as_saved(state_dict, states=not convert)
+            if form is not None:
+                found = formed_input(self, state_dict)
+                state_dict, saved, members, convert = found.state_dict, found.saved, found.members, False
+            else:
+                saved, members, convert = self.require_fit(state_dict)
+        self._load_as_saved(state_dict, states=form is None and not convert)
+        if form is not None:
+            form.load(state_dict)
         self._refresher.forget_counts()
-        if self.recorder is not None and self.communicator is None:
+        if self.recorder is not None and not self.members:
             self.recorder.load_state_dict(state_dict.get(KEY, {}).get(RECORD))
         if saved is not None:
             for group, own in zip(self.param_groups, given, strict=True):
                 group.pop(PRESET, None)
                 group.update(own)
-            self.carry_groups(saved, [list(group.members.items()) for group in saved.groups])
+            self.carry_groups(saved, members if form else [list(group.members.items()) for group in saved.groups])
         if convert:
             self.restore(saved, weights=False, members=members)
+        if not self.state:
+            self._alone.clear()
 
     def _load_as_saved(self, state_dict: StateDict, states: bool) -> None:
         """The loading of `torch.optim`, with its hooks, but that every state is copied once, in the dtype it has."""
@@ -197,7 +213,7 @@ class Resumable(Attachable, Optimizer):
             members = self._renamed(listed)
             refuse_changed_structure(saved.groups, self.param_groups, members)
         refuse_other_states(saved, self.algorithm)
-        if plain["layout"] != self.attachment.digest:
+        if plain["layout"] != self.attachment.digest and not holds_whole(self):
             raise ValueError(
                 "this state dict is a rank's share of a run on other ranks, or with other settings; load it "
                 "through DeepSpeed's engine.load_checkpoint, which brings it to where it belongs."

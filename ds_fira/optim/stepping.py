@@ -45,7 +45,7 @@ class Stepping(Resumable):
         self._recording = self.recorder is not None and self.recorder.due(number)
         if self._recording:
             refuse_if_capturing("the scaling factors of this step are to be recorded", "make it without a capture")
-        if self._recording and self.communicator is None:
+        if self._recording and not self.members:
             self.recorder.watch_alone(self.param_groups)
         self._step_projected(projected, group, settings)
         self._step_unprojected(rest, group, settings)

@@ -202,7 +202,7 @@ class Communicator:
         if differing:
             raise RuntimeError(
                 f"{optimizer}: ranks {differing} planned another layout than rank 0; build the same model with the "
-                "same DeepSpeed config on every rank."
+                "same settings on every rank."
             )
 
 

@@ -23,7 +23,7 @@ PURE = ["core", *(f"sharding.{name}" for name in ("geometry", "row_blocks", "spl
 PURE += ["sharding.lowrank.local_plan"]
 # May use torch.distributed: the one file of collectives, the start and end of processes, and what reads an engine's
 # groups. Of these the last makes no collective.
-DISTRIBUTED = ("sharding/comm.py", "runtime/", "engine/deepspeed/")
+DISTRIBUTED = ("sharding/comm.py", "runtime/", "engine/")
 COLLECTIVE = re.compile(
     r"(batch_)?(all_|reduce|broadcast|barrier|monitored_barrier|gather|scatter|i?send|i?recv|P2POp)\w*"
 )

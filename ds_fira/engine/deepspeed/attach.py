@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import deepspeed
@@ -14,10 +13,8 @@ from deepspeed import comm as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 
-from ds_fira.checkpoint.reconcile import Members
-from ds_fira.core import kernels
-from ds_fira.core.algorithms import KEY
 from ds_fira.core.selection import shape_of
+from ds_fira.engine.binding import agree_on_kernels, structure_of
 from ds_fira.engine.deepspeed import objects, unsupported
 from ds_fira.engine.deepspeed.chosen import checked_params, our_name, trains_ours
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup, by_group, stepped_groups
@@ -38,9 +35,7 @@ from ds_fira.optim.rank_rule import grouped, parameters_of
 from ds_fira.optim.registry import TYPES
 from ds_fira.optim.settings import SaveSettings, refuse_auto
 from ds_fira.optim.state_size import ParamRecord
-from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.plan import digest
-from ds_fira.sharding.projection import is_projected
 
 
 def check_config(check: Callable[..., None], engine: DeepSpeedEngine) -> None:
@@ -162,7 +157,7 @@ def attach(engine: DeepSpeedEngine) -> None:
         members,
         partitionings,
         *layouts_of_all(plans, holders.planners),
-        [_structure(group, listed) for group, listed in zip(groups, members, strict=True)],
+        [structure_of(group, listed) for group, listed in zip(groups, members, strict=True)],
         [_precision(part, groups) for part in parts],
     )
     optimizer.attach(
@@ -179,7 +174,8 @@ def attach(engine: DeepSpeedEngine) -> None:
             digest=_of_stages(own, engine, holders),
         )
     )
-    _agree_on_kernels(optimizer, flats, communicator)
+    if flats:
+        agree_on_kernels(optimizer, flats[0].hp_partition.device, communicator)
     if optimizer.recorder is not None:
         record_weights(engine, optimizer, flats, holders)
 
@@ -190,34 +186,6 @@ def _of_stages(own: str, engine: DeepSpeedEngine, holders: Holders) -> str:
         return own
     parts = set(holders.everyone.gather_objects((holders.stage, own)))
     return digest(("pipeline", engine.module.num_stages), sorted(parts))
-
-
-def _agree_on_kernels(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], communicator: Communicator) -> None:
-    """Where the kernels do not run on some rank, no rank uses them: replicas would drift apart by their rounding.
-
-    One rank says so, for all, with the reason of the first that has one to tell.
-    """
-    if optimizer.kernels == "off" or not flats:
-        return
-    found = communicator.gather_objects(kernels.fault(flats[0].hp_partition.device))
-    faults = {rank: fault for rank, fault in enumerate(found) if fault is not None}
-    if len(faults) == len(found):  # on devices that the kernels are not for, there is nothing to say
-        faults = {rank: fault for rank, fault in faults.items() if not fault.known}
-    if not faults:
-        return
-    optimizer.kernels = "off"
-    if communicator.dp_rank == 0:
-        rank, fault = min(faults.items(), key=lambda item: item[1].known)
-        warnings.warn(f"{optimizer.algorithm.name}: on rank {rank} {fault.advice}", stacklevel=2)
-
-
-def _structure(group: Mapping[str, object], members: Members) -> tuple[object, ...]:
-    """The settings of a param group that decide how its states are laid out, and what it leaves unprojected."""
-    return (
-        *(group.get("rank"), group["proj_type"], group["formulation"]),
-        *((group[KEY],) if KEY in group else ()),
-        *((name for name, shape in members if not is_projected(shape, group)) if "rank" in group else ()),
-    )
 
 
 def _precision(flats: Sequence[FlatGroup], groups: Sequence[Mapping[str, object]]) -> tuple[int, object, list[str]]:

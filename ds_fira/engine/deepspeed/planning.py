@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ds_fira.core.selection import shape_of
 from ds_fira.core.settings import GroupSettings
+from ds_fira.engine.binding import bind_layout
 from ds_fira.engine.deepspeed import unsupported
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.engine.deepspeed.holders import Holders
@@ -15,10 +16,8 @@ from ds_fira.engine.deepspeed.projection import kinds_of
 from ds_fira.engine.deepspeed.tensor_parallel import sliced
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.comm import Communicator
-from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.geometry import matrices_of
 from ds_fira.sharding.local_matrices import LocalMatrices
-from ds_fira.sharding.lowrank.step import LowRankMatrices
 from ds_fira.sharding.plan import GroupLayout, plan_groups, plan_hash
 
 
@@ -51,7 +50,7 @@ def plan_flats(
         communicator.require_same(plan_hash(layouts), optimizer.algorithm.name)
         for place, (_, flat), layout in zip(places, found, layouts, strict=True):
             plans[place] = (communicator, layout)
-            bound[flat.hp_partition] = _bind(layout, communicator, numbers, holders.replicas(flat))
+            bound[flat.hp_partition] = bind_layout(layout, communicator, numbers, holders.replicas(flat))
     return [plans[place] for place in range(len(projected))], bound
 
 
@@ -68,17 +67,6 @@ def _whole(
             indices = tuple(numbers[matrix.name] for matrix in listed)
             found[flat.hp_partition] = LocalMatrices(shards, indices, batched=param.ndim == 3, flat=False)
     return found
-
-
-def _bind(
-    layout: GroupLayout, communicator: Communicator, numbers: Mapping[str, int], replicas: Communicator | None
-) -> LocalMatrices:
-    """What a rank steps of a flat tensor, and the collectives that it takes part in for it."""
-    whole = layout.unsplit[communicator.dp_rank]
-    exchanges = tuple(GatherExchange(turn, communicator) for turn in layout.gathered_turns)
-    low_rank = LowRankMatrices(layout.low_rank, communicator, numbers, replicas) if layout.low_rank else None
-    indices = tuple(numbers[matrix.name] for matrix in (*whole, *layout.gathered_by(communicator.dp_rank)))
-    return LocalMatrices(whole, indices, exchanges, low_rank)
 
 
 def layouts_of_all(plans: Sequence[tuple[Communicator, GroupLayout]], everyone: Communicator) -> list[object]:
