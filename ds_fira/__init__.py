@@ -6,8 +6,8 @@ Importing this package registers `FiraAdam`, `GaLoreAdam` and `FiraRMSProp` with
 
 from ds_fira.checkpoint.released_files import read_released_state
 from ds_fira.core.rules import Rule
+from ds_fira.engine.backward_steps import step_in_backward
 from ds_fira.engine.doors import add_doors
-from ds_fira.optim.backward_steps import step_in_backward
 from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
 from ds_fira.optim.low_rank_state import LowRankState, low_rank_state, set_low_rank_state
 from ds_fira.optim.param_groups import param_groups

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import nn
 
-from ds_fira.optim.backward_steps import step_in_backward
+from ds_fira.engine.backward_steps import step_in_backward
 from ds_fira.optim.fira_adam import FiraAdam
 from ds_fira.optim.param_groups import param_groups
 from ds_fira.optim.settings import check_params

@@ -7,6 +7,9 @@ parameters alone cannot know that they are replicas, and computes every basis on
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from torch import Tensor
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +19,26 @@ from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.doors import door_of_param
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.plan import digest
+
+
+def attach_replicas(optimizer: LowRankOptimizer, communicator: Communicator, params: Collection[Tensor]) -> None:
+    """Tell an optimizer which of its parameters all ranks hold, with the same gradients; a collective call.
+
+    Args:
+        optimizer: makes every basis of them on one rank from now on.
+        communicator: the ranks.
+        params: these parameters; others are each rank's own.
+
+    Raises:
+        RuntimeError: ranks have other parameters or settings.
+    """
+    groups = optimizer.param_groups
+    members = optimizer._members()
+    structure = [structure_of(group, listed) for group, listed in zip(groups, members, strict=True)]
+    communicator.require_same(digest(members, structure), optimizer.algorithm.name)
+    # Names, slices and digest stay those of one process: so do its state dicts, on any number of ranks.
+    optimizer.attach(EngineAttachment(communicator=communicator, replicas=dict.fromkeys(params, communicator)))
+    agree_on_kernels(optimizer, groups[0]["params"][0].device, communicator)
 
 
 class DdpDoor:
@@ -36,12 +59,5 @@ class DdpDoor:
         Raises:
             RuntimeError: ranks have other parameters or settings.
         """
-        communicator, groups = Communicator(self._group), optimizer.param_groups
-        members = optimizer._members()
-        structure = [structure_of(group, listed) for group, listed in zip(groups, members, strict=True)]
-        communicator.require_same(digest(members, structure), optimizer.algorithm.name)
-        params = [param for group in groups for param in group["params"]]
-        replicas = {param: communicator for param in params if door_of_param(param) is self}
-        # Names, slices and digest stay those of one process: so do its state dicts, on any number of ranks.
-        optimizer.attach(EngineAttachment(communicator=communicator, replicas=replicas))
-        agree_on_kernels(optimizer, params[0].device, communicator)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        attach_replicas(optimizer, Communicator(self._group), [p for p in params if door_of_param(p) is self])

@@ -283,17 +283,6 @@ class LowRankOptimizer(Capturing, GivenGroups):
                     self._step_group(group, params, settings)
         return loss
 
-    @torch.no_grad()
-    def step_one(self, param: Tensor, group: ParamGroup) -> None:
-        """Step one parameter with the gradient it has, and no other; `step` calls hooks, this does not.
-
-        Args:
-            param: with a gradient.
-            group: of `param_groups`, which has it; not `capturable`.
-        """
-        with kernels.switched(self.kernels):
-            self._step_group(group, [param], GroupSettings.of(group))
-
     @property
     def inventory(self) -> Sequence[ParamRecord]:
         """The parameters that are optimized, over all ranks."""

@@ -20,6 +20,7 @@ from ds_fira.core.state import STEP, allocate, allocate_unprojected, host_key
 from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
 from ds_fira.optim.formed_states import formed_input, formed_state_dict, holds_whole
+from ds_fira.optim.loading import load_as_saved
 from ds_fira.optim.presets import PRESET, given_by_user
 from ds_fira.optim.settings import warn_without_effect
 from ds_fira.optim.state_shapes import refuse_adam, require_states
@@ -138,7 +139,7 @@ class Resumable(Attachable, Optimizer):
                 state_dict, saved, members, convert = found.state_dict, found.saved, found.members, False
             else:
                 saved, members, convert = self.require_fit(state_dict)
-        self._load_as_saved(state_dict, states=form is None and not convert)
+        load_as_saved(self, super().load_state_dict, state_dict, states=form is None and not convert)
         if form is not None:
             form.load(state_dict)
         self._refresher.forget_counts()
@@ -153,33 +154,6 @@ class Resumable(Attachable, Optimizer):
             self.restore(saved, weights=False, members=members)
         if not self.state:
             self._alone.clear()
-
-    def _load_as_saved(self, state_dict: StateDict, states: bool) -> None:
-        """The loading of `torch.optim`, with its hooks, but that every state is copied once, in the dtype it has."""
-        # By itself it casts them all to the parameter's dtype first, 8-bit ones to four times their size.
-        kept: dict[int, dict[str, Tensor]] = {}
-
-        def take(_: Optimizer, given: StateDict) -> StateDict:
-            kept.update(given["state"] if states else {})
-            return {**given, "state": {}}
-
-        def put(_: Optimizer) -> None:
-            owners = [(param, group) for group in self.param_groups for param in group["params"]]
-            for saved_id, (param, group) in zip(saved_ids, owners, strict=True):
-                for key, value in kept.get(saved_id, {}).items():
-                    # AdamW counts every step, so its count is the host's.
-                    on_host = host_key(key) or (key == STEP and not self._projects(param, group))
-                    self.state[param][key] = value.detach().to("cpu" if on_host else param.device, copy=True)
-
-        saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
-        # The last before torch's own work, and the first after it.
-        hooks = [self.register_load_state_dict_pre_hook(take)]
-        hooks.append(self.register_load_state_dict_post_hook(put, prepend=True))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def require_fit(self, state_dict: StateDict) -> tuple[SavedState | None, list[Members], bool]:
         """Check all that `load_state_dict` relies on, and change nothing.

@@ -10,6 +10,7 @@ from torch import Tensor
 from ds_fira.core import kernels
 from ds_fira.core.batches import update_together
 from ds_fira.core.capture import capturing, refuse_if_capturing
+from ds_fira.core.kernels import Choice
 from ds_fira.core.precision import negligible_ratio
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import STEP, compute_dtype, drop_unprojected_moments, stored_moment
@@ -32,7 +33,19 @@ class Stepping(Resumable):
 
     metrics: StepMetrics
     recorder: ScalingRecorder | None
+    kernels: Choice
     _recording: bool
+
+    @torch.no_grad()
+    def step_one(self, param: Tensor, group: ParamGroup) -> None:
+        """Step one parameter with the gradient it has, and no other; `step` calls hooks, this does not.
+
+        Args:
+            param: with a gradient.
+            group: of `param_groups`, which has it; not `capturable`.
+        """
+        with kernels.switched(self.kernels):
+            self._step_group(group, [param], GroupSettings.of(group))
 
     def _step_group(self, group: ParamGroup, params: list[Tensor], settings: GroupSettings) -> None:
         """Step the parameters of a group, those that have a gradient."""

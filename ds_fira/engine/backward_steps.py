@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ds_fira.optim.attachment import EngineAttachment
+from ds_fira.engine.ddp import DdpDoor, attach_replicas
 from ds_fira.optim.backward_clipping import Clipping, ClippingName, clipping_of
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.doors import door_of
 from ds_fira.sharding.comm import Communicator, ProcessGroup
 from ds_fira.sharding.mean_buckets import BUCKET_BYTES, MeanBuckets
 
@@ -161,7 +162,7 @@ def step_in_backward(
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.copy_(communicator.broadcast(tensor, 0))
-    optimizer.attach(EngineAttachment(communicator, replicas=dict.fromkeys(params, communicator)))
+    attach_replicas(optimizer, communicator, params)
     return BackwardSteps(optimizer, MeanBuckets(params, communicator, bucket_bytes), clipping)
 
 
@@ -182,9 +183,14 @@ def _checked_params(model: nn.Module, optimizer: LowRankOptimizer) -> list[Tenso
             "rank=...), for a model that no engine holds.",
         ),
         (
-            lambda: isinstance(model, nn.parallel.DistributedDataParallel),
+            lambda: isinstance(model, nn.parallel.DistributedDataParallel) or isinstance(door_of(params), DdpDoor),
             "step_in_backward with DistributedDataParallel frees no gradient, because its buckets hold all of them; "
             "give the module itself and process_group=torch.distributed.group.WORLD.",
+        ),
+        (
+            lambda: door_of(params) is not None,
+            "step_in_backward does not step parameters that FSDP2 shards, of which a step takes several together; "
+            "train with optimizer.step(), or without fully_shard.",
         ),
         (
             lambda: bool(halves),
