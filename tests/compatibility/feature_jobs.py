@@ -165,8 +165,8 @@ FEATURES = [
     ),
     Feature("another optimizer made of a FiraAdam's groups: any other", REFUSED, way=replaced_object),
     *(Feature(name, SUPPORTED if good else REFUSED, stages, way=way) for name, good, stages, way in ROWS),
-    Feature("`elastic_checkpoint`", REFUSED, stages=(1, 2, 3), extra={"zero_elastic_checkpoint": True}),
-    Feature("`checkpoint.load_universal`", REFUSED, stages=(1, 2, 3), extra={"checkpoint": {"load_universal": True}}),
+    Feature("`elastic_checkpoint`", extra={"zero_elastic_checkpoint": True}),
+    Feature("`elastic_checkpoint` at stage 3", REFUSED, stages=(3,), extra={"zero_elastic_checkpoint": True}),
     Feature("`hybrid_engine`", REFUSED, stages=(2,), extra={"hybrid_engine": {"enabled": True}}),
     Feature(
         "`torch_autocast` in bfloat16",

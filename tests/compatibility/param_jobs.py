@@ -1,17 +1,22 @@
-"""What a script does with param groups and with single parameters, for the features of `feature_jobs.py`."""
+"""What a script does with groups, single parameters, universal checkpoints, for the features of `feature_jobs.py`."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import safe_get_full_optimizer_state
 from torch import distributed
 
 import ds_fira
 from ds_fira.optim.registry import fira_of
 from tests.compatibility.option_jobs import SHAPES, STEPS, WatchedNet, measure
+from tests.distributed.probes import stepped_and_states
 from tests.distributed.zero_jobs import batches, build
 
 RATES = [0.01, 0.002]
@@ -81,9 +86,36 @@ def state_of_a_projected_one(ds_config: dict[str, Any]) -> dict[str, Any]:
     return measured(ds_config, ask)
 
 
+def universal_checkpoint(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed's converter makes of a checkpoint, loaded over a step that came after it."""
+
+    def ask(engine: Any) -> str:
+        rank, folder = distributed.get_rank(), [tempfile.mkdtemp()]
+        distributed.broadcast_object_list(folder)
+        saved = [tensor.clone() for tensor in stepped_and_states(engine)]
+        engine.save_checkpoint(folder[0], "saved")
+        if rank == 0:
+            paths = {"input_folder": f"{folder[0]}/saved", "output_folder": f"{folder[0]}/universal"}
+            alone = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+            ds_to_universal.main(Namespace(**paths, **alone, strict=True, inject_missing_state=False))
+        distributed.barrier()
+        engine.backward(engine(batches(1, rank, seed=2)[0]))
+        engine.step()
+        moved = any(not torch.equal(*pair) for pair in zip(saved, stepped_and_states(engine), strict=True))
+        engine.load_checkpoint(folder[0])
+        same = all(torch.equal(*pair) for pair in zip(saved, stepped_and_states(engine), strict=True))
+        distributed.barrier()
+        if rank == 0:
+            shutil.rmtree(folder[0])
+        return "" if moved and same else "the load gave another state"
+
+    return measured({**ds_config, "checkpoint": {"load_universal": True}}, ask)
+
+
 # Name, whether it is supported, stages, and the way.
 ROWS: list[tuple[str, bool, tuple[int, ...], Callable[[dict[str, Any]], dict[str, Any]]]] = [
     ("two param groups, a scheduler with a value for each", True, (0, 1, 2, 3), scheduled_groups),
+    ("`checkpoint.load_universal`, of what `ds_to_universal` makes", True, (1, 2, 3), universal_checkpoint),
     ("`safe_get_full_optimizer_state`, `ds_fira.low_rank_state`", True, (1, 2, 3), states_of_parameters),
     ("`safe_get_full_optimizer_state` of a projected parameter", False, (1, 2, 3), state_of_a_projected_one),
 ]

@@ -175,8 +175,8 @@ def test_a_rules_state_may_be_named_after_the_basis(ranks: Pools, tmp_path: Path
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_another_ranks_file_is_refused_on_every_rank(ranks: Pools, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "kind"), [(2, "optim"), (3, "optim"), (3, "model")])
+def test_another_ranks_file_is_refused_on_every_rank(ranks: Pools, tmp_path: Path, stage: int, kind: str) -> None:
     """Under a manifest that was made anew, nothing else tells the two files apart."""
     params = {"rank": 2, "update_proj_gap": 3, "lr": 0.01}
     arguments = {
@@ -186,7 +186,7 @@ def test_another_ranks_file_is_refused_on_every_rank(ranks: Pools, tmp_path: Pat
     }
     ranks.run(2, "run", first=0, last=2, save=str(tmp_path), **arguments)
     (tag,) = [path for path in tmp_path.iterdir() if path.is_dir()]
-    names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+    names = [f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt" for rank in (0, 1)]
     shutil.copy(tag / names[0], tag / names[1])
     ds_fira.checkpoint.atomic_save.reseal(tmp_path, tag.name)
     found = ranks.run(2, "run", first=2, last=3, load=str(tmp_path), **arguments)

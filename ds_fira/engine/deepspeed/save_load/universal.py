@@ -20,7 +20,6 @@ from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, gathered
 from ds_fira.engine.deepspeed.save_load.for_others import load_masters
 from ds_fira.engine.deepspeed.save_load.universal_files import (
-    CONVERTER,
     LATEST,
     UniversalFiles,
     find_damage,
@@ -41,21 +40,20 @@ def find_tag(folder: Path, asked: str | None) -> str:
     Raises:
         ValueError: there is none.
     """
-    remedy = (
-        f"make one with {CONVERTER} --input_folder {folder / 'TAG'} --output_folder {folder / 'TAG_universal'}, or "
-        "remove load_universal: a checkpoint is loaded on any number of ranks, at any stage, as it is"
-    )
     asked = read_latest(folder) if asked is None else asked
     if not asked:
-        raise ValueError(f"checkpoint.load_universal = True, and no {folder / LATEST} names one; {remedy}.")
-    fault = find_tag_fault(folder, asked)
-    if fault is not None:
-        raise ValueError(f"nothing can be loaded under tag {shown(asked)}, which {fault}; {remedy}.")
-    if not is_universal(folder / asked):
-        raise ValueError(
-            f"checkpoint.load_universal = True, and {folder / asked} is no universal checkpoint; {remedy}."
-        )
-    return asked
+        why = f"no {folder / LATEST} names one"
+    elif (fault := find_tag_fault(folder, asked)) is not None:
+        why = f"nothing can be loaded under tag {shown(asked)}, which {fault}"
+    elif not is_universal(folder / asked):
+        why = f"{folder / asked} is no universal checkpoint"
+    else:
+        return asked
+    raise ValueError(
+        f"checkpoint.load_universal = True, and {why}; make one with python -m deepspeed.checkpoint.ds_to_universal "
+        f"--input_folder {folder / 'TAG'} --output_folder {folder / 'TAG_universal'}, or remove load_universal: a "
+        "checkpoint is loaded on any number of ranks, at any stage, as it is."
+    )
 
 
 def load_universal(load: Callable[..., Loaded], call: inspect.BoundArguments) -> Loaded:

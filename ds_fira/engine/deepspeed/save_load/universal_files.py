@@ -33,11 +33,9 @@ from ds_fira.sharding.geometry import ParamSlice
 
 LATEST = "latest_universal"  # the converter writes it beside its output folder
 WEIGHTS = "zero"
-CONVERTER = "python -m deepspeed.checkpoint.ds_to_universal"
 _WRAPPER = "optimizer_state.pt"
 _FIRST = next(iter(ADAM_STATES))
 _ZIP = b"PK\x03\x04"
-_AGAIN = "convert the checkpoint again"
 
 
 def is_universal(folder: Path) -> bool:
@@ -90,11 +88,13 @@ class UniversalFiles(CheckpointFiles):
                 "checkpoint.load_universal = false and load the checkpoint that it was made of."
             )
         if not found.models:
-            raise ValueError(f"{folder} lacks mp_rank_00_model_states.pt, the model's states; {_AGAIN}.")
+            raise ValueError(
+                f"{folder} lacks mp_rank_00_model_states.pt, the model's states; convert the checkpoint again."
+            )
         payloads = sorted((folder / PAYLOADS / "0").glob(f"{_FIRST}.*"), key=lambda path: int(path.suffix[1:]))
         files = cls(found.models, tuple(payloads), unpickle)
         if absent := files.find_absent():
-            raise ValueError(f"{folder} lacks {absent}; {_AGAIN}.")
+            raise ValueError(f"{folder} lacks {absent}; convert the checkpoint again.")
         return files
 
     @property
@@ -218,18 +218,21 @@ class UniversalFiles(CheckpointFiles):
         """One flat tensor of a parameter; mapped, not read."""
         path = self._path(name) / f"{key}.pt"
         if not path.is_file():
-            raise ValueError(f"{self.models[0].parent} lacks {WEIGHTS}/{name}/{key}.pt; {_AGAIN}.")
+            raise ValueError(f"{self.models[0].parent} lacks {WEIGHTS}/{name}/{key}.pt; convert the checkpoint again.")
         found = self._load(path)
         value = found.get("param") if isinstance(found, Mapping) else found
         if not isinstance(value, Tensor) or value.is_meta or value.numel() != math.prod(shape):
             what = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             empty = " without content" if isinstance(value, Tensor) and value.is_meta else ""
-            raise ValueError(f"{path} holds {what}{empty} where {tuple(shape)} belongs; {_AGAIN}.")
+            raise ValueError(f"{path} holds {what}{empty} where {tuple(shape)} belongs; convert the checkpoint again.")
         return value.detach().reshape(-1)
 
     def _load(self, path: Path) -> object:
         if not path.is_file():
-            raise ValueError(f"{self.models[0].parent} lacks {path.relative_to(self.models[0].parent)}; {_AGAIN}.")
+            raise ValueError(
+                f"{self.models[0].parent} lacks {path.relative_to(self.models[0].parent)}; convert the checkpoint "
+                "again."
+            )
         return torch.load(path, map_location="cpu", weights_only=False) if self.unpickle else safe_load.read(path)
 
 
