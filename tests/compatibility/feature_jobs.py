@@ -15,7 +15,7 @@ from tests.compatibility.engines import trained
 from tests.compatibility.expert_features import moe
 from tests.compatibility.object_features import fira_object, object_of_accelerate, replaced_object
 from tests.compatibility.offload_features import offloaded_between_steps, on_nvme, partly_offloaded
-from tests.compatibility.option_jobs import PARAMS, WatchedNet, forget_autocast, try_config
+from tests.compatibility.option_jobs import PARAMS, WatchedNet, forget_engines, try_config
 from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.pipe_features import pipeline
 from tests.compatibility.sequence_jobs import ulysses
@@ -266,6 +266,6 @@ def try_features(chosen: list[tuple[int, int]], together: bool = False) -> list[
     answers = []
     for position, stage in chosen:
         feature = (JOINED if together else FEATURES)[position]
-        forget_autocast()
+        forget_engines()
         answers.append(feature.way(feature.ds_config(stage)))
     return answers

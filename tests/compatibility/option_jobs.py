@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime import torch_autocast
+from deepspeed.utils import groups
 from torch import Tensor, distributed, nn
 
 import ds_fira
@@ -202,9 +203,13 @@ def measure(
     }
 
 
-def forget_autocast() -> None:
-    """Undo what an engine with torch_autocast leaves in DeepSpeed: the next engine would scale its losses too."""
+def forget_engines() -> None:
+    """Undo what an engine leaves in DeepSpeed for the next ones of its process, whatever their config.
+
+    After torch_autocast they would scale their losses, after `zero_hpz_partition_size` keep a second copy of weights.
+    """
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def refuser(error: Exception) -> str:
@@ -217,7 +222,7 @@ def try_config(ds_config: dict[str, Any]) -> dict[str, Any]:
 
     DeepSpeed refuses a config if it does not train with torch's AdamW either.
     """
-    forget_autocast()
+    forget_engines()
     accumulation = ds_config.get("gradient_accumulation_steps", 1)
     tokens = batches(STEPS * accumulation, distributed.get_rank())
     torch.manual_seed(0)

@@ -13,18 +13,18 @@ Written against DeepSpeed 0.18 and 0.19. What it relies on:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import FusedAdam
-from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ds_fira.engine.deepspeed.save_load.calls import replaced
+from ds_fira.engine.deepspeed.save_load.calls import bound, replaced
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.moving import move_states
 
@@ -67,24 +67,19 @@ def reload(
 
 
 def offload_stage_3(
-    theirs: Callable[..., None],
-    wrapper: DeepSpeedZeroOptimizer_Stage3,
-    include: Container[OffloadStateTypeEnum] | None = None,
-    device: OffloadDeviceEnum = OffloadDeviceEnum.cpu,
-    pin_memory: bool = True,
-    non_blocking: bool = False,
+    theirs: Callable[..., None], wrapper: DeepSpeedZeroOptimizer_Stage3, *args: object, **kwargs: object
 ) -> None:
     """`offload_states` of stage 3: weights and gradients as DeepSpeed does it, then the states."""
     optimizer, before = wrapper.optimizer, STATES in wrapper.offloaded_states
-    given = {"include": include, "device": device, "pin_memory": pin_memory, "non_blocking": non_blocking}
     if not isinstance(optimizer, LowRankOptimizer):
-        return theirs(wrapper, **given)
+        return theirs(wrapper, *args, **kwargs)
+    given = bound(theirs, wrapper, *args, **kwargs).arguments
     stateless = FusedAdam.__new__(FusedAdam)  # compiles nothing, and passes for the optimizer that DeepSpeed wants
     stateless.state = {}
     with replaced(wrapper, optimizer=stateless):
-        theirs(wrapper, **given)
+        theirs(wrapper, *args, **kwargs)
     if STATES in wrapper.offloaded_states and not before:
-        _offload(optimizer, device.value, pin_memory, non_blocking)
+        _offload(optimizer, given["device"].value, given["pin_memory"], given["non_blocking"])
         get_accelerator().empty_cache()
     return None
 

@@ -31,7 +31,7 @@ from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper, Swap
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from ds_fira.engine.deepspeed.save_load.calls import replaced
+from ds_fira.engine.deepspeed.save_load.calls import bound, replaced
 from ds_fira.optim.base import LowRankOptimizer
 
 T = TypeVar("T")
@@ -51,23 +51,21 @@ def states_to_swap(find: Callable[..., list[Tensor]], swapper: OptimizerSwapper,
 
 
 def swap_aligned_gradients(
-    swap_out: Callable[..., None],
-    swapper: OptimizerSwapper,
-    parameter: Tensor,
-    gradient_offsets: Sequence[int],
-    gradient_tensors: Sequence[Tensor],
-    gradient_swapper: object,
+    swap_out: Callable[..., None], swapper: OptimizerSwapper, *args: object, **kwargs: object
 ) -> None:
     """`_swap_out_gradients`: the elements before the first whole block of a gradient's place stay in memory."""
-    places = list(zip(gradient_offsets, gradient_tensors, strict=True))
-    if isinstance(swapper.optimizer, LowRankOptimizer):
-        unit, pieces = BLOCK // swapper.swap_element_size, []
-        for offset, gradient in places:
-            head = min(-offset % unit, gradient.numel())
-            pieces += [(offset, gradient[:head])] if head else []
-            pieces += [(offset + head, gradient[head:])] if head < gradient.numel() else []
-        places = pieces
-    swap_out(swapper, parameter, *map(list, zip(*places, strict=True)), gradient_swapper)
+    if not isinstance(swapper.optimizer, LowRankOptimizer):
+        return swap_out(swapper, *args, **kwargs)
+    call = bound(swap_out, swapper, *args, **kwargs)
+    offsets, gradients = call.arguments["gradient_offsets"], call.arguments["gradient_tensors"]
+    unit, pieces = BLOCK // swapper.swap_element_size, list[tuple[int, Tensor]]()
+    for offset, gradient in zip(offsets, gradients, strict=True):
+        head = min(-offset % unit, gradient.numel())
+        pieces += [(offset, gradient[:head])] if head else []
+        pieces += [(offset + head, gradient[head:])] if head < gradient.numel() else []
+    call.arguments["gradient_offsets"] = [offset for offset, _ in pieces]
+    call.arguments["gradient_tensors"] = [gradient for _, gradient in pieces]
+    return swap_out(*call.args, **call.kwargs)
 
 
 def call_mapped(method: Callable[..., T], owner: object, *args: object, **kwargs: object) -> T:
