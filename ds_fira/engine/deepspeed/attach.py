@@ -27,7 +27,7 @@ from ds_fira.engine.deepspeed.param_states import link_params
 from ds_fira.engine.deepspeed.projection import kinds_of, project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.schedulers import show_user_groups
-from ds_fira.engine.deepspeed.tensor_parallel import note_slices, sliced, uses_autotp
+from ds_fira.engine.deepspeed.tensor_parallel import note_slices, sliced
 from ds_fira.engine.deepspeed.thawed import note_frozen
 from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from ds_fira.optim.attachment import EngineAttachment
@@ -83,8 +83,7 @@ def make_optimizer(engine: DeepSpeedEngine, model_parameters: Iterable[object], 
     """
     kind = TYPES[engine.optimizer_name()]
     unsupported.refuse_unsupported_module(engine, kind.algorithm.name)
-    if uses_autotp(engine):
-        note_slices(engine.module, kind.algorithm.name)
+    note_slices(engine, kind.algorithm.name)
     given = grouped(model_parameters)
     settings = checked_params(engine, given)
     groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)
@@ -111,8 +110,7 @@ def attach_built(
             optimizer = optimizer.itself
             unsupported.refuse_unsupported(engine, optimizer.algorithm.name)
             unsupported.refuse_unsupported_module(engine, optimizer.algorithm.name)
-            if uses_autotp(engine):
-                note_slices(engine.module, optimizer.algorithm.name)
+            note_slices(engine, optimizer.algorithm.name)
             optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0)
         return optimizer
 

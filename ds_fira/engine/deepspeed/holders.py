@@ -43,8 +43,7 @@ class Holders:
         self._column = Communicator(engine.seq_data_parallel_group)
         self._optimizer: LowRankOptimizer = engine.basic_optimizer
         self.grid = Grid(self._column) if uses_autotp(engine) else None
-        if self.grid is not None:
-            note_slices(engine.module, type(self._optimizer).__name__)
+        note_slices(engine, type(self._optimizer).__name__)
         self.everyone = self._column if self.grid is None else self.grid.everyone
         self._stage = engine.zero_optimization_stage()
         found = getattr(engine, "expert_data_parallel_group", None) or {}
