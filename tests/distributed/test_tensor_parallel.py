@@ -265,7 +265,7 @@ def test_what_is_refused(ranks: Pools) -> None:
         "tensor_parallel.autotp_size = 2 is not supported at zero_optimization.stage = 3",
         "an mpu with tensor parallelism of size 2 is not supported, because its parameters do not say which slice",
         "record_scaling_factors is not supported with tensor_parallel.autotp_size = 2; set it to 0",
-        "which is no slice of its rows or columns that has any; use fewer ranks",
+        "which has to be some of its rows or some of its columns; set it to a smaller size, or leave the layer whole",
     )
     for answers in ranks.run(2, "refusals", MODULE, cases=cases):
         for sentence, answer in zip(wanted, answers, strict=True):

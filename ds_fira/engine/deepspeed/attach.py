@@ -25,7 +25,7 @@ from ds_fira.engine.deepspeed.planning import layouts_of_all, plan_flats
 from ds_fira.engine.deepspeed.projection import project_as_flat
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.schedulers import show_user_groups
-from ds_fira.engine.deepspeed.tensor_parallel import note_slices, uses_autotp
+from ds_fira.engine.deepspeed.tensor_parallel import note_slices
 from ds_fira.engine.deepspeed.thawed import note_frozen
 from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from ds_fira.optim.attachment import EngineAttachment
@@ -75,8 +75,7 @@ def make_optimizer(engine: DeepSpeedEngine, model_parameters: Iterable[object], 
     """
     kind = TYPES[engine.optimizer_name()]
     unsupported.refuse_unsupported_module(engine, kind.algorithm.name)
-    if uses_autotp(engine):
-        note_slices(engine.module, kind.algorithm.name)
+    note_slices(engine, kind.algorithm.name)
     given = grouped(model_parameters)
     settings = checked_params(engine, given)
     groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)
@@ -103,8 +102,7 @@ def attach_built(
             optimizer = optimizer.itself
             unsupported.refuse_unsupported(engine, optimizer.algorithm.name)
             unsupported.refuse_unsupported_module(engine, optimizer.algorithm.name)
-            if uses_autotp(engine):
-                note_slices(engine.module, optimizer.algorithm.name)
+            note_slices(engine, optimizer.algorithm.name)
             objects.accept_object(engine)
             optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0)
         return optimizer

@@ -54,8 +54,7 @@ class Holders:
         self.stage = engine.module.stage_id if self.staged else 0
         self._optimizer: LowRankOptimizer = engine.basic_optimizer
         self.grid = Grid(self.dense) if uses_autotp(engine) else None
-        if self.grid is not None:
-            note_slices(engine.module, type(self._optimizer).__name__)
+        note_slices(engine, type(self._optimizer).__name__)
         ranks = self.dense if self.grid is None else self.grid.everyone
         self.everyone = Communicator() if self.staged else ranks
         self._stage = engine.zero_optimization_stage()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_fira.core.selection import WHOLE_SHAPE, is_sliced, shape_of
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
@@ -26,7 +26,6 @@ from ds_fira.sharding.geometry import MatrixShard, Partitioning, sliced_name
 
 # Where AutoTP notes what a parameter was, and that a rank has a slice of it.
 _NOTE, _MARK = "ds_autotp_universal_checkpoint_meta", "tensor_model_parallel"
-_REMEDY = "leave its layer out by target_modules, or out of tensor_parallel by a partition_config"
 # Fragments by the rank that holds each.
 Fragments = dict[int, MatrixShard]
 
@@ -36,32 +35,32 @@ def uses_autotp(engine: DeepSpeedEngine) -> bool:
     return engine.autotp_size() > 1
 
 
-def note_slices(module: nn.Module, optimizer: str) -> None:
+def note_slices(engine: DeepSpeedEngine, optimizer: str) -> None:
     """Note the shape of the whole in every parameter of which this rank has a slice.
 
     Args:
-        module: that AutoTP has sliced.
+        engine: whose module AutoTP has sliced, if its config says so.
         optimizer: the name of the user's optimizer, for the error.
 
     Raises:
         ValueError: a slice is none of rows or columns, this rank has nothing of the parameter, or it is an expert's.
     """
-    for name, param in module.named_parameters():
+    setting = f"tensor_parallel.autotp_size = {engine.autotp_size()}"
+    for name, param in engine.module.named_parameters() if uses_autotp(engine) else ():
         if keys_of(param):
             raise ValueError(
-                f"{optimizer}: tensor_parallel.autotp_size > 1 is not supported with DeepSpeed's MoE layers, as of "
-                f"{name}, whose experts other ranks hold than the slices; set it to 1."
+                f"{optimizer}: {setting} is not supported with DeepSpeed's MoE layers, as of {name}, whose experts "
+                "other ranks hold than the slices; set it to 1."
             )
         note, own = getattr(param, _NOTE, None) or {}, tuple(param.shape)
         whole = tuple(note.get("original_shape") or note.get("logical_shape") or own)
-        differing = [dim for dim, (mine, all_of_it) in enumerate(zip(own, whole, strict=False)) if mine != all_of_it]
-        if not differing and len(own) == len(whole) and not (getattr(param, _MARK, False) and not note):
+        if own == whole and (note or not getattr(param, _MARK, False)):
             continue
-        if len(own) != len(whole) or len(differing) != 1 or len(own) > 2 or param.numel() == 0:
+        alike = sum(mine == all_of_it for mine, all_of_it in zip(own, whole, strict=False))
+        if not len(own) == len(whole) == alike + 1 or len(own) > 2 or param.numel() == 0:
             raise ValueError(
-                f"{optimizer}: tensor_parallel.autotp_size leaves a rank {own} of {name} of shape {whole}, which is no "
-                "slice of its rows or columns that has any; use fewer ranks, or "
-                "leave the layer out of tensor parallelism by a partition_config."
+                f"{optimizer}: {setting} leaves a rank {own} of {name} of shape {whole}, which has to be some of its "
+                "rows or some of its columns; set it to a smaller size, or leave the layer whole by a partition_config."
             )
         setattr(param, WHOLE_SHAPE, whole)
 
@@ -146,7 +145,8 @@ class Grid:
             if first[along] != whole[along]:
                 raise ValueError(
                     f"{name}: the slices that tensor_parallel.autotp_size = {self.size} leaves the ranks of {own} have "
-                    f"{first[along]} of its {whole[along]} {'rows' if along == 0 else 'columns'} together; {_REMEDY}."
+                    f"{first[along]} of its {whole[along]} {'rows' if along == 0 else 'columns'} together; leave its "
+                    "layer out by target_modules, or whole by a partition_config."
                 )
             found.append(fragments)
         return found, max(told.partitionings[number].partition_size for told in self._told)

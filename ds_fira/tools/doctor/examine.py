@@ -234,6 +234,11 @@ def _notes(engine: Rehearsal) -> list[str]:
             "zero_optimization.round_robin_gradients reorders the parameters of a group, which is not planned here: "
             "other matrices may be split."
         )
+    if (size := engine.autotp_size()) > 1:
+        notes.append(
+            f"tensor_parallel.autotp_size = {size} makes {size} processes of every data-parallel rank: groups, "
+            f"matrices and states are told as if these were one, and each of them holds about 1/{size} of the states."
+        )
     if places := list(places_of_auto(engine.content)):
         notes.append(f"DeepSpeed takes its default for {', '.join(places)} = 'auto'.")
     return notes
@@ -243,6 +248,8 @@ def _with_memory(
     found: Diagnosis, engine: Rehearsal, content: Mapping[str, object], seq_length: int, available: Available | None
 ) -> Diagnosis:
     """With the bytes of all categories, where they can be estimated, and a refusal where they do not fit."""
+    if engine.autotp_size() > 1:
+        return replace(found, notes=(*found.notes, "Memory beside the states is not estimated for slices of a model."))
     settled = {**content, "train_micro_batch_size_per_gpu": engine.read.train_micro_batch_size_per_gpu}
     try:
         setup = setup_of(
