@@ -127,13 +127,12 @@ class Attachable:
         Raises:
             ValueError: the way in which they are held is not supported, the same on every rank.
         """
-        held = self.attachment
-        if held.stand_ins and not all(id(p) in held.names for group in self.param_groups for p in group["params"]):
+        held, params = self.attachment, [param for group in self.param_groups for param in group["params"]]
+        if held.stand_ins and not {id(param) for param in params} == held.names.keys():
             raise ValueError(
                 "ds_fira: the param groups hold other parameters than at the first step, and those would be stepped; "
                 "shard the model before the first step, and make a new optimizer for new parameters."
             )
-        params = [param for group in self.param_groups for param in group["params"]]
         asked = tuple(map(id, params))
         if held is not ALONE or asked == self._asked:
             return

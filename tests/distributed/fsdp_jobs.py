@@ -272,3 +272,19 @@ def refused(what: str) -> str:
     except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
+
+
+def replicated_gradients() -> bool:
+    """Whether two steps with gradients that every rank has whole are those with the same ones in shards."""
+    ends = []
+    for replicated in (False, True):
+        model = shard(model_of("net", [(12, 8), (9, 14)]))
+        fira = ds_fira.FiraAdam(model, rank=3, lr=0.01)
+        for tokens in batches(2, torch.distributed.get_rank()):
+            model(tokens).backward()
+            for param in model.parameters() if replicated else ():
+                param.grad = param.grad.redistribute(placements=[Replicate()])
+            fira.step()
+            fira.zero_grad()
+        ends.append([whole(param) for param in model.parameters()])
+    return all(map(torch.equal, *ends))

@@ -49,7 +49,14 @@ def alone(
 def check(
     results: list[dict[str, Any]], *, low_rank: bool = True, kind: str = "FiraAdam", copies: int | None = 1
 ) -> None:
-    """Weights and states as in one process: to the bit, of matrices on the low-rank way but for rounding."""
+    """Weights and states as in one process: to the bit, of matrices on the low-rank way but for rounding.
+
+    Args:
+        results: of all ranks.
+        low_rank: whether some matrix goes the low-rank way.
+        kind: the name of the optimizer.
+        copies: how often all ranks together hold every state; None where some are held once and others more often.
+    """
     optimizer, params = alone(results[0], kind)
     ways = results[0]["ways"]
     assert ("low_rank" in ways.values()) == low_rank
@@ -143,6 +150,10 @@ def test_tensor_parallel_beside_it(ranks: Pools, world_size: int, mesh: tuple[in
 def test_four_ranks(ranks: Pools, job: dict[str, Any]) -> None:
     """Two replicas of two shards; five experts over four ranks."""
     check(run(ranks, 4, **job), low_rank="mesh" in job, copies=2 if "mesh" in job else 1)
+
+
+def test_gradients_that_are_placed_otherwise(ranks: Pools) -> None:
+    assert ranks.run(2, "replicated_gradients", module=MODULE) == [True, True]
 
 
 def test_a_missing_gradient_is_zero_beside_others(ranks: Pools) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from ds_fira.checkpoint.reconcile import Members
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.engine.binding import agree_on_kernels, bind_layout, structure_of
-from ds_fira.engine.fsdp2.shards import Box, Shards, boxes_of, coordinate, own_box, sharded_dims
+from ds_fira.engine.fsdp2.shards import Box, Shards, boxes_of, coordinate, local_of, own_box, sharded_dims
 from ds_fira.engine.fsdp2.stand_ins import FlatStandIn, LocalStandIn
 from ds_fira.engine.fsdp2.state_form import ShardedStates
 from ds_fira.optim.attachment import EngineAttachment, StandIn
@@ -206,6 +206,11 @@ def _shards(
         raise ValueError(
             f"{optimizer}: {name} is sharded on a mesh whose ranks {param.device_mesh.mesh.tolist()} are not in "
             "ascending order; build the mesh by init_device_mesh."
+        )
+    if not local_of(param).is_contiguous():
+        raise ValueError(
+            f"{optimizer}: what this rank holds of {name} has strides {local_of(param).stride()}; make its DTensor of "
+            "contiguous parts."
         )
     return Shards.of(param, dims, name, boxes_of(boxes, ranks, name))
 

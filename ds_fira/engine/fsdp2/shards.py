@@ -83,6 +83,14 @@ def local_of(param: Tensor) -> Tensor:
     return param.to_local().detach() if isinstance(param, DTensor) else param.detach()
 
 
+def local_gradient(param: Tensor) -> Tensor | None:
+    """What this rank holds of a parameter's gradient; a collective call where it is placed otherwise than that."""
+    grad = param.grad
+    if isinstance(grad, DTensor) and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return None if grad is None else local_of(grad)
+
+
 @dataclass(frozen=True, slots=True)
 class Shards:
     """How one parameter is cut.

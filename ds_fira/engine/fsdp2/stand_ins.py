@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ds_fira.engine.fsdp2.shards import Shards, local_of
+from ds_fira.engine.fsdp2.shards import Shards, local_gradient, local_of
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.row_blocks import common, inside
 
@@ -28,7 +28,7 @@ class LocalStandIn:
 
     def __init__(self, param: nn.Parameter, shards: Shards | None, rank: int) -> None:
         self.param, self.shards, self.rank = param, shards, rank
-        self.tensor = self._seen(param)
+        self.tensor = self._local
 
     @property
     def held(self) -> list[range]:
@@ -37,18 +37,20 @@ class LocalStandIn:
 
     def take(self) -> bool:
         """See `StandIn.take`."""
-        if self.param.grad is None:
+        grad = local_gradient(self.param)
+        if grad is None:
             return False
-        self.tensor.data = self._seen(self.param)  # FSDP2 may have moved it
-        self.tensor.grad = self._seen(self.param.grad)
+        self.tensor.data = self._local  # FSDP2 may have moved it
+        self.tensor.grad = grad.reshape(self.tensor.shape)
         return True
 
     def give_back(self) -> None:
         """Nothing has to be written; the gradient is the parameter's own again."""
         self.tensor.grad = None
 
-    def _seen(self, tensor: Tensor) -> Tensor:
-        local = local_of(tensor)
+    @property
+    def _local(self) -> Tensor:
+        local = local_of(self.param)
         return local if self.shards is None else local.view(-1)
 
 
@@ -80,19 +82,19 @@ class FlatStandIn:
 
     def take(self) -> bool:
         """See `StandIn.take`; where only some have a gradient, that of the others is zero. May be a collective call."""
-        grads = [param.grad for param in self.params]
+        grads = [local_gradient(param) for param in self.params]
         if all(grad is None for grad in grads):
             return False
         self.taken = True
         if self._in_place:
             self.tensor.data = local_of(self.params[0]).view(-1)
-            self.tensor.grad = local_of(grads[0]).view(-1)
+            self.tensor.grad = grads[0].reshape(-1)
             return True
         storage = self.tensor.untyped_storage()
         storage.resize_(self.tensor.numel() * self.tensor.itemsize)
         gradient = torch.empty_like(self.tensor)
         self._collect(self.tensor, [local_of(param) for param in self.params])
-        self._collect(gradient, [None if grad is None else local_of(grad) for grad in grads])
+        self._collect(gradient, grads)
         self.tensor.grad = gradient
         return True
 
