@@ -184,7 +184,9 @@ def run(
             if save is not None:
                 engine.save_checkpoint(save)
             losses += steps_of(engine, steps[1], STEPS)
-            result |= {"weights": weights_of(engine), "losses": losses, "metrics": ds_fira.metrics(engine)}
+            result |= {"weights": weights_of(engine), "losses": losses}
+            if isinstance(engine.basic_optimizer, ds_fira.FiraAdam):
+                result["metrics"] = ds_fira.metrics(engine)
         except (ValueError, CheckpointError) as error:
             result["message"] = str(error)
         finally:

@@ -226,6 +226,18 @@ def test_other_slices_are_refused(ranks: Pools, tmp_path: Path) -> None:
         assert f"set it to {before}, on any number of data-parallel ranks" in answers[0]["message"]
 
 
+def test_from_and_to_adamw(ranks: Pools, tmp_path: Path) -> None:
+    """AdamW takes the weights of a FiraAdam; of its own states under AutoTP no basis can be made."""
+    ours, there, back = tp_config(1, 2), str(tmp_path / "there"), str(tmp_path / "back")
+    plain = {**ours, "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}}
+    trained = ranks.run(2, "run", MODULE, ds_config=ours, model="llama", steps=(0, STEPS), save=there)
+    given = ranks.run(2, "run", MODULE, ds_config=plain, model="llama", steps=(STEPS, STEPS), load=there, save=back)
+    for ours_now, theirs in zip(trained, given, strict=True):
+        assert all(torch.equal(weight, theirs["loaded"][name]) for name, weight in ours_now["weights"].items())
+    answers = ranks.run(2, "run", MODULE, ds_config=ours, model="llama", steps=(STEPS, STEPS), load=back)
+    assert {"made by AdamW with tensor parallelism" in each["message"] for each in answers} == {True}
+
+
 @pytest.mark.parametrize("stage", full_if(lambda stage: stage == 0, [0, 1]))
 def test_states_that_a_script_reads_and_sets(ranks: Pools, stage: int) -> None:
     """Low-rank states are those of the whole matrix on every rank, and the comparison of weights knows slices."""
