@@ -43,6 +43,21 @@ class RowBlock:
         return fragment.narrow(0, self.offset, rows * columns).view(rows, columns)
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Entries of R, or rows of P, that one sharer borrows of another.
+
+    Attributes:
+        borrower: the dp_rank that touches them.
+        keeper: the dp_rank that keeps them.
+        entries: of R columns on the left, rows on the right; rows of P.
+    """
+
+    borrower: int
+    keeper: int
+    entries: range
+
+
 def row_blocks(fragment: MatrixShard) -> tuple[RowBlock, ...]:
     """The one to three blocks that tile a fragment, in its order."""
     span, blocks = fragment.span, []

@@ -38,15 +38,15 @@ Letters: G is m x n, r = min(rank, m, n), P has m (left) or n (right) rows. Rang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.subspace import Side, effective_rank, projection_side
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.projection import state_numel
-from ds_fira.sharding.row_blocks import common, even_share, hull, kept_rows, touched_columns, touched_rows
+from ds_fira.sharding.row_blocks import Transfer, common, even_share, hull, kept_rows, touched_columns, touched_rows
 
 Way = Literal["gathered", "low_rank"]
 # By sharer, entries of R or rows of P.
@@ -58,21 +58,6 @@ LOW_RANK_SUMS = 3
 SUMS_NUMEL = 2 * (GRADIENT_SUMS + LOW_RANK_SUMS)
 # The words in which version 0.1.0 named the ways.
 FIRST_NAMES = {"gathered": "base", "low_rank": "lean"}
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """Entries of R, or rows of P, that one sharer borrows of another.
-
-    Attributes:
-        borrower: the dp_rank that touches them.
-        keeper: the dp_rank that keeps them.
-        entries: of R columns on the left, rows on the right; rows of P.
-    """
-
-    borrower: int
-    keeper: int
-    entries: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +85,13 @@ class SplitMatrix:
     rank: int
     way: Way = "gathered"
     evenly_sharded: bool = False
+    _consecutive: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Note once whether the sharers are consecutive ranks, as ZeRO's are: of many ranks no one is then searched."""
+        first = self.fragments[0][0]
+        consecutive = all(holder == first + place for place, (holder, _) in enumerate(self.fragments))
+        object.__setattr__(self, "_consecutive", consecutive)
 
     def __repr__(self) -> str:
         """What the hash of a plan is made of: as version 0.1.0 wrote it, for its checkpoints hold such hashes."""
@@ -109,8 +101,10 @@ class SplitMatrix:
         )
 
     @property
-    def sharers(self) -> tuple[int, ...]:
+    def sharers(self) -> Sequence[int]:
         """The ranks that hold a fragment, in the order of the fragments."""
+        if self._consecutive:
+            return range(self.fragments[0][0], self.fragments[-1][0] + 1)
         return tuple(holder for holder, _ in self.fragments)
 
     @property
@@ -120,10 +114,7 @@ class SplitMatrix:
 
     def fragment(self, dp_rank: int) -> MatrixShard:
         """What a sharer holds of the matrix."""
-        return self.fragments[self._place(dp_rank)][1]
-
-    def _place(self, dp_rank: int) -> int:
-        return next(place for place, (holder, _) in enumerate(self.fragments) if holder == dp_rank)
+        return self.fragments[self.sharers.index(dp_rank)][1]
 
     def touched(self, dp_rank: int) -> range:
         """The entries of R that a sharer's fragment contributes to."""
@@ -169,6 +160,8 @@ class SplitMatrix:
     def _share_of_columns(self, dp_rank: int) -> range:
         """Of the entries, or rows of P, that belong to columns those of one sharer: of its slice, or of all."""
         span = self.fragment(dp_rank).span
+        if not self.sliced_by_columns:
+            return even_share(span, self.sharers, dp_rank)
         return even_share(span, [holder for holder, fragment in self.fragments if fragment.span == span], dp_rank)
 
     def _share_of_rows(self, dp_rank: int) -> range:

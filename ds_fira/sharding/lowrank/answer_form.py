@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from ds_fira.core.settings import GroupSettings
-from ds_fira.sharding.split_matrix import SUMS_NUMEL, SplitMatrix, Transfer
+from ds_fira.sharding.row_blocks import Transfer
+from ds_fira.sharding.split_matrix import SUMS_NUMEL, SplitMatrix
 
 AnswerForm = Literal["early", "in_parts", "late"]
 # Elements of float32 that phi takes unrounded: it is float64 until the divisor is known.

@@ -12,8 +12,7 @@ from ds_fira.core.scalars import Scalar
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.step import StepStats, combine
 from ds_fira.sharding.lowrank.shard_step import ShardStep
-from ds_fira.sharding.row_blocks import inside
-from ds_fira.sharding.split_matrix import Transfer
+from ds_fira.sharding.row_blocks import Transfer, inside
 
 
 def answer(part: ShardStep, divisor: Scalar | None, again: bool = False) -> tuple[Tensor, Tensor] | None:

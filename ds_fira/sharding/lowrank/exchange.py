@@ -10,7 +10,8 @@ from ds_fira.sharding.comm import Communicator, Pending
 from ds_fira.sharding.lowrank.answer_form import numel_in_parts
 from ds_fira.sharding.lowrank.answers import unpack_parts
 from ds_fira.sharding.lowrank.shard_step import ShardStep, empty_like_state
-from ds_fira.sharding.split_matrix import SplitMatrix, Transfer
+from ds_fira.sharding.row_blocks import Transfer
+from ds_fira.sharding.split_matrix import SplitMatrix
 
 # By position and transfer, what goes over it.
 Payloads = Mapping[tuple[int, Transfer], Sequence[Tensor]]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from torch import Tensor
 
 from ds_fira.sharding.lowrank.shard_step import ShardStep
-from ds_fira.sharding.split_matrix import Transfer
+from ds_fira.sharding.row_blocks import Transfer
 
 # By position and borrowed transfer, rows of P.
 BorrowedRows = Mapping[int, Mapping[Transfer, Tensor]]

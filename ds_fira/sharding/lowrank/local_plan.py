@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.geometry import MatrixShard
-from ds_fira.sharding.row_blocks import RowBlock, row_blocks
-from ds_fira.sharding.split_matrix import SplitMatrix, Transfer
+from ds_fira.sharding.row_blocks import RowBlock, Transfer, row_blocks
+from ds_fira.sharding.split_matrix import SplitMatrix
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,7 @@ from ds_fira.core.kernels.split_part import SplitPart
 from ds_fira.sharding.lowrank.answer_form import numel_in_parts
 from ds_fira.sharding.lowrank.layout import WORDS, TurnLayout
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
-from ds_fira.sharding.row_blocks import common
-from ds_fira.sharding.split_matrix import Transfer
+from ds_fira.sharding.row_blocks import Transfer, common
 
 # A matrix's position and what it borrows or lends.
 Key = tuple[int, Transfer]

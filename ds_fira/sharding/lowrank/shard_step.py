@@ -23,8 +23,7 @@ from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState, compute_dtype
 from ds_fira.core.step import Quotient, factors, limit, scale
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
-from ds_fira.sharding.row_blocks import RowBlock, common, inside
-from ds_fira.sharding.split_matrix import Transfer
+from ds_fira.sharding.row_blocks import RowBlock, Transfer, common, inside
 
 
 @dataclass(slots=True)

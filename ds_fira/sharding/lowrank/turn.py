@@ -33,7 +33,8 @@ from ds_fira.sharding.lowrank.exchange import Answers, LowRankExchange, Payloads
 from ds_fira.sharding.lowrank.kept_rows import KeptRows
 from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.shard_step import ShardStep
-from ds_fira.sharding.split_matrix import LOW_RANK_SUMS, SplitMatrix, Transfer
+from ds_fira.sharding.row_blocks import Transfer
+from ds_fira.sharding.split_matrix import LOW_RANK_SUMS, SplitMatrix
 
 # Turns that are under way at the same time, each with the tensors of its matrices: what one sends, another computes.
 AT_ONCE = 2
