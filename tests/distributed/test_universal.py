@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,13 @@ DAMAGE = {
     "a weight's bit": ("zero/layers.3.weight/fp32.pt", "flipped", 3, "zero/layers.3.weight/fp32.pt: its content has"),
     "a moment": ("zero/norm.weight/exp_avg_sq.pt", "gone", 3, "lacks zero/norm.weight/exp_avg_sq.pt"),
     "a rank": ("ds_fira_states/0/exp_avg.01", "gone", 2, "lacks the states of ranks [1] of the 2 that saved it"),
+    "all ranks": ("ds_fira_states", "gone", 2, "lacks the states of ranks [0, 1] of the 2 that saved it"),
+    "the first of stage 3": (
+        "zero_pp_rank_0_mp_rank_00_model_states.pt",
+        "gone",
+        3,
+        "lacks the states of ranks [0] of",
+    ),
     "a rank of stage 3": ("zero_pp_rank_1_mp_rank_00_model_states.pt", "gone", 3, "lacks the states of ranks [1] of"),
     "a rank's end": ("ds_fira_states/0/exp_avg.01", "truncated", 2, "ds_fira_states/0/exp_avg.01: it cannot be read"),
     "the rest": ("zero/optimizer_state.pt", "gone", 2, "lacks zero/optimizer_state.pt"),
@@ -157,6 +165,20 @@ def test_damage_is_refused_by_name_on_every_rank(ranks: Pools, folders: Path, tm
     error = load_universal(ranks, 3, 2, load=str(damaged(universal, tmp_path, name, how)))["error"]
     assert error.startswith("FiraAdam: ")
     assert message in error
+
+
+def test_files_of_an_earlier_conversion_are_not_taken(ranks: Pools, folders: Path, tmp_path: Path) -> None:
+    """Of more ranks they are left alone, of another kind of stage they are refused."""
+    folder, universal = both(ranks, folders, 2, 2)
+    copy = shutil.copytree(universal, tmp_path / "copy")
+    states = copy / TAG / "ds_fira_states" / "0"
+    shutil.copy(states / "exp_avg.01", states / "exp_avg.02")
+    found = load_universal(ranks, 1, 2, load=str(copy))
+    assert_equal(found, job(ranks, 1, 2, first=SAVED, last=END, load=str(folder), seed=7))
+    model = copy / TAG / "mp_rank_00_model_states.pt"
+    shutil.copy(model, model.with_name(f"zero_pp_rank_0_{model.name}"))
+    error = load_universal(ranks, 2, 2, load=str(copy))["error"]
+    assert "holds what was made of two checkpoints; convert one into an empty folder" in error
 
 
 def test_a_checkpoint_that_is_not_converted_is_refused(ranks: Pools, folders: Path) -> None:

@@ -27,7 +27,8 @@ from ds_fira.checkpoint.reconcile import SavedGroup
 from ds_fira.core.algorithms import ADAM_STATES, Algorithm
 from ds_fira.core.quantization import VALUES
 from ds_fira.core.state import STEP
-from ds_fira.engine.deepspeed.save_load.files import BASE_OPTIMIZER, CheckpointFiles, normalized
+from ds_fira.engine.deepspeed.save_load.client_state import KEY as RESUME
+from ds_fira.engine.deepspeed.save_load.files import BASE_OPTIMIZER, MODEL_FILE, CheckpointFiles, normalized
 from ds_fira.engine.deepspeed.save_load.universal_form import PAYLOADS
 from ds_fira.sharding.geometry import ParamSlice
 
@@ -91,8 +92,14 @@ class UniversalFiles(CheckpointFiles):
             raise ValueError(
                 f"{folder} lacks mp_rank_00_model_states.pt, the model's states; convert the checkpoint again."
             )
-        payloads = sorted((folder / PAYLOADS / "0").glob(f"{_FIRST}.*"), key=lambda path: int(path.suffix[1:]))
-        files = cls(found.models, tuple(payloads), unpickle)
+        kinds = {match[1] is None for path in folder.iterdir() if (match := MODEL_FILE.fullmatch(path.name))}
+        if len(kinds) > 1:
+            raise ValueError(f"{folder} holds what was made of two checkpoints; convert one into an empty folder.")
+        # A folder that was converted into twice may have files of more ranks.
+        size = int(found.model()["dp_world_size"])
+        payloads = [folder / PAYLOADS / "0" / f"{_FIRST}.{rank:02d}" for rank in range(size)]
+        there = tuple(path for path in payloads if path.is_file())
+        files = cls(found.models[:size], there, unpickle)
         if absent := files.find_absent():
             raise ValueError(f"{folder} lacks {absent}; convert the checkpoint again.")
         return files
@@ -115,7 +122,7 @@ class UniversalFiles(CheckpointFiles):
     @property
     def ours(self) -> bool:
         """Whether an optimizer of this package saved it."""
-        return bool(self.optimizers) or PAYLOAD in self.model()
+        return RESUME in self.model()
 
     def find_absent(self) -> str:
         """As of the base class."""
@@ -123,7 +130,7 @@ class UniversalFiles(CheckpointFiles):
             return ""
         ranks = {int(path.suffix[1:]) for path in self.optimizers}
         if self.partitioned:
-            ranks = {number for number in range(len(self.models)) if PAYLOAD in self.model(number)}
+            ranks = {int(MODEL_FILE.fullmatch(path.name)[1]) for path in self.models}
         size = int(self.model()["dp_world_size"])
         absent = sorted({*range(size)} - ranks)
         return f"the states of ranks {absent} of the {size} that saved it" if absent else ""
