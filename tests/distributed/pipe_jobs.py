@@ -71,10 +71,14 @@ def build(ds_config: dict[str, Any], stages: int, tied: bool, way: str = "json",
     if ds_config.get("bf16", {}).get("enabled"):
         model = model.bfloat16()
     config = {**ds_config, "train_micro_batch_size_per_gpu": MICRO, "gradient_accumulation_steps": ACCUMULATION}
-    if way == "json":
-        return deepspeed.initialize(model=model, config=config, model_parameters=list(model.parameters()))[0]
-    params = config.pop("optimizer")["params"]
-    return deepspeed.initialize(model=model, config=config, optimizer=ds_fira.FiraAdam(model, **params))[0]
+    given = {"model_parameters": list(model.parameters())}
+    if way == "object":
+        given = {"optimizer": ds_fira.FiraAdam(model, **config.pop("optimizer")["params"])}
+    try:
+        return deepspeed.initialize(model=model, config=config, **given)[0]
+    except BaseException:
+        groups.mpu = None  # or the engines that this process builds later would take its grid
+        raise
 
 
 def batches_of(step: int, pipeline: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -240,5 +244,4 @@ def refusals(ds_config: dict[str, Any]) -> dict[str, str]:
             found[name] = next((str(each.message) for each in told if "PipelineModule" in str(each.message)), "")
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
-            groups.mpu = None
     return found

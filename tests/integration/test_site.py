@@ -76,7 +76,7 @@ def targets(page: Page) -> Iterator[tuple[str, Path, str]]:
 
 
 def test_every_page_is_built(site: Path, pages: dict[Path, Page]) -> None:
-    written = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").glob("*.md")}
+    written = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
     assert written == {path.relative_to(site) for path in pages} - {Path("404.html")}
     assert not (site / "tools").exists()
 
