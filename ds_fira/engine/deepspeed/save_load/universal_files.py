@@ -124,6 +124,10 @@ class UniversalFiles(CheckpointFiles):
         """Whether an optimizer of this package saved it."""
         return RESUME in self.model()
 
+    def first_of_stages(self) -> list[int]:
+        """Of the one stage that there is."""
+        return [0]
+
     def find_absent(self) -> str:
         """As of the base class."""
         if not self.ours:
