@@ -31,6 +31,7 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
@@ -43,7 +44,6 @@ from ds_fira.engine.deepspeed.save_load.files import BASE_OPTIMIZER, MASTERS
 PAYLOADS = "ds_fira_states"
 _OUT_OF_TEMPORARY = f"../{PAYLOADS}"
 _UNSUPPORTED = "autotp_unsupported_parameter_patterns"
-_EXPERTS = "the experts of a DeepSpeed MoE layer"
 
 
 def add_info(engine: DeepSpeedEngine, model: dict[str, object]) -> None:
@@ -57,9 +57,8 @@ def add_info(engine: DeepSpeedEngine, model: dict[str, object]) -> None:
         return
     info = model.setdefault(UNIVERSAL_CHECKPOINT_INFO, {})
     info.setdefault(UNIVERSAL_CHECKPOINT_VERSION_KEY, UNIVERSAL_CHECKPOINT_VERSION_VALUE)
-    if engine.has_moe_layers:
-        reason = "each rank saves others under the same name; load the checkpoint as it is, on any number of ranks"
-        info[_UNSUPPORTED] = {_EXPERTS: reason}
+    if found := _unsupported(engine):
+        info[_UNSUPPORTED] = {**info.get(_UNSUPPORTED, {}), **found}
 
 
 def for_converter(engine: DeepSpeedEngine, wrapper: dict[str, object], model: dict[str, object]) -> dict[str, object]:
@@ -70,7 +69,7 @@ def for_converter(engine: DeepSpeedEngine, wrapper: dict[str, object], model: di
         wrapper: the state dict of the optimizer wrapper.
         model: the content of the file of the model's states; at stage 3 it gets the payload.
     """
-    if engine.has_moe_layers:
+    if _unsupported(engine):
         return wrapper
     sliced = engine.zero_optimization_stage() == 3
     base, masters = (names[sliced] for names in (BASE_OPTIMIZER, MASTERS))
@@ -90,6 +89,26 @@ def for_converter(engine: DeepSpeedEngine, wrapper: dict[str, object], model: di
         masters: [*tensors, torch.empty(0)],
         GROUP_PADDINGS: [*paddings, 0],
         PARAM_SLICE_MAPPINGS: [*_mappings(engine), {_OUT_OF_TEMPORARY: fragment_address(numel=0, start=0)}],
+    }
+
+
+def _unsupported(engine: DeepSpeedEngine) -> dict[str, str]:
+    """What of an engine's states the converter cannot put together, each with the reason and the remedy."""
+    found = {
+        "the experts of a DeepSpeed MoE layer": ("each rank saves others under the same name", engine.has_moe_layers),
+        "the low-rank states of slices of matrices": (
+            "they are of the whole matrix, whose slices the ranks of AutoTP have",
+            engine.fira_holders.slices > 1,
+        ),
+        "the layers of a PipelineModule": (
+            "each stage saves its own",
+            isinstance(engine.module, PipelineModule),
+        ),
+    }
+    return {
+        what: f"{reason}; load the checkpoint as it is, on any number of data-parallel ranks"
+        for what, (reason, is_so) in found.items()
+        if is_so
     }
 
 
