@@ -117,6 +117,7 @@ def _content(path: Path) -> dict[str, object]:
     return {
         "step": int(model["global_steps"]),
         "ranks": int(model["dp_world_size"]),
+        **({"slices": files.slices} if files.slices > 1 else {}),
         "zero_stage": int(wrapper.get("zero_stage", 0 if files.at_stage_0 else 1)),
         "resumable_elsewhere": KEY in state_dict,
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
@@ -155,7 +156,7 @@ def states(files: CheckpointFiles) -> dict[str, object]:
             faulty[kind][name] = None
     return {
         "matrices": dict(kinds),
-        "under_adamw": len(saved.moments),
+        "under_adamw": len({held.param for parts in saved.moments.values() for held, _ in parts}),
         "finite": not faulty,
         "checked": list(checked),
         "not_finite": [_named(kind, list(names)) for kind, names in faulty.items()],
@@ -169,10 +170,11 @@ def _named(kind: str, names: list[str]) -> str:
 
 def _tensors(files: CheckpointFiles, saved: SavedState) -> Iterator[tuple[str, str, Tensor]]:
     """Every tensor: its kind, its name, the elements; in a flat tensor those of a name."""
-    for number in range(len(files.models)):
-        for name, value in normalized(files.model(number)["module"]).items():
-            if isinstance(value, Tensor):
-                yield "the module's weights", name, value
+    for of_slice in files.of_all_slices():
+        for number in range(len(of_slice.models)):
+            for name, value in normalized(of_slice.model(number)["module"]).items():
+                if isinstance(value, Tensor):
+                    yield "the module's weights", name, value
     for name, parts in saved.weights.items():
         for held, flat in parts:
             yield "master weights", name, flat[held.offset :][: held.stop - held.start]
@@ -228,9 +230,10 @@ def lines(entry: Mapping[str, object]) -> list[str]:
     if entry["fault"]:
         return [f"{entry['tag']}{mark}: not complete: {entry['fault']}"]
     size = entry["bytes"] / 1e9
+    slices = f" with {entry['slices']} slices of the model each" if "slices" in entry else ""
     where = "any number of ranks" if entry["resumable_elsewhere"] else "as many ranks only (saved by an older version)"
     text = [
-        f"{entry['tag']}{mark}: complete, step {entry['step']}, {entry['ranks']} ranks at ZeRO stage "
+        f"{entry['tag']}{mark}: complete, step {entry['step']}, {entry['ranks']} ranks{slices} at ZeRO stage "
         f"{entry['zero_stage']}, {size:.3g} GB, can be resumed on {where}"
     ]
     text += ["  " + ", ".join(f"{name} {value}" for name, value in group.items()) for group in entry["settings"]]

@@ -239,11 +239,12 @@ def refuse_sharding(algorithm: Algorithm, unprojected: bool, stage: int) -> None
     Raises:
         ValueError: names the rule and what to use instead.
     """
+    setting = f"zero_optimization.stage = {stage}" if stage else "tensor_parallel.autotp_size > 1"
     if algorithm.rule is not None and not algorithm.rule.elementwise and unprojected:
         raise ValueError(
-            f"{algorithm.name}: zero_optimization.stage = {stage} takes the parameters that are not projected apart, "
-            f"and {algorithm.rule.__name__}.elementwise = False says that they cannot be; use stage 0, or train only "
-            "projected parameters."
+            f"{algorithm.name}: {setting} takes the parameters that are not projected apart, and "
+            f"{algorithm.rule.__name__}.elementwise = False says that they cannot be; use stage 0 without AutoTP, or "
+            "train only projected parameters."
         )
 
 
