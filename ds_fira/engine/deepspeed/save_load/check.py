@@ -88,7 +88,8 @@ def require_loadable(
     communicator = optimizer.communicator
     known = None if reading is None else reading.files
     files = CheckpointFiles.find(folder, False, optimizer.unpickle_checkpoints, reading)
-    lost = files.lost_experts() if files.models and not engine.use_node_local_storage() else []
+    looks = files.models and communicator.dp_rank == 0 and not engine.use_node_local_storage()
+    lost = files.lost_experts() if looks else []
     if lost:
         raise ValueError(f"{folder} lacks {lost[0]}, the weights of an expert; load another tag.")
     paths = matching_files(folder, "*model_states.pt" if model_only else "*_states.pt", known)
