@@ -279,8 +279,8 @@ def joined(features: Iterable[Feature]) -> list[Feature]:
     return result
 
 
-# Experts, groups and states of parameters have tests of their own in every run.
-ELSEWHERE = (moe, *(way for *_, way in ROWS))
+# Experts, pipelines, groups and states of parameters have tests of their own in every run.
+ELSEWHERE = (moe, pipeline, *(way for *_, way in ROWS))
 JOINED = joined(feature for feature in FEATURES if feature.way not in ELSEWHERE)
 
 
