@@ -53,6 +53,8 @@ class Stepping(Resumable):
         for param in params:
             _require_dense(param, self.algorithm.name)
             (projected if self._projects(param, group) else rest).append(param)
+            if param not in self.state:  # in the order in which a state dict lists them when it is loaded
+                self._state_of(param, group)
         # A capture computes nothing, so it is no step.
         number = self.metrics.next_step(params[0]) if capturing() else self.metrics.count_step(params[0])
         self._recording = self.recorder is not None and self.recorder.due(number)

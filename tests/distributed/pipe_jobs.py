@@ -229,7 +229,6 @@ def refusals(ds_config: dict[str, Any]) -> dict[str, str]:
         "tied": (having(target_modules=["tie"]), tied_matrices()),
         "stage 0": ({**ds_config, "bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, None),
         "stage 2": ({**ds_config, "zero_optimization": {"stage": 2}}, None),
-        "stage 3": ({**ds_config, "zero_optimization": {"stage": 3}}, None),
         "experts": (ds_config, [*layers(False)[:4], MoE(WIDTH, Block(INNER), num_experts=2), nn.LayerNorm(WIDTH)]),
         "ranks": (having(alpha=0.25 * (1 + rank)), None),
         "meta": (ds_config, [LayerSpec(Unmeasurable), *layers(False)[1:]]),

@@ -136,8 +136,7 @@ def test_what_is_refused(ranks: Pools) -> None:
             "zero_optimization.stage = 0 is not supported with bfloat16 in a PipelineModule; set it to 1"
             in found["stage 0"]
         )
-        for stage in (2, 3):
-            assert "ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism" in found[f"stage {stage}"]
+        assert "ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism" in found["stage 2"]
         assert "is of a DeepSpeed MoE layer, which is not supported inside a PipelineModule" in found["experts"]
         assert "optimizer.params.alpha is 0.5 on rank 1 and 0.25 on rank 0" in found["ranks"]
         told.append(found["meta"])
