@@ -57,7 +57,8 @@ class Ddp:
     """Parameters of a `DistributedDataParallel`, the same on every rank."""
 
     def of_model(self, model: nn.Module) -> tuple[Door, nn.Module] | None:
-        """Of such a model."""
+        """Of such a model, compiled or not."""
+        model = getattr(model, "_orig_mod", model)
         if not isinstance(model, nn.parallel.DistributedDataParallel):
             return None
         from ds_fira.engine.ddp import DdpDoor

@@ -33,6 +33,8 @@ def bases(given: str) -> tuple[int, int]:
     if given == "params":
         params = [{"params": [layer.weight for layer in model.module.layers], "rank": 3}]
         fira = ds_fira.FiraAdam(params, lr=0.01, update_proj_gap=2)
+    elif given == "compiled":
+        fira = optimizer_of(torch.compile(model), "model", settings)
     else:
         fira = optimizer_of(model, given, settings)
 

@@ -28,7 +28,7 @@ def test_one_process_s_weights(ranks: Pools, world_size: int, job: dict[str, Any
 
 def test_each_basis_is_computed_once(ranks: Pools) -> None:
     """Of a model that tells; parameters alone do not, and nothing is communicated for them."""
-    for given, computed, collectives in (("model", 8, 8), ("groups", 8, 8), ("params", 16, 0)):
+    for given, computed, collectives in (("model", 8, 8), ("groups", 8, 8), ("compiled", 8, 8), ("params", 16, 0)):
         found = ranks.run(2, "bases", module=MODULE, given=given)
         assert sum(count for count, _ in found) == computed
         assert [sent for _, sent in found] == [collectives, collectives]
