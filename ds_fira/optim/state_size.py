@@ -76,6 +76,7 @@ def adamw_bytes(records: Iterable[ParamRecord], bytes_per_element: int = 4) -> i
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all state tensors that this process holds."""
-    held = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.nbytes for value in held if isinstance(value, Tensor) and not value.is_meta)
+    """Bytes of all state tensors that this process holds; of a parameter with memory no tensor on the meta device."""
+    # Under FSDP2 a parameter's state has such tensors, as names of what is held elsewhere.
+    held = ((param, value) for param, state in optimizer.state.items() for value in state.values())
+    return sum(v.nbytes for param, v in held if isinstance(v, Tensor) and (param.is_meta or not v.is_meta))

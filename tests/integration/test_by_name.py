@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ds_fira import hf
 from tests.programs import ROOT, Forked
+from tests.small_models import llama
 
 LINE = {
     "optim": "fira_adamw",
@@ -100,7 +103,6 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
             "deepspeed": write(tmp_path, "ds.json"),
         },
         "did you mean 'alpha'": {"optim_args": "rank=4,alhpa=1"},
-        'optim = "fira_adamw" does not train under FSDP': {"fsdp": "full_shard"},
         'optim = "fira_adamw" contradicts the DeepSpeed config, which names FiraAdam;': {
             "deepspeed": write(tmp_path, "named.json", **fira)
         },
@@ -109,6 +111,21 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
         (done,) = start(tmp_path, f"refused-{number}", ranks=1, **changes)
         assert done.returncode == 1
         assert expected in done.stderr.splitlines()[-1]
+
+
+def test_the_first_version_of_fsdp_is_refused() -> None:
+    """By what the Trainer hands over: its own arguments are not made with FSDP where there is no GPU."""
+    given = {
+        **LINE,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.99,
+        "adam_epsilon": 1e-8,
+        "learning_rate": 0.01,
+    }
+    args = SimpleNamespace(**given, fsdp=["full_shard"], fsdp_config={"version": 1})
+    with pytest.raises(ValueError, match="does not train under FSDP with fsdp_config version = 1, .* set version to 2"):
+        hf._make(SimpleNamespace(args=args, model=llama()))
 
 
 def test_a_module_that_is_not_there_exits_2(tmp_path: Path) -> None:
