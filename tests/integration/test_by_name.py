@@ -124,7 +124,7 @@ def test_the_first_version_of_fsdp_is_refused() -> None:
         "learning_rate": 0.01,
     }
     args = SimpleNamespace(**given, fsdp=["full_shard"], fsdp_config={"version": 1})
-    with pytest.raises(ValueError, match="does not train under FSDP with fsdp_config version = 1, .* set version to 2"):
+    with pytest.raises(ValueError, match=r"does not train under FSDP with fsdp_config version = 1, .*set version to 2"):
         hf._make(SimpleNamespace(args=args, model=llama()))
 
 
