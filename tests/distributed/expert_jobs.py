@@ -13,9 +13,9 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 import ds_fira
-from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.engine.deepspeed.weight_sync import check_sync
 from ds_fira.tools.doctor.examine import examine
+from tests.distributed.goes_on import goes_on
 
 HIDDEN, INNER = 12, 20
 # So many that each expert gets a gradient of more than the rank: what rounding makes of the rest would be no basis.
@@ -200,32 +200,12 @@ def run(
     save: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Load, if asked, train, save, if asked, and go on to the end; what is then there, or why it could not be loaded.
-
-    Args:
-        ds_config: of the engine.
-        layers: of the model.
-        steps: the first that is made, and the one before which is saved.
-        load: a folder.
-        save: a folder.
-        **kwargs: of `build`.
-    """
+    """A run as `goes_on` makes it, of an engine that `build` makes of the other arguments."""
     engine = build(ds_config, layers, **kwargs)
-    result: dict[str, Any] = {}
     try:
-        if load is not None:
-            engine.load_checkpoint(load)
-            result["loaded"] = weights_of(engine)
-        losses = steps_of(engine, *steps)
-        if save is not None:
-            engine.save_checkpoint(save)
-        losses += steps_of(engine, steps[1], STEPS)
-        result |= {"weights": weights_of(engine), "losses": losses, "metrics": ds_fira.metrics(engine)}
-    except (ValueError, CheckpointError) as error:
-        result["message"] = str(error)
+        return goes_on(engine, steps_of, weights_of, (*steps, STEPS), load, save)
     finally:
         engine.destroy()
-    return result
 
 
 def tell(ds_config: dict[str, Any], layers: list[tuple[int, int]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 import ds_fira
-from ds_fira.checkpoint.atomic_save import CheckpointError
+from tests.distributed.goes_on import goes_on
 
 WORDS, WIDTH, INNER = 13, 8, 20
 MICRO, ACCUMULATION = 2, 2
@@ -148,33 +148,12 @@ def run(
     save: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Load, if asked, train, save, if asked, and go on to the end; what is then there, or why it could not be loaded.
-
-    Args:
-        ds_config: of the engine.
-        stages: of the pipeline.
-        tied: whether the embedding is the head.
-        steps: the first that is made, and the one before which is saved.
-        load: a folder.
-        save: a folder.
-        **kwargs: of `build`.
-    """
-    result: dict[str, Any] = {}
+    """A run as `goes_on` makes it, of an engine that `build` makes of the other arguments."""
     engine = build(ds_config, stages, tied, **kwargs)
     try:
-        if load is not None:
-            path, _ = engine.load_checkpoint(load)
-            result |= {"path": path, "loaded": weights_of(engine)}
-        losses = steps_of(engine, *steps)
-        if save is not None:
-            engine.save_checkpoint(save)
-        losses += steps_of(engine, steps[1], STEPS)
-        result |= {"weights": weights_of(engine), "losses": losses, "metrics": ds_fira.metrics(engine)}
-    except (ValueError, CheckpointError) as error:
-        result["message"] = str(error)
+        return goes_on(engine, steps_of, weights_of, (*steps, STEPS), load, save)
     finally:
         close(engine)
-    return result
 
 
 def close(engine: Any) -> None:

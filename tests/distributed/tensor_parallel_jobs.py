@@ -15,9 +15,9 @@ from deepspeed.utils import groups, safe_get_full_optimizer_state, safe_set_full
 from torch import Tensor, nn
 
 import ds_fira
-from ds_fira.checkpoint.atomic_save import CheckpointError
 from ds_fira.engine.deepspeed.weight_sync import check_sync
 from tests import small_models
+from tests.distributed.goes_on import goes_on
 from tests.distributed.sent_bytes import counted
 
 STEPS = 6
@@ -163,35 +163,13 @@ def run(
     save: str | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Load, if asked, train, save, if asked, and go on to the end; what is then there, or why it could not be loaded.
-
-    Args:
-        ds_config: of the engine.
-        model: its name.
-        steps: the first that is made, and the one before which is saved.
-        load: a folder.
-        save: a folder.
-        **kwargs: of `build`.
-    """
+    """A run as `goes_on` makes it, of an engine that `build` makes of the other arguments."""
     with forgotten():
         engine, _ = build(ds_config, model, **kwargs)
-        result: dict[str, Any] = {}
         try:
-            if load is not None:
-                engine.load_checkpoint(load)
-                result["loaded"] = weights_of(engine)
-            losses = steps_of(engine, *steps)
-            if save is not None:
-                engine.save_checkpoint(save)
-            losses += steps_of(engine, steps[1], STEPS)
-            result |= {"weights": weights_of(engine), "losses": losses}
-            if isinstance(engine.basic_optimizer, ds_fira.FiraAdam):
-                result["metrics"] = ds_fira.metrics(engine)
-        except (ValueError, CheckpointError) as error:
-            result["message"] = str(error)
+            return goes_on(engine, steps_of, weights_of, (*steps, STEPS), load, save)
         finally:
             engine.destroy()
-        return result
 
 
 def states(ds_config: dict[str, Any], model: str) -> dict[str, Any]:
