@@ -34,9 +34,10 @@ def plan_flats(
     unsupported.refuse_sharding(optimizer.algorithm, len(projected) < len(cut), stage)
     plans: dict[int, tuple[Communicator, GroupLayout]] = {}
     bound: dict[Tensor, LocalMatrices] = {}
+    # A collective call of all stages of a pipeline, also of one in which nothing is projected.
+    numbers = _numbers([flat for flat in flats if all(kinds_of(flat, optimizer.param_groups))], holders)
     if not projected:
         return [], bound
-    numbers = _numbers([flat for flat in flats if all(kinds_of(flat, optimizer.param_groups))], holders)
     if stage == 0:
         bound |= _whole(optimizer, flats, numbers, holders)
     ranks = [holders.sharers(flat) for _, flat in projected]
