@@ -204,7 +204,10 @@ def rests() -> list[Trial]:
     half = [preset(128, rank) for rank in RANKS] + [preset(256, rank) for rank in RANKS[:2]]
     half.append(preset(128, RANKS[0], text=HELD_OUT_TEXT))
     long_ones = [preset(128, RANKS[0], steps=steps) for steps in LONGER]
+    wide = preset(256, RANKS[0], steps=LONGER[0])
     return [
+        wide,
+        changed(wide, rest=0.5),
         *(changed(preset(128, RANKS[0]), rest=rest) for rest in (0.25, 2.0)),
         *(changed(trial, rest=0.5) for trial in (*half, *long_ones)),
         *(changed(trial, rest_fade=600) for trial in long_ones),
