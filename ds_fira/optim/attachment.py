@@ -127,7 +127,10 @@ class Attachable:
         Raises:
             ValueError: the way in which they are held is not supported, the same on every rank.
         """
-        held, params = self.attachment, [param for group in self.param_groups for param in group["params"]]
+        held = self.attachment
+        if held is not ALONE and not held.stand_ins:
+            return  # an engine has told, and every step asks
+        params = [param for group in self.param_groups for param in group["params"]]
         if held.stand_ins and not {id(param) for param in params} == held.names.keys():
             raise ValueError(
                 "ds_fira: the param groups hold other parameters than at the first step, and those would be stepped; "
@@ -153,7 +156,7 @@ class Attachable:
             self.attachment.form.show_names(stepped)
 
     def _lent(self, number: int) -> Iterator[list[Tensor]]:
-        """What of a param group is stepped together and has a gradient; given back once the next is asked for."""
+        """Lists of a group's tensors that have a gradient and are stepped together, each given back behind its step."""
         batches = self.attachment.stand_ins.get(number)
         if batches is None:
             yield [param for param in self.param_groups[number]["params"] if param.grad is not None]

@@ -121,7 +121,7 @@ class FormedParam:
     def tracks(
         self, element: int, matrix: MatrixShard | SplitMatrix, owner: int, stepped: Values | None, load: bool
     ) -> Iterator[Track]:
-        """What of one matrix goes from a form to the other.
+        """The pieces of one matrix's states that go from one form to the other.
 
         Args:
             element: the number of the matrix in the parameter.

@@ -176,7 +176,7 @@ class CheckpointFiles:
         return wrapper, state_dict if payload is None else unfold(payload, state_dict["state"])
 
     def _payload(self, number: int, state_dict: object) -> Mapping[str, object] | None:
-        """What of a rank's states is not where DeepSpeed looks for it; at stage 3 in the file of its model's states."""
+        """The part of a rank's states that DeepSpeed does not know; at stage 3 it lies with the model's states."""
         if self.at_stage_0 or not isinstance(state_dict, Mapping):
             return None
         if not self.partitioned:

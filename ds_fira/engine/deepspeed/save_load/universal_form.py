@@ -93,7 +93,7 @@ def for_converter(engine: DeepSpeedEngine, wrapper: dict[str, object], model: di
 
 
 def _unsupported(engine: DeepSpeedEngine) -> dict[str, str]:
-    """What of an engine's states the converter cannot put together, each with the reason and the remedy."""
+    """The states of an engine that the converter cannot put together, each with the reason and the remedy."""
     found = {
         "the experts of a DeepSpeed MoE layer": ("each rank saves others under the same name", engine.has_moe_layers),
         "the low-rank states of slices of matrices": (
