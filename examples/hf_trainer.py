@@ -1,17 +1,20 @@
-"""Train a causal language model with the Hugging Face Trainer and FiraAdam from a DeepSpeed JSON.
+"""Train a causal language model with the Hugging Face Trainer and FiraAdam, from a DeepSpeed JSON or by name.
 
     deepspeed --num_gpus 2 examples/hf_trainer.py --model llama_60m --bf16 --learning_rate 0.005 --output_dir runs/hf
     torchrun --standalone --nproc_per_node 2 examples/hf_trainer.py ... --resume_from_checkpoint last
+    python examples/hf_trainer.py --weights bfloat16 --optim fira_adamw --optim_args rank=128 --output_dir runs/one
 
 Every argument of `TrainingArguments` works. `--deepspeed` is ds_configs/zero2_auto.json unless given: its "auto" values
-come from the arguments, FiraAdam's own settings from the file. docs/ecosystem.md tells what to watch.
+come from the arguments, FiraAdam's own settings from the file. docs/ecosystem.md tells what to watch. With
+`--optim fira_adamw` the settings are in `--optim_args`, and no DeepSpeed is used unless `--deepspeed` names a file.
 """
 
 # No `from __future__ import annotations`: HfArgumentParser reads the types of the dataclass.
+import argparse
 import dataclasses
 import math
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from huggingface.common import REPOSITORY, check_fira, collate, load, train
@@ -20,6 +23,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import ds_fira  # registers FiraAdam
+import ds_fira.hf
 from ds_fira.optim.registry import TYPES
 
 # Arguments of the Trainer that act through a value of the JSON, and do nothing where the JSON lacks it.
@@ -48,6 +52,10 @@ class Options:
         },
     )
     text_column: str = dataclasses.field(default="text", metadata={"help": "of csv, json, jsonl and parquet files"})
+    weights: Literal["float32", "bfloat16"] = dataclasses.field(
+        default="float32",
+        metadata={"help": "of the model; bfloat16 goes with weight_rounding=stochastic in optim_args"},
+    )
     seq_length: int = dataclasses.field(default=256, metadata={"help": "tokens in a row"})
     cache_dir: Path = dataclasses.field(default=REPOSITORY / "runs" / "cache", metadata={"help": "for prepared text"})
 
@@ -66,13 +74,29 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, TrainingArgument
     Raises:
         ValueError: they contradict each other, or a file does not exist.
     """
+    ds_fira.hf.register()
+    by_name = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    by_name.add_argument("--optim")
+    named = by_name.parse_known_args(arguments)[0].optim == ds_fira.hf.NAME
     parser = Parser((Options, TrainingArguments), allow_abbrev=False)
     parser.set_defaults(
-        deepspeed=str(REPOSITORY / "ds_configs" / "zero2_auto.json"),
+        deepspeed=None if named else str(REPOSITORY / "ds_configs" / "zero2_auto.json"),
         # Without a GPU the Trainer takes itself for one process, whatever the launcher, unless it is told.
         use_cpu=not torch.cuda.is_available(),
     )
     options, training = parser.parse_args_into_dataclasses(arguments)
+    if training.deepspeed is not None and not named:
+        check_against_json(training)
+    if training.resume_from_checkpoint == "last":
+        folder = Path(training.output_dir)
+        training.resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+        if training.resume_from_checkpoint is None:
+            raise ValueError(f"--resume_from_checkpoint last found no checkpoint in {training.output_dir}.")
+    return options, training
+
+
+def check_against_json(training: TrainingArguments) -> None:
+    """Raise a ValueError where arguments and the DeepSpeed JSON that names the optimizer contradict each other."""
     if training.hf_deepspeed_config.mismatches:
         differences = ", ".join(entry.removeprefix("- ") for entry in training.hf_deepspeed_config.mismatches)
         raise ValueError(f'{training.deepspeed} contradicts the arguments ({differences}); write "auto" there.')
@@ -87,18 +111,13 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, TrainingArgument
             instead = "DEEPSPEED_TIMEOUT in minutes" if name == "ddp_timeout" else f"it in {training.deepspeed}"
             raise ValueError(f"--{name} {getattr(value, 'value', value)} does nothing here; set {instead}.")
     check_fira(training.hf_deepspeed_config.config, training.deepspeed)
-    if training.resume_from_checkpoint == "last":
-        folder = Path(training.output_dir)
-        training.resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-        if training.resume_from_checkpoint is None:
-            raise ValueError(f"--resume_from_checkpoint last found no checkpoint in {training.output_dir}.")
-    return options, training
 
 
 def build(options: Options, training: TrainingArguments) -> Trainer:
     """The Trainer with its model and its text; raises as `huggingface.common.load`."""
     set_seed(training.seed)
-    task = load(options.model, options.text, options.seq_length, options.cache_dir, options.text_column)
+    text = (options.text, options.seq_length, options.cache_dir, options.text_column)
+    task = load(options.model, *text, dtype=getattr(torch, options.weights))
     return Trainer(
         model=task.model,
         args=training,
@@ -119,12 +138,13 @@ def run(trainer: Trainer) -> dict[str, float]:
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
 
-    engine = trainer.model_wrapped
+    config = trainer.args.hf_deepspeed_config if trainer.is_deepspeed_enabled else None
+    trained = trainer.optimizer.optimizer if config is None else trainer.model_wrapped
     metrics = trainer.evaluate()
     metrics["perplexity"] = math.exp(metrics["eval_loss"])
-    if trainer.args.hf_deepspeed_config.get_value("optimizer.type") in TYPES:
-        metrics |= ds_fira.metrics(engine)
-        metrics["optimizer_state_bytes"] = sum(ds_fira.memory_report(engine)["optimizer_state_bytes"])
+    if config is None or config.get_value("optimizer.type") in TYPES:
+        metrics |= ds_fira.metrics(trained)
+        metrics["optimizer_state_bytes"] = sum(ds_fira.memory_report(trained)["optimizer_state_bytes"])
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     return metrics

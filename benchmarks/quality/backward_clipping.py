@@ -12,8 +12,6 @@ per token, the share of steps in which "global" clips, and of every way the diff
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +19,8 @@ import torch
 from torch import nn
 
 import ds_fira
-from benchmarks.common import default_device, save
 from benchmarks.quality.gradients import text
+from benchmarks.quality.paired import conclude, losses_of
 from benchmarks.quality.refresh_quality import HIDDEN, VOCAB_SIZE, final_loss, plainly
 from ds_fira.optim.presets import PRESETS
 
@@ -62,25 +60,16 @@ def main() -> None:
     args = parser.parse_args()
     data = text(args.folder, args.seq_length, VOCAB_SIZE)
     preset = {} if args.preset is None else {"preset": args.preset}
-    losses: dict[str, list[float]] = {way: [] for way in WAYS}
     norms: list[float] = []
-    for seed in args.seeds:
-        for way, found in losses.items():
-            step = stepping(way, args.max_norm, norms)
-            found.append(final_loss(data, seed, args, step, rank=HIDDEN // 4, update_proj_gap=50, **preset))
-            print(f"seed {seed}, {way}: {found[-1]:.4f}", flush=True)
+
+    def loss_of(way: str, seed: int) -> float:
+        step = stepping(way, args.max_norm, norms)
+        return final_loss(data, seed, args, step, rank=HIDDEN // 4, update_proj_gap=50, **preset)
+
+    losses = losses_of(WAYS, args, loss_of)
     clipped = sum(norm > args.max_norm for norm in norms) / len(norms)
     print(f"{REFERENCE!r} clips {clipped:.0%} of its steps")
-    differences = {
-        way: [loss - other for loss, other in zip(found, losses[REFERENCE], strict=True)]
-        for way, found in losses.items()
-        if way != REFERENCE
-    }
-    for way, found in differences.items():
-        spread = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-        print(f"{way:10} to {REFERENCE}: {statistics.fmean(found):+.4f} +- {spread:.4f}")
-    options = vars(args) | {"folder": None, "json": None}
-    save(args.json, default_device(), options=options, losses=losses, clipped=clipped, differences=differences)
+    conclude(losses, REFERENCE, args, clipped=clipped)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,10 @@ for every precision the differences to float32 by seed, their mean and its stand
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import statistics
-import time
 from pathlib import Path
 
-from benchmarks.common import default_device, save
 from benchmarks.quality.gradients import TextData, text
+from benchmarks.quality.paired import conclude, kept_loss, losses_of
 from benchmarks.quality.precision import OPERANDS, emulated
 from benchmarks.quality.refresh_quality import VOCAB_SIZE, final_loss
 from ds_fira.core import subspace_solvers
@@ -33,47 +29,23 @@ SETTINGS = {"subspace": "randomized", "refresh_moments": "rotate"}
 
 def loss_of(data: TextData, precision: str, seed: int, args: argparse.Namespace) -> float:
     """Final validation loss of one run, read where it was made before with the same options."""
-    options = {name: getattr(args, name) for name in ("steps", "batch_size", "seq_length", "layers", "rank", "gap")}
-    key = "-".join([precision, f"seed{seed}", *(f"{name}{value}" for name, value in options.items())])
     preset = {} if args.preset is None else {"preset": args.preset}
-    key += "".join(f"-{name}" for name in preset.values())
-    kept = args.folder / f"precision-{key}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())["loss"]
-    start = time.perf_counter()
-    with emulated(precision):
-        loss = final_loss(
-            data,
-            seed,
-            args,
-            rank=args.rank,
-            update_proj_gap=args.gap,
-            # On a CPU products under "tf32", the default, are in float32; "float32" would refresh in another way too.
-            matmul_precision="tf32" if precision == REFERENCE else precision.removesuffix(", cut"),
-            **SETTINGS,
-            **preset,
-        )
-    scratch = kept.with_suffix(".partial")
-    scratch.write_text(json.dumps({"loss": loss, "seconds": time.perf_counter() - start}))
-    scratch.rename(kept)
-    return loss
 
+    def make() -> float:
+        with emulated(precision):
+            return final_loss(
+                data,
+                seed,
+                args,
+                rank=args.rank,
+                update_proj_gap=args.gap,
+                # On a CPU products under "tf32", the default, are in float32; "float32" would refresh in another way.
+                matmul_precision="tf32" if precision == REFERENCE else precision.removesuffix(", cut"),
+                **SETTINGS,
+                **preset,
+            )
 
-def differences(losses: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Of every precision to the reference, seed by seed, as far as both have run."""
-    reference = losses[REFERENCE]
-    return {
-        precision: [loss - other for loss, other in zip(found, reference, strict=False)]
-        for precision, found in losses.items()
-        if precision != REFERENCE
-    }
-
-
-def said(precision: str, found: list[float]) -> str:
-    """A line of paired differences."""
-    spread = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    by_seed = " ".join(f"{value:+.4f}" for value in found)
-    return f"{precision:12} to {REFERENCE}: {statistics.fmean(found):+.4f} +- {spread:.4f}   by seed {by_seed}"
+    return kept_loss(args.folder, ("precision", precision, seed), args, make)
 
 
 def main() -> None:
@@ -94,16 +66,8 @@ def main() -> None:
     # As in larger models, whose bases are not found exactly.
     subspace_solvers.cheapest = lambda *_: "direct"
     data = text(args.folder, args.seq_length, VOCAB_SIZE)
-    losses: dict[str, list[float]] = {REFERENCE: []} | {precision: [] for precision in args.precisions}
-    # Seed by seed, so that pairs are there early.
-    for seed in args.seeds:
-        for precision, found in losses.items():
-            found.append(loss_of(data, precision, seed, args))
-            print(f"seed {seed}, {precision}: {found[-1]:.4f}", flush=True)
-        options = vars(args) | {"folder": None, "json": None}
-        save(args.json, default_device(), options=options, losses=losses, differences=differences(losses))
-    for precision, found in differences(losses).items():
-        print(said(precision, found))
+    ways = (REFERENCE, *args.precisions)
+    conclude(losses_of(dict.fromkeys(ways), args, lambda way, seed: loss_of(data, way, seed, args)), REFERENCE, args)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def final_loss(
     seed: int,
     args: argparse.Namespace,
     stepping: Callable[[nn.Module, Optimizer], Callable[[], object]] = plainly,
+    built: Callable[[nn.Module], tuple[nn.Module, nn.Module]] = lambda model: (model, model),
     **settings: Any,
 ) -> float:
     """Validation loss, in nats per token, at the end of one run.
@@ -63,20 +64,21 @@ def final_loss(
         data: to train and to validate on.
         seed: of weights and batches.
         args: `layers`, `steps` and `batch_size`.
-        stepping: given model and optimizer, what makes the step after a backward pass.
+        stepping: given the model that computes and the optimizer, what makes the step after a backward pass.
+        built: from the model in float32, the one that computes and the one whose parameters the optimizer has.
         settings: of the optimizer's projected matrices; alpha is 0.25 unless they name a preset.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
-    model = llama(HIDDEN, INTERMEDIATE, args.layers, HEADS, VOCAB_SIZE).to(device)
+    model, stepped = built(llama(HIDDEN, INTERMEDIATE, args.layers, HEADS, VOCAB_SIZE).to(device))
     settings = settings if "preset" in settings else {"alpha": 0.25, **settings}
-    groups = ds_fira.param_groups(model, **settings)
+    groups = ds_fira.param_groups(stepped, **settings)
     optimizer = ds_fira.FiraAdam(groups, lr=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, args.steps))
     batches, step = training_batches(data, args.batch_size, seed), stepping(model, optimizer)
     for _ in range(args.steps):
         ids = next(batches).to(device)
-        optimizer.zero_grad()
+        model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         step()
         scheduler.step()

@@ -58,26 +58,27 @@ def check_fira(config: dict[str, Any], source: Any) -> None:
             )
 
 
-def build_model(name: str) -> tuple[PreTrainedModel, str | None]:
-    """The model to train, in float32, and where its tokenizer is if it is a checkpoint.
+def build_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, str | None]:
+    """The model to train, and where its tokenizer is if it is a checkpoint.
 
     Args:
         name: a transformers config file or one of `ds_fira.tools.models.NAMES`, for a new model with random weights; or
             the folder or hub name of a checkpoint to go on from.
+        dtype: of its weights.
 
     Raises:
         OSError: there is no such file, model or checkpoint.
         ValueError: the file holds no model that transformers knows.
     """
     # On a CPU the plain attention is faster in training than the fused kernel, whose backward is slow.
-    options = {"attn_implementation": "sdpa" if torch.cuda.is_available() else "eager"}
+    options = {"dtype": dtype, "attn_implementation": "sdpa" if torch.cuda.is_available() else "eager"}
     if name in NAMES or name.endswith(".json"):
         path = config_file(name) if name in NAMES else Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"the model config {path} does not exist")
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
         return model, None
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options), name
+    return AutoModelForCausalLM.from_pretrained(name, **options), name
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,14 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load(name: str, text: str | None, seq_length: int, cache: Path, text_column: str = "text") -> Task:
+def load(
+    name: str,
+    text: str | None,
+    seq_length: int,
+    cache: Path,
+    text_column: str = "text",
+    dtype: torch.dtype = torch.float32,
+) -> Task:
     """The model and its text, which the first process prepares and caches while the others wait.
 
     Args:
@@ -99,12 +107,13 @@ def load(name: str, text: str | None, seq_length: int, cache: Path, text_column:
         seq_length: tokens in a row.
         cache: folder that keeps prepared text.
         text_column: column of the text in csv, json, jsonl and parquet files.
+        dtype: of the model's weights.
 
     Raises:
         OSError: there is no such model.
         ValueError: the model or the text cannot be used; on every process, with the same sentence.
     """
-    model, tokenizer = build_model(name)
+    model, tokenizer = build_model(name, dtype)
     positions = getattr(model.config, "max_position_embeddings", seq_length)
     if seq_length > positions:
         raise ValueError(f"rows of {seq_length} tokens exceed the {positions} positions of the model")
