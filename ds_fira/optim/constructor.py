@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ds_fira.core.algorithms import GALORE_ADAM, Algorithm
-from ds_fira.core.settings import ParamGroup, meaning_of, remedy_of
+from ds_fira.core.setting_fields import meaning_of, remedy_of
+from ds_fira.core.settings import ParamGroup
 from ds_fira.optim.settings import NOT_OF_GROUPS, TORCH_OPTIONS, Settings, legal_settings
 
 # Arguments that may be given by position, as in torch's AdamW, where the base optimizer is Adam.

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import get_args
 
-from ds_fira.core.settings import meaning_of
+from ds_fira.core.setting_fields import meaning_of
 from ds_fira.optim.settings import Settings
 from ds_fira.tools.commands import Answer
 from ds_fira.tools.commands import add as add_command
