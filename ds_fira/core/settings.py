@@ -14,12 +14,12 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from torch import Tensor
 
-from ds_fira.core.algorithms import ADAM_STATES, algorithm_of
+from ds_fira.core.algorithms import ADAM_STATES, DRAWN, algorithm_of
 from ds_fira.core.precision import precision_of
 from ds_fira.core.residuals import RESIDUALS, ResidualForm
 from ds_fira.core.rules import Kind, Rule
 from ds_fira.core.setting_fields import Beta, Whole, one_number, setting
-from ds_fira.core.subspace import Side, projection_side, refresh_offset
+from ds_fira.core.subspace import Side, basis_shape, projection_side, refresh_offset
 
 # A param group as `torch.optim` holds it: its parameters and its settings.
 ParamGroup = dict[str, object]
@@ -159,8 +159,28 @@ class GroupSettings(BaseModel):
 
     @property
     def inner_alpha(self) -> float:
-        """The alpha that multiplies P R inside the step: 1 where alpha multiplies the whole update instead."""
+        """The alpha that multiplies P R inside the step: 1 where alpha multiplies the whole update instead; or 0."""
+        if self.residual_form.is_update:
+            return 0.0
         return 1.0 if self.alpha_is_outside else self.alpha
+
+    @property
+    def residual_factor(self) -> float:
+        """What multiplies S in the update: `residual_scale`, and alpha where S is the whole of it."""
+        return self.alpha if self.residual_form.is_update else self.residual_scale
+
+    @property
+    def draws_basis(self) -> bool:
+        """Whether bases are drawn in every step, and no state."""
+        return self.subspace == DRAWN
+
+    def basis_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the stored basis of a matrix of shape (m, n); without rows where it is drawn."""
+        return basis_shape(shape, self.rank, self.side_of(shape), drawn=self.draws_basis)
+
+    def update_rank(self, rank: int) -> int:
+        """The rank of C, the part of the update in the subspace, for a matrix of rank r: r, or 0 without one."""
+        return 0 if self.residual_form.is_update else rank
 
     @property
     def state_kinds(self) -> Mapping[str, Kind]:
@@ -236,7 +256,8 @@ class GroupSettings(BaseModel):
         """Which of its settings do not go together and what to do, in the words behind a place; None where all do."""
         residual = f"residual = {self.residual!r}"
         if self.residual_form.needs_scaling and self.scaling == "none":
-            return f"scaling = 'none' leaves {residual} without a factor; choose 'column' or 'matrix'."
+            what = "the gradient" if self.residual_form.is_update else residual
+            return f"scaling = 'none' leaves {what} without a factor; choose 'column' or 'matrix'."
         if self.residual_form.factors is None and self.limiter == "growth":
             return f"limiter = 'growth' has nothing to limit with {residual}; leave it out."
         return None
