@@ -113,7 +113,13 @@ APOLLO_ADAM = Algorithm(
         "capturable",
         "preset",
     ),
-    fixed={"residual": "gradient", "subspace": DRAWN, "refresh_moments": "keep", "formulation": "released"},
+    fixed={
+        "residual": "gradient",
+        "subspace": DRAWN,
+        "refresh_moments": "keep",
+        "formulation": "released",
+        "capturable": False,
+    },
 )
 ALGORITHMS = {algorithm.name: algorithm for algorithm in (FIRA_ADAM, GALORE_ADAM, APOLLO_ADAM)}
 
