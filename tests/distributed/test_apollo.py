@@ -199,11 +199,17 @@ def test_a_step_sends_parts_of_r_and_factors_alone(ranks: Pools) -> None:
 
 
 def test_the_estimate_is_its_own() -> None:
+    """Whether it is compared as APOLLO, or stands for what is trained."""
     model, setup = llama(), Setup(gpus=2, zero_stage=2)
-    found = estimate(model, setup, ["Fira"], optimizer="ApolloAdam", rank=4).methods["Fira"]
     planned = plan_run(model, 2, 2, APOLLO_ADAM, rank=4)
-    for rank, memory in enumerate(found.by_rank):
-        assert memory.device.optimizer_states == planned.state_bytes(rank, setup.master_dtype)
+    compared = estimate(model, setup, ["APOLLO", "Fira"], rank=4)
+    trained = estimate(model, setup, ["Fira"], optimizer="ApolloAdam", rank=4)
+    for method in (compared.methods["APOLLO"], trained.methods["Fira"]):
+        for rank, memory in enumerate(method.by_rank):
+            assert memory.device.optimizer_states == planned.state_bytes(rank, setup.master_dtype)
+    assert any("ApolloAdam, in the partitions of Fira: apollo-torch" in note for note in compared.notes)
+    with pytest.raises(ValueError, match="optimizer = 'ApolloAdam' does not go with APOLLO among the methods"):
+        estimate(model, setup, ["APOLLO"], optimizer="ApolloAdam", rank=4)
 
 
 @pytest.mark.parametrize(
