@@ -121,7 +121,9 @@ APOLLO_ADAM = Algorithm(
         "capturable": False,
     },
 )
-ALGORITHMS = {algorithm.name: algorithm for algorithm in (FIRA_ADAM, GALORE_ADAM, APOLLO_ADAM)}
+# Methods of others, made of FiraAdam's parts.
+RELATIVES = (GALORE_ADAM, APOLLO_ADAM)
+ALGORITHMS = {algorithm.name: algorithm for algorithm in (FIRA_ADAM, *RELATIVES)}
 
 
 def algorithm_of(group: Mapping[str, object]) -> Algorithm:
