@@ -21,7 +21,9 @@ from ds_fira.optim.settings import check_params
 from ds_fira.sharding.lowrank.answer_form import low_rank_elements
 from ds_fira.tools.dry_run import plan_run
 from ds_fira.tools.estimate import Setup, estimate
+from tests.distributed import test_from_adam as from_adam
 from tests.distributed import test_zero3 as zero3
+from tests.distributed.resize_jobs import rows
 from tests.distributed.rule_jobs import alone
 from tests.distributed.test_fsdp import check
 from tests.distributed.test_fsdp import run as run_fsdp
@@ -152,6 +154,40 @@ def test_a_run_goes_on_on_other_ranks_and_another_stage(ranks: Pools, tmp_path: 
     other = config(2, "fp32", PARAMS)
     (found,) = ranks.run(1, "run", ds_config=other, first=5, last=END, load=folders[1], **options)
     assert "FiraAdam: the checkpoint was made by ApolloAdam; set optimizer.type = 'ApolloAdam'" in found["error"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), pytest.param(3, 1, marks=pytest.mark.full)])
+def test_a_run_of_adamw_goes_on(ranks: Pools, tmp_path: Path, before: int, after: int) -> None:
+    """Its moments are projected by the first basis that is drawn, as one process does it."""
+    torch.manual_seed(0)
+    model = Net(from_adam.SHAPES)
+    adam = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.05)
+    apollo = ds_fira.ApolloAdam(model, **from_adam.PARAMS)
+    numbers = {id(layer.weight): number for number, layer in enumerate(model.layers)}
+    losses = []
+    for step in range(from_adam.END):
+        for group in (*adam.param_groups, *apollo.param_groups):
+            group["lr"] = 0.01 * 0.9**step
+        loss = model(rows(step))
+        loss.backward()
+        losses.append(float(loss.detach()))
+        if step == from_adam.SAVED:
+            for param in model.parameters():
+                own = from_adam.taken_over(param, adam.state[param], id(param) in numbers)
+                if id(param) in numbers:
+                    left = param.shape[0] < param.shape[1]
+                    basis = DrawnBasis(numbers[id(param)], min(param.shape), 2).draw(step, None, torch.float32, CPU)
+                    m, v = adam.state[param]["exp_avg"], adam.state[param]["exp_avg_sq"]
+                    own |= {"basis": torch.zeros(0, 2), "exp_avg": basis.T @ m if left else m @ basis}
+                    own["exp_avg_sq"] = basis.square().T @ v if left else v @ basis.square()
+                apollo.state[param].update(own)
+        (adam if step < from_adam.SAVED else apollo).step()
+        model.zero_grad()
+    weights = {name: param.detach() for name, param in model.named_parameters()}
+    expected = {"losses": losses, "weights": weights, "lr": 0.01 * 0.9**from_adam.END}
+    from_adam.adam_run(ranks, 2, before, first=0, last=from_adam.SAVED, save=str(tmp_path))
+    job = {"first": from_adam.SAVED, "last": from_adam.END, "load": str(tmp_path), "seed": 3, "extra": TYPE}
+    from_adam.assert_goes_on(from_adam.fira_run(ranks, 2, after, **job), expected)
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.full)])
