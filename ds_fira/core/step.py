@@ -73,8 +73,7 @@ class MatrixTask:
     def by_kernels(self) -> bool:
         """Whether the kernels take it; asked once, with the choice of the step that it belongs to."""
         if self._by_kernels is None:
-            # A drawn basis is torch's functions'; see `ds_fira.core.drawn_basis`.
-            self._by_kernels = not self.settings.draws_basis and kernels.supports(self.places()[0].tensor)
+            self._by_kernels = kernels.supports(self.places()[0].tensor)
         return self._by_kernels
 
     def places(self) -> tuple[MatrixSlice, MatrixSlice]:

@@ -13,7 +13,6 @@ from torch import Tensor
 import ds_fira
 from ds_fira.core import functional as F
 from ds_fira.core.drawn_basis import DrawnBasis
-from ds_fira.core.state import MatrixState
 from tests.grids import half
 from tests.reference import tolerances
 from tests.reference.apollo_reference import apollo
@@ -186,16 +185,47 @@ def test_groups_and_states_of_another_optimizer_are_refused() -> None:
         fira.load_state_dict(plain.state_dict())
 
 
-@pytest.mark.usefixtures("kernels_allowed")
-def test_torch_functions_make_its_steps_where_kernels_could(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("shape", "kind", "precision"),
+    [
+        ((12, 20), {"rank": 4}, "float32"),
+        ((20, 12), {**MINI, "limiter": "none"}, "float32"),
+        pytest.param((12, 20), {**MINI}, "float32", marks=pytest.mark.full),
+        pytest.param((20, 12), {"rank": 4}, "bfloat16", marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_kernels_make_the_steps_of_the_torch_functions(
+    kernels_allowed: None, shape: tuple[int, int], kind: dict[str, Any], precision: str
+) -> None:
+    """Of two matrices together, one of which has a gradient that is not finite in the last step."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from ds_fira.core import kernels
 
-    assert kernels.supports(torch.zeros(2, 3))
-    expected, _ = run_optimizer(ours, make_weight((12, 20)), make_gradients((12, 20), 4), rank=4, update_proj_gap=2)
-    drawn: list[int] = []
-    draw = MatrixState.projector
-    monkeypatch.setattr(MatrixState, "projector", lambda self, *rows: (drawn.append(1), draw(self, *rows))[1])
-    found, _ = run_optimizer(ours, make_weight((12, 20)), make_gradients((12, 20), 4), rank=4, update_proj_gap=2)
-    assert len(drawn) == 4
-    assert torch.equal(found, expected)
+    def run() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        params = [torch.nn.Parameter(make_weight(shape, seed=seed)) for seed in range(2)]
+        gradients = [make_gradients(shape, 3, seed=seed) for seed in range(2)]
+        group = {**kind, "params": params, "update_proj_gap": 2, "weight_decay": 0.1, "matmul_precision": precision}
+        optimizer = ds_fira.ApolloAdam([group], lr=LR)
+        for step in range(3):
+            for seed, param in enumerate(params):
+                param.grad = gradients[seed][step].clone()
+            if step == 2:
+                params[1].grad[2, 3] = torch.nan
+            optimizer.step()
+        return [param.detach() for param in params], [optimizer.state[param] for param in params]
+
+    with kernels.switched("off"):
+        expected, their_states = run()
+    assert kernels.supports(expected[0])
+    found, states = run()
+    limit = 2e-2 if precision == "bfloat16" else 2e-6
+    for seed, weight in enumerate(found):
+        start = make_weight(shape, seed=seed)
+        assert weight_change_error(start, weight, expected[seed]) < limit
+        assert int(states[seed]["step"]) == int(their_states[seed]["step"]) == 3 - (seed == 1)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert relative_error(states[seed][name], their_states[seed][name]) < limit
+        assert float(states[seed]["residual_norm"]) == pytest.approx(
+            float(their_states[seed]["residual_norm"]), rel=limit
+        )
