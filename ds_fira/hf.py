@@ -71,7 +71,7 @@ def settings_of(args: Any) -> dict[str, Any]:
         ValueError: one is unknown, out of range or written otherwise than name=value; or there is no rank.
     """
     given = {name: value for name, value in _parsed(args).items() if name != RELEASE}
-    where = _where(args)
+    where = f'optim_args of optim = "{_name(args)}"'
     check_params(given, where, NAMES[_name(args)].algorithm)
     if given.get("rank") is None:
         raise ValueError(f'{where} has no rank, so nothing would be projected; add one, such as optim_args="rank=128".')
@@ -88,18 +88,15 @@ def _name(args: Any) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def _where(args: Any) -> str:
-    """The place of a fault in `optim_args`, for messages."""
-    return f'optim_args of optim = "{_name(args)}"'
-
-
 def _parsed(args: Any) -> dict[str, Any]:
     """`name=value` pairs between commas, as the Trainer writes them in `optim_args`; a list is written a;b."""
     found: dict[str, Any] = {}
     for pair in filter(None, (part.strip() for part in (args.optim_args or "").split(","))):
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not (name and equals and value):
-            raise ValueError(f"{_where(args)} has {pair!r}; write name=value pairs between commas.")
+            raise ValueError(
+                f'optim_args of optim = "{_name(args)}" has {pair!r}; write name=value pairs between commas.'
+            )
         found[name] = [_value(item) for item in value.split(";")] if ";" in value else _value(value)
     return found
 
@@ -173,12 +170,14 @@ def _releases(args: Any) -> bool:
     """Whether `optim_args` ask for steps in the backward pass."""
     value = _parsed(args).get(RELEASE, False)
     if not isinstance(value, bool):
-        raise ValueError(f"{_where(args)}: {RELEASE} = {value!r} is not legal; give true or false.")
+        raise ValueError(
+            f'optim_args of optim = "{_name(args)}": {RELEASE} = {value!r} is not legal; give true or false.'
+        )
     return value
 
 
 def _refused(args: Any, reason: str) -> str:
-    return f"{_where(args)}: {RELEASE} = true does not go with {reason}."
+    return f'optim_args of optim = "{_name(args)}": {RELEASE} = true does not go with {reason}.'
 
 
 def _making_steps(args: Any) -> Callable[[], Callable[..., LowRankOptimizer]]:
