@@ -7,7 +7,8 @@ sums over all ranks. To wait for the sums and then send costs two round trips. S
             (the left side at stages 1 and 2), whose own numbers are the sums.
 `in_parts`  N, R and phi, sent while the sums travel; the borrower makes C of them. On the right a rank borrows one row
             of R at most, so the double size is nothing beside a round trip. On the left at stage 3 all entries are
-            borrowed, and the double size is half as much again of all that crosses ranks: there in a short turn alone.
+            borrowed, and the double size is half as much again of all that crosses ranks: there in a short turn alone,
+            or where C is empty, and phi all that is sent.
 `late`      C and phi, sent behind the sums: on the left at stage 3 in other turns, whose bytes take longer than a round
             trip.
 """
@@ -43,7 +44,7 @@ def answer_form(matrix: SplitMatrix, settings: GroupSettings, *, short: bool = F
     """
     if not needs_sums(settings):
         return "early"
-    if matrix.side == "right" or (matrix.evenly_sharded and short):
+    if matrix.side == "right" or (matrix.evenly_sharded and (short or not settings.update_rank(matrix.rank))):
         return "in_parts"
     return "late" if matrix.evenly_sharded else "early"
 
