@@ -1,4 +1,4 @@
-"""The optimizers that FiraAdam is measured beside, each as a function of param groups."""
+"""The optimizers that FiraAdam is measured beside, each as a function of one matrix and a rank."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ def _apollo(param: torch.nn.Parameter, rank: int) -> Optimizer:
     return apollo.APOLLOAdamW([{"params": [param], "rank": rank, **settings, **LOW_RANK}], lr=1e-3)
 
 
+def _ds_fira_apollo(param: torch.nn.Parameter, rank: int) -> Optimizer:
+    return ds_fira.ApolloAdam([{"params": [param], "rank": rank, **LOW_RANK}], lr=1e-3)
+
+
 def _adamw(param: torch.nn.Parameter, rank: int) -> Optimizer:
     return torch.optim.AdamW([param], lr=1e-3, fused=True)
 
@@ -58,6 +62,7 @@ PEERS: dict[str, Callable[[torch.nn.Parameter, int], Optimizer]] = {
     "AdamW": _adamw,
     "galore": _galore,
     "apollo": _apollo,
+    "ApolloAdam": _ds_fira_apollo,
     "Muon": _muon,
     "DeepSpeed": _deepspeed,
 }

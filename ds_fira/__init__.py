@@ -1,6 +1,6 @@
 """Fira for DeepSpeed: full-rank training with low-rank optimizer states, sharded by ZeRO.
 
-Importing this package registers `FiraAdam`, `GaLoreAdam` and `FiraRMSProp` with DeepSpeed, so that
+Importing this package registers `FiraAdam`, `GaLoreAdam`, `ApolloAdam` and `FiraRMSProp` with DeepSpeed, so that
 `"optimizer": {"type": "FiraAdam"}` works in a DeepSpeed config. Without DeepSpeed the optimizers work by themselves.
 """
 
@@ -8,7 +8,7 @@ from ds_fira.checkpoint.released_files import read_released_state
 from ds_fira.core.rules import Rule
 from ds_fira.engine.backward_steps import step_in_backward
 from ds_fira.engine.doors import add_doors
-from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
+from ds_fira.optim.fira_adam import ApolloAdam, FiraAdam, GaLoreAdam
 from ds_fira.optim.low_rank_state import LowRankState, low_rank_state, set_low_rank_state
 from ds_fira.optim.param_groups import param_groups
 from ds_fira.optim.plug import FiraRMSProp, plug
@@ -30,6 +30,7 @@ if import_deepspeed():
     register()
 
 __all__ = [
+    "ApolloAdam",
     "DeviatingRank",
     "FiraAdam",
     "FiraRMSProp",

@@ -4,8 +4,9 @@
     ds_fira.hf.register()  # before TrainingArguments are made
 
 With DeepSpeed the Trainer's config gets FiraAdam under "optimizer", as if its file had it; without, the Trainer makes
-a FiraAdam of its model. `ds_fira.run` registers by itself, for scripts that cannot be edited. On one process without
-DeepSpeed "step_in_backward=true" among the `optim_args` has every parameter stepped as its gradient comes.
+a FiraAdam of its model. `NAMES` lists the names, one for each optimizer. `ds_fira.run` registers by itself, for scripts
+that cannot be edited. On one process without DeepSpeed "step_in_backward=true" among the `optim_args` has every
+parameter stepped as its gradient comes.
 
 What it relies on, of transformers 5: `OptimizerNames` lists the names, `trainer_optimizer._OPTIMIZER_HANDLERS` makes
 optimizers by them, and `integrations.deepspeed.deepspeed_optim_sched` chooses the optimizer under DeepSpeed.
@@ -19,28 +20,33 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from ds_fira.engine.backward_steps import step_in_backward
-from ds_fira.optim.fira_adam import FiraAdam
+from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.fira_adam import ApolloAdam, FiraAdam, GaLoreAdam
 from ds_fira.optim.param_groups import param_groups
 from ds_fira.optim.settings import check_params
 
-NAME = "fira_adamw"
-TYPE = FiraAdam.__name__
+# What `optim` may say; transformers' own "galore_adamw" and "apollo_adamw" are the packages of these names.
+NAMES: dict[str, type[LowRankOptimizer]] = {
+    "fira_adamw": FiraAdam,
+    "fira_galore_adamw": GaLoreAdam,
+    "fira_apollo_adamw": ApolloAdam,
+}
 # What the Trainer has unless its user says otherwise, where FiraAdam has a better value of its own.
 TRAINERS_EPS, TRAINERS_LR = 1e-8, 5e-5
-# Among `optim_args`, what is no setting of FiraAdam: `ds_fira.step_in_backward`.
+# Among `optim_args`, what is no setting of an optimizer: `ds_fira.step_in_backward`.
 RELEASE = "step_in_backward"
 _PACKAGE = "transformers"
 
 
 def register() -> None:
-    """Make `optim="fira_adamw"` a name that the Trainer knows; again without effect.
+    """Make `NAMES` names that the Trainer knows, as in `optim="fira_adamw"`; again without effect.
 
     Raises:
         ImportError: transformers is not installed, or its Trainer has no table of optimizers.
@@ -59,14 +65,14 @@ def register_when_imported() -> None:
 
 
 def settings_of(args: Any) -> dict[str, Any]:
-    """The settings of FiraAdam in `TrainingArguments`: those of `optim_args`, and what the Trainer has for all.
+    """The optimizer's settings in `TrainingArguments`: those of `optim_args`, and what the Trainer has for all.
 
     Raises:
         ValueError: one is unknown, out of range or written otherwise than name=value; or there is no rank.
     """
-    given = {name: value for name, value in _parsed(args.optim_args).items() if name != RELEASE}
-    where = f'optim_args of optim = "{NAME}"'
-    check_params(given, where, FiraAdam.algorithm)
+    given = {name: value for name, value in _parsed(args).items() if name != RELEASE}
+    where = f'optim_args of optim = "{_name(args)}"'
+    check_params(given, where, NAMES[_name(args)].algorithm)
     if given.get("rank") is None:
         raise ValueError(f'{where} has no rank, so nothing would be projected; add one, such as optim_args="rank=128".')
     settings = {"betas": [args.adam_beta1, args.adam_beta2], "weight_decay": args.weight_decay}
@@ -77,13 +83,20 @@ def settings_of(args: Any) -> dict[str, Any]:
     return {**settings, **given}
 
 
-def _parsed(text: str | None) -> dict[str, Any]:
-    """`name=value` pairs between commas, as the Trainer writes them; a list is written a;b."""
+def _name(args: Any) -> str:
+    """The key of `NAMES` that `TrainingArguments` have."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _parsed(args: Any) -> dict[str, Any]:
+    """`name=value` pairs between commas, as the Trainer writes them in `optim_args`; a list is written a;b."""
     found: dict[str, Any] = {}
-    for pair in filter(None, (part.strip() for part in (text or "").split(","))):
+    for pair in filter(None, (part.strip() for part in (args.optim_args or "").split(","))):
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not (name and equals and value):
-            raise ValueError(f'optim_args of optim = "{NAME}" has {pair!r}; write name=value pairs between commas.')
+            raise ValueError(
+                f'optim_args of optim = "{_name(args)}" has {pair!r}; write name=value pairs between commas.'
+            )
         found[name] = [_value(item) for item in value.split(";")] if ";" in value else _value(value)
     return found
 
@@ -95,76 +108,80 @@ def _value(text: str) -> Any:
         return text
 
 
-def _add_name(training_args: ModuleType) -> None:
-    """Add the name to the Trainer's enumeration, which has no way to do so."""
+def _add_names(training_args: ModuleType) -> None:
+    """Add the names to the Trainer's enumeration, which has no way to do so."""
     names = training_args.OptimizerNames
-    if NAME in names._value2member_map_:
-        return
-    member = str.__new__(names, NAME)
-    member._name_, member._value_ = NAME.upper(), NAME
-    names._member_map_[member._name_] = names._value2member_map_[NAME] = member
-    names._member_names_.append(member._name_)
+    for name in NAMES:
+        if name in names._value2member_map_:
+            continue
+        member = str.__new__(names, name)
+        member._name_, member._value_ = name.upper(), name
+        names._member_map_[member._name_] = names._value2member_map_[name] = member
+        names._member_names_.append(member._name_)
 
 
-def _add_handler(trainer_optimizer: ModuleType) -> None:
-    """Let the Trainer make FiraAdam, under DeepSpeed by the config."""
+def _add_handlers(trainer_optimizer: ModuleType) -> None:
+    """Let the Trainer make the optimizers, under DeepSpeed by the config."""
     handlers = getattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", None)
     if handlers is None:
         version = importlib.import_module(_PACKAGE).__version__
         raise ImportError(
-            f'ds_fira: the Trainer of transformers {version} has no table of optimizers to add "{NAME}" to; update it '
-            "to 5, or name FiraAdam in the DeepSpeed config."
+            f"ds_fira: the Trainer of transformers {version} has no table of optimizers to add {', '.join(NAMES)} to; "
+            "update it to 5, or name FiraAdam in the DeepSpeed config."
         )
-    if NAME in handlers:
+    if not handlers.keys().isdisjoint(NAMES):
         return
-    handlers[NAME] = _make
+    handlers.update(dict.fromkeys(NAMES, _make))
     module = importlib.import_module("transformers.integrations.deepspeed")
     choose = module.deepspeed_optim_sched
 
     def choose_fira(trainer: Any, hf_config: Any, args: Any, steps: int, parameters: list[nn.Parameter]) -> Any:
-        if getattr(args, "optim", None) == NAME:
+        if getattr(args, "optim", None) in NAMES:
             if _releases(args):
-                raise ValueError(
-                    _refused("DeepSpeed, which reduces gradients after the backward pass; remove one of them")
-                )
-            _put_into(hf_config.config, settings_of(args))
+                reason = "DeepSpeed, which reduces gradients after the backward pass; remove one of them"
+                raise ValueError(_refused(args, reason))
+            _put_into(hf_config.config, args)
             parameters = _decayed_apart(trainer, parameters, args.weight_decay)
         return choose(trainer, hf_config, args, steps, parameters)
 
     module.deepspeed_optim_sched = choose_fira
 
 
-def _make(context: Any) -> tuple[type[FiraAdam], dict[str, Any]]:
-    """What the Trainer makes without DeepSpeed: FiraAdam and its arguments, the param groups under "params"."""
+def _make(context: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What the Trainer makes without DeepSpeed: the optimizer and its arguments, the param groups under "params"."""
     settings, args = settings_of(context.args), context.args
+    name = _name(args)
     version = (getattr(args, "fsdp_config", None) or {}).get("version", 2)
     if getattr(args, "fsdp", None) and int(version) != 2:
         raise ValueError(
-            f'optim = "{NAME}" does not train under FSDP with fsdp_config version = {version}, which flattens '
+            f'optim = "{name}" does not train under FSDP with fsdp_config version = {version}, which flattens '
             "parameters so that no rank knows a matrix; set version to 2, or use DeepSpeed's ZeRO."
         )
     if context.model is None:
-        raise ValueError(f'optim = "{NAME}" needs the model; give it to get_optimizer_cls_and_kwargs.')
+        raise ValueError(f'optim = "{name}" needs the model; give it to get_optimizer_cls_and_kwargs.')
     settings["betas"] = tuple(settings["betas"])
     rank, modules = settings.pop("rank"), settings.pop("target_modules", None)
-    arguments = {"params": param_groups(context.model, rank, modules, **settings)}
-    return _making_steps(args) if _releases(args) else FiraAdam, arguments
+    kind = NAMES[name]
+    arguments = {"params": param_groups(context.model, rank, modules, optimizer=kind.__name__, **settings)}
+    return _making_steps(args) if _releases(args) else kind, arguments
 
 
 def _releases(args: Any) -> bool:
     """Whether `optim_args` ask for steps in the backward pass."""
-    value = _parsed(args.optim_args).get(RELEASE, False)
+    value = _parsed(args).get(RELEASE, False)
     if not isinstance(value, bool):
-        raise ValueError(f'optim_args of optim = "{NAME}": {RELEASE} = {value!r} is not legal; give true or false.')
+        raise ValueError(
+            f'optim_args of optim = "{_name(args)}": {RELEASE} = {value!r} is not legal; give true or false.'
+        )
     return value
 
 
-def _refused(reason: str) -> str:
-    return f'optim_args of optim = "{NAME}": {RELEASE} = true does not go with {reason}.'
+def _refused(args: Any, reason: str) -> str:
+    return f'optim_args of optim = "{_name(args)}": {RELEASE} = true does not go with {reason}.'
 
 
-def _making_steps(args: Any) -> Callable[[], Callable[..., FiraAdam]]:
-    """The Trainer's factory of a FiraAdam that steps in the backward pass, and clips by the norm of the step before."""
+def _making_steps(args: Any) -> Callable[[], Callable[..., LowRankOptimizer]]:
+    """The Trainer's factory of what steps in the backward pass, and clips by the norm of the step before."""
     faults = {
         f"gradient_accumulation_steps = {args.gradient_accumulation_steps}, whose sum it cannot wait for; give 1 and a "
         "larger batch": args.gradient_accumulation_steps > 1,
@@ -174,22 +191,23 @@ def _making_steps(args: Any) -> Callable[[], Callable[..., FiraAdam]]:
     }
     for reason, is_set in faults.items():
         if is_set:
-            raise ValueError(_refused(reason))
+            raise ValueError(_refused(args, reason))
 
-    def made(model: nn.Module, **arguments: Any) -> FiraAdam:
-        optimizer = FiraAdam(**arguments)
+    def made(model: nn.Module, **arguments: Any) -> LowRankOptimizer:
+        optimizer = NAMES[_name(args)](**arguments)
         step_in_backward(model, optimizer, max_norm=args.max_grad_norm or None)
         return optimizer
 
     return lambda: made
 
 
-def _put_into(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Name FiraAdam in a DeepSpeed config that names no optimizer; a second training finds it there."""
-    block = {"type": TYPE, "params": dict(settings)}
+def _put_into(config: dict[str, Any], args: Any) -> None:
+    """Name the optimizer in a DeepSpeed config that names none; a second training finds it there."""
+    name = _name(args)
+    block = {"type": NAMES[name].__name__, "params": settings_of(args)}
     if config.get("optimizer", block) != block:
         raise ValueError(
-            f'optim = "{NAME}" contradicts the DeepSpeed config, which names {config["optimizer"].get("type")}; take '
+            f'optim = "{name}" contradicts the DeepSpeed config, which names {config["optimizer"].get("type")}; take '
             '"optimizer" out of the config, or leave optim and optim_args.'
         )
     config["optimizer"] = block
@@ -205,8 +223,8 @@ def _decayed_apart(trainer: Any, parameters: Sequence[nn.Parameter], weight_deca
 
 
 _PREPARED: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.training_args": _add_name,
-    "transformers.trainer_optimizer": _add_handler,
+    "transformers.training_args": _add_names,
+    "transformers.trainer_optimizer": _add_handlers,
 }
 
 

@@ -195,8 +195,8 @@ def escaped(text: str) -> str:
 HEAD = f"""# Troubleshooting by message
 
 Search this page for the words of your message. `{GAP}` stands for what the message fills in: a name, a number, a path.
-Most messages begin with the optimizer that you named (`FiraAdam`, `GaLoreAdam`, `FiraRMSProp` or your own); here that
-is `FiraAdam` throughout.
+Most messages begin with the optimizer that you named (`FiraAdam`, `GaLoreAdam`, `ApolloAdam`, `FiraRMSProp` or your
+own); here that is `FiraAdam` throughout.
 
 A message is one sentence in two parts: what is wrong, then what to do. The frequent ones come first in each section,
 with cause and remedy at length. `python docs/tools/messages.py` writes this page from the code: no message is missing.

@@ -14,7 +14,7 @@ from types import EllipsisType
 
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import positions
-from ds_fira.core.subspace import Side, basis_shape, effective_rank, low_rank_shape
+from ds_fira.core.subspace import Side, effective_rank, low_rank_shape
 from ds_fira.sharding.local_matrices import LocalMatrices
 
 
@@ -92,7 +92,7 @@ def state_slices(matrices: LocalMatrices, settings: GroupSettings, prefix: str =
     found = []
     for matrix, (mark, row) in zip((*matrices.unsplit, *owned), positions(matrices.shapes), strict=True):
         shape, rank, side = matrix.shape, settings.rank, settings.side_of(matrix.shape)
-        basis = range(basis_shape(shape, rank, side)[0])
+        basis = range(settings.basis_shape(shape)[0])
         kept = range(low_rank_shape(shape, rank, side)[1 if side == "left" else 0])
         row = row if matrices.batched else None
         found.append(StateSlice(prefix + matrix.name, shape, side, effective_rank(shape, rank), mark, row, basis, kept))

@@ -14,6 +14,8 @@ from ds_fira.core.rules import Kind, Rule
 
 ADAM_STATES: Mapping[str, Kind] = {"exp_avg": "first", "exp_avg_sq": "second"}
 KEY = "method"
+# A value of `subspace` that an algorithm has fixed: see `ds_fira.core.drawn_basis`.
+DRAWN = "drawn"
 
 
 class PlainAlgorithm(TypedDict):
@@ -43,6 +45,11 @@ class Algorithm:
     fixed: Mapping[str, object] = field(default_factory=dict)
     limited: bool = True
     rule: type[Rule] | None = None
+
+    @property
+    def draws_basis(self) -> bool:
+        """Whether its bases are drawn in every step, and no state."""
+        return self.fixed.get("subspace") == DRAWN
 
     @property
     def own_settings(self) -> tuple[str, ...]:
@@ -92,7 +99,31 @@ GALORE_ADAM = Algorithm(
     fixed={"residual": "none", "limiter": "none", "formulation": "released"},
     limited=False,
 )
-ALGORITHMS = {algorithm.name: algorithm for algorithm in (FIRA_ADAM, GALORE_ADAM)}
+APOLLO_ADAM = Algorithm(
+    "ApolloAdam",
+    without=(
+        "residual",
+        "residual_beta",
+        "residual_warmup",
+        "residual_scale",
+        "subspace",
+        "refresh_moments",
+        "refresh_limiter",
+        "formulation",
+        "capturable",
+        "preset",
+    ),
+    fixed={
+        "residual": "gradient",
+        "subspace": DRAWN,
+        "refresh_moments": "keep",
+        "formulation": "released",
+        "capturable": False,
+    },
+)
+# Methods of others, made of FiraAdam's parts.
+RELATIVES = (GALORE_ADAM, APOLLO_ADAM)
+ALGORITHMS = {algorithm.name: algorithm for algorithm in (FIRA_ADAM, *RELATIVES)}
 
 
 def algorithm_of(group: Mapping[str, object]) -> Algorithm:

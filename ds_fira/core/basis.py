@@ -172,6 +172,27 @@ def take_basis(state: MatrixState, settings: GroupSettings, basis: Tensor, chang
     state.refresh_step.copy_(state.step)
 
 
+def draw_basis(task: MatrixTask) -> bool:
+    """Take a drawn basis for one matrix; False for a gradient that is zero or not finite, and it stays due."""
+    if not _has_subspace(task):
+        return False
+    take_drawn_basis(task.state, task.settings)
+    return True
+
+
+def take_drawn_basis(state: MatrixState, settings: GroupSettings) -> None:
+    """Draw by this step's number from now on: nothing is computed or stored, and moments are kept.
+
+    Args:
+        state: of one matrix, or of a part of it.
+        settings: of the param group.
+    """
+    change = None
+    if awaits_basis(state):
+        change = state.drawn.draw(int(state.step), None, state.dtype, state.basis.device).t()
+    take_basis(state, settings, state.basis, change)
+
+
 def basis_change(basis: Tensor, previous: Tensor | None, state: MatrixState, settings: GroupSettings) -> Tensor | None:
     """C = P_new' P_old, (r, r), where `refresh_moments` needs it; P_new' where moments of G wait for it; else None.
 

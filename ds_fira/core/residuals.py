@@ -71,6 +71,7 @@ class ResidualForm:
         cancels: whether |S|^2 is a difference that loses its digits where S is small beside phi * G.
         averages: whether the state keeps an average of squares, p.
         needs_scaling: whether it is nothing without a factor, as with `scaling = "none"`.
+        is_update: whether it is phi * G, a = 0, and the whole update: nothing is added in the subspace, C is empty.
     """
 
     squares: Callable[[Tensor, Tensor, Tensor, GroupSettings], Squares]
@@ -83,6 +84,7 @@ class ResidualForm:
     cancels: bool = False
     averages: bool = False
     needs_scaling: bool = False
+    is_update: bool = False
 
 
 def scaled_factors(squares: Squares, context: StepContext) -> Tensor:
@@ -120,5 +122,7 @@ NORMALIZED = ResidualForm(
 RESIDUALS = {
     "scaled": SCALED,
     "normalized": NORMALIZED,
+    # Of ApolloAdam alone, whose bases restore no part of a gradient.
+    "gradient": replace(SCALED, cancels=False, needs_scaling=True, is_update=True),
     "none": replace(SCALED, factors=None, kernel="none", limiter="none", cancels=False),
 }

@@ -53,20 +53,29 @@ def store_weight_(weight: Tensor, value: Tensor, seed: int | Tensor | None, star
 def noise_of(count: int, start: int, seed: int | Tensor, device: torch.device) -> Tensor:
     """Noise for elements start, an even number, to start + count: uniform over int16, (count,).
 
-    A counter is hashed (lowbias32 of Chris Wellons' hash prospector, github.com/skeeto/hash-prospector), one 32-bit
-    word for two elements. Seeds move the counter far apart.
+    A counter is hashed, one 32-bit word for two elements. Seeds move the counter far apart.
     """
     counter = torch.arange((count + 1) // 2, dtype=torch.int32, device=device)
     if isinstance(seed, Tensor):
         counter += (seed.to(device) * SEED_STRIDE + start // 2).to(torch.int32)
     else:
         counter += signed32(seed * SEED_STRIDE + start // 2)
+    hash_(counter)
+    return counter.view(torch.int16)[:count]
+
+
+def hash_(words: Tensor) -> Tensor:
+    """Hash 32-bit words in place: lowbias32 of Chris Wellons' hash prospector (github.com/skeeto/hash-prospector).
+
+    Args:
+        words: int32, changed, and returned; different words stay different.
+    """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
         # The shift of a signed integer copies the sign bit; the mask takes the copies away.
-        counter ^= (counter >> shift).bitwise_and_(2 ** (32 - shift) - 1)
+        words ^= (words >> shift).bitwise_and_(2 ** (32 - shift) - 1)
         if factor is not None:
-            counter *= signed32(factor)
-    return counter.view(torch.int16)[:count]
+            words *= signed32(factor)
+    return words
 
 
 def signed32(value: int) -> int:

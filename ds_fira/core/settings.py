@@ -8,65 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
-from pydantic.fields import FieldInfo
 from torch import Tensor
 
-from ds_fira.core.algorithms import ADAM_STATES, algorithm_of
+from ds_fira.core.algorithms import ADAM_STATES, DRAWN, algorithm_of
 from ds_fira.core.precision import precision_of
 from ds_fira.core.residuals import RESIDUALS, ResidualForm
 from ds_fira.core.rules import Kind, Rule
-from ds_fira.core.subspace import Side, projection_side, refresh_offset
+from ds_fira.core.setting_fields import Beta, Whole, one_number, setting
+from ds_fira.core.subspace import Side, basis_shape, projection_side, refresh_offset
 
 # A param group as `torch.optim` holds it: its parameters and its settings.
 ParamGroup = dict[str, object]
-
-
-def one_number(value: object) -> object:
-    """Refuse a truth value where a number belongs, and read a learning rate that torch users give as a tensor.
-
-    Raises:
-        ValueError: it is not one number.
-    """
-    # JSON's true would otherwise pass as the number 1.
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.numel() != 1 or value.dtype == torch.bool)):
-        raise ValueError("not one number")
-    return float(value) if isinstance(value, Tensor) else value
-
-
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Whole = Annotated[int, BeforeValidator(one_number)]
-
-
-def setting(default: object, remedy: str | None = None, **bounds: float):
-    """A field of the settings; the docstring under it says what it does, for the documentation.
-
-    Args:
-        default: its value where the user gives none.
-        remedy: what a message tells the user to give instead of a value that is not legal; None where the type lists
-            all that is legal.
-        **bounds: `ge`, `gt`, `lt` or `min_length`, as pydantic's `Field` has them.
-    """
-    return Field(default, json_schema_extra={"remedy": remedy}, **bounds)
-
-
-def meaning_of(field: FieldInfo) -> str:
-    """What a setting does, in one line."""
-    return " ".join((field.description or "of the rule").split())
-
-
-def remedy_of(field: FieldInfo) -> str:
-    """What a message tells the user to give for a field."""
-    stated = (field.json_schema_extra or {}).get("remedy")
-    if stated is not None:
-        return stated
-    if get_origin(field.annotation) is Literal:
-        *first, last = map(repr, get_args(field.annotation))
-        return f"choose {', '.join(first)} or {last}"
-    return "give true or false"
 
 
 class GroupSettings(BaseModel):
@@ -203,8 +159,28 @@ class GroupSettings(BaseModel):
 
     @property
     def inner_alpha(self) -> float:
-        """The alpha that multiplies P R inside the step: 1 where alpha multiplies the whole update instead."""
+        """The alpha that multiplies P R inside the step: 1 where alpha multiplies the whole update instead; or 0."""
+        if self.residual_form.is_update:
+            return 0.0
         return 1.0 if self.alpha_is_outside else self.alpha
+
+    @property
+    def residual_factor(self) -> float:
+        """What multiplies S in the update: `residual_scale`, and alpha where S is the whole of it."""
+        return self.alpha if self.residual_form.is_update else self.residual_scale
+
+    @property
+    def draws_basis(self) -> bool:
+        """Whether bases are drawn in every step, and no state."""
+        return self.subspace == DRAWN
+
+    def basis_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the stored basis of a matrix of shape (m, n); without rows where it is drawn."""
+        return basis_shape(shape, self.rank, self.side_of(shape), drawn=self.draws_basis)
+
+    def update_rank(self, rank: int) -> int:
+        """The rank of C, the part of the update in the subspace, for a matrix of rank r: r, or 0 without one."""
+        return 0 if self.residual_form.is_update else rank
 
     @property
     def state_kinds(self) -> Mapping[str, Kind]:
@@ -280,7 +256,8 @@ class GroupSettings(BaseModel):
         """Which of its settings do not go together and what to do, in the words behind a place; None where all do."""
         residual = f"residual = {self.residual!r}"
         if self.residual_form.needs_scaling and self.scaling == "none":
-            return f"scaling = 'none' leaves {residual} without a factor; choose 'column' or 'matrix'."
+            what = "the gradient" if self.residual_form.is_update else residual
+            return f"scaling = 'none' leaves {what} without a factor; choose 'column' or 'matrix'."
         if self.residual_form.factors is None and self.limiter == "growth":
             return f"limiter = 'growth' has nothing to limit with {residual}; leave it out."
         return None

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
+from ds_fira.core.drawn_basis import DrawnBasis
 from ds_fira.core.quantization import Stored
 from ds_fira.core.settings import GroupSettings
-from ds_fira.core.subspace import Side, basis_shape, low_rank_shape
+from ds_fira.core.subspace import Side, low_rank_shape
 
 STEP = "step"
 EXP_AVG = "exp_avg"
@@ -47,13 +48,14 @@ class MatrixState:
         side: the projected side.
         step: steps made, int64, 0-dim or (k,), on the parameter's device: whether a step counts is decided there.
         refresh_step: `step` at the last refresh, -1 while there is no basis; int64, on the CPU.
-        basis: P, (m, r) left or (n, r) right.
+        basis: P, (m, r) left or (n, r) right; (0, r) where it is drawn.
         moments: the states of R by name, (r, n) left or (m, r) right, as `ds_fira.core.quantization` stores them; a
             state without tensors is another rank's.
         residual_norm: the limiter's |S_prev|, 0-dim or (k,); 0 is no history. None for an algorithm without a limiter.
         residual_avg_sq: p, the average of a normalized residual's squares, (..., n) left or (..., m) right, or (..., 1)
             with one factor; below 0 is no history. None for another residual, and for entries that another rank keeps.
         dtype: in which a step is computed, whatever the dtype in which basis and moments are stored.
+        drawn: which basis P is where none is stored; None where one is, and where nobody steps by this view.
         unprojected: moments of G by name, (m, n) or the columns (left) or rows (right) whose moments of R are kept
             here; another optimizer left them, and the first basis projects them. {} for none.
     """
@@ -67,6 +69,7 @@ class MatrixState:
     residual_avg_sq: Tensor | None = None
     dtype: torch.dtype = torch.float32
     unprojected: dict[str, Tensor] = field(default_factory=dict)
+    drawn: DrawnBasis | None = None
     _known: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -82,6 +85,12 @@ class MatrixState:
     def has_basis(self) -> bool:
         """Whether one matrix has had a refresh."""
         return self.last_refresh >= 0
+
+    def projector(self, rows: range | None = None) -> Tensor:
+        """P of one matrix in the dtype of a step: as stored, or drawn, then all of it or some rows, half-open."""
+        if self.drawn is None:
+            return self.basis.to(self.dtype)
+        return self.drawn.draw(self.last_refresh, rows, self.dtype, self.basis.device)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -113,7 +122,7 @@ def allocate(
     state: dict[str, Tensor] = {}
     for shape, number in Counter(shapes).items():
         side, batch = settings.side_of(shape), (number,) if batched else ()
-        basis, low_rank = (of(shape, settings.rank, side) for of in (basis_shape, low_rank_shape))
+        basis, low_rank = settings.basis_shape(shape), low_rank_shape(shape, settings.rank, side)
         averages = settings.averages_of(low_rank[side == "left"])
         allocated = allocate_matrices(param, basis, low_rank, settings.state_dtype, batch, algorithm, averages)
         state |= {key + _mark(shape, shapes): value for key, value in allocated.items()}
@@ -133,7 +142,7 @@ def allocate_matrices(
 
     Args:
         param: gives dtype and device.
-        basis: shape of P.
+        basis: shape of P, as it is stored.
         low_rank: shape of the moments; None where another rank holds them.
         state_dtype: how basis and moments are stored; "int8" keeps the basis in bfloat16, for an error in P moves the
             whole update, not one element of it.

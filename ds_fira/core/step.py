@@ -141,7 +141,7 @@ def update(task: MatrixTask) -> StepStats | None:
         return kernels.step_together([task])
     weight, grad = task.weight, task.grad
     host = grad.device.type == "cpu"
-    basis, precision = state.basis.to(state.dtype), settings.chosen_precision
+    basis, precision = state.projector(), settings.chosen_precision
     low_rank, grad_sq = F.project(grad, basis, state.side, precision)  # line 8: R
     grad_square = scalar(grad_sq.sum(-1), host)
     grad_finite = is_finite(grad_square, state.dtype)
@@ -222,7 +222,8 @@ def combine(
     """Line 15: the factors of lr (P N + S) = phi * G + P C, decay folded in; `direction`, N, is used up.
 
     Returns:
-        phi, None without a residual; C = a N - a phi R, of R's shape, or C = a N. Both in the state's dtype.
+        phi, None without a residual; C = a N - a phi R, of R's shape, or C = a N, or of rank 0 where S is the whole
+        update. Both in the state's dtype.
     """
     state = context.state
     of_direction, of_residual = step_sizes(divisor, context)
@@ -230,6 +231,8 @@ def combine(
     if phi is None:
         return None, low_rank_update
     phi = (phi * over_entries(of_residual)).to(state.dtype)
+    if context.settings.residual_form.is_update:
+        return phi, _empty_update(direction, state)
     return phi, low_rank_update.addcmul_(low_rank, _along(phi, state), value=-context.settings.inner_alpha)
 
 
@@ -242,6 +245,8 @@ def combine_on_host(
         phi and C / a; then a and b, the step sizes of C and of phi.
     """
     of_direction, of_residual = step_sizes(divisor, context)
+    if context.settings.residual_form.is_update:
+        return phi.to(context.state.dtype), _empty_update(direction, context.state), (1.0, of_residual)
     if of_direction == 0.0:  # of a learning rate or of a rule
         direction.zero_()
         of_direction = 1.0
@@ -260,7 +265,7 @@ def step_sizes(divisor: Scalar | None, context: StepContext) -> tuple[Scalar, Sc
     settings, bias_correction = context.settings, context.bias_correction
     outside = settings.alpha_is_outside
     step_size = settings.learning_rate * settings.decay_factor * (settings.alpha if outside else bias_correction)
-    of_residual = settings.residual_scale * step_size
+    of_residual = settings.residual_factor * step_size
     if settings.residual_warmup:
         of_residual = of_residual * context.residual_share
     if divisor is not None:
@@ -273,6 +278,12 @@ def _along(phi: Tensor, state: MatrixState) -> Tensor:
     return phi.unsqueeze(-2 if state.side == "left" else -1)
 
 
+def _empty_update(direction: Tensor, state: MatrixState) -> Tensor:
+    """C where S is the whole update: of rank 0."""
+    return direction[:0] if state.side == "left" else direction[:, :0]
+
+
 def factors(basis: Tensor, low_rank_update: Tensor, side: str) -> tuple[Tensor, Tensor]:
     """The two factors of the product that goes back into W: (P, C) on the left, (C, P') on the right."""
+    basis = basis[:, : low_rank_update.shape[0 if side == "left" else 1]]  # all of it, or nothing
     return (basis, low_rank_update) if side == "left" else (low_rank_update, basis.mT)

@@ -41,9 +41,9 @@ def effective_rank(shape: tuple[int, int], rank: int) -> int:
     return min(rank, *shape)
 
 
-def basis_shape(shape: tuple[int, int], rank: int, side: Side) -> tuple[int, int]:
-    """Shape of the basis P: (m, r) on the left, (n, r) on the right."""
-    return (shape[0] if side == "left" else shape[1], effective_rank(shape, rank))
+def basis_shape(shape: tuple[int, int], rank: int, side: Side, drawn: bool = False) -> tuple[int, int]:
+    """Shape of the basis P: (m, r) on the left, (n, r) on the right; as a state (0, r) where it is drawn."""
+    return (0 if drawn else shape[0] if side == "left" else shape[1], effective_rank(shape, rank))
 
 
 def low_rank_shape(shape: tuple[int, int], rank: int, side: Side) -> tuple[int, int]:

@@ -17,8 +17,9 @@ from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ds_fira.core.algorithms import GALORE_ADAM, Algorithm
-from ds_fira.core.settings import ParamGroup, meaning_of, remedy_of
+from ds_fira.core.algorithms import RELATIVES, Algorithm
+from ds_fira.core.setting_fields import meaning_of, remedy_of
+from ds_fira.core.settings import ParamGroup
 from ds_fira.optim.settings import NOT_OF_GROUPS, TORCH_OPTIONS, Settings, legal_settings
 
 # Arguments that may be given by position, as in torch's AdamW, where the base optimizer is Adam.
@@ -97,9 +98,13 @@ def settings_table() -> str:
         legal = remedy_of(field).partition(" ")[2]
         default = f"`{json.dumps(field.default)}`"
         rows.append([f"`{name}`", legal, default, meaning_of(field)])
-    lacks, alone = (", ".join(f"`{name}`" for name in names) for names in (GALORE_ADAM.without, NOT_OF_GROUPS))
+
+    def listed(names: Iterable[str]) -> str:
+        return ", ".join(f"`{name}`" for name in names)
+
     notes = (
-        f"A param group may set every one of them for itself but {alone}.",
-        f"`{OF_CONFIGS}` stands in configs alone. GaLoreAdam has no {lacks}.",
+        f"A param group may set every one of them for itself but {listed(NOT_OF_GROUPS)}.",
+        f"`{OF_CONFIGS}` stands in configs alone.",
+        *(f"{algorithm.name} has no {listed(algorithm.without)}." for algorithm in RELATIVES),
     )
     return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", *notes])

@@ -1,8 +1,8 @@
-"""`FiraAdam`, Fira over AdamW; and `GaLoreAdam`, the same without the residual, to compare under the same ZeRO."""
+"""`FiraAdam`, Fira over AdamW; and its relatives `GaLoreAdam` and `ApolloAdam`, which ZeRO shards in the same way."""
 
 from __future__ import annotations
 
-from ds_fira.core.algorithms import FIRA_ADAM, GALORE_ADAM
+from ds_fira.core.algorithms import APOLLO_ADAM, FIRA_ADAM, GALORE_ADAM
 from ds_fira.optim.base import LowRankOptimizer
 
 
@@ -37,3 +37,20 @@ class GaLoreAdam(LowRankOptimizer):
     """
 
     algorithm = GALORE_ADAM
+
+
+class ApolloAdam(LowRankOptimizer):
+    """Gradients scaled as Adam would: APOLLO (arXiv 2412.05270, algorithm 1), with AdamW for the rest.
+
+    W <- W - lr * alpha * phi * G: Adam runs on R = P'G alone, a random projection, and phi = |N_j| / |R_j| scales each
+    column (or row) of G by what Adam made of that of R; with `scaling = "matrix"` one factor scales all of G. Bias
+    correction is on the step size, and the norm-growth limiter as FiraAdam's, as `APOLLOAdamW` of PyPI apollo-torch
+    1.0.3 has them; alpha is the square root of its `scale`. APOLLO-Mini is `rank = 1, scaling = "matrix"` and alpha =
+    sqrt(128) = 11.3. Every rank draws the rows of P that it works with in every step: a matrix keeps 2 n r + 1
+    elements, no refresh decomposes anything, and none sends a gradient or a basis.
+
+    Raises:
+        ValueError: a value is out of range, there is no rank, or a parameter cannot be projected.
+    """
+
+    algorithm = APOLLO_ADAM

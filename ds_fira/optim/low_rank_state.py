@@ -34,7 +34,8 @@ class LowRankState:
         rank: r, at most the smaller side.
         step: steps made, int64, () or (k,).
         refresh_step: `step` at the last refresh, -1 while there is no basis; int64, the same shape.
-        basis: P with orthonormal columns, (m, r) left or (n, r) right; zero while there is none.
+        basis: P with orthonormal columns, (m, r) left or (n, r) right; zero while there is none; (0, r) of an optimizer
+            that draws it, as ApolloAdam.
         moments: the states of R by their names, for FiraAdam "exp_avg" and "exp_avg_sq": (r, n) left or (m, r) right.
         residual_norm: the limiter's norm of the last residual, () or (k,); 0 is no history, None is no limiter.
         residual_avg_sq: the averages of a normalized residual's squares, (n,), (m,) or (1,); below 0 is no history.

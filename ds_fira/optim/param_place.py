@@ -13,7 +13,7 @@ from ds_fira.checkpoint.slices import StateSlice
 from ds_fira.core.selection import shape_of
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.core.state import MatrixState, allocate_matrices, compute_dtype, state_views
-from ds_fira.core.subspace import Side, basis_shape, effective_rank, low_rank_shape
+from ds_fira.core.subspace import Side, effective_rank, low_rank_shape
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.geometry import ParamSlice, matrices_of
 from ds_fira.sharding.projection import is_projected
@@ -77,14 +77,14 @@ class ParamPlace:
 
     def wholes(self) -> list[StateSlice]:
         """Every matrix with all of its state."""
-        basis, low_rank = (of(self.matrix, self.rank, self.side) for of in (basis_shape, low_rank_shape))
+        basis, low_rank = self.settings.basis_shape(self.matrix), low_rank_shape(self.matrix, self.rank, self.side)
         ranges = range(basis[0]), range(low_rank[1 if self.side == "left" else 0])
         names = [matrix.name for matrix in matrices_of(self.name, self.shape)]
         return [StateSlice(name, self.matrix, self.side, self.rank, "", None, *ranges) for name in names]
 
     def allocate(self) -> MatrixState:
         """The state of one matrix before its first step, whole, on the host."""
-        basis, low_rank = (of(self.matrix, self.rank, self.side) for of in (basis_shape, low_rank_shape))
+        basis, low_rank = self.settings.basis_shape(self.matrix), low_rank_shape(self.matrix, self.rank, self.side)
         like, averages = torch.empty(0, dtype=self.dtype), self.settings.averages_of(low_rank[self.side == "left"])
         algorithm = self.optimizer.algorithm
         state = allocate_matrices(like, basis, low_rank, "float32", (), algorithm, averages)

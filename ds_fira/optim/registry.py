@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from ds_fira.optim.base import LowRankOptimizer
-from ds_fira.optim.fira_adam import FiraAdam, GaLoreAdam
+from ds_fira.optim.fira_adam import ApolloAdam, FiraAdam, GaLoreAdam
 from ds_fira.optim.plug import FiraRMSProp
 
 # By the type in an engine's config.
-TYPES: dict[str, type[LowRankOptimizer]] = {kind.__name__: kind for kind in (FiraAdam, GaLoreAdam, FiraRMSProp)}
+KINDS = (FiraAdam, GaLoreAdam, ApolloAdam, FiraRMSProp)
+TYPES: dict[str, type[LowRankOptimizer]] = {kind.__name__: kind for kind in KINDS}
 
 
 def add_types(*types: type[LowRankOptimizer]) -> None:

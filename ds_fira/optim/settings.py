@@ -18,7 +18,8 @@ from torch import Tensor
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm, algorithm_of
 from ds_fira.core.kernels import Choice
 from ds_fira.core.quantization import require_library
-from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, ParamGroup, Whole, remedy_of, setting
+from ds_fira.core.setting_fields import Whole, remedy_of, setting
+from ds_fira.core.settings import GROUP_FIELDS, GroupSettings, ParamGroup
 from ds_fira.optim.presets import PRESETS, PresetName, preset_rows
 
 

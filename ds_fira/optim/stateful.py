@@ -63,10 +63,15 @@ class Resumable(Attachable, Optimizer):
     def _matrices(self, param: Tensor) -> LocalMatrices:
         found = self._bound.get(param) or self._alone.get(param)
         if found is None:
-            shards = tuple(matrices_of("", tuple(param.shape)))
-            first = sum(len(matrices.unsplit) for matrices in self._alone.values())
-            indices = tuple(range(first, first + len(shards)))
-            found = self._alone[param] = LocalMatrices(shards, indices, batched=param.ndim == 3, flat=False)
+            # All at once, so that numbers go by the order of the groups, whichever parameter has a gradient first.
+            listed = [p for group in self.param_groups for p in group["params"] if self._projects(p, group)]
+            first = 0
+            for each in dict.fromkeys([*listed, param]):
+                shards = tuple(matrices_of("", tuple(each.shape)))
+                indices = tuple(range(first, first + len(shards)))
+                first += len(shards)
+                self._alone.setdefault(each, LocalMatrices(shards, indices, batched=each.ndim == 3, flat=False))
+            found = self._alone[param]
         return found
 
     def forget_state_tensors(self, move: Callable[[Tensor], Tensor]) -> None:

@@ -85,7 +85,7 @@ class Stepping(Resumable):
             own = series.get(param, [])[len(matrices.shapes) :]
             for plan, stats, entries in steps:
                 if plan.owns and self.counts(param):
-                    self.metrics.record(stats, settings.residual_scale)
+                    self.metrics.record(stats, settings.residual_factor)
                 if own and entries is not None:
                     own[matrices.low_rank.plans.index(plan)].add(*entries())
         for param in params:
@@ -129,7 +129,7 @@ class Stepping(Resumable):
         for positions, stats in update_together(tasks):
             if stats is not None:
                 if counts:
-                    self.metrics.record(stats, tasks[positions[0]].settings.residual_scale)
+                    self.metrics.record(stats, tasks[positions[0]].settings.residual_factor)
                 if recorders:
                     add_batch([recorders[position] for position in positions], stats)
 

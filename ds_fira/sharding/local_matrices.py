@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ds_fira.core.algorithms import Algorithm
 from ds_fira.core.batches import SlicedTask
+from ds_fira.core.drawn_basis import DrawnBasis
 from ds_fira.core.matrix_slice import MatrixSlice
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import MatrixState, matrix_states
 from ds_fira.core.step import MatrixTask
+from ds_fira.core.subspace import basis_shape
 from ds_fira.sharding.gather import GatherExchange
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.lowrank.step import LowRankMatrices
@@ -25,7 +27,7 @@ class LocalMatrices:
     Attributes:
         unsplit: the matrices that lie whole in the tensor.
         indices: for every matrix stepped whole here, its number among all projected matrices of the model, by which
-            `stagger` goes.
+            `stagger` goes, and a basis is drawn.
         exchanges: gather the split matrices of its param group that are stepped whole, one after the other; empty where
             there are none on any rank.
         low_rank: steps the split ones that exchange low-rank data; None where there are none on any rank.
@@ -77,6 +79,9 @@ class LocalMatrices:
         if len(self._tensors) != len(state) or not all(map(operator.is_, self._tensors, state.values())):
             self._tensors = tuple(state.values())
             self._views = matrix_states(state, self.shapes, settings, self.batched, algorithm, dtype=dtype)
+            if settings.draws_basis:
+                for view, shape, number in zip(self._views, self.shapes, self.indices, strict=True):
+                    view.drawn = DrawnBasis(number, *basis_shape(shape, settings.rank, view.side))
 
     def move(self, move: Callable[[Tensor], Tensor]) -> None:
         """Forget the tensors of the state, which are others from now on, and move what else was made from them."""

@@ -97,7 +97,7 @@ def plan_groups(
         own = settings[index]
         for fragments in matrices:
             holder, first = next(iter(fragments.items()))
-            size = state_numel(first.shape, own.rank, own.proj_type, own.formulation)
+            size = state_numel(first.shape, own.rank, own.proj_type, own.formulation, drawn=own.draws_basis)
             if len(fragments) > 1:
                 to_plan.append((size, len(to_plan), index, fragments))
                 continue

@@ -51,7 +51,7 @@ def _elements(shape: Sequence[int], group: Group) -> tuple[int, int, int]:
     """Elements of the basis and of the low-rank moments of one matrix of a parameter, and of unprojected moments."""
     matrix, states = (shape[-2], shape[-1]), len(algorithm_of(group).states)
     side = projection_side(matrix, group.get("proj_type", "std"), group.get("formulation", "released"))
-    basis = math.prod(basis_shape(matrix, group["rank"], side))
+    basis = math.prod(basis_shape(matrix, group["rank"], side, algorithm_of(group).draws_basis))
     return basis, states * math.prod(low_rank_shape(matrix, group["rank"], side)), states * math.prod(matrix)
 
 
@@ -131,12 +131,14 @@ def state_numel(
     proj_type: str = "std",
     formulation: str = "released",
     algorithm: Algorithm = FIRA_ADAM,
+    *,
+    drawn: bool = False,
 ) -> int:
-    """Elements of optimizer state of one projected matrix, the paper's mr + 2nr + 1 (Table 1).
+    """Elements of optimizer state of one projected matrix, the paper's mr + 2nr + 1 (Table 1); no mr where P is drawn.
 
     Counts the basis, the moments and the limiter's norm, not the average of a normalized residual: n beside 2nr.
     """
     side = projection_side(shape, proj_type, formulation)
-    rows, r = basis_shape(shape, rank, side)
+    rows, r = basis_shape(shape, rank, side, drawn or algorithm.draws_basis)
     a, b = low_rank_shape(shape, rank, side)
     return rows * r + len(algorithm.states) * a * b + algorithm.limited

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ds_fira.core.basis import adopt_basis, goes_with, new_bases, new_basis, solver_failed
+from ds_fira.core.basis import adopt_basis, draw_basis, goes_with, new_bases, new_basis, solver_failed
 from ds_fira.core.batches import MAX_BATCH
 from ds_fira.core.capture import capturing, refuse_if_capturing
 from ds_fira.core.settings import GroupSettings
@@ -187,6 +187,11 @@ class Refresher:
             counts: whether the listener is told of each.
         """
         if not due:
+            return
+        if due[0].settings.draws_basis:  # replicas draw alike
+            for task in due:
+                if draw_basis(task) and counts:
+                    self.listener.count_refresh()
             return
         shapes = [(task.grad.shape[0], task.grad.shape[1]) for task in due]
         self.announce(shapes, due[0].weight.device, due[0].state.dtype, due[0].settings)

@@ -75,6 +75,7 @@ class SplitMatrix:
         rank: r = min(rank asked for, m, n).
         way: how it is stepped.
         evenly_sharded: whether the low-rank way keeps no state twice, and the same share of it on every sharer.
+        draws_basis: whether sharers draw the rows of P that they work with, and hold none.
     """
 
     name: str
@@ -85,6 +86,7 @@ class SplitMatrix:
     rank: int
     way: Way = "gathered"
     evenly_sharded: bool = False
+    draws_basis: bool = False
     _consecutive: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -138,13 +140,15 @@ class SplitMatrix:
 
         Of a matrix that is sliced by columns an equal share on both sides.
         """
+        if self.draws_basis:
+            return range(0)
         if self.side == "left":
             return self._share_of_rows(dp_rank) if self.sliced_by_columns else touched_rows(self.fragment(dp_rank))
         return self._share_of_columns(dp_rank) if self.evenly_sharded else range(self.shape[1])
 
     def basis_span(self, dp_rank: int) -> range:
         """The rows of P that a sharer's step needs."""
-        if not self.shares_basis:
+        if not (self.shares_basis or self.draws_basis):
             return self.basis_rows(dp_rank)
         return (touched_rows if self.side == "left" else touched_columns)(self.fragment(dp_rank))
 
@@ -155,7 +159,7 @@ class SplitMatrix:
     @property
     def shares_basis(self) -> bool:
         """Whether sharers borrow rows of P for every step."""
-        return self.evenly_sharded and (self.side == "right" or self.sliced_by_columns)
+        return self.evenly_sharded and not self.draws_basis and (self.side == "right" or self.sliced_by_columns)
 
     def _share_of_columns(self, dp_rank: int) -> range:
         """Of the entries, or rows of P, that belong to columns those of one sharer: of its slice, or of all."""
@@ -193,7 +197,7 @@ class SplitMatrix:
     @property
     def borrowed_basis_rows(self) -> int:
         """Rows of P that are borrowed for every step, over all sharers."""
-        return self._borrowed(self.basis_span, self.basis_rows)
+        return self._borrowed(self.basis_span, self.basis_rows) if self.shares_basis else 0
 
     def _borrowed(self, needed: Spans, held: Spans) -> int:
         # Transfers counted without naming them: their number grows with the square of the ranks.
@@ -203,16 +207,15 @@ class SplitMatrix:
     def state_numel(self, dp_rank: int) -> int:
         """Elements of basis, moments and limiter's norm that a rank holds; 0 for one that holds none of them."""
         if self.way == "gathered":
-            return state_numel(self.shape, self.rank, self.side) if dp_rank == self.owner else 0
+            return (dp_rank == self.owner) * state_numel(self.shape, self.rank, self.side, drawn=self.draws_basis)
         if dp_rank not in self.sharers:
             return 0
         return self.rank * (len(self.basis_rows(dp_rank)) + 2 * len(self.kept(dp_rank))) + 1
 
     def step_numel(self) -> int:
         """Elements of R and borrowed P that a low-rank step needs beside the state, on the sharer that needs most."""
-        return self.rank * max(
-            len(self.region(holder)) + self.shares_basis * len(self.basis_span(holder)) for holder in self.sharers
-        )
+        beside = self.shares_basis or self.draws_basis
+        return self.rank * max(len(self.region(rank)) + beside * len(self.basis_span(rank)) for rank in self.sharers)
 
     def gathered_elements(self, dp_rank: int) -> int:
         """Elements that a rank sends in one gathered step: gradient and weight to the owner, weights back."""
@@ -222,10 +225,10 @@ class SplitMatrix:
 
     def refresh_elements(self, dp_rank: int, settings: GroupSettings) -> int:
         """Elements that a rank sends in one low-rank refresh: gradients, and bases if needed, to the owner; P back."""
+        if self.draws_basis or dp_rank not in self.sharers:
+            return 0
         if dp_rank == self.owner:
             return sum(self.answer_numel(holder, settings) for holder in self.sharers if holder != dp_rank)
-        if dp_rank not in self.sharers:
-            return 0
         bases = needs_old_basis(settings) and self.basis_is_split
         return self.fragment(dp_rank).numel + bases * len(self.basis_rows(dp_rank)) * self.rank
 
@@ -250,8 +253,8 @@ class SplitMatrix:
     def cheaper_way(self, ranks: int, settings: GroupSettings) -> Way:
         """The way that sends fewer elements per step over all ranks, with the cost of a refresh divided by the gap.
 
-        An answer counts as r + 1 numbers an entry whatever its form (`lowrank.answer_form`), so that a setting of the
-        residual moves no matrix from one way to the other.
+        An answer counts as C and phi whatever its form (`lowrank.answer_form`), so that a setting of the residual moves
+        no matrix from one way to the other.
 
         Args:
             ranks: data-parallel ranks; all take part in the sums of a low-rank step.
@@ -260,7 +263,8 @@ class SplitMatrix:
         if settings.exact_cuts:
             return "gathered"
         gathered = sum(map(self.gathered_elements, self.sharers))
-        borrowed = 2 * (self.rank + 1) * self.borrowed_entries + self.rank * self.borrowed_basis_rows
+        numbers = self.rank + settings.update_rank(self.rank) + 2
+        borrowed = numbers * self.borrowed_entries + self.rank * self.borrowed_basis_rows
         low_rank = borrowed + ranks * SUMS_NUMEL
         refresh = sum(self.refresh_elements(rank, settings) for rank in self.sharers)
         return "low_rank" if low_rank + refresh / settings.update_proj_gap < gathered else "gathered"
@@ -287,5 +291,6 @@ def plan_split(
     side = projection_side(first.shape, settings.proj_type, settings.formulation)
     r = effective_rank(first.shape, settings.rank)
     shards = tuple(fragments.items())
-    matrix = SplitMatrix(first.name, first.shape, shards, owner, side, r, evenly_sharded=evenly_sharded)
+    drawn = settings.draws_basis
+    matrix = SplitMatrix(first.name, first.shape, shards, owner, side, r, "gathered", evenly_sharded, drawn)
     return replace(matrix, way=matrix.cheaper_way(ranks, settings))

@@ -7,10 +7,10 @@ import deepspeed.comm as dist
 import torch
 import transformers
 
-from ds_fira.core.algorithms import GALORE_ADAM
 from ds_fira.optim.registry import TYPES
 from ds_fira.tools.estimate import Available, Estimate, available_memory, estimate, require_fit
 from ds_fira.tools.estimate.from_config import setup_of
+from ds_fira.tools.estimate.methods import RELATIVES
 from ds_fira.tools.estimate.table import estimate_lines
 
 from .data import agreed
@@ -35,8 +35,9 @@ def estimate_run(
     if kind not in TYPES or params.get("rank") is None:
         # No subspace; the other methods' figures, which need a rank, are not made.
         return estimate(model, setup, ["AdamW"], rank=1)
-    if kind == GALORE_ADAM.name:
-        return estimate(model, setup, ["GaLore"], **params)
+    for name, algorithm in RELATIVES.items():
+        if kind == algorithm.name:
+            return estimate(model, setup, [name], **params)
     return estimate(model, setup, ["Fira"], optimizer=kind, **params)
 
 

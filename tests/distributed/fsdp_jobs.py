@@ -17,11 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ds_fira
 from ds_fira.core.state import BASIS
-from ds_fira.optim.registry import fira_of
+from ds_fira.optim.registry import TYPES, fira_of
 from tests.distributed.zero_jobs import ExpertNet, Net, batches, build, config
 
 MODELS = {"net": Net, "experts": lambda shapes: ExpertNet()}
-KINDS = {"FiraAdam": ds_fira.FiraAdam, "GaLoreAdam": ds_fira.GaLoreAdam, "FiraRMSProp": ds_fira.FiraRMSProp}
 
 
 def model_of(kind: str, shapes: list[tuple[int, int]]) -> nn.Module:
@@ -73,10 +72,10 @@ def shard(
 def optimizer_of(model: nn.Module, given: str, settings: dict[str, Any], kind: str = "FiraAdam") -> Any:
     """An optimizer of a model, of its param groups or of its parameters."""
     if given == "model":
-        return KINDS[kind](model, **settings)
+        return TYPES[kind](model, **settings)
     if given == "params":
-        return KINDS[kind](model.parameters(), **settings)
-    return KINDS[kind](ds_fira.param_groups(model, optimizer=kind, **settings))
+        return TYPES[kind](model.parameters(), **settings)
+    return TYPES[kind](ds_fira.param_groups(model, optimizer=kind, **settings))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ def train(
         steps: that the run has in all.
         kind: key of `MODELS`.
         given: see `optimizer_of`.
-        optimizer: key of `KINDS`.
+        optimizer: key of `TYPES`.
         ddp: DDP in place of FSDP2.
         accumulation: micro batches a step; all but the last without communication.
         clip: the norm to clip at.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import ds_fira
 from ds_fira.engine.deepspeed.weight_sync import check_sync
+from ds_fira.optim.base import LowRankOptimizer
 from tests import small_models
 from tests.distributed.goes_on import goes_on
 from tests.distributed.sent_bytes import counted
@@ -117,7 +118,7 @@ def train(ds_config: dict[str, Any], model: str, **kwargs: Any) -> dict[str, Any
                     own = given[-1].setdefault(held.param, torch.full((sizes[held.param],), torch.nan))
                     own[held.start : held.stop] = param.grad.reshape(-1)[held.offset :][: held.stop - held.start]
 
-        if isinstance(optimizer, ds_fira.FiraAdam):
+        if isinstance(optimizer, LowRankOptimizer):
             optimizer.register_step_pre_hook(see)
         with counted(optimizer) as sent:
             for step in range(STEPS):
@@ -137,7 +138,7 @@ def train(ds_config: dict[str, Any], model: str, **kwargs: Any) -> dict[str, Any
             "given": given,
             "place": (groups.get_tensor_model_parallel_rank(), groups.get_data_parallel_rank()),
         }
-        if isinstance(optimizer, ds_fira.FiraAdam):
+        if isinstance(optimizer, LowRankOptimizer):
             found |= {
                 "ranked": sorted(
                     name

@@ -60,7 +60,11 @@ def given(runs: Sequence[Mapping[str, Any]], step: int) -> dict[str, Tensor]:
 
 
 def reference(
-    runs: Sequence[Mapping[str, Any]], params: Mapping[str, Any], clip: float, steps: int
+    runs: Sequence[Mapping[str, Any]],
+    params: Mapping[str, Any],
+    clip: float,
+    steps: int,
+    kind: type[torch.optim.Optimizer] = ds_fira.FiraAdam,
 ) -> dict[str, Tensor]:
     """What one process makes of the same whole gradients."""
     weights = {name: nn.Parameter(value.clone()) for name, value in runs[0]["whole"].items()}
@@ -70,7 +74,7 @@ def reference(
         {"params": [weights[name] for name in weights if name in projected], "rank": params["rank"]},
         {"params": [weights[name] for name in weights if name not in projected]},
     ]
-    optimizer = ds_fira.FiraAdam(groups, **settings)
+    optimizer = kind(groups, **settings)
     for step in range(steps):
         for name, grad in combined(runs, step, clip).items():
             weights[name].grad = grad

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ds_fira
-from ds_fira import FiraAdam, FiraRMSProp, GaLoreAdam
+from ds_fira import ApolloAdam, FiraAdam, FiraRMSProp, GaLoreAdam
 from ds_fira.optim.settings import TORCH_OPTIONS, check_params
 from tests.distributed.edge_jobs import Convolved, tokens_of
 from tests.reference.fira_reference import AdamWReference
@@ -204,7 +204,7 @@ def test_a_tensor_that_is_no_learning_rate(lr):
 
 
 @pytest.mark.parametrize("name", TORCH_OPTIONS)
-@pytest.mark.parametrize("kind", [FiraAdam, GaLoreAdam, FiraRMSProp])
+@pytest.mark.parametrize("kind", [FiraAdam, GaLoreAdam, ApolloAdam, FiraRMSProp])
 def test_options_of_torch_that_are_off_pass_and_others_are_refused(kind, name):
     """In the constructor, in a group, in a JSON config."""
     for value in (None, False):

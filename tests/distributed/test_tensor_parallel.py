@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_fira.optim.registry import TYPES
 from tests.distributed.tensor_parallel_jobs import STEPS
 from tests.distributed.tensor_parallel_reference import combined, given, in_order, reference, whole_of
 from tests.distributed.zero_jobs import config
@@ -55,6 +56,8 @@ CASES = {
         PAPER,
         {"low_rank"},
     ),
+    "ApolloAdam": (2, 2, 1, "llama", 0.5, {"type": "ApolloAdam"}, {"low_rank"}),
+    "ApolloAdam, two copies, cut slices": (4, 2, 2, "uneven", 0.5, {"type": "ApolloAdam"}, {"low_rank"}),
     "randomized": (2, 2, 1, "llama", 0.0, {"subspace": "randomized"}, {"low_rank"}),
     "biases": (2, 2, 1, "biases", 0.5, {}, {"low_rank"}),
     "fused queries, keys and values": (2, 2, 1, "gpt_neox", 0.5, {}, {"low_rank"}),
@@ -97,11 +100,13 @@ def left_whole(ds_config: dict[str, Any], layer: str) -> dict[str, Any]:
 def test_slices_train_as_in_one_process(ranks: Pools, name: str) -> None:
     """Weights and norms of one process with the same whole gradients; replicated weights the same bits."""
     size, tp, stage, model, clip, settings, ways = CASES[name]
-    params = {key: value for key, value in settings.items() if key not in ("way", "whole")}
+    params = {key: value for key, value in settings.items() if key not in ("way", "whole", "type")}
+    kind = settings.get("type", "FiraAdam")
     ds_config, way = tp_config(stage, tp, clip=clip, **params), settings.get("way", "json")
     ds_config = left_whole(ds_config, settings["whole"]) if "whole" in settings else ds_config
+    ds_config["optimizer"]["type"] = kind
     runs = ranks.run(size, "train", MODULE, ds_config=ds_config, model=model, way=way)
-    expected, shapes = reference(runs, {**PARAMS, **params}, clip, STEPS), {}
+    expected, shapes = reference(runs, {**PARAMS, **params}, clip, STEPS, TYPES[kind]), {}
     shapes = {each: weight.shape for each, weight in runs[0]["whole"].items()}
     copies = [whole_of([run["after"] for run in row], shapes) for row in in_order(runs)]
     for copy in copies:

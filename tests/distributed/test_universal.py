@@ -83,6 +83,7 @@ CASES = {
     "sub-groups": (2, 3, 3, 3, "fp32", {"extra": {"zero_sub_group_size": 100}}),
     "stage 3 in bf16": (2, 3, 2, 3, "bf16", {}),
     "GaLoreAdam": (2, 3, 3, 1, "fp32", {"extra": {"optimizer": {"type": "GaLoreAdam"}}}),
+    "ApolloAdam": (2, 3, 3, 1, "fp32", {"extra": {"optimizer": {"type": "ApolloAdam"}}}),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ds_fira import hf
+from tests.grids import full_if
 from tests.programs import ROOT, Forked
 from tests.small_models import llama
 
@@ -38,11 +39,11 @@ def start(folder: Path, name: str, ranks: int = 0, **changes: Any) -> list[Any]:
     return Forked(str(script), ["-m", "tests.integration.by_name", *line], folder, name, ranks=ranks).wait()
 
 
-def result(done: Any) -> tuple[str, list[dict[str, Any]], list[float]]:
+def result(done: Any, optim: str = "fira_adamw") -> tuple[str, list[dict[str, Any]], list[float]]:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     kind, groups, losses, name = json.loads(line.removeprefix("RESULT "))
-    assert name == "fira_adamw"
+    assert name == optim
     return kind, groups, losses
 
 
@@ -53,20 +54,25 @@ def write(folder: Path, name: str, **more: Any) -> str:
     return str(folder / name)
 
 
-def test_with_and_without_deepspeed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", full_if(lambda name: name != "fira_adamw", hf.NAMES))
+def test_with_and_without_deepspeed(tmp_path: Path, name: str) -> None:
     """The same training: its settings from `optim_args` and the Trainer's arguments, norms without weight decay."""
-    alone = result(start(tmp_path, "alone")[0])
-    config = write(tmp_path, "ds.json")
-    under = result(start(tmp_path, "under", ranks=2, deepspeed=config, per_device_train_batch_size="2")[0])
+    chosen = {"optim": name}
+    if name == "fira_apollo_adamw":  # which has no subspace to choose
+        chosen["optim_args"] = "rank=4,alpha=0.5"
+    alone = result(start(tmp_path, "alone", **chosen)[0], name)
+    more = {"deepspeed": write(tmp_path, "ds.json"), "per_device_train_batch_size": "2"}
+    under = result(start(tmp_path, "under", ranks=2, **more, **chosen)[0], name)
     for kind, groups, losses in (alone, under):
-        assert kind == "FiraAdam"
+        assert kind == hf.NAMES[name].__name__
         assert {group["rank"] for group in groups} == {4, None}
         assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
         assert all(group["weight_decay"] == 0.1 for group in groups if group["rank"])
         for group in groups:
             assert (group["betas"], group["eps"]) == ([0.9, 0.99], 1e-6)
             assert group["alpha"] == 0.5 or group["rank"] is None
-        assert losses[-1] < losses[0]
+        # At this rate in three steps FiraAdam's alone.
+        assert losses[-1] < losses[0] if name == "fira_adamw" else len(set(losses)) == 3
     assert under[2] == pytest.approx(alone[2], rel=1e-4)
 
 
@@ -113,17 +119,31 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
         assert expected in done.stderr.splitlines()[-1]
 
 
+GIVEN = {
+    **LINE,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.99,
+    "adam_epsilon": 1e-8,
+    "learning_rate": 0.01,
+}
+
+
+def test_each_name_has_its_optimizer_and_its_settings() -> None:
+    for name, kind in hf.NAMES.items():
+        args = SimpleNamespace(**{**GIVEN, "optim": name, "optim_args": "rank=4,alpha=0.5"})
+        made, arguments = hf._make(SimpleNamespace(args=args, model=llama()))
+        optimizer = made(**arguments)
+        assert type(optimizer) is kind
+        assert optimizer.param_groups[0]["alpha"] == 0.5
+    args = SimpleNamespace(**{**GIVEN, "optim": "fira_apollo_adamw"})
+    with pytest.raises(ValueError, match=r'of optim = "fira_apollo_adamw": subspace = .gram. is a setting of'):
+        hf.settings_of(args)
+
+
 def test_the_first_version_of_fsdp_is_refused() -> None:
     """By what the Trainer hands over: its own arguments are not made with FSDP where there is no GPU."""
-    given = {
-        **LINE,
-        "weight_decay": 0.1,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.99,
-        "adam_epsilon": 1e-8,
-        "learning_rate": 0.01,
-    }
-    args = SimpleNamespace(**given, fsdp=["full_shard"], fsdp_config={"version": 1})
+    args = SimpleNamespace(**GIVEN, fsdp=["full_shard"], fsdp_config={"version": 1})
     with pytest.raises(ValueError, match=r"does not train under FSDP with fsdp_config version = 1, .*set version to 2"):
         hf._make(SimpleNamespace(args=args, model=llama()))
 

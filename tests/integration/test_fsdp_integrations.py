@@ -50,6 +50,6 @@ def test_trainer(ranks: Pools, tmp_path: Path) -> None:
 
 def test_the_trainer_refuses_the_first_version() -> None:
     betas = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0, "learning_rate": 1e-3}
-    args = SimpleNamespace(optim_args="rank=4", fsdp=True, fsdp_config={"version": 1}, **betas)
+    args = SimpleNamespace(optim="fira_adamw", optim_args="rank=4", fsdp=True, fsdp_config={"version": 1}, **betas)
     with pytest.raises(ValueError, match="does not train under FSDP with fsdp_config version = 1, which"):
         ds_fira.hf._make(SimpleNamespace(args=args, model=torch.nn.Linear(8, 8)))

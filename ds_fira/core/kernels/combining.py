@@ -36,7 +36,7 @@ class Combining(NamedTuple):
     weight_decay: Pair
     outer_alpha: Pair  # of the whole update
     inner_alpha: Pair
-    residual_scale: Pair
+    residual_factor: Pair
     gamma: Pair
     negligible_ratio: Pair
 
@@ -80,7 +80,7 @@ def launch_combine(
         weight_decay=pair(settings.weight_decay),
         outer_alpha=pair(settings.alpha if settings.alpha_is_outside else 1.0),
         inner_alpha=pair(settings.inner_alpha),
-        residual_scale=pair(settings.residual_scale),
+        residual_factor=pair(settings.residual_factor),
         gamma=pair(settings.gamma),
         negligible_ratio=pair(negligible_ratio),
     )
@@ -182,7 +182,7 @@ def _combine(
     else:
         step_size = step_size * bias
         factor = step_size * inner_alpha
-    residual_factor = double(settings.residual_scale) * step_size / divisor
+    residual_factor = double(settings.residual_factor) * step_size / divisor
     if WARMING:
         residual_factor = residual_factor * tl.load(numbers_at + _SHARE)
 

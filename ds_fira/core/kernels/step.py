@@ -84,10 +84,14 @@ class _BatchStep:
             return [(get(task.state), 0) for task in tasks]
 
         pairs = [task.places() for task in tasks]
+        basis, bases = self.state.basis, kept(lambda state: state.basis)
+        if self.settings.draws_basis:
+            basis = torch.stack([task.state.projector() for task in tasks])
+            bases = [(basis, place * basis.stride(0)) for place in range(self.count)]
         operands: dict[str, list[Origin]] = {
             "weight": [origin for each, _ in pairs for origin in each.origins()],
             "grad": [origin for _, each in pairs for origin in each.origins()],
-            "basis": kept(lambda state: state.basis),
+            "basis": bases,
             "step": kept(lambda state: state.step),
         }
         moments = () if self.settings.rule is not None else (EXP_AVG, EXP_AVG_SQ)
@@ -104,7 +108,7 @@ class _BatchStep:
             return views[name]._replace(rows=strides[-2], columns=strides[-1])
 
         self.weight, self.grad = strided("weight", weight.strides), strided("grad", grad.strides)
-        self.basis = strided("basis", self.state.basis.stride())
+        self.basis = strided("basis", basis.stride())
         self.step = views["step"]
         self.memory = Memory(self.step, views.get("residual_norm"), views.get("residual_avg_sq"))
         self.moments: list[Moment] = []
@@ -129,7 +133,7 @@ class _BatchStep:
         self.doubles.allocate(torch.float64, device)
         # What products in bfloat16 read many times, P and C, is rounded to it once.
         self.halves, half = Room(), precision == "bfloat16"
-        self.casts_basis = half and self.state.basis.dtype != torch.bfloat16
+        self.casts_basis = half and basis.dtype != torch.bfloat16
         self.rounded_basis = self.halves.reserve(count, self.casts_basis * self.rank * (self.m + self.n - self.lines))
         self.low_rank_update = self.halves.reserve(count, half * self.rank * self.lines)
         if half:
@@ -139,7 +143,7 @@ class _BatchStep:
         """Lines 8 to 16."""
         settings, side, rule = self.settings, self.state.side, self.settings.rule
         precision, by_row = settings.chosen_precision, not self.left
-        sizes = (self.count, self.m, self.n, self.rank)
+        sizes, update_rank = (self.count, self.m, self.n, self.rank), settings.update_rank(self.rank)
         low_rank, direction = (self.singles.view(place, self.shape[1], 1) for place in (self.low_rank, self.direction))
         squares = Squares(*(self.doubles.view(place) for place in self.squares))
         strip_sq, numbers = self.doubles.view(self.strip_sq), self.doubles.view(self.numbers)
@@ -196,7 +200,7 @@ class _BatchStep:
             numbers,
             partial,
             self.memory,
-            (self.count, self.rank, self.lines, self.parts),
+            (self.count, update_rank, self.lines, self.parts),
             settings,
             side=side,
             negligible_ratio=self.ratio,
@@ -207,7 +211,7 @@ class _BatchStep:
             *self._factors(low_rank_update),
             None if settings.residual_form.factors is None else scales,
             numbers._replace(start=numbers.start + places.FINITE),
-            sizes,
+            (*sizes[:3], update_rank),
             numbers._replace(start=numbers.start + places.DECAY),
             numbers._replace(start=numbers.start + places.COUNT) if settings.rounds_stochastically else None,
             by_row=by_row,

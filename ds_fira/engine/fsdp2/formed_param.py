@@ -8,7 +8,7 @@ entries (columns on the left, rows on the right). The few numbers of a matrix ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from ds_fira.core import quantization
 from ds_fira.core.algorithms import Algorithm
 from ds_fira.core.settings import GroupSettings
 from ds_fira.core.state import BASIS, REFRESH_STEP, RESIDUAL_AVG_SQ, RESIDUAL_NORM, STEP, MatrixState, compute_dtype
-from ds_fira.core.subspace import basis_shape, low_rank_shape
+from ds_fira.core.subspace import low_rank_shape
 from ds_fira.engine.fsdp2.shards import Shards, local_of, nested_blocks
 from ds_fira.engine.fsdp2.tracks import Track
 from ds_fira.sharding.geometry import MatrixShard
@@ -95,7 +95,7 @@ class FormedParam:
         self._param, self._settings, self._algorithm = param, settings, algorithm
         self._ranks, self._mesh, self._rank = shards.ranks, shards.mesh, rank
         self._axis = 1 if side == "left" else 0
-        self._basis_shape = basis_shape(matrix, settings.rank, side)
+        self._basis_shape = settings.basis_shape(matrix)
         self._low_rank_shape = low_rank_shape(matrix, settings.rank, side)
         self._dtype = compute_dtype(param.dtype)
         self._values = [self._zeros() for _ in range(math.prod(self._batch))]
@@ -131,9 +131,9 @@ class FormedParam:
             load: from the formed states, rather than to them.
         """
         formed, whole = self._values[element], range(self._low_rank_shape[self._axis])
-        bases = self._held(matrix, owner, range(self._basis_shape[0]), "basis_rows")
-        kept = self._held(matrix, owner, whole, "kept")
-        one = [range(1 if len(rows) or len(entries) else 0) for rows, entries in zip(bases, kept, strict=True)]
+        bases = self._held(matrix, owner, range(self._basis_shape[0]), SplitMatrix.basis_rows)
+        kept = self._held(matrix, owner, whole, SplitMatrix.kept)
+        one = self._held(matrix, owner, range(1))
 
         def track(
             width: int, parts: Sequence[range], shown: Sequence[range], own: Tensor | None, other: Tensor
@@ -153,11 +153,17 @@ class FormedParam:
             shown = everywhere if single else [whole] * self._ranks
             yield track(1, one if single else kept, shown, own, formed.averages)
 
-    def _held(self, matrix: MatrixShard | SplitMatrix, owner: int, whole: range, part: str) -> list[range]:
-        """By rank, which rows of P or entries of R it steps with."""
+    def _held(
+        self,
+        matrix: MatrixShard | SplitMatrix,
+        owner: int,
+        whole: range,
+        part: Callable[[SplitMatrix, int], range] | None = None,
+    ) -> list[range]:
+        """By rank, which rows of P or entries of R it steps with, as `part` says; without, `whole` of its own."""
         if isinstance(matrix, SplitMatrix) and matrix.way == "low_rank":
-            of = getattr(matrix, part)
-            return [of(rank) if rank in matrix.sharers else range(0) for rank in range(self._ranks)]
+            held = {rank: whole if part is None else part(matrix, rank) for rank in matrix.sharers}
+            return [held.get(rank, range(0)) for rank in range(self._ranks)]
         return [whole if rank == owner else range(0) for rank in range(self._ranks)]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

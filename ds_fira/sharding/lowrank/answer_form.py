@@ -7,7 +7,8 @@ sums over all ranks. To wait for the sums and then send costs two round trips. S
             (the left side at stages 1 and 2), whose own numbers are the sums.
 `in_parts`  N, R and phi, sent while the sums travel; the borrower makes C of them. On the right a rank borrows one row
             of R at most, so the double size is nothing beside a round trip. On the left at stage 3 all entries are
-            borrowed, and the double size is half as much again of all that crosses ranks: there in a short turn alone.
+            borrowed, and the double size is half as much again of all that crosses ranks: there in a short turn alone,
+            or where C is empty, and phi all that is sent.
 `late`      C and phi, sent behind the sums: on the left at stage 3 in other turns, whose bytes take longer than a round
             trip.
 """
@@ -43,7 +44,7 @@ def answer_form(matrix: SplitMatrix, settings: GroupSettings, *, short: bool = F
     """
     if not needs_sums(settings):
         return "early"
-    if matrix.side == "right" or (matrix.evenly_sharded and short):
+    if matrix.side == "right" or (matrix.evenly_sharded and (short or not settings.update_rank(matrix.rank))):
         return "in_parts"
     return "late" if matrix.evenly_sharded else "early"
 
@@ -67,9 +68,15 @@ def needs_sums(settings: GroupSettings) -> bool:
     return settings.has_limiter or settings.has_one_factor
 
 
-def numel_in_parts(matrix: SplitMatrix, transfer: Transfer, itemsize: int) -> int:
-    """Elements of an answer in parts: N, R and phi, which is float64 in elements of `itemsize` bytes."""
-    return (2 * matrix.rank + 8 // itemsize) * len(transfer.entries)
+def numel_in_parts(rank: int, transfer: Transfer, itemsize: int) -> int:
+    """Elements of an answer in parts: N, R and phi, which is float64 in elements of `itemsize` bytes.
+
+    Args:
+        rank: of C; 0 where N and R are of no use.
+        transfer: that it goes over.
+        itemsize: of an element.
+    """
+    return (2 * rank + 8 // itemsize) * len(transfer.entries)
 
 
 def low_rank_elements(
@@ -86,12 +93,13 @@ def low_rank_elements(
     """
     if dp_rank not in matrix.sharers:
         return SUMS_NUMEL
-    r, in_parts = matrix.rank, answer_form(matrix, settings, short=short) == "in_parts"
+    r, back = matrix.rank, settings.update_rank(matrix.rank)
+    in_parts = answer_form(matrix, settings, short=short) == "in_parts"
     transfers = list(matrix.transfers(dp_rank))
     asked = sum(len(transfer.entries) for transfer in transfers if transfer.borrower == dp_rank)
     answered = sum(len(transfer.entries) for transfer in transfers if transfer.keeper == dp_rank)
     rows = 0 if keeps_rows else basis_rows_lent(matrix, dp_rank)
-    return asked * (r + 1) + answered * (2 * r + PHI_NUMEL if in_parts else r + 1) + rows * r + SUMS_NUMEL
+    return asked * (r + 1) + answered * (2 * back + PHI_NUMEL if in_parts else back + 1) + rows * r + SUMS_NUMEL
 
 
 def basis_rows_lent(matrix: SplitMatrix, dp_rank: int) -> int:

@@ -42,13 +42,14 @@ def answer_in_parts(part: ShardStep, transfer: Transfer) -> list[Tensor]:
     phi = entries.direction.new_zeros(len(transfer.entries), dtype=torch.float64)
     if entries.phi is not None:  # else it is one for all, which the borrower takes from the sums
         phi = entries.phi[along].contiguous()
-    values = (part.along_entries(tensor, along) for tensor in (entries.direction, entries.low_rank))
-    return [*values, phi.view(part.state.dtype)]
+    values = [part.along_entries(tensor, along) for tensor in (entries.direction, entries.low_rank)]
+    needed = part.settings.update_rank(part.plan.matrix.rank) > 0
+    return [*(values if needed else ()), phi.view(part.state.dtype)]
 
 
 def unpack_parts(part: ShardStep, transfer: Transfer, arrived: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """N, R and phi, float64, as `answer_in_parts` sends them."""
-    r, count = part.plan.matrix.rank, len(transfer.entries)
+    r, count = part.settings.update_rank(part.plan.matrix.rank), len(transfer.entries)
     direction, low_rank, phi = arrived.split([r * count, r * count, arrived.numel() - 2 * r * count])
     shape = (r, count) if part.state.side == "left" else (count, r)
     return direction.view(shape), low_rank.view(shape), phi.clone().view(torch.float64)

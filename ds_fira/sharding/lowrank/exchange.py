@@ -103,9 +103,10 @@ class LowRankExchange:
         dtype = empty_like_state(param)
 
         def numel(position: int, transfer: Transfer, part: ShardStep) -> int:
+            rank = part.settings.update_rank(part.plan.matrix.rank)
             if position in in_parts:
-                return numel_in_parts(part.plan.matrix, transfer, dtype.element_size())
-            return _numel(part, transfer)
+                return numel_in_parts(rank, transfer, dtype.element_size())
+            return (rank + 1) * len(transfer.entries)
 
         lent = {
             (position, transfer): payloads[position, transfer]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_fira.core.drawn_basis import DrawnBasis
 from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.geometry import MatrixShard
 from ds_fira.sharding.row_blocks import RowBlock, Transfer, row_blocks
@@ -80,6 +81,13 @@ class LocalShardPlan:
         if not kept:
             return None
         return (r, kept) if self.matrix.side == "left" else (kept, r)
+
+    @property
+    def drawn(self) -> DrawnBasis | None:
+        """Which basis the matrix has where the ranks draw it."""
+        matrix = self.matrix
+        rows = matrix.shape[0 if matrix.side == "left" else 1]
+        return DrawnBasis(self.number, rows, matrix.rank) if matrix.draws_basis else None
 
     def averages(self, settings: GroupSettings) -> int:
         """Numbers that the rank holds of the average of a normalized residual: of the entries kept, or one for all."""

@@ -243,7 +243,7 @@ class TurnPieces:
     def answer_numel(self, position: int, transfer: Transfer) -> int:
         """Elements of an answer."""
         if self._layout.forms[position] == "in_parts":
-            return numel_in_parts(self._layout.plans[position].matrix, transfer, 4)
+            return numel_in_parts(self._layout.plans[position].matrix.rank, transfer, 4)
         return self._entries(position, transfer)
 
 

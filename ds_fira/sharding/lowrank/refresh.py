@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ds_fira.core.basis import awaits_basis, basis_change, basis_of, take_basis
+from ds_fira.core.basis import awaits_basis, basis_change, basis_of, take_basis, take_drawn_basis
 from ds_fira.core.settings import GroupSettings
 from ds_fira.sharding.comm import Communicator, Pending
 from ds_fira.sharding.gather import GatherExchange
@@ -51,12 +51,22 @@ class LowRankRefresh:
         """
         if not due:
             return
+        if settings.draws_basis:
+            self._draw([parts[position] for position in due if position in parts], settings, refresher)
+            return
         owned = [self.matrices[position].shape for position in self._owned(due)]
         refresher.announce(owned, param.device, empty_like_state(param).dtype, settings)
         # In turns of one matrix an owner: all owners compute at once, and none holds more than one whole gradient.
         with refresher.listener.refreshing(param.device):
             for turn in owner_turns([(self.matrices[position], position) for position in due], limit=1):
                 self._refresh_turn(turn, param, parts, settings, refresher)
+
+    def _draw(self, parts: Sequence[ShardStep], settings: GroupSettings, refresher: Refresher) -> None:
+        """Draw other bases from now on, on every rank by itself."""
+        for part in parts:
+            take_drawn_basis(part.state, settings)
+            if part.plan.owns and (self.replicas is None or self.replicas.dp_rank == 0):
+                refresher.listener.count_refresh()
 
     def _refresh_turn(
         self, turn: Sequence[int], param: Tensor, parts: Parts, settings: GroupSettings, refresher: Refresher

@@ -84,14 +84,16 @@ class ShardStep:
         return (self.state.basis[inside(transfer.entries, self.plan.basis_rows)].to(self.state.dtype),)
 
     def borrow_basis(self, arrived: Mapping[Transfer, Tensor]) -> None:
-        """Put the rows of P that the step needs together: those held and those borrowed; `project` comes after it.
+        """Put the rows of P that the step needs together: held and borrowed, or drawn; `project` comes after it.
 
         Args:
             arrived: the payloads of `LocalShardPlan.basis_borrowed`.
         """
         plan, state = self.plan, self.state
-        self._basis = state.basis.to(state.dtype)
-        if plan.basis_span == plan.basis_rows:
+        if state.drawn is not None and not state.has_basis:
+            return  # nothing is projected yet
+        self._basis = state.projector(plan.basis_span)
+        if state.drawn is not None or plan.basis_span == plan.basis_rows:
             return
         held, own = self._basis, common(plan.basis_rows, plan.basis_span)
         self._basis = held.new_empty(len(plan.basis_span), plan.matrix.rank)
@@ -129,7 +131,8 @@ class ShardStep:
 
     def unpack(self, transfer: Transfer, arrived: Tensor) -> tuple[Tensor, Tensor]:
         """The two parts of a payload: entries like R, one number for each entry."""
-        r, count = self.plan.matrix.rank, len(transfer.entries)
+        count = len(transfer.entries)
+        r = arrived.numel() // count - 1  # of R, or of C, which may be empty
         values, scales = arrived.split([r * count, count])
         return values.view((r, count) if self.state.side == "left" else (count, r)), scales
 
@@ -155,7 +158,9 @@ class ShardStep:
         parts = [(transfer.entries, *pair) for transfer, pair in borrowed.items()]
         if kept is not None:
             parts.append((plan.kept, *kept))
-        values = torch.zeros_like(self.low_rank)
+        values = self.low_rank if not parts else parts[0][1]
+        r = values.shape[0 if state.side == "left" else 1]
+        values = values.new_zeros((r, len(plan.region)) if state.side == "left" else (len(plan.region), r))
         scales = torch.zeros(len(plan.region), dtype=state.dtype, device=values.device)
         for entries, part, numbers in parts:
             along = inside(entries, plan.region)

@@ -155,7 +155,7 @@ class LowRankMatrices:
             ValueError: the state was loaded from a run that stepped these matrices another way.
         """
         dtype = compute_dtype(param.dtype)
-        by_kernels = settings.rule is None and kernels.supports(param)
+        by_kernels = settings.rule is None and not settings.draws_basis and kernels.supports(param)
         states = {plan.position: self._state_of(plan, state, algorithm, dtype) for plan in self.plans}
         parts = {
             plan.position: self._part(plan, param, states[plan.position], settings, negligible_ratio, by_kernels)
@@ -210,7 +210,9 @@ class LowRankMatrices:
                 "another way in the run that saved it; resume on as many ranks with the settings it had (rank, "
                 "proj_type, update_proj_gap, subspace, refresh_moments, exact_cuts)."
             )
-        return state_views(state, plan.matrix.side, _mark(plan), algorithm=algorithm, dtype=dtype)
+        found = state_views(state, plan.matrix.side, _mark(plan), algorithm=algorithm, dtype=dtype)
+        found.drawn = plan.drawn
+        return found
 
 
 def turns_of(matrices: Mapping[int, SplitMatrix]) -> list[list[int]]:

@@ -57,6 +57,7 @@ class Split:
         way: "gathered", where `owner` steps it whole, or "low_rank", where each of `ranks` steps its rows.
         owner: the rank that holds its state; low-rank, that computes its basis.
         ranks: that hold a part of it.
+        draws_basis: whether each of them draws its basis, low-rank, and nobody computes one.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Split:
     way: str
     owner: int
     ranks: tuple[int, ...]
+    draws_basis: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def _group(group: PlannedGroup) -> Group:
 
 def _splits(run: PlannedRun) -> list[Split]:
     return [
-        Split(matrix.name, matrix.shape, matrix.way, matrix.owner, tuple(matrix.sharers))
+        Split(matrix.name, matrix.shape, matrix.way, matrix.owner, tuple(matrix.sharers), matrix.draws_basis)
         for group in run.groups
         if group.layout is not None
         for matrix in group.layout.split

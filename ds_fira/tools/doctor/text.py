@@ -101,9 +101,10 @@ def _splits(split: Sequence[Split]) -> list[str]:
 
 def _split(matrix: Split) -> str:
     ranks = f"ranks {matrix.ranks[0]} to {matrix.ranks[-1]}"
+    basis = "and draws the basis" if matrix.draws_basis else f"rank {matrix.owner} computes the basis"
     how = {
         "gathered": f"gathered and stepped whole by rank {matrix.owner}",
-        "low_rank": f"each steps its rows, rank {matrix.owner} computes the basis",
+        "low_rank": f"each steps its rows, {basis}",
     }
     return f"{matrix.name} {_shape(matrix.shape)} on {ranks}: {how[matrix.way]}"
 

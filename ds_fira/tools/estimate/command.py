@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import get_args
 
-from ds_fira.core.settings import meaning_of
+from ds_fira.core.setting_fields import meaning_of
 from ds_fira.optim.settings import Settings
 from ds_fira.tools.commands import Answer
 from ds_fira.tools.commands import add as add_command
 from ds_fira.tools.estimate.cards import CARDS, Available, card_memory
 from ds_fira.tools.estimate.compute import Estimate, estimate
-from ds_fira.tools.estimate.methods import METHODS
+from ds_fira.tools.estimate.methods import COMPARED, METHODS
 from ds_fira.tools.estimate.paper_report import paper_json, paper_lines
 from ds_fira.tools.estimate.setup import DTYPES, MASTERS, REDUCE_BUCKET_SIZE, Setup
 from ds_fira.tools.estimate.table import estimate_json, estimate_lines
@@ -76,7 +76,7 @@ def register(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="without DeepSpeed, by ds_fira.step_in_backward; with --zero-stage 0 --master-weights none",
     )
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--methods", nargs="+", choices=METHODS, default=list(COMPARED), help="default: %(default)s")
     add("--gpu-memory", help=f"GiB, or a card: {', '.join(CARDS)}")
     add("--json", type=Path, metavar="FILE", help="also write everything in bytes to this file")
 

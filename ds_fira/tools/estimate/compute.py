@@ -21,7 +21,7 @@ from ds_fira.tools.dry_run import plan_run
 from ds_fira.tools.estimate.activations import KNOWN, activation_bytes
 from ds_fira.tools.estimate.cards import GIB, Available
 from ds_fira.tools.estimate.memory import RankMemory, rank_memory
-from ds_fira.tools.estimate.methods import METHODS, compare_methods
+from ds_fira.tools.estimate.methods import COMPARED, RELATIVES, compare_methods
 from ds_fira.tools.estimate.model import load_model
 from ds_fira.tools.estimate.setup import Setup
 
@@ -96,7 +96,7 @@ class Estimate:
 def estimate(
     model: str | Path | nn.Module,
     setup: Setup | None = None,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = COMPARED,
     optimizer: str = FIRA_ADAM.name,
     **params: object,
 ) -> Estimate:
@@ -108,7 +108,7 @@ def estimate(
         setup: of the run; its defaults where None.
         methods: those of `METHODS` to estimate.
         optimizer: what "Fira" stands for, such as `FiraRMSProp`; the others are compared with FiraAdam alone.
-        **params: its settings, as in a JSON config; `rank` is also GaLore's and LoRA's.
+        **params: its settings, as in a JSON config; `rank` is also GaLore's, APOLLO's and LoRA's.
 
     Returns:
         Bytes by method, rank and category.
@@ -127,8 +127,11 @@ def estimate(
             "not estimated; ask ds-fira doctor for FiraAdam's states, or give a dense model."
         )
     kind = algorithm_of({KEY: optimizer})
-    if kind is not FIRA_ADAM and "GaLore" in methods:
-        raise ValueError(f"optimizer = {optimizer!r} does not go with GaLore among the methods; leave one of them out.")
+    for relative in RELATIVES:
+        if kind is not FIRA_ADAM and relative in methods:
+            raise ValueError(
+                f"optimizer = {optimizer!r} does not go with {relative} among the methods; leave one of them out."
+            )
     run = plan_run(module, setup.gpus, setup.zero_stage, kind, **params)
     ranked = [(shape, group.settings) for group in run.groups if "rank" in group.settings for shape in group.shapes]
     largest = max((min(shape[-2:]) for shape, _ in ranked), default=math.inf)
@@ -142,9 +145,7 @@ def estimate(
     sequence = activation_bytes(config, setup.seq_length, setup.weight_bytes, setup.activation_checkpointing)
     found = {}
     checked = check_params(params, algorithm=kind)
-    for method in compare_methods(module, run, setup, checked):
-        if method.name not in methods:
-            continue
+    for method in compare_methods(module, run, setup, checked, methods):
         by_rank = tuple(
             rank_memory(method.buffers, setup, rank, method.state_bytes(rank), method.frozen)
             for rank in range(setup.gpus if setup.sharded else 1)
@@ -227,8 +228,10 @@ def _notes(
         yield "Activations are an estimate by formula (ds_fira/tools/estimate/activations.py); the rest is counted."
     if "LoRA" in methods:
         yield "LoRA trains its adapters alone; embeddings, head and norms are frozen with the other weights."
-    if "GaLore" in methods and setup.sharded:
-        yield "GaLore is GaLoreAdam, in the partitions of Fira: galore-torch itself has no form under ZeRO."
+    for name, algorithm in RELATIVES.items():
+        if name in methods and setup.sharded:
+            package = f"{name.lower()}-torch"
+            yield f"{name} is {algorithm.name}, in the partitions of Fira: {package} itself has no form under ZeRO."
     yield (
         f"To fit, {1 - MARGIN:.0%} of the memory must do: the rest is for the CUDA context, the allocator's gaps and "
         "the temporaries of an optimizer step."

@@ -149,7 +149,7 @@ def test_a_deprecated_setting_is_said_once(monkeypatch):
 
 def test_an_unknown_keyword_of_the_constructor():
     """A wrong call, as in Python, with the sentence of a wrong setting."""
-    for kind in (FiraAdam, ds_fira.GaLoreAdam, ds_fira.FiraRMSProp):
+    for kind in (FiraAdam, ds_fira.GaLoreAdam, ds_fira.ApolloAdam, ds_fira.FiraRMSProp):
         for error in (TypeError, ValueError):
             with pytest.raises(error, match=rf"^{kind.__name__}: unknown setting 'rnak' = 4; did you mean 'rank'\?"):
                 kind([nn.Parameter(make_weight((6, 8)))], rnak=4)

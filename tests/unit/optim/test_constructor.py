@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from ds_fira import FiraAdam, FiraRMSProp, GaLoreAdam
+from ds_fira import ApolloAdam, FiraAdam, FiraRMSProp, GaLoreAdam
 from ds_fira.optim.constructor import settings_table
 from ds_fira.optim.settings import LEGAL, TORCH_OPTIONS, check_params
 from tests.reference.gradients import make_weight
 
-KINDS = [FiraAdam, GaLoreAdam, FiraRMSProp]
+KINDS = [FiraAdam, GaLoreAdam, ApolloAdam, FiraRMSProp]
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "configs.md"
 
 

@@ -71,6 +71,11 @@ def test_other_optimizers_and_dtypes() -> None:
     galore = low_rank_state(stepped(GaLoreAdam), "0")
     assert galore.residual_norm is None
     assert galore.exp_avg.any()
+    apollo = stepped(ds_fira.ApolloAdam)
+    drawn = low_rank_state(apollo, "0")
+    assert drawn.basis.shape == (0, 2)
+    set_low_rank_state(apollo, "0", dataclasses.replace(drawn, moments={**drawn.moments, "exp_avg": drawn.exp_avg + 1}))
+    assert torch.equal(low_rank_state(apollo, "0").exp_avg, drawn.exp_avg + 1)
     moments = low_rank_state(stepped(ds_fira.FiraRMSProp), "0").moments
     assert "exp_avg" not in moments
     assert moments

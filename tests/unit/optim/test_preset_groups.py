@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ds_fira
-from ds_fira import FiraAdam, FiraRMSProp, GaLoreAdam
+from ds_fira import ApolloAdam, FiraAdam, FiraRMSProp, GaLoreAdam
 from ds_fira.optim import presets
 from ds_fira.optim.param_groups import build_groups, group_defaults
 from ds_fira.optim.presets import PRESETS, ModelSize, transferred_scale
@@ -173,7 +173,7 @@ def test_its_own_groups_make_an_optimizer_again() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", [GaLoreAdam, FiraRMSProp])
+@pytest.mark.parametrize("kind", [GaLoreAdam, ApolloAdam, FiraRMSProp])
 def test_other_optimizers_refuse_it(way: Callable, kind: type) -> None:
     with pytest.raises(
         ValueError, match=r"preset = 'recommended' is a setting of FiraAdam that \w+ has no use for; rem"
@@ -181,7 +181,7 @@ def test_other_optimizers_refuse_it(way: Callable, kind: type) -> None:
         way(llama(), kind)
 
 
-@pytest.mark.parametrize("kind", [GaLoreAdam, FiraRMSProp])
+@pytest.mark.parametrize("kind", [GaLoreAdam, ApolloAdam, FiraRMSProp])
 def test_other_optimizers_refuse_groups_made_with_one(kind: type) -> None:
     with pytest.raises(ValueError, match=rf"{kind.__name__}: preset = 'recommended' is a setting of FiraAdam"):
         kind(ds_fira.param_groups(llama(), RANK, preset="recommended"))

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import ds_fira
-from ds_fira import FiraAdam, FiraRMSProp, GaLoreAdam
+from ds_fira import ApolloAdam, FiraAdam, FiraRMSProp, GaLoreAdam
 from ds_fira.optim.param_groups import build_groups
 from ds_fira.optim.settings import check_params
 
-KINDS = [FiraAdam, GaLoreAdam, FiraRMSProp]
+KINDS = [FiraAdam, GaLoreAdam, ApolloAdam, FiraRMSProp]
 
 
 class Model(nn.Module):

@@ -6,15 +6,24 @@ Ranks are threads of which one computes at a time, as Triton's interpreter has o
 from __future__ import annotations
 
 import math
-from threading import Lock
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Lock
 from typing import Any
 
 import pytest
 import torch
 
 from ds_fira.core import kernels
+from ds_fira.core.algorithms import APOLLO_ADAM
+from ds_fira.core.settings import GroupSettings
+from ds_fira.observe.metrics import StepMetrics
+from ds_fira.sharding.geometry import matrices_of, split
+from ds_fira.sharding.lowrank.step import LowRankMatrices
+from ds_fira.sharding.plan import plan_groups
+from ds_fira.sharding.refresher import Refresher
 from tests.unit.sharding import test_overlap
 from tests.unit.sharding.test_overlap import PAIRS, TOGETHER, train
+from tests.unit.sharding.threads import Threads
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -82,3 +91,37 @@ def test_every_form(both: Any, changed: dict[str, Any], evenly_sharded: bool) ->
 def test_turns_overlap(both: Any, evenly_sharded: bool) -> None:
     """One matrix a turn, two turns at a time."""
     both({"alpha": 1.0}, PAIRS, 5, evenly_sharded=evenly_sharded, fault=True)
+
+
+def test_torch_functions_step_what_has_a_drawn_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of split matrices, whose kernels read rows of P that are stored or borrowed."""
+    settings = GroupSettings.of({"rank": 3, "update_proj_gap": 10**6, **APOLLO_ADAM.group_values})
+    (matrix,) = matrices_of("w", (12, 40), 0)
+    size = matrix.numel // 2 + 7
+    layout = plan_groups([([split(matrix, size, 2)], size)], 2, [settings])[0]
+    grad = torch.randn(2 * size, generator=torch.Generator().manual_seed(0))
+
+    def run(rank: int, barrier: Barrier, box: list[Any]) -> torch.Tensor:
+        param = torch.nn.Parameter(torch.zeros(size))
+        one = LowRankMatrices(layout.low_rank, Threads(rank, barrier, box), {"w": 0})
+        state = one.allocate(param, settings, APOLLO_ADAM)
+        param.grad = grad[rank * size : (rank + 1) * size].clone()
+        with torch.no_grad():
+            one.step(param, state, settings, 1e-4, Refresher(StepMetrics(), "ApolloAdam"), APOLLO_ADAM)
+        return param.detach()
+
+    def both_ranks() -> torch.Tensor:
+        barrier, box = Barrier(2), [()] * 2
+        with ThreadPoolExecutor(2) as pool:
+            return torch.cat(list(pool.map(lambda rank: run(rank, barrier, box), range(2))))
+
+    assert [each.way for each in layout.split] == ["low_rank"]
+    expected = both_ranks()
+    monkeypatch.delattr("ds_fira.sharding.lowrank.device_part.DevicePart.__init__")
+    kernels.interpret_on_cpu(True)
+    try:
+        assert kernels.supports(expected)
+        assert torch.equal(both_ranks(), expected)
+    finally:
+        kernels.interpret_on_cpu(False)
+    assert expected.abs().sum() > 0.0

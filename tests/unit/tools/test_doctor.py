@@ -81,6 +81,15 @@ def test_what_is_told_of_a_run_that_would_train(tmp_path: Path, model: str, caps
     assert found["groups"][0]["matrices"] == [{"shape": [64, 64], "count": 6, "side": "right", "rank": 16}]
 
 
+def test_nobody_computes_a_basis_that_is_drawn(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = changed(tmp_path, {"optimizer": {"type": "ApolloAdam", "params": {"rank": 16, "lr": 0.01}}})
+    assert call(config, model) == 0
+    text = capsys.readouterr().out
+    assert "ApolloAdam at ZeRO stage 2" in text
+    assert "each steps its rows, and draws the basis" in text
+    assert "computes the basis" not in text
+
+
 @pytest.mark.parametrize(
     ("change", "more", "sentences"),
     [
