@@ -22,12 +22,13 @@ class LocalStandIn:
 
     Attributes:
         param: the parameter.
+        params: it alone.
         shards: how it is cut; None where the rank holds all of it.
         rank: this one among those that it is cut over.
     """
 
     def __init__(self, param: nn.Parameter, shards: Shards | None, rank: int) -> None:
-        self.param, self.shards, self.rank = param, shards, rank
+        self.param, self.params, self.shards, self.rank = param, (param,), shards, rank
         self.tensor = self._local
 
     @property
