@@ -90,8 +90,8 @@ def test_memory_is_shards_states_and_one_module_s_gradients(ranks: Pools) -> Non
         assert states == alike
         # Of one module weight and gradient whole, what is reduced of them, shards; of the next one the whole weight.
         assert shards + states < small < shards + states + 5 * one
-        # All gradients, and copies of what is stepped together.
-        assert large > 2 * shards + states + 5 * one
+        # All gradients, and no copies of what is stepped together, which would be as large again.
+        assert 2 * shards + states + 5 * one < large < 2 * shards + states + 7 * one
 
 
 def test_units_are_stepped_once_and_whole() -> None:

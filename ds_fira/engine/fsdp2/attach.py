@@ -27,8 +27,8 @@ from ds_fira.sharding.geometry import MatrixShard, ParamSlice, matrices_of
 from ds_fira.sharding.plan import GroupLayout, digest, plan_groups, split_by_size
 from ds_fira.sharding.projection import is_projected
 
-# Elements that a rank holds of matrices that are stepped together, or one matrix: weights and gradients of them are
-# copied for a step, 256 MiB in float32.
+# Elements that a rank holds of matrices that are stepped together, or one matrix: where weights and gradients of them
+# are copied for a step, 256 MiB in float32.
 MAX_FLAT_NUMEL = 2**25
 
 

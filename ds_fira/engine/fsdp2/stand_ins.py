@@ -1,8 +1,8 @@
 """What is stepped in place of FSDP2's parameters: the part that this rank holds of one, or a flat tensor of several.
 
 What is not projected is stepped where it lies, element by element. Matrices are stepped together, as under ZeRO-3: what
-a rank holds of them is put behind one another for the time of a step, so that a few collectives serve all of them. A
-matrix that fills such a tensor alone is stepped where it lies, too.
+a rank holds of them is put behind one another for the time of a step, so that a few collectives serve all of them. They
+stay where they lie if a matrix fills such a tensor alone, or if no kernel reads them by one address.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ds_fira.core import kernels
 from ds_fira.engine.fsdp2.shards import Shards, local_gradient, local_of
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.row_blocks import common, inside
+from ds_fira.sharding.scattered import forget, scatter
 
 
 class LocalStandIn:
@@ -73,10 +75,14 @@ class FlatStandIn:
         self._sizes = [len(elements) for elements in held]
         local = local_of(params[0])
         self._in_place = len(params) == 1 and shards[0].contiguous
+        self._contiguous = all(each.contiguous for each in shards)
         self.tensor = local.view(-1) if self._in_place else local.new_empty(sum(self._sizes))
         self._empty()
 
     def _empty(self) -> None:
+        for flat in (self.tensor, self.tensor.grad):
+            if flat is not None:
+                forget(flat)
         self.tensor.grad = None
         if not self._in_place:
             self.tensor.untyped_storage().resize_(0)
@@ -91,6 +97,9 @@ class FlatStandIn:
             self.tensor.data = local_of(self.params[0]).view(-1)
             self.tensor.grad = grads[0].reshape(-1)
             return True
+        if self._contiguous and not kernels.supports(local_of(self.params[0])):
+            self._scatter(grads)
+            return True
         storage = self.tensor.untyped_storage()
         storage.resize_(self.tensor.numel() * self.tensor.itemsize)
         gradient = torch.empty_like(self.tensor)
@@ -101,9 +110,21 @@ class FlatStandIn:
 
     def give_back(self) -> None:
         """See `StandIn.give_back`; may be a collective call."""
-        if not self._in_place:
+        if self.tensor.untyped_storage().nbytes() and not self._in_place:
             self._return()
         self._empty()
+
+    def _scatter(self, grads: Sequence[Tensor | None]) -> None:
+        """Step the parameters where they lie."""
+        gradient = torch.empty_like(self.tensor)
+        gradient.untyped_storage().resize_(0)
+        parts = [
+            self.tensor.new_zeros(size) if grad is None else grad.reshape(-1).to(self.tensor.dtype)
+            for size, grad in zip(self._sizes, grads, strict=True)
+        ]
+        scatter(self.tensor, [local_of(param).view(-1) for param in self.params])
+        scatter(gradient, parts)
+        self.tensor.grad = gradient
 
     def _parts(self, flat: Tensor) -> Iterator[tuple[Shards, Tensor]]:
         yield from zip(self.shards, flat.split(self._sizes), strict=True)
