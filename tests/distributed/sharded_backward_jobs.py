@@ -206,6 +206,25 @@ def _carried(model: nn.Module, optimizer: Any, steps_in: Any, folder: str | None
     return other, another, others
 
 
+def spoiled(clip: str | None) -> tuple[list[str], float | None]:
+    """What a step leaves as it was in which a block's gradients are not finite on the first rank; the norm it found."""
+    model, optimizer, steps_in = _start(True, {"weight_decay": 0.0}, False, clip, {"twice": False, "frozen": "never"})
+    spoils = False
+
+    def spoil(shards: Tensor) -> None:
+        if spoils and dist.get_rank() == 0:
+            shards.fill_(math.inf)
+
+    model.blocks[1].set_all_reduce_hook(spoil)
+    for step in range(3):
+        spoils = step == 2
+        before = {name: whole(param) for name, param in model.named_parameters()}
+        model(torch.arange(10).view(2, 5), True).backward()
+        optimizer.step()
+    after = {name: whole(param) for name, param in model.named_parameters()}
+    return [name for name, value in before.items() if torch.equal(value, after[name])], steps_in.grad_norm
+
+
 def both(**how: Any) -> list[dict[str, Any]]:
     """A training by `step()`, and one in the backward pass."""
     return [train(releases, **how) for releases in (False, True)]

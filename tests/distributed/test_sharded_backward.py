@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,19 @@ def test_clipping_is_by_whole_norms(ranks: Pools, clip: str) -> None:
     assert released["norms"] == pytest.approx(plain["norms"], rel=1e-4)
     assert min(plain["norms"]) > 0.05
     same(plain, released, 1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("clip", ["previous", "parameter"])
+def test_a_gradient_that_is_not_finite_skips_its_parameter_alone(ranks: Pools, clip: str) -> None:
+    """On every rank, a matrix; of the rest each rank its shard, and all of it where whole norms are known in time."""
+    answers = ranks.run(2, "spoiled", module=MODULE, clip=clip)
+    assert answers[0] == answers[1]
+    kept, norm = answers[0]
+    assert math.isfinite(norm)
+    block = ["norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight"]
+    expected = block if clip == "parameter" else ["up.weight", "down.weight"]
+    assert kept == [*(f"blocks.1.{name}" for name in expected), "never.weight", "never.bias"]
 
 
 @pytest.mark.parametrize("by", full_if(lambda by: by == "states", ("checkpoint", "states")))
