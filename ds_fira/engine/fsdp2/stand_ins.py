@@ -88,7 +88,10 @@ class FlatStandIn:
             self.tensor.untyped_storage().resize_(0)
 
     def take(self) -> bool:
-        """See `StandIn.take`; where only some have a gradient, that of the others is zero. May be a collective call."""
+        """See `StandIn.take`; may be a collective call.
+
+        Where only some have a gradient, the others' is NaN: such a matrix is left as it is, as by `torch.optim`.
+        """
         grads = [local_gradient(param) for param in self.params]
         if all(grad is None for grad in grads):
             return False
@@ -119,7 +122,7 @@ class FlatStandIn:
         gradient = torch.empty_like(self.tensor)
         gradient.untyped_storage().resize_(0)
         parts = [
-            self.tensor.new_zeros(size) if grad is None else grad.reshape(-1).to(self.tensor.dtype)
+            self.tensor.new_full((size,), torch.nan) if grad is None else grad.reshape(-1).to(self.tensor.dtype)
             for size, grad in zip(self._sizes, grads, strict=True)
         ]
         scatter(self.tensor, [local_of(param).view(-1) for param in self.params])
@@ -130,11 +133,11 @@ class FlatStandIn:
         yield from zip(self.shards, flat.split(self._sizes), strict=True)
 
     def _collect(self, flat: Tensor, locals_: Sequence[Tensor | None]) -> None:
-        """Fill a flat tensor from what this rank holds, None for zero, and from what others do of the same rows."""
+        """Fill a flat tensor from what this rank holds, None for NaN, and from what others do of the same rows."""
         rank, sent, expected, targets = self.communicator.dp_rank, [], [], {}
         for index, ((each, part), local) in enumerate(zip(self._parts(flat), locals_, strict=True)):
             if local is None:
-                part.zero_()
+                part.fill_(torch.nan)
             elif each.contiguous:
                 part.copy_(local.reshape(-1))
             else:
