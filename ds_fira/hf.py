@@ -185,6 +185,8 @@ def _making_steps(args: Any) -> Callable[[], Callable[..., LowRankOptimizer]]:
     faults = {
         f"gradient_accumulation_steps = {args.gradient_accumulation_steps}, whose sum it cannot wait for; give 1 and a "
         "larger batch": args.gradient_accumulation_steps > 1,
+        "FSDP under the Trainer, which shards the model when the optimizer has been made; call "
+        "ds_fira.step_in_backward behind fully_shard, in a loop of your own": bool(getattr(args, "fsdp", None)),
         f"{args.world_size} processes under the Trainer, whose DistributedDataParallel keeps all gradients; start one, "
         "or call ds_fira.step_in_backward with a process_group": args.world_size > 1,
         "fp16 = true, whose loss scale needs all gradients at once; train in bfloat16": args.fp16,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,9 +25,11 @@ class StandIn(Protocol):
 
     Attributes:
         tensor: has the states; its memory, and its gradient, may be there in a step alone.
+        params: the parameters.
     """
 
     tensor: Tensor
+    params: Sequence[Tensor]
 
     def take(self) -> bool:
         """Fill it, and its gradient, from the parameters; False, and nothing done, where none has a gradient."""
@@ -155,14 +157,22 @@ class Attachable:
         if self.attachment.form is not None:
             self.attachment.form.show_names(stepped)
 
-    def _lent(self, number: int) -> Iterator[list[Tensor]]:
-        """Lists of a group's tensors that have a gradient and are stepped together, each given back behind its step."""
+    def _lent(self, number: int, among: Collection[Tensor] | None = None) -> Iterator[list[Tensor]]:
+        """Lists of a group's tensors that have a gradient and are stepped together, each given back behind its step.
+
+        Args:
+            number: of the group.
+            among: those of its parameters that are to be stepped; None for all of them.
+        """
         batches = self.attachment.stand_ins.get(number)
         if batches is None:
-            yield [param for param in self.param_groups[number]["params"] if param.grad is not None]
+            params = self.param_groups[number]["params"] if among is None else among
+            yield [param for param in params if param.grad is not None]
             return
+        chosen = None if among is None else set(map(id, among))
         for batch in batches:
-            taken = [each for each in batch if each.take()]
+            wanted = [each for each in batch if chosen is None or not chosen.isdisjoint(map(id, each.params))]
+            taken = [each for each in wanted if each.take()]
             yield [each.tensor for each in taken]
             for each in taken:
                 each.give_back()

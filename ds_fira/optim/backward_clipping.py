@@ -10,12 +10,29 @@ Letters: G_i is the gradient of parameter i, N = sqrt(sum |G_i|^2) the norm of a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 ClippingName = Literal["previous", "parameter"]
+
+
+class Held:
+    """What a rank has of gradients: all of them, unless a subclass says otherwise."""
+
+    def of(self, param: Tensor) -> Tensor:
+        """What this rank has of a parameter's gradient; changed in place."""
+        return param.grad
+
+    def share(self, param: Tensor) -> float:
+        """Which share of the squares of that this rank counts: 1 over the number of ranks that have the same."""
+        return 1.0
+
+    def total(self, squares: Tensor) -> Tensor:
+        """Sums of squares, 1-D, over the ranks that have parts of the same gradients."""
+        return squares
 
 
 class Clipping:
@@ -25,18 +42,20 @@ class Clipping:
         max_norm: c.
 
     Attributes:
+        held: what this rank has of gradients.
         last_norm: N of the last step; None before the first.
     """
 
     def __init__(self, max_norm: float = math.inf) -> None:
         self.max_norm = max_norm
+        self.held = Held()
         self.last_norm: float | None = None
 
-    def clip_(self, grad: Tensor) -> None:
-        """Scale one gradient in place."""
+    def clip_(self, params: Sequence[Tensor]) -> None:
+        """Scale the gradients of some parameters in place; a collective call where ranks have parts of them."""
 
     def end_step(self) -> None:
-        """Say that all gradients of a step have come."""
+        """Say that all gradients of a step have come; a collective call, likewise."""
 
 
 class ByParameter(Clipping):
@@ -44,39 +63,47 @@ class ByParameter(Clipping):
 
     def __init__(self, max_norm: float) -> None:
         super().__init__(max_norm)
-        # On the gradients' devices, one number each: nothing is read in the midst of a backward pass.
-        self._squares: dict[torch.device, Tensor] = {}
+        # On the gradients' devices: nothing is read in the midst of a backward pass.
+        self._squares: list[Tensor] = []
 
-    def clip_(self, grad: Tensor) -> None:
-        """Scale by min(1, c / |G|)."""
-        norm = self._note(grad)
-        grad.mul_((self.max_norm / norm).nan_to_num(1.0, posinf=1.0).clamp(max=1.0).to(grad.dtype))
+    def clip_(self, params: Sequence[Tensor]) -> None:
+        """Scale by min(1, c / |G|); a gradient that is not finite is so on every rank then, and not stepped."""
+        norms = self.held.total(self._note(params)).sqrt()
+        factors = torch.where(norms.isfinite(), (self.max_norm / norms).clamp(max=1.0), torch.nan)
+        for param, factor in zip(params, factors, strict=True):
+            grad = self.held.of(param)
+            grad.mul_(factor.to(grad.dtype))
 
     def end_step(self) -> None:
-        """Keep N of this step."""
+        """Keep N of this step, of the gradients that were finite: a step with another one is not made."""
         if self._squares:
-            self.last_norm = math.sqrt(sum(float(square) for square in self._squares.values()))
-        self._squares = {}
+            squares = self.held.total(torch.cat([each.to(self._squares[0].device) for each in self._squares]))
+            self.last_norm = math.sqrt(float(squares.where(squares.isfinite(), 0.0).sum()))
+        self._squares = []
 
-    def _note(self, grad: Tensor) -> Tensor:
-        """|G|, float32, 0-dim; added to N where it is finite, as a step with another one is not made."""
-        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-        square = torch.where(norm.isfinite(), norm, 0.0).double().square()
-        self._squares[grad.device] = self._squares.get(grad.device, 0.0) + square
-        return norm
+    def _note(self, params: Sequence[Tensor]) -> Tensor:
+        """What this rank counts of every |G|^2, float64, 1-D; kept for N, too."""
+        squares = []
+        for param in params:
+            grad = self.held.of(param)
+            norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+            squares.append(norm.double().square() * self.held.share(param))
+        self._squares.append(torch.stack(squares))
+        return self._squares[-1]
 
 
 class ByPrevious(ByParameter):
     """All gradients by the norm of the step before."""
 
-    def clip_(self, grad: Tensor) -> None:
+    def clip_(self, params: Sequence[Tensor]) -> None:
         """Scale by min(1, c / N) with N of the step before; in the first step as `ByParameter`."""
         if self.last_norm is None:
-            super().clip_(grad)
+            super().clip_(params)
             return
-        self._note(grad)
+        self._note(params)
         if self.last_norm > self.max_norm:
-            grad.mul_(self.max_norm / self.last_norm)
+            for param in params:
+                self.held.of(param).mul_(self.max_norm / self.last_norm)
 
 
 WAYS = {"previous": ByPrevious, "parameter": ByParameter}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -37,15 +37,20 @@ class Stepping(Resumable):
     _recording: bool
 
     @torch.no_grad()
-    def step_one(self, param: Tensor, group: ParamGroup) -> None:
-        """Step one parameter with the gradient it has, and no other; `step` calls hooks, this does not.
+    def step_some(self, number: int, params: Collection[Tensor]) -> None:
+        """Step some parameters with the gradients they have, and no others; `step` calls hooks, this does not.
+
+        Where something stands in for several parameters, a collective call.
 
         Args:
-            param: with a gradient.
-            group: of `param_groups`, which has it; not `capturable`.
+            number: of the param group that has them; not `capturable`.
+            params: all that something stands in for, or none of them.
         """
+        group = self.param_groups[number]
         with kernels.switched(self.kernels):
-            self._step_group(group, [param], GroupSettings.of(group))
+            for tensors in self._lent(number, params):
+                if tensors:
+                    self._step_group(group, tensors, GroupSettings.of(group))
 
     def _step_group(self, group: ParamGroup, params: list[Tensor], settings: GroupSettings) -> None:
         """Step the parameters of a group, those that have a gradient."""

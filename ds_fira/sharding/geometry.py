@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ds_fira.core.matrix_slice import MatrixSlice
+from ds_fira.sharding.scattered import place_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +94,13 @@ class MatrixShard:
         return replace(self, shape=shape, columns=(column, column + self.shape[1]))
 
     def fragment(self, flat: Tensor) -> Tensor:
-        """The fragment as a 1-D view that shares `flat`'s storage.
+        """The fragment as a 1-D view that shares `flat`'s storage, or that of the tensor in which it lies.
 
         Args:
             flat: the buffer, of any shape whose row-major order is the buffer's order; contiguous.
         """
-        return flat.view(-1).narrow(0, self.offset, self.numel)
+        tensor, offset = place_of(flat, self.offset)
+        return tensor.view(-1).narrow(0, offset, self.numel)
 
     def matrix(self, flat: Tensor) -> Tensor:
         """The whole matrix as an (m, n) view that shares `flat`'s storage; only for a whole fragment."""
@@ -108,7 +110,7 @@ class MatrixShard:
         """Where the whole matrix lies in `flat`; only for a whole fragment."""
         assert self.is_whole, self
         assert flat.is_contiguous(), self
-        return MatrixSlice(flat, self.offset, self.shape, (self.shape[1], 1))
+        return MatrixSlice(*place_of(flat, self.offset), self.shape, (self.shape[1], 1))
 
 
 def matrices_of(name: str, shape: tuple[int, ...], begin: int = 0, optimizer: str = "") -> list[MatrixShard]:

@@ -42,13 +42,13 @@ class MeanBuckets:
         self._sent = 0
         self._travelling: tuple[list[Tensor], Pending[Tensor]] | None = None
 
-    def arrive(self, param: Tensor) -> Iterator[Tensor]:
-        """Take note of a gradient, and give the parameters whose mean gradients have come meanwhile."""
+    def arrive(self, param: Tensor) -> Iterator[tuple[Tensor]]:
+        """Take note of a gradient, and give the parameters whose mean gradients have come meanwhile, one by one."""
         self._missing[self._number[id(param)]] -= 1
         while self._sent < len(self._buckets) and self._missing[self._sent] == 0:
             yield from self._send()
 
-    def finish(self) -> Iterator[Tensor]:
+    def finish(self) -> Iterator[tuple[Tensor]]:
         """At the end of a backward pass: send what is left, and give the parameters that have not been given yet."""
         while self._sent < len(self._buckets):
             yield from self._send()
@@ -56,7 +56,7 @@ class MeanBuckets:
         self._missing = [len(bucket) for bucket in self._buckets]
         self._sent = 0
 
-    def _send(self) -> Iterator[Tensor]:
+    def _send(self) -> Iterator[tuple[Tensor]]:
         bucket = self._buckets[self._sent]
         self._sent += 1
         # Behind the gradients stands of each parameter whether there is one: what is unused everywhere is not stepped.
@@ -69,7 +69,7 @@ class MeanBuckets:
         yield from self._receive()
         self._travelling = bucket, started
 
-    def _receive(self) -> Iterator[Tensor]:
+    def _receive(self) -> Iterator[tuple[Tensor]]:
         if self._travelling is None:
             return
         (bucket, arriving), self._travelling = self._travelling, None
@@ -78,4 +78,4 @@ class MeanBuckets:
         for param, one, count in zip(bucket, sums, has.tolist(), strict=True):
             if count > 0:
                 param.grad = one.div_(self._communicator.dp_size).view(param.shape)
-                yield param
+                yield (param,)

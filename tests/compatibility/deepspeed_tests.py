@@ -2,119 +2,27 @@
 
 python -m tests.compatibility.deepspeed_tests --folder DeepSpeed/tests unit/moe/test_moe.py unit/checkpoint
 
-The folder is the `tests` of a checkout of the DeepSpeed release that is installed; nothing of it is part of this
-repository. It is copied, and in the copy `unit/common.py`, which every process of a test imports, imports
-`adam_swap.py` first. A second run without that is the control: what fails there too is not counted.
+The folder is the `tests` of a checkout of the DeepSpeed release that is installed. In a copy of it `unit/common.py`,
+which every process of a test imports, imports `adam_swap.py` first.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.compatibility.foreign_tests import Suite
+
 SWAP = "import tests.compatibility.adam_swap  # noqa"
-COLUMNS = ("passed", "refused", "failed", "fails with Adam too", "skipped")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Of one test.
-
-    Attributes:
-        kind: "passed", "skipped" or "failed".
-        text: what it said, where it failed.
-    """
-
-    kind: str
-    text: str = ""
-
-    @property
-    def refusal(self) -> str | None:
-        """The sentence with which FiraAdam refused what the test asks for."""
-        lines = [line.partition("ValueError: ")[2] for line in self.text.splitlines()]
-        return next((line for line in lines if line.startswith(("FiraAdam: ", "FiraAdam in "))), None)
+def prepare(copy: Path, swap: bool) -> None:
+    """Let a copy of the tests train with FiraAdam."""
+    if swap:
+        common = copy / "unit" / "common.py"
+        common.write_text(f"{SWAP}\n{common.read_text()}")
 
 
-def run(folder: Path, paths: list[str], swap: bool, timeout: float) -> dict[tuple[str, str], Outcome]:
-    """The outcome of every test by its file and its name.
-
-    Args:
-        folder: `tests` of a checkout.
-        paths: below it.
-        swap: whether to train with FiraAdam.
-        timeout: seconds for all of them; what has not ended by then is not among the answers.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        copy, report = Path(scratch, "tests"), Path(scratch, "report.xml")
-        shutil.copytree(folder, copy)
-        if swap:
-            common = copy / "unit" / "common.py"
-            common.write_text(f"{SWAP}\n{common.read_text()}")
-        places = [str(ROOT), str(copy), os.environ.get("PYTHONPATH", "")]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "DS_TEST_USE_INSTALLED_DEEPSPEED": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *paths]
-        try:
-            subprocess.run(command, cwd=copy, env=env, timeout=timeout, check=False)
-        except subprocess.TimeoutExpired:
-            print(f"not all tests ended within {timeout:.0f} s", file=sys.stderr)
-        return read_report(report)
-
-
-def read_report(report: Path) -> dict[tuple[str, str], Outcome]:
-    """The outcomes in a JUnit file; none where pytest has not come to write it."""
-    found: dict[tuple[str, str], Outcome] = {}
-    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-        file, _, rest = case.get("classname", "").partition(".Test")
-        name = f"{rest and 'Test' + rest + '.'}{case.get('name')}"
-        kinds = {child.tag: f"{child.get('message')}\n{child.text}" for child in case}
-        if "skipped" in kinds:
-            outcome = Outcome("skipped")
-        elif "failure" in kinds or "error" in kinds:
-            outcome = Outcome("failed", kinds.get("failure") or kinds["error"])
-        else:
-            outcome = Outcome("passed")
-        found[file.replace(".", "/") + ".py", name] = outcome
-    return found
-
-
-def table(swapped: dict[tuple[str, str], Outcome], control: dict[tuple[str, str], Outcome]) -> str:
-    """A table of the counts of each file, in Markdown, and under it the reason of each refusal and failure."""
-    counts: dict[str, Counter[str]] = {}
-    reasons: dict[str, list[str]] = {}
-    for (file, name), outcome in swapped.items():
-        kind = outcome.kind
-        if kind == "failed" and control.get((file, name), Outcome("failed")).kind == "failed":
-            kind = "fails with Adam too"
-        elif kind == "failed":
-            kind = "refused" if outcome.refusal else "failed"
-            reason = outcome.refusal or next(iter(outcome.text.strip().splitlines()), "")
-            reasons.setdefault(reason[:200], []).append(f"{file}::{name}")
-        counts.setdefault(file, Counter())[kind] += 1
-    rows = [f"| {file} | {' | '.join(str(found[kind]) for kind in COLUMNS)} |" for file, found in counts.items()]
-    head = [f"| file | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    told = [f"- {reason}: {len(names)}, as {names[0]}" for reason, names in reasons.items()]
-    return "\n".join([*head, *rows, "", *told])
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="`tests` of a checkout of DeepSpeed")
-    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for each of the two runs")
-    parser.add_argument("paths", nargs="+", help="files or folders below it")
-    given = parser.parse_args()
-    swapped, control = (run(given.folder, given.paths, swap, given.timeout) for swap in (True, False))
-    print(table(swapped, control))
-
+SUITE = Suite(prepare, {"DS_TEST_USE_INSTALLED_DEEPSPEED": "1"})
 
 if __name__ == "__main__":
-    main()
+    SUITE.main(__doc__, "`tests` of a checkout of DeepSpeed")

@@ -161,12 +161,12 @@ def test_gradients_that_are_placed_otherwise(ranks: Pools) -> None:
     assert ranks.run(2, "replicated_gradients", module=MODULE) == [True, True]
 
 
-def test_a_missing_gradient_is_zero_beside_others(ranks: Pools) -> None:
-    """Of a matrix, as under ZeRO; what is not projected is left alone, as in one process."""
-    results = run(ranks, unused={2: ("layers.0.weight", "norm.weight")})
-    seen = results[0]["gradients"][2]
-    assert "layers.0.weight" not in seen
-    seen["layers.0.weight"] = torch.zeros(SHAPES[0])
+@pytest.mark.parametrize("job", [{}, pytest.param({"shard_dim": 1}, marks=pytest.mark.full)])
+def test_what_has_no_gradient_is_left_alone(ranks: Pools, job: dict[str, Any]) -> None:
+    """As in one process, also where a basis is due, and before there is one; a matrix as what is not projected."""
+    first, second = ("layers.0.weight", "layers.1.weight", "norm.weight"), ("layers.1.weight", "layers.2.weight")
+    results = run(ranks, unused={0: first, 3: second}, **job)
+    assert not {*first} & results[0]["gradients"][0].keys()
     check(results)
 
 

@@ -141,10 +141,14 @@ def test_each_name_has_its_optimizer_and_its_settings() -> None:
         hf.settings_of(args)
 
 
-def test_the_first_version_of_fsdp_is_refused() -> None:
+def test_what_is_refused_under_fsdp() -> None:
     """By what the Trainer hands over: its own arguments are not made with FSDP where there is no GPU."""
     args = SimpleNamespace(**GIVEN, fsdp=["full_shard"], fsdp_config={"version": 1})
     with pytest.raises(ValueError, match=r"does not train under FSDP with fsdp_config version = 1, .*set version to 2"):
+        hf._make(SimpleNamespace(args=args, model=llama()))
+    args.fsdp_config, args.optim_args = {"version": 2}, f"{args.optim_args},step_in_backward=true"
+    args.gradient_accumulation_steps, args.world_size, args.fp16 = 1, 2, False
+    with pytest.raises(ValueError, match="step_in_backward = true does not go with FSDP under the Trainer"):
         hf._make(SimpleNamespace(args=args, model=llama()))
 
 

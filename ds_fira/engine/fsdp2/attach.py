@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from ds_fira.checkpoint.reconcile import Members
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.engine.binding import agree_on_kernels, bind_layout, structure_of
+from ds_fira.engine.fsdp2.refusals import refuse_rule, refuse_settings
 from ds_fira.engine.fsdp2.shards import Box, Shards, boxes_of, coordinate, local_of, own_box, sharded_dims
 from ds_fira.engine.fsdp2.stand_ins import FlatStandIn, LocalStandIn
 from ds_fira.engine.fsdp2.state_form import ShardedStates
@@ -26,8 +27,8 @@ from ds_fira.sharding.geometry import MatrixShard, ParamSlice, matrices_of
 from ds_fira.sharding.plan import GroupLayout, digest, plan_groups, split_by_size
 from ds_fira.sharding.projection import is_projected
 
-# Elements that a rank holds of matrices that are stepped together, or one matrix: weights and gradients of them are
-# copied for a step, 256 MiB in float32.
+# Elements that a rank holds of matrices that are stepped together, or one matrix: where weights and gradients of them
+# are copied for a step, 256 MiB in float32.
 MAX_FLAT_NUMEL = 2**25
 
 
@@ -54,8 +55,12 @@ class Found:
     layouts: list[GroupLayout] = field(default_factory=list)
 
 
-def attach(optimizer: LowRankOptimizer) -> None:
+def attach(optimizer: LowRankOptimizer, units: Sequence[Sequence[Tensor]] = ()) -> None:
     """Tell an optimizer what lies where; a collective call of all ranks of its parameters' mesh.
+
+    Args:
+        optimizer: that has these parameters.
+        units: parameters that have their gradients at the same time; what stands in for some is of one unit.
 
     Raises:
         ValueError: something is not supported, the same on every rank.
@@ -67,9 +72,10 @@ def attach(optimizer: LowRankOptimizer) -> None:
     everyone = Communicator(_ranks_of(first.device_mesh, range(first.device_mesh.ndim)))
     names = [[own for own, _ in listed] for listed in members]
     boxes = dict(everyone.gather_objects((dist.get_rank(), _own_boxes(optimizer, names))))
+    numbered = {id(param): number for number, unit in enumerate(units) for param in unit}
     found, fault = None, None
     try:
-        found = _find(optimizer, names, boxes)
+        found = _find(optimizer, names, boxes, numbered)
     except ValueError as error:
         fault = str(error)
     refused = next((each for each in everyone.gather_objects(fault) if each is not None), None)
@@ -128,14 +134,25 @@ def _own_boxes(optimizer: LowRankOptimizer, names: Sequence[Sequence[str]]) -> d
     }
 
 
-def _find(optimizer: LowRankOptimizer, names: Sequence[Sequence[str]], boxes: Mapping[int, Mapping[str, Box]]) -> Found:
+def _find(
+    optimizer: LowRankOptimizer,
+    names: Sequence[Sequence[str]],
+    boxes: Mapping[int, Mapping[str, Box]],
+    units: Mapping[int, int],
+) -> Found:
     """What this rank holds of the parameters, and the plan for those that are projected.
+
+    Args:
+        optimizer: has the parameters.
+        names: of them, by param group.
+        boxes: what every rank holds, by rank and name, of parameters with several cuts.
+        units: by the `id` of a parameter the number of its unit; 0 for those that are not among them.
 
     Raises:
         ValueError: something is not supported.
     """
     name = optimizer.algorithm.name
-    _refuse_settings(optimizer)
+    refuse_settings(optimizer)
     dims = {
         own: sharded_dims(param, name, own)
         for group, listed in zip(optimizer.param_groups, names, strict=True)
@@ -144,25 +161,36 @@ def _find(optimizer: LowRankOptimizer, names: Sequence[Sequence[str]], boxes: Ma
     found = _communicators(optimizer, names, dims)
     buffers, settings = [], []
     for number, (group, listed) in enumerate(zip(optimizer.param_groups, names, strict=True)):
-        single: list[StandIn] = []
-        batches: list[list[StandIn]] = []
-        cut: list[tuple[nn.Parameter, Shards]] = []
-        for param, own in zip(group["params"], listed, strict=True):
-            shards = _shards(param, dims[own], own, boxes, name)
-            if shards is not None and is_projected(tuple(param.shape), group):
-                cut.append((param, shards))
-            else:
-                single.append(_local(found, param, own, shards, dims[own]))
-        _refuse_rule(optimizer, single)
-        for flat in _flats(cut, found.communicator):
-            found.flats.append((number, flat))
-            found.slices[flat.tensor], fragments, size = _places(flat)
-            buffers.append((fragments, size))
-            settings.append(GroupSettings.of(group))
-            batches.append([flat])
-        found.stand_ins[number] = [*batches, single] if single else batches
+        found.stand_ins[number] = []
+        for pairs in _by_unit(zip(group["params"], listed, strict=True), units):
+            single: list[StandIn] = []
+            cut: list[tuple[nn.Parameter, Shards]] = []
+            for param, own in pairs:
+                shards = _shards(param, dims[own], own, boxes, name)
+                if shards is not None and is_projected(tuple(param.shape), group):
+                    cut.append((param, shards))
+                else:
+                    single.append(_local(found, param, own, shards, dims[own]))
+            refuse_rule(optimizer, single)
+            for flat in _flats(cut, found.communicator):
+                found.flats.append((number, flat))
+                found.slices[flat.tensor], fragments, size = _places(flat)
+                buffers.append((fragments, size))
+                settings.append(GroupSettings.of(group))
+                found.stand_ins[number].append([flat])
+            found.stand_ins[number] += [single] if single else []
     found.layouts = plan_groups(buffers, found.communicator.dp_size, settings, evenly_sharded=True)
     return found
+
+
+def _by_unit(
+    pairs: Iterable[tuple[nn.Parameter, str]], units: Mapping[int, int]
+) -> Iterator[list[tuple[nn.Parameter, str]]]:
+    """The parameters of a group with their names, those of one unit together."""
+    found: dict[int, list[tuple[nn.Parameter, str]]] = {}
+    for param, name in pairs:
+        found.setdefault(units.get(id(param), 0), []).append((param, name))
+    yield from found.values()
 
 
 def _communicators(optimizer: LowRankOptimizer, names: Sequence[Sequence[str]], dims: Mapping[str, list[int]]) -> Found:
@@ -234,29 +262,6 @@ def _flats(cut: Sequence[tuple[nn.Parameter, Shards]], communicator: Communicato
     for sized in kinds.values():
         for part in split_by_size(sized, MAX_FLAT_NUMEL):
             yield FlatStandIn([param for param, _ in part], [shards for _, shards in part], communicator)
-
-
-def _refuse_settings(optimizer: LowRankOptimizer) -> None:
-    name = optimizer.algorithm.name
-    if any(group["capturable"] for group in optimizer.param_groups):
-        raise ValueError(
-            f"{name}: capturable = True is not supported with parameters sharded by FSDP2, whose step has the host "
-            "read norms; remove it."
-        )
-    if optimizer.recorder is not None:
-        raise ValueError(
-            f"{name}: record_scaling_factors = {optimizer.recorder.every} is not supported with parameters sharded by "
-            "FSDP2; remove it, or record under DeepSpeed's ZeRO."
-        )
-
-
-def _refuse_rule(optimizer: LowRankOptimizer, unprojected: Sequence[StandIn]) -> None:
-    rule = optimizer.algorithm.rule
-    if rule is not None and not rule.elementwise and unprojected:
-        raise ValueError(
-            f"{optimizer.algorithm.name}: FSDP2 takes the parameters that are not projected apart, and "
-            f"{rule.__name__}.elementwise = False says that they cannot be; train only projected parameters."
-        )
 
 
 def _places(flat: FlatStandIn) -> tuple[tuple[ParamSlice, ...], list[dict[int, MatrixShard]], int]:

@@ -1,8 +1,8 @@
 """What is stepped in place of FSDP2's parameters: the part that this rank holds of one, or a flat tensor of several.
 
 What is not projected is stepped where it lies, element by element. Matrices are stepped together, as under ZeRO-3: what
-a rank holds of them is put behind one another for the time of a step, so that a few collectives serve all of them. A
-matrix that fills such a tensor alone is stepped where it lies, too.
+a rank holds of them is put behind one another for the time of a step, so that a few collectives serve all of them. They
+stay where they lie if a matrix fills such a tensor alone, or if no kernel reads them by one address.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ds_fira.core import kernels
 from ds_fira.engine.fsdp2.shards import Shards, local_gradient, local_of
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.row_blocks import common, inside
+from ds_fira.sharding.scattered import forget, scatter
 
 
 class LocalStandIn:
@@ -22,12 +24,13 @@ class LocalStandIn:
 
     Attributes:
         param: the parameter.
+        params: it alone.
         shards: how it is cut; None where the rank holds all of it.
         rank: this one among those that it is cut over.
     """
 
     def __init__(self, param: nn.Parameter, shards: Shards | None, rank: int) -> None:
-        self.param, self.shards, self.rank = param, shards, rank
+        self.param, self.params, self.shards, self.rank = param, (param,), shards, rank
         self.tensor = self._local
 
     @property
@@ -72,16 +75,23 @@ class FlatStandIn:
         self._sizes = [len(elements) for elements in held]
         local = local_of(params[0])
         self._in_place = len(params) == 1 and shards[0].contiguous
+        self._contiguous = all(each.contiguous for each in shards)
         self.tensor = local.view(-1) if self._in_place else local.new_empty(sum(self._sizes))
         self._empty()
 
     def _empty(self) -> None:
+        for flat in (self.tensor, self.tensor.grad):
+            if flat is not None:
+                forget(flat)
         self.tensor.grad = None
         if not self._in_place:
             self.tensor.untyped_storage().resize_(0)
 
     def take(self) -> bool:
-        """See `StandIn.take`; where only some have a gradient, that of the others is zero. May be a collective call."""
+        """See `StandIn.take`; may be a collective call.
+
+        Where only some have a gradient, the others' is NaN: such a matrix is left as it is, as by `torch.optim`.
+        """
         grads = [local_gradient(param) for param in self.params]
         if all(grad is None for grad in grads):
             return False
@@ -89,6 +99,9 @@ class FlatStandIn:
         if self._in_place:
             self.tensor.data = local_of(self.params[0]).view(-1)
             self.tensor.grad = grads[0].reshape(-1)
+            return True
+        if self._contiguous and not kernels.supports(local_of(self.params[0])):
+            self._scatter(grads)
             return True
         storage = self.tensor.untyped_storage()
         storage.resize_(self.tensor.numel() * self.tensor.itemsize)
@@ -100,19 +113,31 @@ class FlatStandIn:
 
     def give_back(self) -> None:
         """See `StandIn.give_back`; may be a collective call."""
-        if not self._in_place:
+        if self.tensor.untyped_storage().nbytes() and not self._in_place:
             self._return()
         self._empty()
+
+    def _scatter(self, grads: Sequence[Tensor | None]) -> None:
+        """Step the parameters where they lie."""
+        gradient = torch.empty_like(self.tensor)
+        gradient.untyped_storage().resize_(0)
+        parts = [
+            self.tensor.new_full((size,), torch.nan) if grad is None else grad.reshape(-1).to(self.tensor.dtype)
+            for size, grad in zip(self._sizes, grads, strict=True)
+        ]
+        scatter(self.tensor, [local_of(param).view(-1) for param in self.params])
+        scatter(gradient, parts)
+        self.tensor.grad = gradient
 
     def _parts(self, flat: Tensor) -> Iterator[tuple[Shards, Tensor]]:
         yield from zip(self.shards, flat.split(self._sizes), strict=True)
 
     def _collect(self, flat: Tensor, locals_: Sequence[Tensor | None]) -> None:
-        """Fill a flat tensor from what this rank holds, None for zero, and from what others do of the same rows."""
+        """Fill a flat tensor from what this rank holds, None for NaN, and from what others do of the same rows."""
         rank, sent, expected, targets = self.communicator.dp_rank, [], [], {}
         for index, ((each, part), local) in enumerate(zip(self._parts(flat), locals_, strict=True)):
             if local is None:
-                part.zero_()
+                part.fill_(torch.nan)
             elif each.contiguous:
                 part.copy_(local.reshape(-1))
             else:
