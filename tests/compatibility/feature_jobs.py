@@ -20,6 +20,7 @@ from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.pipe_features import pipeline
 from tests.compatibility.sequence_jobs import ulysses
 from tests.compatibility.tensor_parallel_features import tensor_parallel
+from tests.distributed.autoep_net import autoep
 from tests.distributed.nvme_jobs import operator_is_built
 from tests.distributed.zero_jobs import config
 
@@ -89,7 +90,7 @@ FEATURES = [
     Feature(f"{AUTOTP} at stage 3", REFUSED, stages=(3,), dtype="fp32", extra=TWO_SLICES, way=tensor_parallel),
     Feature("experts: `deepspeed.moe.layer.MoE`, `ep_size` 1 and 2", stages=(0, 1, 2), dtype="fp32", way=moe),
     Feature("experts: `deepspeed.moe.layer.MoE` at stage 3", REMOVED, stages=(3,), dtype="fp32", way=moe),
-    Feature("experts: `expert_parallel` (AutoEP)", REFUSED, extra={"expert_parallel": {"enabled": True}}),
+    Feature("experts: `expert_parallel` (AutoEP)", stages=(0, 1, 2, 3), dtype="fp32", extra=autoep(2), way=moe),
     Feature("ZeRO++: `zero_quantized_weights`", REFUSED, extra={"zero_zero_quantized_weights": True}),
     Feature(
         "ZeRO++: `zero_quantized_nontrainable_weights`",

@@ -103,10 +103,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "different layers; set it to 1.": pipeline and engine.autotp_size() > 1,
         f"an mpu with tensor parallelism of size {mpu_size} is not supported, because its parameters do not say which "
         "slice of which matrix they are; give none, and set tensor_parallel.autotp_size.": mpu_size > 1,
-        # AutoEP came with 0.19.
-        "expert_parallel.enabled = True is not supported yet, because ranks then hold different experts in parameters "
-        "of one name; set it to false and train the experts as ordinary parameters, or build the model with "
-        "deepspeed.moe.layer.MoE.": _at(config, "expert_parallel_config.enabled"),
         # stage3.py, `state_dict`: it would stop the first save.
         "zero_optimization.elastic_checkpoint = True is not supported at stage 3, because DeepSpeed has no such form "
         f"of its partitioned weights and states; remove it: {name} loads a checkpoint on any number of ranks as it "
@@ -220,6 +216,12 @@ def _refuse_mixed_experts(engine: DeepSpeedEngine, name: str) -> None:
             f"DeepSpeed then sums the gradients of different experts, as of {apart[0][0]}; remove it."
         )
     # engine.py, `frozen_param_fragments`: from stage 2 on the first rank's, by its names.
+    parts = [path for path, param in engine.module.named_parameters() if keys_of(param) and not param.requires_grad]
+    if parts and stage == 3:  # engine.py, `_save_moe_checkpoint`: it would stop the first save
+        raise ValueError(
+            f"{name}: zero_optimization.stage = 3 is not supported with frozen experts, as of {parts[0]}, which "
+            "DeepSpeed does not save there; use stage 1, or let them train."
+        )
     if frozen and stage == 2:
         raise ValueError(
             f"{name}: zero_optimization.stage = 2 is not supported with frozen experts and ep_size > 1, because "
