@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ds_fira.engine.deepspeed.loss_scale import autocast_scaler
 from tests.compatibility.engines import trained
 from tests.compatibility.expert_features import moe
 from tests.compatibility.object_features import fira_object, object_of_accelerate, replaced_object
@@ -64,6 +65,16 @@ def compiled_engine(ds_config: dict[str, Any]) -> dict[str, Any]:
 def compiled_model(ds_config: dict[str, Any]) -> dict[str, Any]:
     """`torch.compile(model)` before `deepspeed.initialize`: names get a prefix."""
     return trained(ds_config, wrap=lambda plain: torch.compile(plain, backend="eager"))
+
+
+def in_float16(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Float16 autocast with a scale that no step is skipped for, and that grows in every second."""
+
+    def start_low(engine: Any) -> None:
+        scaler = autocast_scaler(engine)
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0, "growth_interval": 2})
+
+    return trained(ds_config, prepare=start_low)
 
 
 def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -174,11 +185,11 @@ FEATURES = [
         extra={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     ),
     Feature(
-        "`torch_autocast` in float16, ZeRO",
-        REFUSED,
-        stages=(1, 2, 3),
+        "`torch_autocast` in float16",
+        stages=(0, 1, 2, 3),
         dtype="fp32",
         extra={"torch_autocast": {"enabled": True, "dtype": "float16"}},
+        way=in_float16,
     ),
     Feature("`fp16.loss_scale`, static", stages=(0, 1, 2, 3), dtype="fp16", extra={"fp16": {"loss_scale": 128}}),
     Feature(

@@ -94,7 +94,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
     config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
     pipeline, (dtype, _) = isinstance(engine, PipelineEngine), engine.get_data_types()
     mpu_size = _model_parallel_size(engine.mpu)
-    autocast = config.torch_autocast_dtype if getattr(config, "torch_autocast_enabled", False) else None
     return {
         # Of bf16 the wrapper is that of stage 1; that of fp16 sums norms over the stages group by group.
         f"zero_optimization.stage = 0 is not supported with {str(dtype)[6:]} in a PipelineModule; set it to 1, which "
@@ -114,10 +113,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "to false and call engine.compile().": config.compile_config.deepcompile,
         "hybrid_engine.enabled = True is not supported, because its inference containers hold weights of their own; "
         "set it to false and generate with the module.": config.hybrid_engine.enabled,
-        # stage_1_and_2.py, `_optimizer_step`: torch.amp.GradScaler.update after every param group.
-        f"torch_autocast.dtype = 'float16' is not supported at stage {stage}, because DeepSpeed changes the loss scale "
-        "from one param group to the next in the same step; use 'bfloat16', or the fp16 block.": stage > 0
-        and autocast == torch.float16,
         # Apex was removed in 0.19.
         "amp.enabled = True is not supported; use the bf16 or the fp16 block.": _at(config, "amp_enabled"),
     }
