@@ -19,14 +19,16 @@ HEAD_NAMES = frozenset({"lm_head", "embed_out", "output_projection", "score", "c
 # Ends of the names that it gives to norms, and names of embeddings, beside all that have "embed" in them.
 _NORM_SUFFIXES = ("norm", "norm1", "norm2", "ln_f", "ln_1", "ln_2")
 _EMBEDDINGS = frozenset({"wte", "wpe", "shared"})
-# The router of DeepSpeed's MoE layer, a linear layer; known by name, to need no import.
-_ROUTER, _ROUTER_NAME = "TopKGate", "gate.wg"
+# The routers of DeepSpeed's MoE layers, by class, and the linear layer in each; known by name, to need no import.
+_ROUTERS = {"TopKGate": "wg", "TokenChoiceTopKRouter": "gate"}
+_ROUTER_NAMES = ("gate.wg", "router.gate")
 # The class of a layer of which AutoTP leaves this rank a slice.
 _SLICED_LAYER = "TensorParallel_Layer"
 
 
-# What an engine sets on a parameter of which this rank has a slice: the shape of the whole.
-WHOLE_SHAPE = "_fira_whole_shape"
+# What an engine sets on a parameter of which this rank has a slice: the shape of the whole. And on one in which it has
+# some of a layer's experts: the number of the first, and how many the layer has.
+WHOLE_SHAPE, EXPERTS = "_fira_whole_shape", "_fira_experts"
 
 
 def is_sliced(param: Tensor) -> bool:
@@ -34,14 +36,36 @@ def is_sliced(param: Tensor) -> bool:
     return hasattr(param, WHOLE_SHAPE)
 
 
+def _held_shape(param: Tensor) -> tuple[int, ...]:
+    """The shape of what this rank has of a parameter, whether or not ZeRO-3 has taken its data away."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
 def shape_of(param: Tensor) -> tuple[int, ...]:
-    """The shape of a whole parameter, whether or not ZeRO-3 has taken its data away, or this rank has but a slice."""
-    return tuple(getattr(param, WHOLE_SHAPE, getattr(param, "ds_shape", param.shape)))
+    """The shape of a whole parameter, where this rank has all of it, a slice, or some of its experts."""
+    held = _held_shape(param)
+    if hasattr(param, EXPERTS):
+        held = (getattr(param, EXPERTS)[1], *held[1:])
+    return tuple(getattr(param, WHOLE_SHAPE, held))
+
+
+def experts_of(param: Tensor) -> range | None:
+    """The numbers of the experts that this rank has in a parameter, where others have others; else None."""
+    if not hasattr(param, EXPERTS):
+        return None
+    first, _ = getattr(param, EXPERTS)
+    return range(first, first + _held_shape(param)[0])
+
+
+def first_element(param: Tensor) -> int:
+    """The number of the first element that this rank has, among those of a parameter whose experts are shared out."""
+    experts = experts_of(param)
+    return 0 if experts is None else experts.start * math.prod(_held_shape(param)[1:])
 
 
 def numel_of(param: Tensor) -> int:
     """The elements of a parameter that ZeRO partitions: of the whole one, or of the slice that this rank has."""
-    return math.prod(getattr(param, "ds_shape", param.shape))
+    return math.prod(_held_shape(param))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -72,7 +96,8 @@ def _unprojected_weights(model: nn.Module) -> set[int]:
     excluded = {id(weight) for weight in embeddings}
     shared = getattr(model, TIED, None)
     excluded |= {id(param) for param in shared.parameters()} if isinstance(shared, nn.ModuleDict) else set()
-    excluded |= {id(module.wg.weight) for module in model.modules() if type(module).__name__ == _ROUTER}
+    routers = [(module, _ROUTERS.get(type(module).__name__)) for module in model.modules()]
+    excluded |= {id(getattr(module, key).weight) for module, key in routers if key is not None}
     for module in model.modules():
         head = getattr(module, "get_output_embeddings", None)
         head = head() if callable(head) else None
@@ -139,7 +164,7 @@ def find_named_weights(
             embeddings.add(shape)
             continue
         last = (id(param), shape)
-        plain = not head and not module.endswith(_ROUTER_NAME)
+        plain = not head and not module.endswith(_ROUTER_NAMES)
         wanted = plain if target_modules is None else any(target in module for target in target_modules)
         if wanted and not module.endswith(_NORM_SUFFIXES):
             found[id(param)] = name

@@ -113,7 +113,9 @@ class MatrixShard:
         return MatrixSlice(*place_of(flat, self.offset), self.shape, (self.shape[1], 1))
 
 
-def matrices_of(name: str, shape: tuple[int, ...], begin: int = 0, optimizer: str = "") -> list[MatrixShard]:
+def matrices_of(
+    name: str, shape: tuple[int, ...], begin: int = 0, optimizer: str = "", experts: range | None = None
+) -> list[MatrixShard]:
     """The matrices of one parameter, whole, as they lie in a buffer from `begin` on.
 
     A 2-D parameter is one matrix, a 3-D one (experts, m, n) is `experts` of them.
@@ -123,6 +125,7 @@ def matrices_of(name: str, shape: tuple[int, ...], begin: int = 0, optimizer: st
         shape: of the parameter.
         begin: the index in the buffer of its first element.
         optimizer: the name of the user's optimizer, for the error.
+        experts: those that the buffer holds of a 3-D parameter, by their numbers; None for all.
 
     Raises:
         ValueError: the parameter has another number of dimensions, so it cannot be projected.
@@ -131,8 +134,9 @@ def matrices_of(name: str, shape: tuple[int, ...], begin: int = 0, optimizer: st
         m, n = shape
         return [MatrixShard(name, (m, n), begin, 0, m * n)]
     if len(shape) == 3:
-        experts, m, n = shape
-        return [MatrixShard(f"{name}[{e}]", (m, n), begin + e * m * n, 0, m * n) for e in range(experts)]
+        count, m, n = shape
+        numbers = enumerate(range(count) if experts is None else experts)
+        return [MatrixShard(f"{name}[{e}]", (m, n), begin + i * m * n, 0, m * n) for i, e in numbers]
     raise ValueError(
         f"{optimizer and optimizer + ': '}{name or 'a parameter'} of shape {tuple(shape)} is in a group with a rank, "
         "which takes 2-D and 3-D weights; move it to a group without 'rank'."
@@ -235,16 +239,18 @@ class Partitioning:
         found = split(matrix, -(-self.numels[index] // self.ranks), self.ranks)
         return {rank: replace(fragment, offset=begin + fragment.offset) for rank, fragment in found.items()}
 
-    def slices(self, dp_rank: int, names: Sequence[str]) -> tuple[ParamSlice, ...]:
+    def slices(self, dp_rank: int, names: Sequence[str], firsts: Sequence[int] | None = None) -> tuple[ParamSlice, ...]:
         """What lies in a rank's partition, in the order of the parameters; those with nothing there are left out.
 
         Args:
             dp_rank: of the rank.
             names: of the parameters.
+            firsts: the number of the first element of each; None for 0, where the ranks have all of every parameter.
         """
         found = []
-        for index, (name, numel) in enumerate(zip(names, self.numels, strict=True)):
+        firsts = [0] * len(names) if firsts is None else firsts
+        for index, (name, numel, first) in enumerate(zip(names, self.numels, firsts, strict=True)):
             fragment = self.fragments(index, MatrixShard(name, (1, numel), 0, 0, numel)).get(dp_rank)
             if fragment is not None:
-                found.append(ParamSlice(name, fragment.offset, fragment.start, fragment.stop))
+                found.append(ParamSlice(name, fragment.offset, first + fragment.start, first + fragment.stop))
         return tuple(found)

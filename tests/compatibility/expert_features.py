@@ -1,4 +1,4 @@
-"""DeepSpeed's MoE layers on real ranks, for the compatibility page."""
+"""DeepSpeed's MoE layers and AutoEP on real ranks, for the compatibility page."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from tests.distributed.expert_reference import combined, given, reference
 
 
 def moe(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Two of DeepSpeed's MoE layers: every rank holds other experts of the first, and all of the second."""
+    """Two of DeepSpeed's MoE layers: every rank holds other experts of the first, and all of the second.
+
+    With AutoEP in the config every rank holds other experts of both.
+    """
     try:
-        own = expert_jobs.train(ds_config, [(4, 2), (3, 1)])
+        own = expert_jobs.train(ds_config, [4, 2] if "expert_parallel" in ds_config else [(4, 2), (3, 1)])
     except Exception as error:
         return {"message": f"{type(error).__name__}: {error}", "refused_by": refuser(error)}
     runs: list[Any] = [None] * distributed.get_world_size()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ds_fira.engine.deepspeed.loss_scale import autocast_scaler
 from tests.compatibility.engines import trained
 from tests.compatibility.expert_features import moe
 from tests.compatibility.object_features import fira_object, object_of_accelerate, replaced_object
@@ -20,6 +21,7 @@ from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.pipe_features import pipeline
 from tests.compatibility.sequence_jobs import ulysses
 from tests.compatibility.tensor_parallel_features import tensor_parallel
+from tests.distributed.autoep_net import autoep
 from tests.distributed.nvme_jobs import operator_is_built
 from tests.distributed.zero_jobs import config
 
@@ -65,6 +67,16 @@ def compiled_model(ds_config: dict[str, Any]) -> dict[str, Any]:
     return trained(ds_config, wrap=lambda plain: torch.compile(plain, backend="eager"))
 
 
+def in_float16(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Float16 autocast with a scale that no step is skipped for, and that grows in every second."""
+
+    def start_low(engine: Any) -> None:
+        scaler = autocast_scaler(engine)
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0, "growth_interval": 2})
+
+    return trained(ds_config, prepare=start_low)
+
+
 def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
     """nn.Embedding(sparse=True)."""
 
@@ -89,7 +101,7 @@ FEATURES = [
     Feature(f"{AUTOTP} at stage 3", REFUSED, stages=(3,), dtype="fp32", extra=TWO_SLICES, way=tensor_parallel),
     Feature("experts: `deepspeed.moe.layer.MoE`, `ep_size` 1 and 2", stages=(0, 1, 2), dtype="fp32", way=moe),
     Feature("experts: `deepspeed.moe.layer.MoE` at stage 3", REMOVED, stages=(3,), dtype="fp32", way=moe),
-    Feature("experts: `expert_parallel` (AutoEP)", REFUSED, extra={"expert_parallel": {"enabled": True}}),
+    Feature("experts: `expert_parallel` (AutoEP)", stages=(0, 1, 2, 3), dtype="fp32", extra=autoep(2), way=moe),
     Feature("ZeRO++: `zero_quantized_weights`", REFUSED, extra={"zero_zero_quantized_weights": True}),
     Feature(
         "ZeRO++: `zero_quantized_nontrainable_weights`",
@@ -173,11 +185,11 @@ FEATURES = [
         extra={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     ),
     Feature(
-        "`torch_autocast` in float16, ZeRO",
-        REFUSED,
-        stages=(1, 2, 3),
+        "`torch_autocast` in float16",
+        stages=(0, 1, 2, 3),
         dtype="fp32",
         extra={"torch_autocast": {"enabled": True, "dtype": "float16"}},
+        way=in_float16,
     ),
     Feature("`fp16.loss_scale`, static", stages=(0, 1, 2, 3), dtype="fp16", extra={"fp16": {"loss_scale": 128}}),
     Feature(

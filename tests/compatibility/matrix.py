@@ -1,6 +1,7 @@
 """Which DeepSpeed configs FiraAdam trains under, and how exactly: every combination, run, and the page that says so.
 
-    python -m tests.compatibility.matrix [--stages 0 1 2 3] [--results FILE] [--page FILE] [--missing | --page-only]
+    python -m tests.compatibility.matrix [--stages 0 1 2 3] [--results FILE] [--page FILE]
+        [--missing | --feature PART | --page-only]
 
 Every combination of ZeRO stage, dtype, offload, ZeRO's options, clipping and accumulation trains a small net for 5
 steps, with refreshes, on 2 real processes over gloo; its gradients and weights are held against one process
@@ -187,15 +188,20 @@ def rows_of(chosen: Sequence[Case], results: Sequence[dict[str, Any]]) -> list[d
     return list(rows.values())
 
 
-def run_features(pools: Pools, together: bool = False) -> list[dict[str, Any]]:
+def run_features(pools: Pools, together: bool = False, part: str = "") -> list[dict[str, Any]]:
     """Try every feature alone at every stage it is for, or several together at the last of them (`JOINED`).
+
+    Args:
+        pools: of ranks.
+        together: which of both.
+        part: of the names of those that are tried.
 
     Returns:
         `name`, `stage`, `expected` and `result`: "supported" with the differences of `weights` and `gradients`,
         "refused" or "DeepSpeed's refusal" with the `message`, or "wrong" with what is.
     """
     results, features = [], JOINED if together else FEATURES
-    ready = [(number, feature) for number, feature in enumerate(features) if feature.ready()]
+    ready = [(number, feature) for number, feature in enumerate(features) if part in feature.name and feature.ready()]
     for position, stage in [(number, stage) for number, feature in ready for stage in feature.stages]:
         job = {"chosen": [(position, stage)], "together": together}
         answers = pools.run(RANKS, "try_features", module="tests.compatibility.feature_jobs", **job)
@@ -213,6 +219,14 @@ def run_features(pools: Pools, together: bool = False) -> list[dict[str, Any]]:
         results.append(entry)
         logging.info("%s at stage %d: %s", entry["name"], stage, entry["result"])
     return results
+
+
+def merged(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of features in the order of `FEATURES`, with what has been found anew of some; without others' names."""
+    anew = {entry["name"] for entry in found}
+    results = [entry for entry in before if entry["name"] not in anew] + found
+    order = {feature.name: number for number, feature in enumerate(FEATURES)}
+    return sorted((entry for entry in results if entry["name"] in order), key=lambda entry: order[entry["name"]])
 
 
 def trained_cases(rows: Sequence[dict[str, Any]]) -> list[Case]:
@@ -243,13 +257,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--missing", action="store_true", help="run only the rows that the results do not have")
+    parser.add_argument("--feature", help="try only features with this in their names anew, and no combination")
     parser.add_argument("--page-only", action="store_true", help="write the page from the results that are there")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     results: dict[str, Any] = {"rows": []}
     if args.results.exists():
         results.update(json.loads(args.results.read_text()))
-    if not args.page_only:
+    if args.feature is not None:
+        pools = Pools()
+        results["features"] = merged(results["features"], run_features(pools, part=args.feature))
+        pools.close()
+        save_results(args.results, results)
+    elif not args.page_only:
         pools = Pools()
         if not args.missing:
             results["rows"] = [row for row in results["rows"] if row["stage"] not in args.stages]

@@ -44,7 +44,9 @@ NOTES = """
   step ([#8588](https://github.com/deepspeedai/DeepSpeed/pull/8588)), and at stage 0 it never multiplies the loss
   ([#8393](https://github.com/deepspeedai/DeepSpeed/pull/8393)). Both are mended for engines that train with FiraAdam
   (`ds_fira/engine/deepspeed/loss_scale.py`); the table is with the mend.
-- `torch_autocast` in float16 at stages 1, 2 and 3 changes the loss scale between the param groups of one step: refused.
+- `torch_autocast` in float16 at stages 1, 2 and 3 may change the loss scale between the param groups of one step, clips by
+  the norm of scaled gradients, and keeps a scale that is too large for ever; a checkpoint does not have the scale. All of
+  it is mended likewise; the table is with the mend.
 - `deepspeed.utils.safe_get_full_fp32_param` gives other parameters' values under `round_robin_gradients`.
 - Once an engine with `torch_autocast` was built, DeepSpeed takes every later engine of the process for one.
 """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 import ds_fira
+from ds_fira.core.selection import experts_of
 from ds_fira.engine.deepspeed.weight_sync import check_sync
 from ds_fira.tools.doctor.examine import examine
+from tests.distributed.autoep_net import AutoNet
 from tests.distributed.goes_on import goes_on
 
 HIDDEN, INNER = 12, 20
@@ -75,24 +79,46 @@ def _ep_rank(ep_size: int) -> int:
     return torch.distributed.get_rank() % ep_size
 
 
-def global_names(module: nn.Module) -> dict[str, str]:
-    """By the name of a parameter on this rank, its name among those of all ranks."""
+def parts_of(module: nn.Module) -> dict[str, list[tuple[str, Any]]]:
+    """By the name of a parameter on this rank: what it has, each with its name on all ranks and its index.
+
+    That is all of it, but of what AutoEP has put together each expert.
+    """
     found = {}
-    for name, _ in module.named_parameters():
+    for name, param in module.named_parameters():
+        experts = experts_of(param)
+        if experts is not None:
+            found[name] = [(f"{name}[{number}]", index) for index, number in enumerate(experts)]
+            continue
         match = re.fullmatch(r"(layers\.(\d+)\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)", name)
         if match is None:
-            found[name] = name
+            found[name] = [(name, ...)]
             continue
         layer = module.layers[int(match[2])]
         number = _ep_rank(layer.ep_size) * layer.num_local_experts + int(match[3])
-        found[name] = f"{match[1]}{number}{match[4]}"
+        found[name] = [(f"{match[1]}{number}{match[4]}", ...)]
     return found
 
 
-def build(ds_config: dict[str, Any], layers: list[tuple[int, int]], use_residual: bool = False, way: str = "json"):
-    """An engine; `way` says how it gets the optimizer: "json", or "object" for one that is made of the model."""
+def _elements(name: str, start: int, part: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[str, int, Tensor]]:
+    """Elements of a parameter from `start` on, those of each expert of a 3-D one by its name."""
+    size = math.prod(shape[-2:]) if len(shape) == 3 else None
+    while size is not None and part.numel():
+        number, first = divmod(start, size)
+        own = part[: size - first]
+        yield f"{name}[{number}]", first, own
+        start, part = start + own.numel(), part[own.numel() :]
+    if size is None:
+        yield name, start, part
+
+
+def build(ds_config: dict[str, Any], layers: list[Any], use_residual: bool = False, way: str = "json"):
+    """An engine; `way` says how it gets the optimizer: "json", or "object" for one that is made of the model.
+
+    With AutoEP in its config, `layers` are numbers of experts.
+    """
     torch.manual_seed(0)
-    model = ExpertNet(layers, use_residual)
+    model = AutoNet(layers) if "expert_parallel" in ds_config else ExpertNet(layers, use_residual)
     if ds_config.get("bf16", {}).get("enabled"):
         model = model.bfloat16()
     if way == "json":
@@ -119,19 +145,27 @@ def steps_of(engine: Any, first: int, last: int) -> list[float]:
     return losses
 
 
+def _names_in(name: str, shape: tuple[int, ...]) -> list[str]:
+    return [f"{name}[{number}]" for number in range(shape[0])] if len(shape) == 3 else [name]
+
+
 def weights_of(engine: Any) -> dict[str, Tensor]:
     """The weights on this rank, by their names on all."""
-    names = global_names(engine.module)
-    return {names[name]: param.detach().clone() for name, param in engine.module.named_parameters()}
+    parts, params = parts_of(engine.module), dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(params.values())):
+        return {own: params[name].detach()[index].clone() for name, listed in parts.items() for own, index in listed}
 
 
 def train(ds_config: dict[str, Any], layers: list[tuple[int, int]], **kwargs: Any) -> dict[str, Any]:
     """What a rank trained with: weights before and after, its own and the given gradients of steps, norms, the plan."""
     engine = build(ds_config, layers, **kwargs)
-    names, grads, norms = global_names(engine.module), [], []
+    parts, grads, norms = parts_of(engine.module), [], []
     for name, param in engine.module.named_parameters():
-        param.register_hook(lambda grad, name=name: grads[-1].__setitem__(names[name], grad.detach().clone()))
+        param.register_hook(
+            lambda grad, name=name: grads[-1].update({own: grad.detach()[index].clone() for own, index in parts[name]})
+        )
     before, optimizer = weights_of(engine), engine.basic_optimizer
+    shapes = {record.name: record.shape for record in optimizer.inventory}
     losses: list[float] = []
     given: list[list[tuple[str, int, Tensor]]] = []
 
@@ -139,7 +173,7 @@ def train(ds_config: dict[str, Any], layers: list[tuple[int, int]], **kwargs: An
         for param in (param for group in stepped.param_groups for param in group["params"]):
             for held in optimizer.attachment.slices[param]:
                 part = param.grad.reshape(-1)[held.offset : held.offset + held.stop - held.start]
-                given[-1].append((held.name, held.start, part.float().clone()))
+                given[-1] += _elements(held.name, held.start, part.float().clone(), shapes[held.name])
 
     optimizer.register_step_pre_hook(see)
     for step in range(STEPS):
@@ -155,14 +189,17 @@ def train(ds_config: dict[str, Any], layers: list[tuple[int, int]], **kwargs: An
         "given": given,
         "norms": norms,
         "losses": losses,
-        "projected": sorted(record.name for record in optimizer.inventory if record.matrices),
-        "ranked": sorted(
-            name
-            for group, members in zip(optimizer.param_groups, optimizer.members, strict=True)
-            for name, _ in members
-            if "rank" in group
+        "projected": sorted(
+            name for record in optimizer.inventory if record.matrices for name in _names_in(record.name, record.shape)
         ),
-        "listed": sorted(record.name for record in optimizer.inventory),
+        "ranked": sorted(
+            own
+            for group, members in zip(optimizer.param_groups, optimizer.members, strict=True)
+            for name, shape in members
+            if "rank" in group
+            for own in _names_in(name, shape)
+        ),
+        "listed": sorted(own for name, shape in shapes.items() for own in _names_in(name, shape)),
         "ways": sorted(
             {matrix.way for layout in optimizer.layouts for matrix in layout.split if "expert" in matrix.name}
         ),
@@ -214,8 +251,14 @@ def tell(ds_config: dict[str, Any], layers: list[tuple[int, int]]) -> dict[str, 
     steps_of(engine, 0, STEPS)
     result: dict[str, Any] = {"factors": {name: one["steps"] for name, one in ds_fira.scaling_factors(engine).items()}}
     if torch.distributed.get_rank() == 1:
+        first = engine.module.layers[0]
+        weight = (
+            first.experts.w1
+            if isinstance(engine.module, AutoNet)
+            else first.deepspeed_moe.experts.deepspeed_experts[1].up.weight
+        )
         with torch.no_grad():
-            engine.module.layers[0].deepspeed_moe.experts.deepspeed_experts[1].up.weight[0, 0] += 1
+            weight.view(-1)[0] += 1
     try:
         check_sync(engine)
         result["message"] = ""

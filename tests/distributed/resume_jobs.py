@@ -8,10 +8,12 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from deepspeed.runtime import torch_autocast
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import ds_fira
+from ds_fira.engine.deepspeed.loss_scale import autocast_scaler
 from ds_fira.optim.registry import fira_of
 from tests.distributed.zero_jobs import Net, batches
 
@@ -31,6 +33,7 @@ class NoisyNet(Net):
 def build_noisy(ds_config: dict[str, Any], shapes: list[tuple[int, int]], seed: int, torch_schedule: bool) -> Any:
     """An engine around `NoisyNet`, of generators that differ from rank to rank."""
     torch.manual_seed(seed)
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # which DeepSpeed leaves true for every later engine
     model = NoisyNet(shapes)
     model = model.bfloat16() if "bf16" in ds_config else model.half() if "fp16" in ds_config else model
     schedule = (lambda optimizer: LambdaLR(optimizer, lambda step: 1.0 / (1 + step))) if torch_schedule else None
@@ -72,6 +75,8 @@ def snapshot(engine: Any) -> dict[str, Any]:
     found["scheduler"] = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
     found["counts"] = [engine.global_steps, engine.global_samples, engine.skipped_steps]
     found["loss scale"] = loss_scale(engine.optimizer)
+    scaler = autocast_scaler(engine)
+    found["autocast scale"] = None if scaler is None else scaler.state_dict()
     found["metrics"] = {k: v for k, v in ds_fira.metrics(engine).items() if k != "refresh_seconds"}
     found["random"] = [torch.get_rng_state(), random.getstate(), *np.random.get_state()]
     return {key: copied(value) for key, value in found.items()}

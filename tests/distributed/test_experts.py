@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +114,39 @@ RESUMES = {
 def test_a_resumed_run_is_the_same(ranks: Pools, name: str, tmp_path: Path) -> None:
     """To the bit on the same ranks, also by way of other ranks and another stage; in other groups up to rounding."""
     size, stage, dtype, layers, others = RESUMES[name]
-    at, elsewhere = 4, {0: 2, 1: 2, 2: 0}[stage]
-    saved, moved = str(tmp_path / "saved"), str(tmp_path / "moved")
 
-    def run(ranks_now: int, layers_now: list[tuple[int, int]], stage_now: int = stage, **kwargs: Any) -> list[Any]:
+    def run(ranks_now: int, elsewhere: bool, stage_now: int, **kwargs: Any) -> list[Any]:
         # Without clipping, which goes by another norm at stage 0.
-        ds_config = config(stage_now, dtype, PARAMS)
-        return ranks.run(ranks_now, "run", MODULE, ds_config=ds_config, layers=layers_now, **kwargs)
+        arguments = {"ds_config": config(stage_now, dtype, PARAMS), "layers": others if elsewhere else layers}
+        return ranks.run(ranks_now, "run", MODULE, **arguments, **kwargs)
 
-    whole = run(size, layers, steps=(0, at), save=saved)
-    resumed = run(size, layers, steps=(at, at), load=saved)
+    check_resumes(run, size, (stage, {0: 2, 1: 2, 2: 0}[stage]), tmp_path, 1e-5 if dtype == "fp32" else 2e-2)
+
+
+def check_resumes(run: Callable[..., list[Any]], size: int, stages: tuple[int, int], path: Path, most: float) -> None:
+    """A run goes on to the bit on the same ranks, and by way of half of them; on all, in other groups, nearly so.
+
+    Args:
+        run: trains on a number of ranks, in the first or in other groups, at a stage.
+        size: ranks.
+        stages: in the first groups and in the others.
+        path: for checkpoints.
+        most: by how much weights may differ where the groups do.
+    """
+    at, (stage, elsewhere) = 4, stages
+    saved, moved = str(path / "saved"), str(path / "moved")
+    whole = run(size, False, stage, steps=(0, at), save=saved)
+    resumed = run(size, False, stage, steps=(at, at), load=saved)
     assert equal(resumed, whole)
     assert [each["losses"] for each in resumed] == [each["losses"][at:] for each in whole]
     assert resumed[0]["metrics"]["matrix_steps"] == whole[0]["metrics"]["matrix_steps"]
-    there = run(size // 2, others, elsewhere, steps=(at, at), load=saved, save=moved)
+    there = run(size // 2, True, elsewhere, steps=(at, at), load=saved, save=moved)
     assert "message" not in there[0], there[0]
-    regrouped = run(size, others, elsewhere, steps=(at, at), load=saved)
-    assert difference(regrouped, whole) < (1e-5 if dtype == "fp32" else 2e-2)
-    assert equal(run(size, layers, steps=(at, at), load=moved), whole)
+    regrouped = run(size, True, elsewhere, steps=(at, at), load=saved)
+    assert difference(regrouped, whole) < most
+    back = run(size, False, stage, steps=(at, at), load=moved)
+    assert "message" not in back[0], back[0]
+    assert equal(back, whole)
 
 
 def test_a_lost_or_changed_expert_is_found_before_training(ranks: Pools, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ PRESET = {"preset": "recommended"}
 RANDOMIZED = {"subspace": "randomized", "refresh_moments": "rotate"}
 TORCH = {"torch_schedule": True}
 BACK = {"rollback": True}
+FLOAT16 = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
 
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     1: {
@@ -52,6 +53,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "stage 1, fp32": case(1, "fp32", {**INT8, **RANDOMIZED}, **DECAY),
         "BF16_Optimizer": case(1, "bf16", BF16, TORCH, gradient_accumulation_steps=2, **FP32_SUMS),
         "stage 2, bf16": case(2, "bf16", {**INT8, **PRESET, "stagger": True}, gradient_accumulation_steps=2, **DECAY),
+        "float16 autocast, stage 0": case(0, "fp32", BF16, **FLOAT16, **DECAY),
+        "float16 autocast, stage 2": case(2, "fp32", {}, OVERFLOW, **FLOAT16, **DECAY),
         "rolled back": case(2, "fp16", BF16, OVERFLOW | BACK, **DECAY),
     },
     3: {
@@ -66,7 +69,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-FAST = ("normalized, matrix", "stage 2, bf16", "BF16_Optimizer")
+FAST = ("normalized, matrix", "stage 2, bf16", "BF16_Optimizer", "float16 autocast, stage 2")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,9 @@ def test_resume_at_every_step_is_exact(ranks: Pools, tmp_path: Path, world_size:
     results = ranks.run(world_size, "resume_everywhere", "tests.distributed.resume_jobs", **arguments)
     assert [wrong for wrong, _ in results] == [[]] * world_size
     if "overflow_at" in arguments:
-        assert {last["counts"][2] for _, last in results} == {1}, "no step was skipped"
+        skipped = {last["counts"][2] for _, last in results}
+        # Under autocast one more, for which torch's first scale is too large.
+        assert skipped == ({2} if "autocast" in name else {1}), "no step was skipped"
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from ds_fira.engine.deepspeed.thawed import note_frozen
 from ds_fira.engine.deepspeed.weight_sync import refuse_partitioned_weights
 from ds_fira.optim.attachment import EngineAttachment
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.expert_groups import note_experts
 from ds_fira.optim.param_groups import build_groups, group_defaults
 from ds_fira.optim.rank_rule import grouped, parameters_of
 from ds_fira.optim.registry import TYPES
@@ -76,6 +77,7 @@ def make_optimizer(engine: DeepSpeedEngine, model_parameters: Iterable[object], 
     kind = TYPES[engine.optimizer_name()]
     unsupported.refuse_unsupported_module(engine, kind.algorithm.name)
     note_slices(engine, kind.algorithm.name)
+    note_experts(engine.module, kind.algorithm.name)
     given = grouped(model_parameters)
     settings = checked_params(engine, given)
     groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)
@@ -103,6 +105,7 @@ def attach_built(
             unsupported.refuse_unsupported(engine, optimizer.algorithm.name)
             unsupported.refuse_unsupported_module(engine, optimizer.algorithm.name)
             note_slices(engine, optimizer.algorithm.name)
+            note_experts(engine.module, optimizer.algorithm.name)
             objects.accept_object(engine)
             optimizer.await_attachment(flat=engine.zero_optimization_stage() > 0)
         return optimizer

@@ -25,7 +25,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from ds_fira.core.selection import numel_of, shape_of
+from ds_fira.core.selection import experts_of, first_element, numel_of, shape_of
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import MatrixShard, ParamSlice, Partitioning, matrices_of
 
@@ -66,7 +66,9 @@ class FlatGroup:
         listed = [names.get(id(param), "") for param in self.lp_params]
         if self.partitioning.partition_size == 0:  # a parameter without elements, at stage 0
             return (ParamSlice(listed[0], 0, 0, 0),)
-        return self.partitioning.slices(dp_rank % self.partitioning.ranks, listed)
+        return self.partitioning.slices(
+            dp_rank % self.partitioning.ranks, listed, [first_element(param) for param in self.lp_params]
+        )
 
     def matrices(self, names: Mapping[int, str], chosen: Container[int] | None = None) -> list[dict[int, MatrixShard]]:
         """The fragments of every matrix by dp_rank.
@@ -82,8 +84,13 @@ class FlatGroup:
             self.partitioning.fragments(index, matrix)
             for index, param in enumerate(self.lp_params)
             if chosen is None or id(param) in chosen
-            for matrix in matrices_of(names.get(id(param), f"parameter {self.group}.{index}"), shape_of(param))
+            for matrix in held_matrices(names.get(id(param), f"parameter {self.group}.{index}"), param)
         ]
+
+
+def held_matrices(name: str, param: Tensor) -> list[MatrixShard]:
+    """The matrices that this rank, or those that share it, have in a parameter; raises as `matrices_of`."""
+    return matrices_of(name, shape_of(param), experts=experts_of(param))
 
 
 def by_group(flats: list[FlatGroup]) -> list[list[FlatGroup]]:

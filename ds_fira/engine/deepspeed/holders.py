@@ -2,9 +2,10 @@
 
 Most parameters are held by all data-parallel ranks, under the name that the module gives. Experts of a DeepSpeed MoE
 layer are not: the ranks of an expert-parallel group hold different ones, all called 0, 1 and so on, and one expert is
-held by the ranks of an expert-data-parallel group. Nor are the layers of a pipeline, each of which is held by the
-data-parallel ranks of its stage. Of what AutoTP has sliced, tensor-parallel ranks hold different slices
-(`tensor_parallel.py`). Everything else here goes by what this file says.
+held by the ranks of an expert-data-parallel group. AutoEP's experts lie likewise, but those of a rank are one parameter
+of three dimensions: it has one name on all ranks, and its matrices the experts' numbers. Nor are the layers of a
+pipeline held by all, but by the data-parallel ranks of a stage. Of what AutoTP has sliced, tensor-parallel ranks hold
+different slices (`tensor_parallel.py`). Everything else here goes by what this file says.
 
 Written against DeepSpeed 0.17 to 0.19. What it relies on: `is_moe_param` tells experts, whose `group_name` is the key
 of their process groups; `deepspeed.moe.experts.Experts` holds rank e's share of n experts in its list
@@ -22,12 +23,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from ds_fira.core.selection import experts_of
 from ds_fira.core.whole_model import TIED
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.engine.deepspeed.pipeline import stages_of, untied_names
 from ds_fira.engine.deepspeed.save_load.files import StageRank, normalized
 from ds_fira.engine.deepspeed.tensor_parallel import Grid, note_slices, sliced, uses_autotp
 from ds_fira.optim.base import LowRankOptimizer
+from ds_fira.optim.expert_groups import note_experts
 from ds_fira.sharding.comm import Communicator
 from ds_fira.sharding.geometry import MatrixShard
 
@@ -42,6 +45,7 @@ class Holders:
         dense: of these, the data-parallel ranks, which hold what is no expert: in a pipeline those of this stage.
         stage: of a pipeline this rank's, else 0.
         staged: whether other ranks hold other stages.
+        shared_out: whether ranks hold different experts of a layer under one name.
         grid: where AutoTP has sliced the module, where the slices lie; else None.
         names: of this rank's parameters, by their `id`: the same on every rank that holds one, or a slice of it.
         labels: likewise, but of a slice its own name.
@@ -55,12 +59,14 @@ class Holders:
         self._optimizer: LowRankOptimizer = engine.basic_optimizer
         self.grid = Grid(self.dense) if uses_autotp(engine) else None
         note_slices(engine, type(self._optimizer).__name__)
+        note_experts(engine.module, type(self._optimizer).__name__)
         ranks = self.dense if self.grid is None else self.grid.everyone
         self.everyone = Communicator() if self.staged else ranks
         self._stage = engine.zero_optimization_stage()
         found = getattr(engine, "expert_data_parallel_group", None) or {}
         self._experts = {name: Communicator(group) for name, group in found.items()}
         own = normalized(dict(engine.module.named_parameters()))
+        self.shared_out = any(experts_of(param) is not None for param in own.values())
         self._copies = expert_names(engine.module)
         self.names = {id(param): name for name, param in own.items()}
         self.names |= untied_names(engine.module) if self.staged else {}
@@ -84,7 +90,7 @@ class Holders:
     @property
     def place(self) -> StageRank:
         """By which DeepSpeed names its file with this rank's optimizer states, where there are several."""
-        if self._stage == 0 and self._copies:
+        if self._stage == 0 and (self._copies or self.shared_out):
             return 0, groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
         return self.stage, self.dense.dp_rank
 
@@ -102,6 +108,11 @@ class Holders:
     def slices(self) -> int:
         """Into how many slices the module is taken apart."""
         return 1 if self.grid is None else self.grid.size
+
+    def shown(self, param: Tensor) -> str:
+        """The name of what this rank has of a parameter, of a slice or of some experts its own one."""
+        name, experts = self.labels[id(param)], experts_of(param)
+        return name if experts is None else f"{name}[{experts.start}:{experts.stop}]"
 
     def of_all(self, own: Mapping[str, T]) -> dict[str, T]:
         """What all stages have by the names of parameters or matrices, in the order of a module that holds all layers.

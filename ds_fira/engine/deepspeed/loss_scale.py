@@ -1,4 +1,4 @@
-"""Two faults of DeepSpeed's loss scaling, mended for fp16 engines that train with an optimizer of this package.
+"""Faults of DeepSpeed's loss scaling, mended for engines in half precision that train with an optimizer of this package.
 
 Written against DeepSpeed 0.17 to 0.19. What it relies on, and the reports of what it mends:
 
@@ -7,15 +7,21 @@ Written against DeepSpeed 0.17 to 0.19. What it relies on, and the reports of wh
   times too small at the default scale.
 - `step` of every wrapper calls `_update_scale` before it divides the gradients, so that in the step in which the scale
   grows they come out half as large (github.com/deepspeedai/DeepSpeed/pull/8588).
+- Under float16 autocast a ZeRO wrapper has torch's scaler in `torch_autocast_gradscaler`. `_optimizer_step` lets it step
+  and update after every param group, so that the scale may change between two groups of a step; the norm that gradients
+  are clipped by is of scaled ones; and a step that overflows tells it nothing, so that the scale stays too large for
+  ever. Without that scaler a wrapper divides by its `loss_scale`, and clips by the true norm.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar, get_args
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -40,12 +46,47 @@ def grow_after_step(step: Callable[..., T], wrapper: Wrapper, *args: object, **k
     put_off: list[Callable[[], None]] = []
     vars(wrapper)[_PUT_OFF] = put_off
     try:
-        result = step(wrapper, *args, **kwargs)
+        with _autocast_scale(wrapper):
+            result = step(wrapper, *args, **kwargs)
     finally:
         del vars(wrapper)[_PUT_OFF]
     for update in put_off:
         update()
     return result
+
+
+@contextlib.contextmanager
+def _autocast_scale(wrapper: Wrapper) -> Iterator[None]:
+    """Let a wrapper divide by the scale of float16 autocast as by its own, and tell torch's scaler of the step once."""
+    scaler: torch.amp.GradScaler | None = getattr(wrapper, "torch_autocast_gradscaler", None)
+    if scaler is None:
+        yield
+        return
+    own, checks = wrapper.loss_scaler.cur_scale, getattr(wrapper, "check_grad_overflow", None)
+    wrapper.loss_scaler.cur_scale, wrapper.torch_autocast_gradscaler = scaler.get_scale(), None
+    if checks is not None and not wrapper.compute_grad_norm:
+        wrapper.check_grad_overflow = True  # else the norm tells it
+    try:
+        yield
+    finally:
+        wrapper.loss_scaler.cur_scale, wrapper.torch_autocast_gradscaler = own, scaler
+        if checks is not None:
+            wrapper.check_grad_overflow = checks
+    _tell(scaler, wrapper.overflow)
+
+
+def autocast_scaler(engine: DeepSpeedEngine) -> torch.amp.GradScaler | None:
+    """Torch's scaler of an engine that trains under float16 autocast, whose scale DeepSpeed does not save; else None."""
+    own = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return getattr(engine.optimizer, "torch_autocast_gradscaler", None) if own is None else own
+
+
+def _tell(scaler: torch.amp.GradScaler, overflow: bool) -> None:
+    """Torch's scaler goes by what it finds in an optimizer's gradients: one of a single number stands for the step's."""
+    number = torch.nn.Parameter(torch.zeros((), device=get_accelerator().current_device_name()))
+    number.grad = torch.full_like(number, torch.inf if overflow else 0.0)
+    scaler.unscale_(torch.optim.SGD([number], lr=0.0))
+    scaler.update()
 
 
 def put_off_growth(update_scale: Callable[..., None], wrapper: Wrapper, *overflow: bool, **kwargs: bool) -> None:

@@ -27,7 +27,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ds_fira.core import quantization
-from ds_fira.core.selection import numel_of
+from ds_fira.core.selection import first_element, numel_of
 from ds_fira.core.state import stored_moment
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.optim.param_place import holders, name_of
@@ -60,7 +60,8 @@ def get_full(get: Callable[..., Tensor], param: Parameter, optim_state_key: str 
         stored = _moment(optimizer, tensor, name, optim_state_key, allocate=False)
         if stored:
             values = quantization.elements(stored, part.offset, part.offset + part.stop - part.start)
-            whole[part.start : part.stop].copy_(values)
+            first = part.start - first_element(param)
+            whole[first : first + values.numel()].copy_(values)
     dist.all_reduce(whole, group=param._dp_group)
     return whole.view_as(param)
 
@@ -157,7 +158,8 @@ def _set_whole(optimizer: LowRankOptimizer, param: Parameter, value: Tensor, key
         )
     for tensor, part in holders(optimizer, name):
         stored = _moment(optimizer, tensor, name, key, allocate=True)
-        _assign(stored, part.offset, value.reshape(-1)[part.start : part.stop])
+        first = part.start - first_element(param)
+        _assign(stored, part.offset, value.reshape(-1)[first : first + part.stop - part.start])
 
 
 def _unprojected(optimizer: LowRankOptimizer, param: Parameter, key: str) -> str:

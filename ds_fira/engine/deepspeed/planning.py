@@ -10,7 +10,7 @@ from ds_fira.core.selection import shape_of
 from ds_fira.core.settings import GroupSettings
 from ds_fira.engine.binding import bind_layout
 from ds_fira.engine.deepspeed import unsupported
-from ds_fira.engine.deepspeed.flat_groups import FlatGroup
+from ds_fira.engine.deepspeed.flat_groups import FlatGroup, held_matrices
 from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.projection import kinds_of
 from ds_fira.engine.deepspeed.tensor_parallel import sliced
@@ -36,10 +36,10 @@ def plan_flats(
     bound: dict[Tensor, LocalMatrices] = {}
     # A collective call of all stages of a pipeline, also of one in which nothing is projected.
     numbers = _numbers([flat for flat in flats if all(kinds_of(flat, optimizer.param_groups))], holders)
+    if stage == 0 and (projected or holders.shared_out):
+        bound |= _whole(optimizer, flats, numbers, holders)
     if not projected:
         return [], bound
-    if stage == 0:
-        bound |= _whole(optimizer, flats, numbers, holders)
     ranks = [holders.sharers(flat) for _, flat in projected]
     for communicator in dict.fromkeys(ranks):
         places = [place for place, own in enumerate(ranks) if own is communicator]
@@ -63,8 +63,8 @@ def _whole(
     for flat in flats:
         (param,) = flat.lp_params
         if all(kinds_of(flat, optimizer.param_groups)) and not sliced(flat.lp_params):
-            shards = tuple(matrices_of("", shape_of(param)))
-            listed = matrices_of(holders.names[id(param)], shape_of(param))
+            shards = tuple(held_matrices("", param))
+            listed = held_matrices(holders.names[id(param)], param)
             indices = tuple(numbers[matrix.name] for matrix in listed)
             found[flat.hp_partition] = LocalMatrices(shards, indices, batched=param.ndim == 3, flat=False)
     return found

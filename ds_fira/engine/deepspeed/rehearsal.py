@@ -130,6 +130,13 @@ class Rehearsal(DeepSpeedEngine):
             self._try(lambda: refuse(self), DEEPSPEED)
         if self.refusals:
             return
+        # AutoEP came with 0.19.
+        if getattr(getattr(self._config, "expert_parallel_config", None), "enabled", False):
+            warnings.warn(
+                f"{name}: expert_parallel.enabled = True replaces the model's layers of experts as the engine starts; "
+                "what is planned here is the model as it is, all of its experts on every rank.",
+                stacklevel=2,
+            )
         self._try(lambda: self._make(ranks))
         if self.made is not None:
             self._try(lambda: own[1](self, self.made), DEEPSPEED)

@@ -94,7 +94,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
     config, zero, stage = engine._config, engine._config.zero_config, engine.zero_optimization_stage()
     pipeline, (dtype, _) = isinstance(engine, PipelineEngine), engine.get_data_types()
     mpu_size = _model_parallel_size(engine.mpu)
-    autocast = config.torch_autocast_dtype if getattr(config, "torch_autocast_enabled", False) else None
     return {
         # Of bf16 the wrapper is that of stage 1; that of fp16 sums norms over the stages group by group.
         f"zero_optimization.stage = 0 is not supported with {str(dtype)[6:]} in a PipelineModule; set it to 1, which "
@@ -103,10 +102,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "different layers; set it to 1.": pipeline and engine.autotp_size() > 1,
         f"an mpu with tensor parallelism of size {mpu_size} is not supported, because its parameters do not say which "
         "slice of which matrix they are; give none, and set tensor_parallel.autotp_size.": mpu_size > 1,
-        # AutoEP came with 0.19.
-        "expert_parallel.enabled = True is not supported yet, because ranks then hold different experts in parameters "
-        "of one name; set it to false and train the experts as ordinary parameters, or build the model with "
-        "deepspeed.moe.layer.MoE.": _at(config, "expert_parallel_config.enabled"),
         # stage3.py, `state_dict`: it would stop the first save.
         "zero_optimization.elastic_checkpoint = True is not supported at stage 3, because DeepSpeed has no such form "
         f"of its partitioned weights and states; remove it: {name} loads a checkpoint on any number of ranks as it "
@@ -118,10 +113,6 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "to false and call engine.compile().": config.compile_config.deepcompile,
         "hybrid_engine.enabled = True is not supported, because its inference containers hold weights of their own; "
         "set it to false and generate with the module.": config.hybrid_engine.enabled,
-        # stage_1_and_2.py, `_optimizer_step`: torch.amp.GradScaler.update after every param group.
-        f"torch_autocast.dtype = 'float16' is not supported at stage {stage}, because DeepSpeed changes the loss scale "
-        "from one param group to the next in the same step; use 'bfloat16', or the fp16 block.": stage > 0
-        and autocast == torch.float16,
         # Apex was removed in 0.19.
         "amp.enabled = True is not supported; use the bf16 or the fp16 block.": _at(config, "amp_enabled"),
     }
@@ -220,6 +211,12 @@ def _refuse_mixed_experts(engine: DeepSpeedEngine, name: str) -> None:
             f"DeepSpeed then sums the gradients of different experts, as of {apart[0][0]}; remove it."
         )
     # engine.py, `frozen_param_fragments`: from stage 2 on the first rank's, by its names.
+    parts = [path for path, param in engine.module.named_parameters() if keys_of(param) and not param.requires_grad]
+    if parts and stage == 3:  # engine.py, `_save_moe_checkpoint`: it would stop the first save
+        raise ValueError(
+            f"{name}: zero_optimization.stage = 3 is not supported with frozen experts, as of {parts[0]}, which "
+            "DeepSpeed does not save there; use stage 1, or let them train."
+        )
     if frozen and stage == 2:
         raise ValueError(
             f"{name}: zero_optimization.stage = 2 is not supported with frozen experts and ep_size > 1, because "

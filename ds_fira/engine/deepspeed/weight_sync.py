@@ -119,11 +119,12 @@ def _replicated(engine: DeepSpeedEngine, optimizer: LowRankOptimizer) -> list[tu
     """
     known: Holders = engine.fira_holders
     params = list(engine.module.parameters())
-    found = [(known.labels[id(param)], param, known.alike([param])) for param in params]
+    found = [(known.shown(param), param, known.alike([param])) for param in params]
     if optimizer.attachment.replicas:
         own, attachment = {id(param) for param in params}, optimizer.attachment
+        shown = {known.labels[id(param)]: known.shown(param) for param in params}
         found += [
-            (f"master copy of {held[0].name or i}", param, attachment.replicas[param])
+            (f"master copy of {shown.get(held[0].name, held[0].name or i)}", param, attachment.replicas[param])
             for i, (param, held) in enumerate(attachment.slices.items())
             if id(param) not in own and param in attachment.replicas
         ]

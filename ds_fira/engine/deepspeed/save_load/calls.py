@@ -19,11 +19,11 @@ def bound(method: Callable[..., object], *args: object, **kwargs: object) -> ins
 
 @contextlib.contextmanager
 def replaced(owner: object, **methods: Callable[..., object]) -> Iterator[None]:
-    """Give one object other methods for a while; afterwards it has what it had.
+    """Give one object other methods, or values, for a while; afterwards it has what it had.
 
     Args:
         owner: the object.
-        **methods: by the names that they replace, called without the object.
+        **methods: by the names that they replace, called without the object; of a value the value.
     """
     before = {name: vars(owner)[name] for name in methods if name in vars(owner)}
     vars(owner).update(methods)

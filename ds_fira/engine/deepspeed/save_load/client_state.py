@@ -2,7 +2,7 @@
 
 Written against DeepSpeed 0.19.8. What it relies on: `DeepSpeedEngine.save_checkpoint` writes `client_state` beside the
 weights, and `load_checkpoint` gives it back, both on every rank. DeepSpeed itself saves weights, optimizer, scheduler,
-loss scale and the counts of steps and samples.
+loss scale (but that of float16 autocast) and the counts of steps and samples.
 
 Every rank's part travels in one entry of the client state, `ds_fira`, which the caller does not see. It is read only
 where optimizer states are loaded. Of another number of ranks, each takes over the generators that the rank of its
@@ -25,6 +25,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from ds_fira.engine.deepspeed.chosen import trains_ours
+from ds_fira.engine.deepspeed.loss_scale import autocast_scaler
 from ds_fira.engine.deepspeed.monitor import forget_hook
 from ds_fira.engine.deepspeed.save_load.calls import bound
 from ds_fira.observe.metrics import StepMetrics
@@ -96,6 +97,8 @@ def own_record(engine: DeepSpeedEngine) -> dict[str, object]:
     """What all ranks know alike; a collective call where scaling factors are recorded."""
     optimizer, recorder = engine.basic_optimizer, engine.basic_optimizer.recorder
     found: dict[str, object] = {"replicated": optimizer.replicated}
+    if (scaler := autocast_scaler(engine)) is not None:
+        found["autocast_scaler"] = scaler.state_dict()
     if recorder is not None:
         found["scaling_factors"] = recorder.gather(optimizer.communicator, optimizer.replicated, optimizer.counts)
     return found
@@ -131,6 +134,8 @@ def _restore(engine: DeepSpeedEngine, saved: Mapping[str, object]) -> None:
     else:
         own = StepMetrics.together(counters, saved["replicated"], counts=optimizer.replicated or rank == 0)
     optimizer.metrics.load_state_dict(own)
+    if (scaler := autocast_scaler(engine)) is not None and saved.get("autocast_scaler"):
+        scaler.load_state_dict(saved["autocast_scaler"])
     if optimizer.recorder is not None:
         optimizer.recorder.restart(saved.get("scaling_factors") or {})
     # It has counted the steps before the load, which belong to another run or are to be made again.

@@ -6,6 +6,7 @@ What it relies on, of DeepSpeed 0.19.8: the names of the files and their keys (`
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from ds_fira.checkpoint.named_state import KEY, SavedState, StateDict, TensorSli
 from ds_fira.checkpoint.payload import PAYLOAD, unfold
 from ds_fira.checkpoint.shared_read import SharedRead
 from ds_fira.checkpoint.tag_folder import matching_files
+from ds_fira.sharding.geometry import ParamSlice
 
 T = TypeVar("T")
 # Keys of DeepSpeed's files.
@@ -121,8 +123,8 @@ class CheckpointFiles:
         return self.model().get("module", "") is None
 
     def lost_experts(self) -> list[str]:
-        """The names of the files of experts that are not here."""
-        counts, folder = self.model().get("num_experts"), self.models[0].parent
+        """The names of the files of experts that are not here; stage 3 writes none."""
+        counts, folder = None if self.partitioned else self.model().get("num_experts"), self.models[0].parent
         names = [
             f"layer_{layer}_expert_{number}_mp_rank_00_model_states.pt"
             for layer, count in enumerate(counts if isinstance(counts, list) else ())
@@ -214,12 +216,12 @@ class CheckpointFiles:
             weights = next((wrapper[key] for key in MASTERS if key in wrapper), None)
             if weights is None and "fp32_groups" in wrapper:
                 weights = [tensor for group in wrapper["fp32_groups"] for tensor in group]
-            elif weights is None and not self.of_pipeline:
+            saved.add(state_dict, weights)
+            if weights is None and not self.of_pipeline:
                 # Stage 0 in float32 steps the module's own weights.
                 module = self._module()
-                held = [TensorSlices.from_plain(each).params[0] for each in state_dict[KEY]["places"]]
-                weights = [module[part.param] for part in held]
-            saved.add(state_dict, weights)
+                for each in state_dict[KEY]["places"]:
+                    _add_weights(saved, module, TensorSlices.from_plain(each).params[0])
 
     def _module(self) -> dict[str, Tensor]:
         """The module's weights by name, experts too, each of which has a file."""
@@ -228,6 +230,17 @@ class CheckpointFiles:
             if EXPERT_FILE.fullmatch(path.name):
                 found |= load(path, self.unpickle, self.reading)
         return normalized(found)
+
+
+def _add_weights(saved: SavedState, module: Mapping[str, Tensor], part: ParamSlice) -> None:
+    """Add a parameter of the module's, or the experts that AutoEP had put together in it, each saved by its number."""
+    found = saved.weights[part.name]
+    if part.param in module:
+        found.append((part, module[part.param].reshape(-1)))
+        return
+    for number in itertools.takewhile(lambda number: f"{part.param}.{number}" in module, itertools.count()):
+        weight = module[f"{part.param}.{number}"].reshape(-1)
+        found.append((ParamSlice(part.name, 0, number * weight.numel(), (number + 1) * weight.numel()), weight))
 
 
 def refuse_other_slices(files: CheckpointFiles, now: int) -> None:

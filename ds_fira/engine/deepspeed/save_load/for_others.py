@@ -28,7 +28,7 @@ from ds_fira.checkpoint.payload import PAYLOAD
 from ds_fira.checkpoint.rates import carry_rates, with_own_rates
 from ds_fira.checkpoint.reconcile import Members, carry_schedule
 from ds_fira.checkpoint.restore import restore_weights
-from ds_fira.core.selection import shape_of
+from ds_fira.core.selection import first_element, shape_of
 from ds_fira.engine.deepspeed.flat_groups import stepped_groups
 from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.save_load.calls import replaced
@@ -106,6 +106,7 @@ def load_into_other(
         engine,
         _get_all_ckpt_names=lambda *_: [str(each.models[0]) for each in files.of_all_slices()],
         load_module_state_dict=lambda **_: load_untrained(engine, rest, wanted),
+        has_moe_layers=False,  # whose weights are among the masters
     ):
         # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
         path, client_state = load_checkpoint(
@@ -151,7 +152,9 @@ def load_masters(engine: DeepSpeedEngine, saved: SavedState, holders: Holders) -
     names = holders.labels
     if hasattr(engine.optimizer, "fp32_groups_flat"):
         params = [param for group in engine.optimizer.fp16_groups for param in group]
-        restore_weights(saved, [(p, (ParamSlice(names[id(p)], 0, 0, p.numel()),)) for p in params])
+        firsts = [first_element(param) for param in params]
+        slices = [ParamSlice(names[id(p)], 0, n, n + p.numel()) for n, p in zip(firsts, params, strict=True)]
+        restore_weights(saved, [(p, (part,)) for p, part in zip(params, slices, strict=True)])
         engine.optimizer.refresh_fp32_params()
         return
     flats = stepped_groups(engine, holders.of)

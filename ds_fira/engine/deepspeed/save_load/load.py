@@ -139,7 +139,9 @@ def load_elsewhere(
             carry_rates(saved.groups, optimizer.param_groups, optimizer.members)
         rest = {} if files.of_pipeline else untrained_values(files)
     if not simple:
+        # What is trained comes from the masters, experts too, of which stage 3 writes no files.
         methods = {"load_module_state_dict": lambda **_: load_untrained(engine, rest, untrained(engine))}
+        methods["has_moe_layers"] = False
     one_each = [files.models] if files.of_pipeline else [each.models[:1] for each in files.of_all_slices()]
     listed = [str(path) for paths in one_each for path in paths]
     with replaced(engine, _get_all_ckpt_names=lambda *_: listed, **methods):
