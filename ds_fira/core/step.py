@@ -285,5 +285,6 @@ def _empty_update(direction: Tensor, state: MatrixState) -> Tensor:
 
 def factors(basis: Tensor, low_rank_update: Tensor, side: str) -> tuple[Tensor, Tensor]:
     """The two factors of the product that goes back into W: (P, C) on the left, (C, P') on the right."""
-    basis = basis[:, : low_rank_update.shape[0 if side == "left" else 1]]  # all of it, or nothing
+    if low_rank_update.shape[0 if side == "left" else 1] == 0:  # a view costs a call
+        basis = basis[:, :0]
     return (basis, low_rank_update) if side == "left" else (low_rank_update, basis.mT)
