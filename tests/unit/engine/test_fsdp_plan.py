@@ -43,7 +43,7 @@ def test_fragments_tile_every_matrix(shape: tuple[int, ...], dim: int, ranks: in
         chunks = whole.chunk(ranks, dim)
         torchs_own = chunks[rank].reshape(-1).tolist() if rank < len(chunks) else []
         assert [number for held in shards.held(rank) for number in held] == torchs_own
-    for matrix in shards.fragments([0] * ranks):
+    for matrix in shards.fragments():
         spans = [(part.start, part.stop) for _, part in sorted(matrix.items())]
         assert spans[0][0] == 0
         assert spans[-1][1] == shape[-2] * shape[-1]

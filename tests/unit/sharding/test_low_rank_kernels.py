@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ds_fira.core import kernels
+from ds_fira.sharding import plan
 from tests.unit.sharding import test_overlap
 from tests.unit.sharding.test_overlap import PAIRS, TOGETHER, train
 
@@ -82,3 +83,10 @@ def test_every_form(both: Any, changed: dict[str, Any], evenly_sharded: bool) ->
 def test_turns_overlap(both: Any, evenly_sharded: bool) -> None:
     """One matrix a turn, two turns at a time."""
     both({"alpha": 1.0}, PAIRS, 5, evenly_sharded=evenly_sharded, fault=True)
+
+
+@pytest.mark.full
+def test_a_group_that_is_partly_even(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left matrices kept by all their sharers beside right ones with copies of P, as ZeRO-2 has them on many ranks."""
+    monkeypatch.setattr(plan, "MANY_SHARERS", 1)
+    both({"alpha": 1.0}, TOGETHER, 4, evenly_sharded=False, fault=True)
