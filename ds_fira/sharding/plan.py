@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -139,10 +140,15 @@ def plan_groups(
 
 def _add(load: list[int], matrix: SplitMatrix, sign: int) -> None:
     """Count a matrix's state, or no longer, in the elements of state on every rank."""
-    gathered = matrix.way == "gathered"
-    numels = (matrix.state_numel(matrix.owner),) if gathered else matrix.sums.state_numel
-    for holder, numel in zip(_state_holders(matrix), numels, strict=True):
-        load[holder] += sign * numel
+    if matrix.way == "gathered":
+        load[matrix.owner] += sign * matrix.state_numel(matrix.owner)
+        return
+    change, sharers, numels = (operator.add if sign > 0 else operator.sub), matrix.sharers, matrix.sums.state_numel
+    if isinstance(sharers, range):  # of all ranks, for every matrix: in one go
+        load[sharers.start : sharers.stop] = map(change, load[sharers.start : sharers.stop], numels)
+        return
+    for holder, numel in zip(sharers, numels, strict=True):
+        load[holder] = change(load[holder], numel)
 
 
 def _change(planned: dict[int, tuple[int, SplitMatrix]], load: list[int], position: int) -> None:

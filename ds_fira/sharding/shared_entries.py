@@ -173,6 +173,14 @@ class SharedEntries:
         """The rows of P that are borrowed for every step, as `transfers`."""
         return _basis_transfers(self._alike, of) if self.shares_basis else ()
 
+    def borrowed_and_lent(self, of: int) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
+        """Of `transfers` those in which a sharer borrows, and those in which it lends."""
+        return _by_direction(self._alike, of, False)
+
+    def basis_borrowed_and_lent(self, of: int) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
+        """The same of `basis_transfers`."""
+        return _by_direction(self._alike, of, True)
+
     def _find_transfers(self, needed: Spans, held: Spans, of: int | None) -> Iterator[Transfer]:
         parts = {keeper: held(keeper) for keeper in self.sharers}
         for borrower in self.sharers:
@@ -243,3 +251,9 @@ def _transfers(matrix: SharedEntries, of: int | None) -> tuple[Transfer, ...]:
 @lru_cache(maxsize=256)
 def _basis_transfers(matrix: SharedEntries, of: int | None) -> tuple[Transfer, ...]:
     return tuple(matrix._find_transfers(matrix.basis_span, matrix.basis_rows, of))
+
+
+@lru_cache(maxsize=256)
+def _by_direction(matrix: SharedEntries, of: int, of_basis: bool) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
+    found = matrix.basis_transfers(of) if of_basis else matrix.transfers(of)
+    return tuple(t for t in found if t.borrower == of), tuple(t for t in found if t.keeper == of)
