@@ -167,19 +167,19 @@ class SharedEntries:
 
     def transfers(self, of: int | None = None) -> Sequence[Transfer]:
         """The entries of R that are borrowed, or those that one sharer borrows or lends; by borrower, by keeper."""
-        return _transfers(self._alike, of)
+        return _transfers(self.alike, of)
 
     def basis_transfers(self, of: int | None = None) -> Sequence[Transfer]:
         """The rows of P that are borrowed for every step, as `transfers`."""
-        return _basis_transfers(self._alike, of) if self.shares_basis else ()
+        return _basis_transfers(self.alike, of) if self.shares_basis else ()
 
     def borrowed_and_lent(self, of: int) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
         """Of `transfers` those in which a sharer borrows, and those in which it lends."""
-        return _by_direction(self._alike, of, False)
+        return _by_direction(self.alike, of, False)
 
     def basis_borrowed_and_lent(self, of: int) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
         """The same of `basis_transfers`."""
-        return _by_direction(self._alike, of, True)
+        return _by_direction(self.alike, of, True)
 
     def _find_transfers(self, needed: Spans, held: Spans, of: int | None) -> Iterator[Transfer]:
         parts = {keeper: held(keeper) for keeper in self.sharers}
@@ -202,10 +202,10 @@ class SharedEntries:
     @property
     def sums(self) -> EntrySums:
         """What the sharers have together."""
-        return _sums(self._alike)
+        return _sums(self.alike)
 
     @property
-    def _alike(self) -> SharedEntries:
+    def alike(self) -> SharedEntries:
         """One that is equal for all matrices of which the sharers have the same entries, so that each is found once."""
         cut = self.cut.unnamed if isinstance(self.cut, EvenCut) else self.cut
         owner = self.owner if self.side == "left" and not self.evenly_sharded else NOBODY
