@@ -110,6 +110,25 @@ class Link:
         return ask
 
 
+def plan(ranks: int, _: str, evenly_sharded: bool, changed: dict[str, Any], numel: int) -> tuple[Any, Any]:
+    """The layout of one of `CASES` and its settings; sets the elements of a turn for what is made of them next."""
+    from ds_fira.core.settings import GroupSettings
+    from ds_fira.sharding.geometry import matrices_of, split
+    from ds_fira.sharding.lowrank import step
+    from ds_fira.sharding.plan import plan_groups
+
+    step.MAX_STEP_NUMEL = numel
+    fragments, size = [], 0
+    for index, shape in enumerate(SHAPES):
+        own = -(-math.prod(shape) // ranks)
+        parts = split(matrices_of(f"w{index}", shape, 0)[0], own, ranks)
+        fragments.append({holder: replace(part, offset=part.offset + size) for holder, part in parts.items()})
+        size += own
+    settings = GroupSettings(**{**GIVEN, **changed})
+    (layout,) = plan_groups([(fragments, size)], ranks, [settings], evenly_sharded)
+    return layout, settings
+
+
 def _measure(rank: int, ranks: int, port: int, delay: float, repeats: int, answers: Any) -> None:
     """One process: puts, for every case, what `measure` returns, of this rank."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -117,29 +136,19 @@ def _measure(rank: int, ranks: int, port: int, delay: float, repeats: int, answe
     torch.set_num_threads(1)
     sys.setswitchinterval(1e-4)  # the link's thread is not to wait for the one that computes
     from ds_fira.core.algorithms import FIRA_ADAM
-    from ds_fira.core.settings import GroupSettings
     from ds_fira.observe.metrics import StepMetrics
     from ds_fira.sharding.comm import Communicator
-    from ds_fira.sharding.geometry import matrices_of, split
-    from ds_fira.sharding.lowrank import step
-    from ds_fira.sharding.plan import plan_groups
+    from ds_fira.sharding.lowrank.step import LowRankMatrices
     from ds_fira.sharding.refresher import Refresher
 
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     link, rows = Link(), []
-    for name, evenly_sharded, changed, numel in CASES:
-        step.MAX_STEP_NUMEL = numel
-        fragments, size = [], 0
-        for index, shape in enumerate(SHAPES):
-            own = -(-math.prod(shape) // ranks)
-            parts = split(matrices_of(f"w{index}", shape, 0)[0], own, ranks)
-            fragments.append({holder: replace(part, offset=part.offset + size) for holder, part in parts.items()})
-            size += own
-        settings = GroupSettings(**{**GIVEN, **changed})
-        (layout,) = plan_groups([(fragments, size)], ranks, [settings], evenly_sharded)
-        matrices = step.LowRankMatrices(
+    for case in CASES:
+        name, (layout, settings) = case[0], plan(ranks, *case)
+        matrices = LowRankMatrices(
             layout.low_rank, Communicator(), {matrix.name: index for index, matrix in enumerate(layout.split)}
         )
+        size = layout.partition_size
         param = torch.nn.Parameter(torch.randn(size))
         param.grad = torch.randn(size)
         state, refresher = matrices.allocate(param, settings, FIRA_ADAM), Refresher(StepMetrics(), "FiraAdam")

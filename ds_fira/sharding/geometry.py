@@ -22,8 +22,9 @@ Bounds are half-open and count elements in row-major order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -143,27 +144,77 @@ def matrices_of(
     )
 
 
-def split(matrix: MatrixShard, partition_size: int, partitions: int) -> dict[int, MatrixShard]:
+@dataclass(frozen=True, slots=True)
+class EvenCut(Mapping[int, MatrixShard]):
+    """The fragments of a matrix by rank, of a range of elements that boundaries cut at even distances.
+
+    A model of 1,500 matrices on 2,000 ranks has three million fragments. A rank works with its own and needs of the
+    others no more than where they begin, which is arithmetic: each is made when it is asked for.
+
+    Attributes:
+        name: of the matrix.
+        shape: (m, n).
+        begin: elements of the range before the matrix.
+        size: elements of the range that each rank has.
+        place: where a rank's part of the range begins in its partition, the same on all ranks or told by rank.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    begin: int
+    size: int
+    place: int | Callable[[int], int] = 0
+
+    @property
+    def ranks(self) -> range:
+        """Those that hold a fragment, one after the other."""
+        last = self.begin + math.prod(self.shape) - 1
+        return range(self.begin // self.size, last // self.size + 1)
+
+    def __repr__(self) -> str:
+        """What the hash of a plan is made of where a cut is not listed."""
+        place = f", place={self.place}" if isinstance(self.place, int) else ""  # else by the cuts before it
+        return f"EvenCut(name={self.name!r}, shape={self.shape}, begin={self.begin}, size={self.size}{place})"
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ranks)
+
+    def __contains__(self, rank: object) -> bool:
+        return rank in self.ranks
+
+    def __getitem__(self, rank: int) -> MatrixShard:
+        if rank not in self.ranks:
+            raise KeyError(rank)
+        edge = rank * self.size
+        first, last = max(self.begin, edge), min(self.begin + math.prod(self.shape), edge + self.size)
+        place = self.place if isinstance(self.place, int) else self.place(rank)
+        return MatrixShard(self.name, self.shape, place + first - edge, first - self.begin, last - self.begin)
+
+    @property
+    def unnamed(self) -> EvenCut:
+        """The same of a matrix without a name, wherever the ranks keep it: equal where the fragments are alike."""
+        return EvenCut("", self.shape, self.begin, self.size)
+
+
+def split(matrix: MatrixShard, partition_size: int, partitions: int, place: int | Callable[[int], int] = 0) -> EvenCut:
     """Split a whole matrix of a buffer at the partition boundaries.
 
     Args:
         matrix: whole, with `offset` counted from the start of the buffer.
         partition_size: elements in each partition.
         partitions: how many partitions the buffer has.
+        place: as in `EvenCut`, where partitions hold more than this buffer's.
 
     Returns:
         The fragments by partition index, which are consecutive and ascending; `offset` counted from the start of the
         partition. The fragments tile the matrix.
     """
     assert matrix.is_whole, matrix
-    begin, end = matrix.offset, matrix.offset + math.prod(matrix.shape)
-    assert end <= partition_size * partitions, (matrix, partition_size, partitions)
-    fragments = {}
-    for index in range(begin // partition_size, (end - 1) // partition_size + 1):
-        edge = index * partition_size
-        first, last = max(begin, edge), min(end, edge + partition_size)
-        fragments[index] = MatrixShard(matrix.name, matrix.shape, first - edge, first - begin, last - begin)
-    return fragments
+    assert matrix.offset + matrix.numel <= partition_size * partitions, (matrix, partition_size, partitions)
+    return EvenCut(matrix.name, matrix.shape, matrix.offset, partition_size, place)
 
 
 # Between the name of a parameter and what says which of its slices is meant.
@@ -220,10 +271,10 @@ class Partitioning:
     def of_slices(cls, numels: tuple[int, ...], ranks: int) -> Partitioning:
         """ZeRO-3's: of every parameter ceil(numel / ranks) elements on each rank, those of the last ones padded."""
         sizes = [-(-numel // ranks) for numel in numels]
-        offsets = tuple(sum(sizes[:index]) for index in range(len(sizes)))
-        return cls(numels, offsets, sum(sizes), ranks, sliced=True)
+        *offsets, total = accumulate(sizes, initial=0)
+        return cls(numels, tuple(offsets), total, ranks, sliced=True)
 
-    def fragments(self, index: int, matrix: MatrixShard) -> dict[int, MatrixShard]:
+    def fragments(self, index: int, matrix: MatrixShard) -> EvenCut:
         """Split a whole matrix of a parameter.
 
         Args:
@@ -236,8 +287,7 @@ class Partitioning:
         begin = self.offsets[index]
         if not self.sliced:
             return split(replace(matrix, offset=begin + matrix.offset), self.partition_size, self.ranks)
-        found = split(matrix, -(-self.numels[index] // self.ranks), self.ranks)
-        return {rank: replace(fragment, offset=begin + fragment.offset) for rank, fragment in found.items()}
+        return split(matrix, -(-self.numels[index] // self.ranks), self.ranks, begin)
 
     def slices(self, dp_rank: int, names: Sequence[str], firsts: Sequence[int] | None = None) -> tuple[ParamSlice, ...]:
         """What lies in a rank's partition, in the order of the parameters; those with nothing there are left out.

@@ -9,7 +9,8 @@ partition:
 
     A, C   unsplit: the rank that holds the matrix owns and steps it, and never communicates about it
     B      split: ranks 0 and 1 share it, one of them owns it, and it is stepped in one of the two ways of
-           `ds_fira.sharding.split_matrix`, whichever sends less (`SplitMatrix.cheaper_way`)
+           `ds_fira.sharding.split_matrix`, whichever sends less (`SplitMatrix.cheaper_way`), unless one rank would
+           have far more to hold or to send than others (`plan_groups`)
 
 Owners balance the state that the ranks hold. Before the first step all ranks compare a hash of their plans. Nothing
 here holds a tensor or communicates.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +33,15 @@ from ds_fira.sharding.projection import state_numel
 from ds_fira.sharding.split_matrix import SplitMatrix, plan_split
 
 T = TypeVar("T")
-# The fullest rank's state over an even share, at most, where ZeRO-3 splits every matrix.
+# The fullest rank's state over an even share, at most.
 MAX_IMBALANCE = 1.25
+# Where no rank holds more elements of state than this, 48 MB in float32, little is gained. There a plan may be less
+# even at stages 1 and 2, and at stage 3 if to even it out sends more than so many times as much in a step.
+MAX_UNEVEN_NUMEL, MAX_UNEVEN_COST = 12 * 10**6, 5
+# Sharers above which what all of them send, R of a left matrix or its gradient, is much for one owner to take in.
+MANY_SHARERS = 8
+# Elements that an owner takes in and gives back in a step, above which a step may be waiting for it: 16 MiB in float32.
+BUSY_OWNER_NUMEL = 2**22
 # Elements of split matrices that an owner gathers at a time, or one matrix: gradient and weight of it, 512 MiB.
 MAX_TURN_NUMEL = 2**26
 
@@ -76,12 +85,14 @@ def plan_groups(
     ranks: int,
     settings: Sequence[GroupSettings],
     evenly_sharded: bool = False,
+    beside: int = 0,
 ) -> list[GroupLayout]:
     """Give every matrix that lies on several ranks an owner and a way.
 
     The matrices with the largest states come first, and each goes to the least loaded of the ranks that share it. A
     rank's load is the state that it holds; unsplit matrices count from the start. An evenly sharded matrix loads all
-    its sharers alike; its owner only computes the bases, so these are dealt out by the work that they make.
+    its sharers alike; its owner only computes the bases, so these are dealt out by the work that they make. Where a
+    rank would hold more than `MAX_IMBALANCE` even shares, its matrices are sharded evenly.
 
     Args:
         groups: for every group the fragments of its matrices by dp_rank, `offset` counted in the rank's partition, and
@@ -89,6 +100,7 @@ def plan_groups(
         ranks: partitions of each group.
         settings: of every group.
         evenly_sharded: whether no state of split matrices may exist twice (ZeRO-3, which splits all of them).
+        beside: elements of state that every rank holds of what is not projected.
     """
     load, work = [0] * ranks, [0] * ranks
     unsplit: list[list[list[MatrixShard]]] = [[[] for _ in range(ranks)] for _ in groups]
@@ -105,16 +117,17 @@ def plan_groups(
             load[holder] += size
     planned: dict[int, tuple[int, SplitMatrix]] = {}  # group and matrix by position in buffer order
     for _, position, index, fragments in sorted(to_plan, key=lambda item: -item[0]):
-        owner = min(fragments, key=lambda holder: (load[holder], holder))
-        matrix = plan_split(fragments, owner, ranks, settings[index], evenly_sharded)
-        if evenly_sharded and matrix.way == "low_rank":
-            matrix = replace(matrix, owner=min(fragments, key=lambda holder: (work[holder], holder)))
+        sharers, own = sorted(fragments), settings[index]
+        matrix = plan_split(fragments, min(sharers, key=load.__getitem__), ranks, own, evenly_sharded)
+        if matrix.side == "left" and len(sharers) > MANY_SHARERS and not (evenly_sharded or own.exact_cuts):
+            matrix = replace(matrix, way="low_rank", evenly_sharded=True)
+        if matrix.evenly_sharded and matrix.way == "low_rank":
+            matrix = replace(matrix, owner=min(sharers, key=work.__getitem__))
         work[matrix.owner] += math.prod(matrix.shape) * min(matrix.shape)
-        for holder in fragments:
-            load[holder] += matrix.state_numel(holder)
+        _add(load, matrix, 1)
         planned[position] = (index, matrix)
-    if evenly_sharded:
-        _balance(planned, load, [own.exact_cuts for own in settings])
+    _relieve(planned, load, settings)
+    _balance(planned, load, settings, MAX_UNEVEN_NUMEL - beside)
     return [
         GroupLayout(
             unsplit=tuple(map(tuple, unsplit[index])),
@@ -125,29 +138,91 @@ def plan_groups(
     ]
 
 
-def _balance(planned: dict[int, tuple[int, SplitMatrix]], load: list[int], exact: Sequence[bool]) -> None:
+def _add(load: list[int], matrix: SplitMatrix, sign: int) -> None:
+    """Count a matrix's state, or no longer, in the elements of state on every rank."""
+    if matrix.way == "gathered":
+        load[matrix.owner] += sign * matrix.state_numel(matrix.owner)
+        return
+    change, sharers, numels = (operator.add if sign > 0 else operator.sub), matrix.sharers, matrix.sums.state_numel
+    if isinstance(sharers, range):  # of all ranks, for every matrix: in one go
+        load[sharers.start : sharers.stop] = map(change, load[sharers.start : sharers.stop], numels)
+        return
+    for holder, numel in zip(sharers, numels, strict=True):
+        load[holder] = change(load[holder], numel)
+
+
+def _change(planned: dict[int, tuple[int, SplitMatrix]], load: list[int], position: int) -> None:
+    """Shard a matrix evenly and step it the low-rank way."""
+    index, before = planned[position]
+    after = replace(before, way="low_rank", evenly_sharded=True)
+    planned[position] = (index, after)
+    _add(load, before, -1)
+    _add(load, after, 1)
+
+
+def _state_holders(matrix: SplitMatrix) -> Sequence[int]:
+    return (matrix.owner,) if matrix.way == "gathered" else matrix.sharers
+
+
+def _relieve(planned: dict[int, tuple[int, SplitMatrix]], load: list[int], settings: Sequence[GroupSettings]) -> None:
+    """Step the gathered matrices of a group where they lie if that keeps no rank as long as its busiest owner.
+
+    Which way sends less over all ranks says nothing about one rank: a group of few matrices has many ranks wait for a
+    few owners. Concerns matrices that are evenly sharded over more than `MANY_SHARERS`; arguments as of `_balance`.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for position, (index, matrix) in planned.items():
+        many = matrix.evenly_sharded and len(matrix.sharers) > MANY_SHARERS
+        if many and matrix.way == "gathered" and not settings[index].exact_cuts:
+            groups[index].append(position)
+    for index, positions in groups.items():
+        busy: dict[int, float] = defaultdict(float)
+        together = 0.0
+        for matrix in (planned[position][1] for position in positions):
+            busy[matrix.owner] += matrix.step_cost("gathered", len(load), settings[index])
+            together += matrix.step_cost("low_rank", len(load), settings[index]) / len(matrix.sharers)
+        if max(busy.values()) > max(together, BUSY_OWNER_NUMEL):
+            for position in positions:
+                _change(planned, load, position)
+
+
+def _balance(
+    planned: dict[int, tuple[int, SplitMatrix]], load: list[int], settings: Sequence[GroupSettings], little: int
+) -> None:
     """Shard matrices of the fullest rank evenly, the low-rank way, until no load exceeds `MAX_IMBALANCE` even shares.
 
     Args:
         planned: group and matrix by position, changed.
         load: elements of state on every rank, changed.
-        exact: of every group `exact_cuts`, which forbids the low-rank way.
+        settings: of every group; `exact_cuts` forbids the low-rank way.
+        little: a load up to which a matrix is sharded evenly only if that costs little.
     """
+
+    def worth_it(position: int) -> bool:
+        index, matrix = planned[position]
+        costs = [matrix.step_cost(way, len(load), settings[index]) for way in ("low_rank", "gathered")]
+        return matrix.evenly_sharded and costs[0] <= MAX_UNEVEN_COST * costs[1]
+
+    held: dict[int, set[int]] = defaultdict(set)  # by rank, positions of matrices that can be sharded more evenly
+    for position, (index, matrix) in planned.items():
+        if not settings[index].exact_cuts and (matrix.way == "gathered" or not matrix.evenly_sharded):
+            for holder in _state_holders(matrix):
+                held[holder].add(position)
+    before: dict[int, tuple[int, SplitMatrix]] = {}
     while max(load) * len(load) > MAX_IMBALANCE * sum(load):
         fullest = load.index(max(load))
-        owned = [
-            (matrix.state_numel(fullest), position)
-            for position, (index, matrix) in planned.items()
-            if matrix.way == "gathered" and matrix.owner == fullest and not exact[index]
-        ]
-        if not owned:
+        chosen: Iterable[int] = held[fullest]
+        if load[fullest] <= little:
+            before = before or dict(planned)
+            chosen = filter(worth_it, chosen)
+        found = [(planned[position][1].state_numel(fullest), position) for position in chosen]
+        if not found:
+            planned.update(before if held[fullest] else {})  # half of the way costs, and gains nothing
             return
-        _, position = max(owned)
-        index, before = planned[position]
-        after = replace(before, way="low_rank")
-        planned[position] = (index, after)
-        for holder in before.sharers:
-            load[holder] += after.state_numel(holder) - before.state_numel(holder)
+        _, position = max(found)
+        for holder in _state_holders(planned[position][1]):
+            held[holder].discard(position)
+        _change(planned, load, position)
 
 
 def plan_hash(layouts: Iterable[GroupLayout]) -> str:

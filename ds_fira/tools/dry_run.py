@@ -183,11 +183,13 @@ def plan_run(
     # Those of the same ranks together, as the engine plans them.
     for key in dict.fromkeys(holders_key(group.settings) for group in planned):
         places = [place for place, group in enumerate(planned) if holders_key(group.settings) == key]
+        unprojected = [planned[place].partition_size for place in places if not drafts[place][1]]
         layouts = plan_groups(
             [(drafts[place][1], planned[place].partition_size) for place in places],
             planned[places[0]].buffer.ranks,
             [GroupSettings.of(planned[place].settings) for place in places],
             evenly_sharded=zero_stage == 3,
+            beside=len(method.states) * sum(unprojected),
         )
         for place, layout in zip(places, layouts, strict=True):
             planned[place] = replace(planned[place], layout=layout if drafts[place][1] else None)

@@ -11,8 +11,13 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
-def counted(optimizer: torch.optim.Optimizer) -> Iterator[list[int]]:
-    """By step the bytes that this rank hands to other ranks inside the optimizer, counted where torch sends them."""
+def counted(optimizer: torch.optim.Optimizer, calls: list[int] | None = None) -> Iterator[list[int]]:
+    """By step the bytes that this rank hands to other ranks inside the optimizer, counted where torch sends them.
+
+    Args:
+        optimizer: whose steps are counted.
+        calls: of whose last number the collectives are counted; None not to count them.
+    """
     found: list[int] = []
     inside = []
     own = torch.distributed.get_rank()
@@ -23,6 +28,8 @@ def counted(optimizer: torch.optim.Optimizer) -> Iterator[list[int]]:
     def count(numel: int, tensor: Tensor) -> None:
         if inside:
             found[-1] += numel * tensor.element_size()
+            if calls is not None:
+                calls[-1] += 1
 
     def counting_all_to_all(received: Tensor, sent: Tensor, *sizes: Any, **kwargs: Any) -> Any:
         count(sent.numel(), sent)

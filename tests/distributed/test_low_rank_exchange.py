@@ -102,8 +102,8 @@ def check(
             own = own[inside(matrix.kept(rank), range(10**9))] if own.numel() > 1 else own
             torch.testing.assert_close(states[rank].get("residual_avg_sq" + mark, own[:0]), own, rtol=1e-4, atol=0.0)
         for rank in sharers:
-            rows = touched_rows(matrix.fragment(rank))
-            own = expected["basis"][rows.start : rows.stop] if matrix.side == "left" else expected["basis"]
+            rows = matrix.basis_rows(rank)
+            own = expected["basis"][rows.start : rows.stop]
             assert torch.equal(states[rank]["basis" + mark], own), name
             kept = inside(matrix.kept(rank), range(10**9))
             for key in ("exp_avg", "exp_avg_sq") if len(matrix.kept(rank)) else ():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import deepspeed
@@ -17,6 +16,7 @@ from ds_fira.engine.deepspeed.flat_groups import flat_groups
 from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.optim.registry import fira_of
 from ds_fira.optim.state_size import state_bytes
+from tests.distributed.limits import limited
 from tests.distributed.zero_jobs import ExpertNet, Net, batches, build, faulty
 
 MODELS = {"net": Net, "experts": lambda shapes: ExpertNet()}
@@ -43,17 +43,8 @@ def model_of(kind: str, shapes: list[tuple[int, int]], ds_config: dict[str, Any]
 
 def train(limits: dict[str, int] | None = None, **kwargs: Any) -> dict[str, Any]:
     """`_train` with module attributes, by their full name, at other values."""
-    before = {}
-    for path, value in (limits or {}).items():
-        module, _, attribute = path.rpartition(".")
-        before[path] = getattr(importlib.import_module(module), attribute)
-        setattr(importlib.import_module(module), attribute, value)
-    try:
+    with limited(limits or {}):
         return _train(**kwargs)
-    finally:
-        for path, value in before.items():
-            module, _, attribute = path.rpartition(".")
-            setattr(importlib.import_module(module), attribute, value)
 
 
 def _train(

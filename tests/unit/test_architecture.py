@@ -19,7 +19,13 @@ FOLDERS = ("ds_fira", "tests", "benchmarks", "examples")
 FACES = ("__init__.py", "__main__.py", "hf.py", "run.py", "version.py")
 LONGEST, SHORTEST = 300, 30
 MOST_ANY = 120
-PURE = ["core", *(f"sharding.{name}" for name in ("geometry", "row_blocks", "split_matrix", "plan", "projection"))]
+PURE = [
+    "core",
+    *(
+        f"sharding.{name}"
+        for name in ("geometry", "row_blocks", "shared_entries", "split_matrix", "plan", "projection")
+    ),
+]
 PURE += ["sharding.lowrank.local_plan"]
 # May use torch.distributed: the one file of collectives, the start and end of processes, and what reads an engine's
 # groups. Of these the last makes no collective.

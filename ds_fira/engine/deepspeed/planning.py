@@ -41,13 +41,18 @@ def plan_flats(
     if not projected:
         return [], bound
     ranks = [holders.sharers(flat) for _, flat in projected]
+    # But for slices, which need not be of one size on all ranks.
+    whole = [flat for _, flat in cut if not sliced(flat.lp_params)]
+    unprojected = [flat for flat in whole if not all(kinds_of(flat, optimizer.param_groups))]
     for communicator in dict.fromkeys(ranks):
         places = [place for place, own in enumerate(ranks) if own is communicator]
         found = [projected[place] for place in places]
         buffers = [holders.buffer(number, flat) for number, flat in found]
         settings = [GroupSettings.of(optimizer.param_groups[flat.group]) for _, flat in found]
         evenly = stage == 3 or any(sliced(flat.lp_params) for _, flat in found)
-        layouts = plan_groups(buffers, communicator.dp_size, settings, evenly)
+        others = [flat for flat in unprojected if flat.communicator is communicator]
+        beside = len(optimizer.algorithm.states) * sum(flat.partitioning.partition_size for flat in others)
+        layouts = plan_groups(buffers, communicator.dp_size, settings, evenly, beside)
         communicator.require_same(plan_hash(layouts), optimizer.algorithm.name)
         for place, (_, flat), layout in zip(places, found, layouts, strict=True):
             plans[place] = (communicator, layout)

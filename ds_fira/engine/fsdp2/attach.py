@@ -16,7 +16,7 @@ from ds_fira.checkpoint.reconcile import Members
 from ds_fira.core.settings import GroupSettings, ParamGroup
 from ds_fira.engine.binding import agree_on_kernels, bind_layout, structure_of
 from ds_fira.engine.fsdp2.refusals import refuse_rule, refuse_settings
-from ds_fira.engine.fsdp2.shards import Box, Shards, boxes_of, coordinate, local_of, own_box, sharded_dims
+from ds_fira.engine.fsdp2.shards import Box, Packed, Shards, boxes_of, coordinate, local_of, own_box, sharded_dims
 from ds_fira.engine.fsdp2.stand_ins import FlatStandIn, LocalStandIn
 from ds_fira.engine.fsdp2.state_form import ShardedStates
 from ds_fira.optim.attachment import EngineAttachment, StandIn
@@ -159,7 +159,7 @@ def _find(
         for param, own in zip(group["params"], listed, strict=True)
     }
     found = _communicators(optimizer, names, dims)
-    buffers, settings = [], []
+    buffers, settings, beside = [], [], 0
     for number, (group, listed) in enumerate(zip(optimizer.param_groups, names, strict=True)):
         found.stand_ins[number] = []
         for pairs in _by_unit(zip(group["params"], listed, strict=True), units):
@@ -171,6 +171,7 @@ def _find(
                     cut.append((param, shards))
                 else:
                     single.append(_local(found, param, own, shards, dims[own]))
+                    beside += param.numel() if shards is None else len(shards.rows[0]) * len(shards.columns[0])
             refuse_rule(optimizer, single)
             for flat in _flats(cut, found.communicator):
                 found.flats.append((number, flat))
@@ -179,7 +180,8 @@ def _find(
                 settings.append(GroupSettings.of(group))
                 found.stand_ins[number].append([flat])
             found.stand_ins[number] += [single] if single else []
-    found.layouts = plan_groups(buffers, found.communicator.dp_size, settings, evenly_sharded=True)
+    beside *= len(optimizer.algorithm.states)
+    found.layouts = plan_groups(buffers, found.communicator.dp_size, settings, evenly_sharded=True, beside=beside)
     return found
 
 
@@ -257,24 +259,27 @@ def _flats(cut: Sequence[tuple[nn.Parameter, Shards]], communicator: Communicato
     """The matrices of a param group, those of one dtype and device together, as many as there is room for."""
     kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, tuple[nn.Parameter, Shards]]]] = {}
     for param, shards in cut:
-        most = max(map(len, shards.stepped))
+        most = shards.stepped_numel(0)  # no rank has more than the first
         kinds.setdefault((param.dtype, param.device), []).append((most, (param, shards)))
     for sized in kinds.values():
         for part in split_by_size(sized, MAX_FLAT_NUMEL):
             yield FlatStandIn([param for param, _ in part], [shards for _, shards in part], communicator)
 
 
-def _places(flat: FlatStandIn) -> tuple[tuple[ParamSlice, ...], list[dict[int, MatrixShard]], int]:
+def _places(flat: FlatStandIn) -> tuple[tuple[ParamSlice, ...], list[Mapping[int, MatrixShard]], int]:
     """What lies where in a flat tensor: of this rank the elements of parameters, of all the fragments of matrices."""
-    ranks = range(flat.communicator.dp_size)
-    offsets, slices, fragments = [0 for _ in ranks], [], []
-    for shards in flat.shards:
-        fragments += shards.fragments(offsets)
-        held = shards.stepped[flat.communicator.dp_rank]
-        if len(held):
-            slices.append(ParamSlice(shards.name, offsets[flat.communicator.dp_rank], held.start, held.stop))
-        offsets = [offset + len(shards.stepped[rank]) for rank, offset in enumerate(offsets)]
-    return tuple(slices), fragments, max(offsets)
+    packed, rank = Packed(flat.shards), flat.communicator.dp_rank
+    slices = []
+    for number, shards in enumerate(flat.shards):
+        held = shards.stepped(rank)
+        places = accumulate(map(len, held), initial=packed.begin(number, rank))
+        slices += [ParamSlice(shards.name, at, own.start, own.stop) for at, own in zip(places, held, strict=False)]
+    # No rank has more than the first.
+    return (
+        tuple(each for each in slices if each.start < each.stop),
+        packed.fragments(),
+        packed.begin(len(flat.shards), 0),
+    )
 
 
 def _numbers(groups: Sequence[ParamGroup], members: Sequence[Members]) -> dict[str, int]:

@@ -3,8 +3,8 @@
 `torch.distributed.fsdp.fully_shard` makes every parameter a DTensor: its dimension d is cut into blocks of
 ceil(D / ranks), of which the last may be smaller or empty, over one dimension of a device mesh. Tensor parallelism cuts
 it over another one; further dimensions of the mesh hold copies. Seen as rows and columns, a rank holds a block of rows,
-of columns, or of both. Whole rows in the order of the ranks are ranges of elements, which is what a plan knows.
-Otherwise the ranks change what they hold for such rows before a step, and back behind it.
+of columns, or of both. Whole rows of a matrix in the order of the ranks are ranges of elements, which is what a plan
+knows. Otherwise the ranks change what they hold for such rows before a step, and back behind it.
 
 Relies on, of torch 2.9 to 2.13: `DTensor.placements`, `device_mesh` and `to_local`, and for two cuts on
 `torch.distributed.tensor._utils.compute_local_shape_and_global_offset`.
@@ -13,20 +13,22 @@ Relies on, of torch 2.9 to 2.13: `DTensor.placements`, `device_mesh` and `to_loc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ds_fira.sharding.geometry import MatrixShard, matrices_of
+from ds_fira.sharding.geometry import MatrixShard, matrices_of, split
 
 # Of a rank: sizes and offsets of its part, in every dimension.
 Box = tuple[Sequence[int], Sequence[int]]
 
 
+@lru_cache(maxsize=256)
 def blocks(size: int, ranks: int) -> tuple[range, ...]:
     """The blocks into which torch cuts a dimension, by rank."""
     block = -(-size // ranks)
@@ -102,6 +104,7 @@ class Shards:
         width: columns, in elements.
         rows: by rank, those that it holds some of.
         columns: by rank, those that it holds of its rows.
+        contiguous: whether the ranks hold whole rows one after the other: ranges of elements in row-major order.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Shards:
     width: int
     rows: tuple[range, ...]
     columns: tuple[range, ...]
+    contiguous: bool
 
     @classmethod
     def of_dimension(cls, name: str, shape: tuple[int, ...], dim: int, ranks: int) -> Shards:
@@ -124,9 +128,9 @@ class Shards:
         outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
         cut = blocks(shape[dim], ranks)
         if outer == 1:
-            return cls(name, shape, (ranks,), inner, cut, (range(inner),) * ranks)
+            return cls(name, shape, (ranks,), inner, cut, (range(inner),) * ranks, True)
         columns = tuple(range(block.start * inner, block.stop * inner) for block in cut)
-        return cls(name, shape, (ranks,), shape[dim] * inner, (range(outer),) * ranks, columns)
+        return cls(name, shape, (ranks,), shape[dim] * inner, (range(outer),) * ranks, columns, ranks == 1)
 
     @classmethod
     def of_boxes(cls, name: str, shape: tuple[int, ...], mesh: tuple[int, ...], boxes: Sequence[Box]) -> Shards:
@@ -137,7 +141,9 @@ class Shards:
         columns = tuple(range(sizes[0] and 1) for sizes, _ in whole)
         if len(shape) == 2:
             columns = tuple(range(offsets[1], offsets[1] + sizes[1]) for sizes, offsets in whole)
-        return cls(name, shape, mesh, width, rows, columns)
+        following = all(first.stop == second.start for first, second in pairwise(rows) if len(second))
+        contiguous = following and all(len(each) == width for each in columns)
+        return cls(name, shape, mesh, width, rows, columns, contiguous)
 
     @classmethod
     def of(cls, param: DTensor, dims: Sequence[int], name: str, boxes: Sequence[Box]) -> Shards:
@@ -160,20 +166,30 @@ class Shards:
         return len(self.rows)
 
     @property
-    def contiguous(self) -> bool:
-        """Whether the ranks hold whole rows one after the other: ranges of elements in row-major order."""
-        following = all(first.stop == second.start for first, second in pairwise(self.rows) if len(second))
-        return following and all(len(each) == self.width for each in self.columns)
+    def by_matrix(self) -> bool:
+        """Whether every matrix of a 3-D parameter is cut in rows: a rank holds some of each."""
+        return not self.contiguous and len(self.shape) == 3 and self.width == self.shape[1] * self.shape[2]
+
+    @property
+    def steps_held(self) -> bool:
+        """Whether a rank steps what it holds: a range of every matrix."""
+        return self.contiguous or self.by_matrix
 
     @property
     def stepped_rows(self) -> tuple[range, ...]:
         """By rank, the rows that it steps."""
-        return self.rows if self.contiguous else blocks(math.prod(self.shape) // self.width, self.ranks)
+        return self.rows if self.steps_held else blocks(math.prod(self.shape) // self.width, self.ranks)
 
-    @property
-    def stepped(self) -> tuple[range, ...]:
-        """By rank, the elements that it steps, in row-major order."""
-        return tuple(range(block.start * self.width, block.stop * self.width) for block in self.stepped_rows)
+    def stepped(self, rank: int) -> list[range]:
+        """The elements that a rank steps, in row-major order, as ranges."""
+        if self.steps_held:
+            return self.held(rank)
+        rows = self.stepped_rows[rank]
+        return [range(rows.start * self.width, rows.stop * self.width)]
+
+    def stepped_numel(self, rank: int) -> int:
+        """The number of these."""
+        return sum(map(len, self.stepped(rank)))
 
     def held(self, rank: int) -> list[range]:
         """The elements that a rank holds, in the order in which it does, as ranges."""
@@ -188,21 +204,58 @@ class Shards:
         rows, columns = self.rows[rank], self.columns[rank]
         return whole.reshape(-1, self.width)[rows.start : rows.stop, columns.start : columns.stop]
 
-    def fragments(self, offsets: Sequence[int]) -> list[dict[int, MatrixShard]]:
+    def fragments(self, place: int | Callable[[int], int] = 0) -> list[Mapping[int, MatrixShard]]:
         """The fragments of every matrix by rank.
 
         Args:
-            offsets: by rank, where the parameter's elements begin in the rank's partition.
+            place: where the parameter's elements begin in the rank's partition, the same on all ranks or told by rank.
         """
-        return [dict(self._fragments(matrix, offsets)) for matrix in matrices_of(self.name, self.shape)]
+        rows, matrices, most = self.stepped_rows, matrices_of(self.name, self.shape), self.stepped_numel(0)
+        if self.by_matrix:
+            own = [replace(matrix, offset=0) for matrix in matrices]
+            places = [partial(self._begin, place, index) for index in range(len(own))]
+            return [split(each, most // len(own), self.ranks, at) for each, at in zip(own, places, strict=True)]
+        if rows == blocks(math.prod(self.shape) // self.width, self.ranks):
+            return [split(matrix, most, self.ranks, place) for matrix in matrices]
+        return [dict(self._fragments(matrix, place)) for matrix in matrices]
 
-    def _fragments(self, matrix: MatrixShard, offsets: Sequence[int]) -> Iterator[tuple[int, MatrixShard]]:
+    def _begin(self, place: int | Callable[[int], int], index: int, rank: int) -> int:
+        """Where what a rank holds of one of several matrices begins in its partition."""
+        return (place if isinstance(place, int) else place(rank)) + index * len(self.columns[rank])
+
+    def _fragments(self, matrix: MatrixShard, place: int | Callable[[int], int]) -> Iterator[tuple[int, MatrixShard]]:
         begin, end = matrix.offset, matrix.offset + math.prod(matrix.shape)
-        for rank, held in enumerate(self.stepped):
+        for rank in range(self.ranks):
+            (held,) = self.stepped(rank)
             first, last = max(begin, held.start), min(end, held.stop)
             if first < last:
-                offset = offsets[rank] + first - held.start
+                offset = (place if isinstance(place, int) else place(rank)) + first - held.start
                 yield rank, replace(matrix, offset=offset, start=first - begin, stop=last - begin)
+
+
+class Packed:
+    """Parameters of which every rank has what it steps behind one another: where each begins there."""
+
+    def __init__(self, shards: Sequence[Shards]) -> None:
+        """Take the parameters in their order."""
+        self.shards = shards
+        self._begins: dict[int, list[int]] = {}
+
+    def begin(self, number: int, rank: int) -> int:
+        """Where a parameter begins on a rank, by its number; behind the last, the elements that the rank steps."""
+        if rank not in self._begins:
+            held = (shards.stepped_numel(rank) for shards in self.shards)
+            self._begins[rank] = list(accumulate(held, initial=0))
+        return self._begins[rank][number]
+
+    def fragments(self) -> list[Mapping[int, MatrixShard]]:
+        """Those of all matrices, as `Shards.fragments` has them."""
+        places = [partial(self.begin, number) for number in range(len(self.shards))]
+        return [
+            fragments
+            for shards, place in zip(self.shards, places, strict=True)
+            for fragments in shards.fragments(place)
+        ]
 
 
 def boxes_of(boxes: Mapping[int, Mapping[str, Box]], ranks: Sequence[int], name: str) -> list[Box]:

@@ -71,11 +71,10 @@ class FlatStandIn:
 
     def __init__(self, params: Sequence[nn.Parameter], shards: Sequence[Shards], communicator: Communicator) -> None:
         self.params, self.shards, self.communicator, self.taken = params, shards, communicator, False
-        held = [each.stepped[communicator.dp_rank] for each in shards]
-        self._sizes = [len(elements) for elements in held]
+        self._sizes = [each.stepped_numel(communicator.dp_rank) for each in shards]
         local = local_of(params[0])
-        self._in_place = len(params) == 1 and shards[0].contiguous
-        self._contiguous = all(each.contiguous for each in shards)
+        self._in_place = len(params) == 1 and shards[0].steps_held
+        self._contiguous = all(each.steps_held for each in shards)
         self.tensor = local.view(-1) if self._in_place else local.new_empty(sum(self._sizes))
         self._empty()
 
@@ -138,7 +137,7 @@ class FlatStandIn:
         for index, ((each, part), local) in enumerate(zip(self._parts(flat), locals_, strict=True)):
             if local is None:
                 part.fill_(torch.nan)
-            elif each.contiguous:
+            elif each.steps_held:
                 part.copy_(local.reshape(-1))
             else:
                 held, columns = each.rows[rank], each.columns[rank]
@@ -177,7 +176,7 @@ class FlatStandIn:
         rank, sent, expected, targets = self.communicator.dp_rank, [], [], {}
         for index, ((each, part), param) in enumerate(zip(self._parts(self.tensor), self.params, strict=True)):
             local = local_of(param)
-            if each.contiguous:
+            if each.steps_held:
                 local.view(-1).copy_(part)
                 continue
             values, held, columns = part.view(-1, each.width), each.rows[rank], each.columns[rank]

@@ -34,8 +34,8 @@ class LowRankExchange:
         """
         self.communicator = communicator
         # The positions at which some rank borrows entries of R, or rows of P.
-        self._borrowing = {position for position, matrix in matrices.items() if matrix.borrowed_entries}
-        self._borrowing_bases = {position for position, matrix in matrices.items() if matrix.borrowed_basis_rows}
+        self._borrowing = {position for position, matrix in matrices.items() if matrix.sums.borrowed_entries}
+        self._borrowing_bases = {position for position, matrix in matrices.items() if matrix.sums.borrowed_basis_rows}
 
     def borrows(self, turn: Sequence[int]) -> bool:
         """Whether some rank borrows entries of R of the matrices at some positions."""

@@ -51,7 +51,8 @@ class LocalShardPlan:
     def of(cls, matrix: SplitMatrix, position: int, number: int, dp_rank: int) -> LocalShardPlan:
         """The plan of a rank that holds a fragment of the matrix."""
         fragment = matrix.fragment(dp_rank)
-        transfers, basis_transfers = list(matrix.transfers(dp_rank)), list(matrix.basis_transfers(dp_rank))
+        borrowed, lent = matrix.borrowed_and_lent(dp_rank)
+        basis_borrowed, basis_lent = matrix.basis_borrowed_and_lent(dp_rank)
         return cls(
             matrix=matrix,
             position=position,
@@ -61,12 +62,12 @@ class LocalShardPlan:
             blocks=row_blocks(fragment),
             region=matrix.region(dp_rank),
             kept=matrix.kept(dp_rank),
-            borrowed=tuple(transfer for transfer in transfers if transfer.borrower == dp_rank),
-            lent=tuple(transfer for transfer in transfers if transfer.keeper == dp_rank),
+            borrowed=borrowed,
+            lent=lent,
             basis_rows=matrix.basis_rows(dp_rank),
             basis_span=matrix.basis_span(dp_rank),
-            basis_borrowed=tuple(transfer for transfer in basis_transfers if transfer.borrower == dp_rank),
-            basis_lent=tuple(transfer for transfer in basis_transfers if transfer.keeper == dp_rank),
+            basis_borrowed=basis_borrowed,
+            basis_lent=basis_lent,
         )
 
     @property

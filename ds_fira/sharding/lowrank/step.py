@@ -29,8 +29,10 @@ there is a limiter for those of 5, since both decide which collectives follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +50,6 @@ from ds_fira.sharding.lowrank.local_plan import LocalShardPlan
 from ds_fira.sharding.lowrank.refresh import LowRankRefresh
 from ds_fira.sharding.lowrank.shard_step import ShardStep
 from ds_fira.sharding.lowrank.turn import AT_ONCE, GroupStep, ShardStats, Turn, overlapped
-from ds_fira.sharding.plan import split_by_size
 from ds_fira.sharding.refresher import Refresher
 from ds_fira.sharding.split_matrix import SplitMatrix
 
@@ -218,7 +219,8 @@ class LowRankMatrices:
 def turns_of(matrices: Mapping[int, SplitMatrix]) -> list[list[int]]:
     """Deal matrices out over turns: of at most `MAX_STEP_NUMEL` elements, and two where their size makes it worth it.
 
-    Matrices that borrow rows of P for a step wait for these first, so they have turns of their own; theirs come first.
+    The elements are those of one rank, so matrices of different ranks go together however many they are. Matrices that
+    borrow rows of P for a step wait for these first, so they have turns of their own; theirs come first.
 
     Args:
         matrices: by position.
@@ -231,9 +233,49 @@ def turns_of(matrices: Mapping[int, SplitMatrix]) -> list[list[int]]:
     limit = MAX_STEP_NUMEL
     if not all(kinds):
         # At half, and half of the largest, two turns suffice for all.
-        half = (sum(sizes.values()) + max(sizes.values()) + 1) // AT_ONCE
+        half = (_fullest(matrices.values()) + max(sizes.values()) + 1) // AT_ONCE
         limit = min(limit, max(half, MIN_TURN_NUMEL))
-    return [turn for kind in kinds for turn in split_by_size([(sizes[p], p) for p in kind], limit)]
+    turns: list[list[int]] = []
+    for kind in kinds:
+        rooms: list[_Room] = []
+        first = len(turns)
+        for position in kind:
+            matrix = matrices[position]
+            # Where neighbours share a rank, every second one is in a turn.
+            last = range(len(rooms) - 1, max(0, len(rooms) - AT_ONCE) - 1, -1)
+            place = next((n for n in last if rooms[n].takes(matrix, limit)), len(rooms))
+            if place == len(rooms):
+                rooms.append(_Room())
+                turns.append([])
+            rooms[place].add(matrix)
+            turns[first + place].append(position)
+    return turns
+
+
+class _Room:
+    """What the matrices of a turn need in a step on the ranks that share them."""
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[int, int, int]] = []  # the first rank, the last, elements
+
+    def add(self, matrix: SplitMatrix) -> None:
+        self._taken.append((*matrix.bounds, matrix.step_numel()))
+
+    def takes(self, matrix: SplitMatrix, limit: int) -> bool:
+        """Whether none of its ranks needs more than a limit then, or has another matrix."""
+        first, last = matrix.bounds
+        besides = sum(numel for low, high, numel in self._taken if low <= last and high >= first)
+        return not besides or besides + matrix.step_numel() <= limit
+
+
+def _fullest(matrices: Iterable[SplitMatrix]) -> int:
+    """Elements that matrices need in a step on the rank that needs most."""
+    changes: dict[int, int] = defaultdict(int)  # at a rank, to those of the one before
+    for matrix in matrices:
+        first, last = matrix.bounds
+        changes[first] += matrix.step_numel()
+        changes[last + 1] -= matrix.step_numel()
+    return max(accumulate(changes[rank] for rank in sorted(changes)))
 
 
 def _mark(plan: LocalShardPlan) -> str:

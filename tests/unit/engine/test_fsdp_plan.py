@@ -37,14 +37,21 @@ def test_blocks_are_torch_s(size: int, ranks: int) -> None:
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_fragments_tile_every_matrix(shape: tuple[int, ...], dim: int, ranks: int) -> None:
-    """And what a rank holds is what torch gives it: elements by their numbers."""
+    """And what a rank holds is what torch gives it: elements by their numbers; a rank steps rows that it holds."""
     whole, shards = torch.arange(torch.Size(shape).numel()).view(shape), Shards.of_dimension("w", shape, dim, ranks)
     for rank in range(ranks):
         chunks = whole.chunk(ranks, dim)
         torchs_own = chunks[rank].reshape(-1).tolist() if rank < len(chunks) else []
         assert [number for held in shards.held(rank) for number in held] == torchs_own
-    for matrix in shards.fragments([0] * ranks):
+        assert shards.steps_held == (dim == 0 or len(shape) == 3 or ranks == 1)
+        assert not shards.steps_held or shards.stepped(rank) == shards.held(rank)
+    for index, matrix in enumerate(shards.fragments(lambda rank: 100 * rank)):
         spans = [(part.start, part.stop) for _, part in sorted(matrix.items())]
+        for rank, part in matrix.items():
+            first = index * shape[-2] * shape[-1]
+            stepped = [number for elements in shards.stepped(rank) for number in elements]
+            own = stepped[part.offset - 100 * rank :][: part.numel]
+            assert own == list(range(first + part.start, first + part.stop))
         assert spans[0][0] == 0
         assert spans[-1][1] == shape[-2] * shape[-1]
         assert all(first[1] == second[0] for first, second in pairwise(spans))

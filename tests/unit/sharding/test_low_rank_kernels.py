@@ -17,6 +17,7 @@ from ds_fira.core import kernels
 from ds_fira.core.algorithms import APOLLO_ADAM
 from ds_fira.core.settings import GroupSettings
 from ds_fira.observe.metrics import StepMetrics
+from ds_fira.sharding import plan
 from ds_fira.sharding.geometry import matrices_of, split
 from ds_fira.sharding.lowrank.step import LowRankMatrices
 from ds_fira.sharding.plan import plan_groups
@@ -125,3 +126,10 @@ def test_torch_functions_step_what_has_a_drawn_basis(monkeypatch: pytest.MonkeyP
     finally:
         kernels.interpret_on_cpu(False)
     assert expected.abs().sum() > 0.0
+
+
+@pytest.mark.full
+def test_a_group_that_is_partly_even(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left matrices kept by all their sharers beside right ones with copies of P, as ZeRO-2 has them on many ranks."""
+    monkeypatch.setattr(plan, "MANY_SHARERS", 1)
+    both({"alpha": 1.0}, TOGETHER, 4, evenly_sharded=False, fault=True)

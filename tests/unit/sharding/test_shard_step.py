@@ -107,9 +107,9 @@ def test_blocks_and_transfers_cover_the_matrix(m: int, n: int, begin: int, size:
         twice = (matrix.rank + 1) * lent if side == "right" else 0
         assert low_rank_elements(matrix, rank, GroupSettings(rank=2)) == sent + twice + 2 * (2 + 3)
         assert low_rank_elements(matrix, rank, UNLIMITED) == sent + 2 * (2 + 3)
-    assert matrix.borrowed_entries == sum(len(transfer.entries) for transfer in matrix.transfers())
-    assert matrix.borrowed_basis_rows == sum(len(transfer.entries) for transfer in matrix.basis_transfers())
-    borrowed = 2 * (matrix.rank + 1) * matrix.borrowed_entries + matrix.rank * matrix.borrowed_basis_rows
+    assert matrix.sums.borrowed_entries == sum(len(transfer.entries) for transfer in matrix.transfers())
+    assert matrix.sums.borrowed_basis_rows == sum(len(transfer.entries) for transfer in matrix.basis_transfers())
+    borrowed = 2 * (matrix.rank + 1) * matrix.sums.borrowed_entries + matrix.rank * matrix.sums.borrowed_basis_rows
     sums = len(matrix.sharers) * 2 * (2 + 3)
     assert sum(low_rank_elements(matrix, rank, UNLIMITED) for rank in matrix.sharers) == borrowed + sums
     for transfer in matrix.transfers():
