@@ -25,7 +25,7 @@ import torch
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
 from benchmarks.common import describe
-from tests.compatibility.feature_jobs import FEATURES, JOINED, REFUSED, REMOVED
+from tests.compatibility.feature_jobs import FEATURES, JOINED, NEITHER, REFUSED, REMOVED, WITHOUT_EFFECT
 from tests.compatibility.option_jobs import PARAMS
 from tests.compatibility.page import write_page
 from tests.distributed.zero_jobs import config
@@ -198,7 +198,8 @@ def run_features(pools: Pools, together: bool = False, part: str = "") -> list[d
 
     Returns:
         `name`, `stage`, `expected` and `result`: "supported" with the differences of `weights` and `gradients`,
-        "refused" or "DeepSpeed's refusal" with the `message`, or "wrong" with what is.
+        "refused" or "DeepSpeed's refusal" with the `message`, "AdamW fails too" with its error in `adamw` besides,
+        "no effect" of what DeepSpeed does not read, or "wrong" with what is.
     """
     results, features = [], JOINED if together else FEATURES
     ready = [(number, feature) for number, feature in enumerate(features) if part in feature.name and feature.ready()]
@@ -210,7 +211,10 @@ def run_features(pools: Pools, together: bool = False, part: str = "") -> list[d
         if any(other[0].keys() != answer.keys() for other in answers):
             entry |= {"result": "wrong", "message": "the ranks disagree"}
         elif answer.get("refused_by"):
-            entry |= {"result": REFUSALS[answer["refused_by"]], "message": answer["message"]}
+            result, failure = REFUSALS[answer["refused_by"]], answer.get("adamw")
+            result = WITHOUT_EFFECT if " has no effect at stage " in answer["message"] else result
+            entry |= {"result": NEITHER, "adamw": failure.splitlines()[0]} if failure else {"result": result}
+            entry["message"] = answer["message"]
         elif answer.get("wrong") == "":
             entry |= {"result": "supported", "weights": answer["step_difference"]}
             entry["gradients"] = answer["gradient_difference"]
