@@ -229,6 +229,14 @@ FEATURES = [
 ]
 
 
+def merged(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of features in the order of `FEATURES`, with what has been found anew of some; without others' names."""
+    anew = {entry["name"] for entry in found}
+    results = [entry for entry in before if entry["name"] not in anew] + found
+    order = {feature.name: number for number, feature in enumerate(FEATURES)}
+    return sorted((entry for entry in results if entry["name"] in order), key=lambda entry: order[entry["name"]])
+
+
 def joined(features: Iterable[Feature]) -> list[Feature]:
     """The same at their last stages, those in one that a config turns on and of which none sets what another sets."""
     result: list[Feature] = []

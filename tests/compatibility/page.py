@@ -138,13 +138,13 @@ def _features(features: Iterable[dict[str, Any]], device: str) -> str:
         rows.setdefault(key, []).append(feature)
     body = []
     for (name, result, _), members in rows.items():
-        said = members[0].get("message", "").partition(": ")[2]
+        said = members[0].get("message", "").partition(": ")[2].replace("FiraAdam: ", "")
         if members[0].get("adamw"):
-            said = f"{members[0]['adamw']} FiraAdam says: {said}"
+            said = f"AdamW: {members[0]['adamw']}; FiraAdam: {said}"
         if result == "supported":
             said = f"weights {_largest(members, 'weights'):.1e}, gradients {_largest(members, 'gradients'):.1e}"
         stages = ", ".join(str(member["stage"]) for member in members)
-        body.append((name, stages, result, said.replace("FiraAdam: ", "").replace("\n", " ").replace("|", "\\|")))
+        body.append((name, stages, result, said.replace("\n", " ").replace("|", "\\|")))
     head = ("feature", "stages tried", "result", "difference from one process, or what is said")
     return (
         f"\n## Other features\n\nTried one by one, as above, on a CPU: {device}; what is refused stops before "
