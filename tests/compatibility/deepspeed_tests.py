@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,10 +63,16 @@ def run(folder: Path, paths: list[str], swap: bool, timeout: float) -> dict[tupl
         places = [str(ROOT), str(copy), os.environ.get("PYTHONPATH", "")]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "DS_TEST_USE_INSTALLED_DEEPSPEED": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *paths]
-        try:
-            subprocess.run(command, cwd=copy, env=env, timeout=timeout, check=False)
-        except subprocess.TimeoutExpired:
-            print(f"not all tests ended within {timeout:.0f} s", file=sys.stderr)
+        with subprocess.Popen(command, cwd=copy, env=env) as tests:
+            try:
+                tests.wait(timeout)
+            except subprocess.TimeoutExpired:
+                print(f"not all tests ended within {timeout:.0f} s", file=sys.stderr)
+                tests.send_signal(signal.SIGINT)  # by which pytest ends, and still writes its report
+                try:
+                    tests.wait(60.0)
+                except subprocess.TimeoutExpired:
+                    tests.kill()
         return read_report(report)
 
 
