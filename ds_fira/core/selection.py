@@ -36,14 +36,14 @@ def is_sliced(param: Tensor) -> bool:
     return hasattr(param, WHOLE_SHAPE)
 
 
-def _held_shape(param: Tensor) -> tuple[int, ...]:
+def held_shape(param: Tensor) -> tuple[int, ...]:
     """The shape of what this rank has of a parameter, whether or not ZeRO-3 has taken its data away."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def shape_of(param: Tensor) -> tuple[int, ...]:
     """The shape of a whole parameter, where this rank has all of it, a slice, or some of its experts."""
-    held = _held_shape(param)
+    held = held_shape(param)
     if hasattr(param, EXPERTS):
         held = (getattr(param, EXPERTS)[1], *held[1:])
     return tuple(getattr(param, WHOLE_SHAPE, held))
@@ -54,18 +54,18 @@ def experts_of(param: Tensor) -> range | None:
     if not hasattr(param, EXPERTS):
         return None
     first, _ = getattr(param, EXPERTS)
-    return range(first, first + _held_shape(param)[0])
+    return range(first, first + held_shape(param)[0])
 
 
 def first_element(param: Tensor) -> int:
     """The number of the first element that this rank has, among those of a parameter whose experts are shared out."""
     experts = experts_of(param)
-    return 0 if experts is None else experts.start * math.prod(_held_shape(param)[1:])
+    return 0 if experts is None else experts.start * math.prod(held_shape(param)[1:])
 
 
 def numel_of(param: Tensor) -> int:
     """The elements of a parameter that ZeRO partitions: of the whole one, or of the slice that this rank has."""
-    return math.prod(_held_shape(param))
+    return math.prod(held_shape(param))
 
 
 def _is_linear(module: nn.Module) -> bool:

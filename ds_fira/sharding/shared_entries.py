@@ -218,7 +218,8 @@ class SharedEntries:
         """One that is equal for all matrices of which the sharers have the same entries, so that each is found once."""
         cut = self.cut.unnamed if isinstance(self.cut, EvenCut) else self.cut
         owner = self.owner if self.side == "left" and not self.evenly_sharded else NOBODY
-        return SharedEntries("", self.shape, cut, owner, self.side, self.rank, self.evenly_sharded, self.draws_basis)
+        own = (self.side, self.rank, self.evenly_sharded, self.draws_basis)
+        return SharedEntries("", self.shape, cut, owner, *own)
 
 
 class EntrySums(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from tests.compatibility.option_jobs import SHAPES, STEPS, WatchedNet, measure, refuser
+from tests.compatibility.option_jobs import SHAPES, STEPS, WatchedNet, measure, refusal, refuser
 from tests.distributed.zero_jobs import batches, build
 
 
@@ -34,7 +34,10 @@ def trained(
             prepare(engine)
         return measure(engine, plain, batches(STEPS, distributed.get_rank()), 1, ds_config["gradient_clipping"])
     except Exception as error:
-        return {"message": f"{type(error).__name__}: {error}", "refused_by": refuser(error)}
+        message = f"{type(error).__name__}: {error}"
+        if refuser(error) == "FiraAdam" and not kwargs:
+            return refusal(message, ds_config, wrap, prepare)
+        return {"message": message, "refused_by": refuser(error)}
     finally:
         if engine is not None:
             engine.destroy()

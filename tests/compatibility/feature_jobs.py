@@ -9,14 +9,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
-from ds_fira.engine.deepspeed.loss_scale import autocast_scaler
-from tests.compatibility.engines import trained
+from tests.compatibility import option_jobs
+from tests.compatibility.engine_ways import (
+    compiled_engine,
+    compiled_model,
+    deepcompiled,
+    generating,
+    in_float16,
+    sparse_embedding,
+)
 from tests.compatibility.expert_features import moe
 from tests.compatibility.object_features import fira_object, object_of_accelerate, replaced_object
 from tests.compatibility.offload_features import offloaded_between_steps, on_nvme, partly_offloaded
-from tests.compatibility.option_jobs import PARAMS, WatchedNet, forget_engines, try_config
+from tests.compatibility.option_jobs import PARAMS, forget_engines, try_config
 from tests.compatibility.param_jobs import ROWS
 from tests.compatibility.pipe_features import pipeline
 from tests.compatibility.sequence_jobs import ulysses
@@ -26,6 +31,8 @@ from tests.distributed.nvme_jobs import operator_is_built
 from tests.distributed.zero_jobs import config
 
 SUPPORTED, REFUSED, REMOVED = "supported", "refused", "DeepSpeed's refusal"
+# Of what FiraAdam refuses: torch's AdamW does not train with it here either; DeepSpeed does not read it.
+NEITHER, WITHOUT_EFFECT = "AdamW fails too", "no effect"
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Feature:
 
     Attributes:
         name: as the page calls it; settings in the notation of the JSON.
-        expected: "supported", "refused" by FiraAdam, or "DeepSpeed's refusal".
+        expected: "supported", "refused" by FiraAdam, "DeepSpeed's refusal", or a kind of FiraAdam's refusals.
         stages: at which it is tried.
         dtype: of the module: "fp32", "bf16", "fp16".
         extra: added to the config, as `tests.distributed.zero_jobs.config` takes it.
@@ -57,36 +64,7 @@ class Feature:
         return {**config(stage, self.dtype, PARAMS, **{"gradient_clipping": 1.0, **self.extra}), **self.top}
 
 
-def compiled_engine(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """`engine.compile()`."""
-    return trained(ds_config, prepare=lambda engine: engine.compile(backend="eager"))
-
-
-def compiled_model(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """`torch.compile(model)` before `deepspeed.initialize`: names get a prefix."""
-    return trained(ds_config, wrap=lambda plain: torch.compile(plain, backend="eager"))
-
-
-def in_float16(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Float16 autocast with a scale that no step is skipped for, and that grows in every second."""
-
-    def start_low(engine: Any) -> None:
-        scaler = autocast_scaler(engine)
-        scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0, "growth_interval": 2})
-
-    return trained(ds_config, prepare=start_low)
-
-
-def sparse_embedding(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """nn.Embedding(sparse=True)."""
-
-    def make_sparse(plain: WatchedNet) -> WatchedNet:
-        plain.embedding.sparse = True
-        return plain
-
-    return trained(ds_config, wrap=make_sparse)
-
-
+DEEPCOMPILE = {"compile": {"deepcompile": True}}
 PIPELINE = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8}
 OFFLOAD = {"device": "cpu", "pin_memory": False}
 AUTOTP, TWO_SLICES = "tensor parallelism: `tensor_parallel.autotp_size`", {"tensor_parallel": {"autotp_size": 2}}
@@ -95,27 +73,29 @@ FEATURES = [
     Feature("`torch.compile(model)` before `deepspeed.initialize`", stages=(0, 1, 2), way=compiled_model),
     # With torch's AdamW too.
     Feature("the same at stage 3", REMOVED, stages=(3,), way=compiled_model),
-    Feature("`compile.deepcompile`", REFUSED, extra={"compile": {"deepcompile": True}}),
+    Feature("`compile.deepcompile`", NEITHER, (2,), extra=DEEPCOMPILE, way=deepcompiled),
+    Feature(
+        "`compile.deepcompile` at stage 0, which is torch.compile", stages=(0,), extra=DEEPCOMPILE, way=compiled_engine
+    ),
     Feature("sequence parallelism: Ulysses, DeepSpeed's `parallel_state_sp`", stages=(1, 2), dtype="fp32", way=ulysses),
-    Feature(AUTOTP, stages=(0, 1, 2), dtype="fp32", extra=TWO_SLICES, way=tensor_parallel),
-    Feature(f"{AUTOTP} at stage 3", REFUSED, stages=(3,), dtype="fp32", extra=TWO_SLICES, way=tensor_parallel),
+    Feature(AUTOTP, stages=(0, 1, 2, 3), dtype="fp32", extra=TWO_SLICES, way=tensor_parallel),
     Feature("experts: `deepspeed.moe.layer.MoE`, `ep_size` 1 and 2", stages=(0, 1, 2), dtype="fp32", way=moe),
     Feature("experts: `deepspeed.moe.layer.MoE` at stage 3", REMOVED, stages=(3,), dtype="fp32", way=moe),
     Feature("experts: `expert_parallel` (AutoEP)", stages=(0, 1, 2, 3), dtype="fp32", extra=autoep(2), way=moe),
-    Feature("ZeRO++: `zero_quantized_weights`", REFUSED, extra={"zero_zero_quantized_weights": True}),
+    Feature("ZeRO++: `zero_quantized_weights`", WITHOUT_EFFECT, extra={"zero_zero_quantized_weights": True}),
     Feature(
         "ZeRO++: `zero_quantized_nontrainable_weights`",
-        REFUSED,
+        WITHOUT_EFFECT,
         extra={"zero_zero_quantized_nontrainable_weights": True},
     ),
-    Feature("ZeRO++: `zero_quantized_gradients`", REFUSED, extra={"zero_zero_quantized_gradients": True}),
-    Feature("ZeRO++: `zero_hpz_partition_size`", REFUSED, extra={"zero_zero_hpz_partition_size": 2}),
+    Feature("ZeRO++: `zero_quantized_gradients`", WITHOUT_EFFECT, extra={"zero_zero_quantized_gradients": True}),
+    Feature("ZeRO++: `zero_hpz_partition_size`", WITHOUT_EFFECT, extra={"zero_zero_hpz_partition_size": 2}),
     Feature(
         "`offload_optimizer.device` = nvme",
-        REFUSED,
+        WITHOUT_EFFECT,
         extra={"zero_offload_optimizer": {"device": "nvme", "nvme_path": "."}},
     ),
-    Feature("`offload_param`", REFUSED, extra={"zero_offload_param": {"device": "cpu"}}),
+    Feature("`offload_param`", WITHOUT_EFFECT, extra={"zero_offload_param": {"device": "cpu"}}),
     Feature("ZeRO++ at stage 3: `zero_hpz_partition_size`", stages=(3,), extra={"zero_zero_hpz_partition_size": 2}),
     Feature("`offload_param` at stage 3", stages=(3,), extra={"zero_offload_param": OFFLOAD}),
     Feature(
@@ -175,9 +155,8 @@ FEATURES = [
     ),
     Feature("another optimizer made of a FiraAdam's groups: any other", REFUSED, way=replaced_object),
     *(Feature(name, SUPPORTED if good else REFUSED, stages, way=way) for name, good, stages, way in ROWS),
-    Feature("`elastic_checkpoint`", extra={"zero_elastic_checkpoint": True}),
-    Feature("`elastic_checkpoint` at stage 3", REFUSED, stages=(3,), extra={"zero_elastic_checkpoint": True}),
-    Feature("`hybrid_engine`", REFUSED, stages=(2,), extra={"hybrid_engine": {"enabled": True}}),
+    Feature("`elastic_checkpoint`", stages=(1, 2, 3), extra={"zero_elastic_checkpoint": True}),
+    Feature("`hybrid_engine`", stages=(0, 1, 2, 3), extra={"hybrid_engine": {"enabled": True}}, way=generating),
     Feature(
         "`torch_autocast` in bfloat16",
         stages=(0, 1, 2, 3),
@@ -229,7 +208,7 @@ FEATURES = [
     Feature("`parameter_alignment`", extra={"zero_parameter_alignment": True}),
     Feature("`ignore_unused_parameters` = false", extra={"zero_ignore_unused_parameters": False}),
     Feature("`zero_allow_untested_optimizer`", top={"zero_allow_untested_optimizer": True}),
-    Feature("`nn.Embedding(sparse=True)`", REFUSED, stages=(0, 2), way=sparse_embedding),
+    Feature("`nn.Embedding(sparse=True)`", NEITHER, stages=(0, 1, 2, 3), way=sparse_embedding),
     *(
         Feature(f"`{name}`", REMOVED, stages=(1,), extra={name: {"enabled": True}})
         for name in (
@@ -248,6 +227,14 @@ FEATURES = [
     Feature("pipeline parallelism: `PipelineModule` of two stages", stages=(0, 1), dtype="fp32", way=pipeline),
     Feature("the same at stage 2", REMOVED, stages=(2,), dtype="fp32", way=pipeline),
 ]
+
+
+def merged(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of features in the order of `FEATURES`, with what has been found anew of some; without others' names."""
+    anew = {entry["name"] for entry in found}
+    results = [entry for entry in before if entry["name"] not in anew] + found
+    order = {feature.name: number for number, feature in enumerate(FEATURES)}
+    return sorted((entry for entry in results if entry["name"] in order), key=lambda entry: order[entry["name"]])
 
 
 def joined(features: Iterable[Feature]) -> list[Feature]:
@@ -269,14 +256,15 @@ def joined(features: Iterable[Feature]) -> list[Feature]:
     return result
 
 
-# Experts, slices, pipelines, groups and states of parameters have tests of their own in every run.
-ELSEWHERE = (moe, tensor_parallel, pipeline, *(way for *_, way in ROWS))
+# Experts, slices, pipelines, groups and states of parameters have tests of their own in every run. DeepCompile's AdamW
+# compiles for a minute before it fails.
+ELSEWHERE = (moe, tensor_parallel, pipeline, deepcompiled, *(way for *_, way in ROWS))
 JOINED = joined(feature for feature in FEATURES if feature.way not in ELSEWHERE)
 
 
 def try_features(chosen: list[tuple[int, int]], together: bool = False) -> list[dict[str, Any]]:
     """What became of features, by position in `FEATURES`, or `JOINED`, and stage; see `option_jobs.try_config`."""
-    answers = []
+    answers, option_jobs.TRIES_ADAMW = [], not together
     for position, stage in chosen:
         feature = (JOINED if together else FEATURES)[position]
         forget_engines()

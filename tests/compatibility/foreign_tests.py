@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,10 +78,16 @@ class Suite:
             places = [str(ROOT), str(copy), os.environ.get("PYTHONPATH", "")]
             env = {**os.environ, **self.environment, "PYTHONPATH": os.pathsep.join(places)}
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *paths]
-            try:
-                subprocess.run(command, cwd=copy, env=env, timeout=timeout, check=False)
-            except subprocess.TimeoutExpired:
-                print(f"not all tests ended within {timeout:.0f} s", file=sys.stderr)
+            with subprocess.Popen(command, cwd=copy, env=env) as tests:
+                try:
+                    tests.wait(timeout)
+                except subprocess.TimeoutExpired:
+                    print(f"not all tests ended within {timeout:.0f} s", file=sys.stderr)
+                    tests.send_signal(signal.SIGINT)  # by which pytest ends, and still writes its report
+                    try:
+                        tests.wait(60.0)
+                    except subprocess.TimeoutExpired:
+                        tests.kill()
             return read_report(report)
 
     def main(self, description: str, what: str) -> None:

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
 from benchmarks.common import describe
-from tests.compatibility.feature_jobs import FEATURES, JOINED, REFUSED, REMOVED
+from tests.compatibility.feature_jobs import FEATURES, JOINED, NEITHER, REFUSED, REMOVED, WITHOUT_EFFECT, merged
 from tests.compatibility.option_jobs import PARAMS
 from tests.compatibility.page import write_page
 from tests.distributed.zero_jobs import config
@@ -198,7 +199,8 @@ def run_features(pools: Pools, together: bool = False, part: str = "") -> list[d
 
     Returns:
         `name`, `stage`, `expected` and `result`: "supported" with the differences of `weights` and `gradients`,
-        "refused" or "DeepSpeed's refusal" with the `message`, or "wrong" with what is.
+        "refused" or "DeepSpeed's refusal" with the `message`, "AdamW fails too" with its error in `adamw` besides,
+        "no effect" of what DeepSpeed does not read, or "wrong" with what is.
     """
     results, features = [], JOINED if together else FEATURES
     ready = [(number, feature) for number, feature in enumerate(features) if part in feature.name and feature.ready()]
@@ -210,7 +212,10 @@ def run_features(pools: Pools, together: bool = False, part: str = "") -> list[d
         if any(other[0].keys() != answer.keys() for other in answers):
             entry |= {"result": "wrong", "message": "the ranks disagree"}
         elif answer.get("refused_by"):
-            entry |= {"result": REFUSALS[answer["refused_by"]], "message": answer["message"]}
+            result, failure = REFUSALS[answer["refused_by"]], answer.get("adamw")
+            result = WITHOUT_EFFECT if " has no effect at stage " in answer["message"] else result
+            entry |= {"result": NEITHER, "adamw": without_folders(failure)} if failure else {"result": result}
+            entry["message"] = answer["message"]
         elif answer.get("wrong") == "":
             entry |= {"result": "supported", "weights": answer["step_difference"]}
             entry["gradients"] = answer["gradient_difference"]
@@ -221,12 +226,9 @@ def run_features(pools: Pools, together: bool = False, part: str = "") -> list[d
     return results
 
 
-def merged(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results of features in the order of `FEATURES`, with what has been found anew of some; without others' names."""
-    anew = {entry["name"] for entry in found}
-    results = [entry for entry in before if entry["name"] not in anew] + found
-    order = {feature.name: number for number, feature in enumerate(FEATURES)}
-    return sorted((entry for entry in results if entry["name"] in order), key=lambda entry: order[entry["name"]])
+def without_folders(error: str) -> str:
+    """The first line of an error, of files their names alone."""
+    return re.sub(r"(/[^/\s]+)+/", "", error.splitlines()[0])
 
 
 def trained_cases(rows: Sequence[dict[str, Any]]) -> list[Case]:

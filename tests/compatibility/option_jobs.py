@@ -7,6 +7,8 @@ the weights it made of them, with those of a FiraAdam that has whole matrices an
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,8 @@ from tests.distributed.zero_jobs import Net, batches, build
 # On two ranks: (8, 6) twice is one whole matrix for each; the other is alone in its shape, so it is cut.
 SHAPES = [(8, 6), (8, 6), (11, 14)]
 STEPS = 5
+# Whether torch's AdamW is tried with what FiraAdam refuses, which every run of the tests leaves out.
+TRIES_ADAMW = True
 COMPILED = "_orig_mod."  # what torch.compile(model) puts before every name
 PARAMS = {"lr": 0.01, "rank": 2, "update_proj_gap": 2, "alpha": 0.5, "weight_decay": 0.1}
 # Largest relative difference that counts as equal: sums over the parts of a cut matrix are in another order, and a
@@ -220,7 +224,8 @@ def refuser(error: Exception) -> str:
 def try_config(ds_config: dict[str, Any]) -> dict[str, Any]:
     """`measure` under one config; of a config that is refused `refused_by` ("FiraAdam", "DeepSpeed") and `message`.
 
-    DeepSpeed refuses a config if it does not train with torch's AdamW either.
+    DeepSpeed refuses a config if it does not train with torch's AdamW either. Where FiraAdam refuses it, `adamw` says
+    what torch's AdamW fails with, "" if it trains.
     """
     forget_engines()
     accumulation = ds_config.get("gradient_accumulation_steps", 1)
@@ -236,17 +241,49 @@ def try_config(ds_config: dict[str, Any]) -> dict[str, Any]:
         if engine is not None:
             engine.destroy()
     if ": FiraAdam: " in message:
-        return {"message": message, "refused_by": "FiraAdam"}
+        return refusal(message, ds_config)
+    return {"message": message, "refused_by": "DeepSpeed" if adamw_error(ds_config, tokens) else ""}
+
+
+def refusal(
+    message: str,
+    ds_config: dict[str, Any],
+    wrap: Callable[[WatchedNet], nn.Module] | None = None,
+    prepare: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
+    """The answer where FiraAdam refuses, with what torch's AdamW does unless it is no Adam that would step."""
+    answer = {"message": message, "refused_by": "FiraAdam"}
+    if TRIES_ADAMW and "steps its own Adam" not in message:
+        answer["adamw"] = adamw_error(ds_config, batches(STEPS, distributed.get_rank()), wrap, prepare)
+    return answer
+
+
+def adamw_error(
+    ds_config: dict[str, Any],
+    tokens: list[Tensor],
+    wrap: Callable[[WatchedNet], nn.Module] | None = None,
+    prepare: Callable[[Any], None] | None = None,
+) -> str:
+    """What training with torch's AdamW in FiraAdam's place, and saving, fails with; "" where it does not."""
     adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+    folder = [tempfile.mkdtemp()]
+    distributed.broadcast_object_list(folder)
     try:
-        engine = build({**ds_config, "optimizer": adamw}, SHAPES, model=WatchedNet(SHAPES))
+        plain = WatchedNet(SHAPES)
+        plain.watched = False
+        engine = build({**ds_config, "optimizer": adamw}, SHAPES, model=wrap(plain) if wrap else plain)
+        if prepare:
+            prepare(engine)
         for batch in tokens:
             engine.backward(engine(batch))
             engine.step()
+        engine.save_checkpoint(folder[0])
         engine.destroy()
-    except Exception:
-        return {"message": message, "refused_by": "DeepSpeed"}
-    return {"message": message, "refused_by": ""}
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        shutil.rmtree(folder[0], ignore_errors=True)
+    return ""
 
 
 def try_configs(ds_configs: list[dict[str, Any]]) -> list[dict[str, Any]]:

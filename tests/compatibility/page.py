@@ -44,9 +44,9 @@ NOTES = """
   step ([#8588](https://github.com/deepspeedai/DeepSpeed/pull/8588)), and at stage 0 it never multiplies the loss
   ([#8393](https://github.com/deepspeedai/DeepSpeed/pull/8393)). Both are mended for engines that train with FiraAdam
   (`ds_fira/engine/deepspeed/loss_scale.py`); the table is with the mend.
-- `torch_autocast` in float16 at stages 1, 2 and 3 may change the loss scale between the param groups of one step, clips by
-  the norm of scaled gradients, and keeps a scale that is too large for ever; a checkpoint does not have the scale. All of
-  it is mended likewise; the table is with the mend.
+- `torch_autocast` in float16 at stages 1, 2 and 3 may change the loss scale between the param groups of one step, clips
+  by the norm of scaled gradients, and keeps a scale that is too large for ever; a checkpoint does not have the scale.
+  All of it is mended likewise; the table is with the mend.
 - `deepspeed.utils.safe_get_full_fp32_param` gives other parameters' values under `round_robin_gradients`.
 - Once an engine with `torch_autocast` was built, DeepSpeed takes every later engine of the process for one.
 """
@@ -138,15 +138,19 @@ def _features(features: Iterable[dict[str, Any]], device: str) -> str:
         rows.setdefault(key, []).append(feature)
     body = []
     for (name, result, _), members in rows.items():
-        said = members[0].get("message", "").partition(": ")[2]
+        said = members[0].get("message", "").partition(": ")[2].replace("FiraAdam: ", "")
+        if members[0].get("adamw"):
+            said = f"AdamW: {members[0]['adamw']}; FiraAdam: {said}"
         if result == "supported":
             said = f"weights {_largest(members, 'weights'):.1e}, gradients {_largest(members, 'gradients'):.1e}"
         stages = ", ".join(str(member["stage"]) for member in members)
-        body.append((name, stages, result, said.replace("FiraAdam: ", "").replace("\n", " ").replace("|", "\\|")))
+        body.append((name, stages, result, said.replace("\n", " ").replace("|", "\\|")))
     head = ("feature", "stages tried", "result", "difference from one process, or what is said")
     return (
         f"\n## Other features\n\nTried one by one, as above, on a CPU: {device}; what is refused stops before "
-        "training, a call where it is made, on every rank.\n\n" + (_table(head, body))
+        "training, a call where it is made, on every rank. *AdamW fails too*: torch's AdamW does not train and save "
+        "with it here either; the row says with what it fails. *No effect*: AdamW trains as if it were not set, and "
+        "FiraAdam stops.\n\n" + _table(head, body)
     )
 
 

@@ -15,6 +15,7 @@ from deepspeed.utils import groups, safe_get_full_optimizer_state, safe_set_full
 from torch import Tensor, nn
 
 import ds_fira
+from ds_fira.core.selection import numel_of
 from ds_fira.engine.deepspeed.weight_sync import check_sync
 from ds_fira.optim.base import LowRankOptimizer
 from tests import small_models
@@ -98,7 +99,8 @@ def steps_of(engine: Any, first: int, last: int) -> list[float]:
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
     """What this rank has of the weights."""
-    return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
 
 
 def train(ds_config: dict[str, Any], model: str, **kwargs: Any) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def train(ds_config: dict[str, Any], model: str, **kwargs: Any) -> dict[str, Any
             param.register_hook(lambda grad, name=name: grads[-1].__setitem__(name, grad.detach().clone()))
         optimizer, losses, norms = engine.basic_optimizer, [], []
         given: list[dict[str, Tensor]] = []
-        sizes = {name: param.numel() for name, param in engine.module.named_parameters()}
+        sizes = {name: numel_of(param) for name, param in engine.module.named_parameters()}
 
         def see(stepped: Any, *_: Any) -> None:  # of ZeRO a call for every group
             for param in (param for group in stepped.param_groups for param in group["params"]):

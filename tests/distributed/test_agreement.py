@@ -69,8 +69,8 @@ CASES |= {
     ),
     "unknown": ({"params": {"alfa": 1}}, "rank {odd} refused what it was given {others}: FiraAdam in the DeepSpeed"),
     "option": (
-        {"hybrid_engine": {"enabled": True}},
-        "rank {odd} refused what it was given {others}: FiraAdam: hybrid_engine.enabled = True",
+        {"zero_optimization": {"zenflow": {}}},
+        "rank {odd} refused what it was given {others}: FiraAdam: zero_optimization.zenflow is not supported",
     ),
     "config": ({"zero_optimization": {"stage": 5}}, "rank {odd} refused what it was given {others}: 1 validation"),
     "batch": ({"train_batch_size": 7}, "rank {odd} refused what it was given {others}: Check batch related"),

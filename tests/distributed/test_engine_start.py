@@ -39,15 +39,10 @@ REFUSED = {
         "ValueError",
         ["super_offload = True", "set it to false"],
     ),
-    "elastic": (
-        case(stage=3, extra={"zero_elastic_checkpoint": True}),
-        "ValueError",
-        ["elastic_checkpoint = True is not supported at stage 3", "remove it"],
-    ),
     "tensor parallel": (
-        case(stage=3, dtype="bf16", extra={"tensor_parallel": {"autotp_size": 2}}),
+        case(stage=3, dtype="bf16", record_scaling_factors=2, extra={"tensor_parallel": {"autotp_size": 2}}),
         "ValueError",
-        ["tensor_parallel.autotp_size = 2", "stage = 3", "use stage 0, 1 or 2, or set it to 1"],
+        ["record_scaling_factors is not supported with tensor_parallel.autotp_size = 2", "set it to 0"],
     ),
     "sparse": (case("sparse", stage=0), "ValueError", ["embedding.sparse = True", "sparse=False"]),
     "complex": (case("complex", stage=0), "ValueError", ["rotation", "complex64", "view_as_real"]),

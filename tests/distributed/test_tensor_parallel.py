@@ -36,6 +36,8 @@ CASES = {
     "rows and columns": (2, 2, 1, "llama", 0.5, {}, {"low_rank"}),
     "stage 0": (2, 2, 0, "llama", 0.0, {}, {"low_rank"}),
     "stage 2, slices of unequal width": (2, 2, 2, "uneven", 0.5, {}, {"low_rank"}),
+    "stage 3, slices of unequal width": (2, 2, 3, "uneven", 0.5, {}, {"low_rank"}),
+    "stage 3, gathered": (2, 2, 3, "llama", 0.5, {"exact_cuts": True}, {"gathered"}),
     "the other side, rotated": (
         2,
         2,
@@ -70,6 +72,9 @@ CASES = {
     "two copies, cut slices": (4, 2, 2, "uneven", 0.5, {}, {"low_rank"}),
     "two copies, cut slices, gathered": (4, 2, 2, "uneven", 0.5, {"exact_cuts": True}, {"gathered"}),
     "two copies, cut slices, the other side": (4, 2, 1, "uneven", 0.5, {"proj_type": "reverse_std"}, {"low_rank"}),
+    "two copies at stage 3": (4, 2, 3, "uneven", 0.5, {}, {"low_rank"}),
+    "two copies at stage 3, layers that are left whole": (4, 2, 3, "uneven", 0.5, {"whole": "mlp"}, {"low_rank"}),
+    "two copies at stage 3, gathered": (4, 2, 3, "uneven", 0.5, {"exact_cuts": True}, {"gathered"}),
     "two copies at stage 0": (4, 2, 0, "llama", 0.5, {"whole": "mlp"}, {"low_rank"}),
     "two copies, layers that are left whole": (4, 2, 1, "uneven", 0.5, {"whole": "mlp"}, {"low_rank"}),
     "four slices": (4, 4, 1, "llama", 0.5, {}, {"low_rank"}),
@@ -78,6 +83,7 @@ IN_EVERY_RUN = (
     "rows and columns",
     "stage 0",
     "stage 2, slices of unequal width",
+    "stage 3, slices of unequal width",
     "gathered",
     "the other side, rotated",
     "layers that are left whole, stage 0",
@@ -193,6 +199,10 @@ RESUMES = {
     "stage 0 in bf16": (2, 0, "bf16", "llama", None),
     "stage 0, by way of stage 2": (2, 0, "fp32", "llama", (2, 2)),
     "stage 2 in bf16": (2, 2, "bf16", "biases", None),
+    "stage 3": (2, 3, "fp32", "uneven", (2, 1)),
+    "stage 3 in bf16": (2, 3, "bf16", "llama", (2, 2)),
+    "two copies at stage 3, by way of one": (4, 3, "fp32", "uneven", (2, 3)),
+    "stage 1, by way of two copies at stage 3": (2, 1, "fp32", "uneven", (4, 3)),
     "two copies, by way of one": (4, 1, "fp32", "uneven", (2, 1)),
     "two copies, by way of stage 0": (4, 2, "fp32", "uneven", (4, 0)),
 }
@@ -272,14 +282,16 @@ def test_states_that_a_script_reads_and_sets(ranks: Pools, stage: int) -> None:
 def test_what_is_refused(ranks: Pools) -> None:
     """Before training, on every rank, with the setting and the remedy."""
     plain = config(1, "fp32", PARAMS)
+    grouped = tp_config(3, 2)
+    grouped["zero_optimization"]["sub_group_size"] = 300
     cases = [
-        (tp_config(3, 2), "llama", False),
+        (grouped, "uneven", False),
         (plain, "llama", True),
         (tp_config(1, 2, record_scaling_factors=2), "llama", False),
         (tp_config(1, 2), "multi_query", False),
     ]
     wanted = (
-        "tensor_parallel.autotp_size = 2 is not supported at zero_optimization.stage = 3",
+        "zero_optimization.sub_group_size puts slices of the same matrix into other groups on each rank",
         "an mpu with tensor parallelism of size 2 is not supported, because its parameters do not say which slice",
         "record_scaling_factors is not supported with tensor_parallel.autotp_size = 2; set it to 0",
         "which has to be some of its rows or some of its columns; set it to a smaller size, or leave the layer whole",

@@ -201,7 +201,7 @@ def test_the_weights_alone(ranks: Pools, folders: Path, stage: int, next_stage: 
     assert torch.equal(found["weights"]["counted"], torch.zeros(3))
 
 
-@pytest.mark.parametrize("stage", full_if(lambda stage: stage == 1, (1, 2)))
+@pytest.mark.parametrize("stage", full_if(lambda stage: stage != 2, (1, 2, 3)))
 def test_elastic_checkpoint_saves_what_any_number_of_ranks_loads(ranks: Pools, folders: Path, stage: int) -> None:
     """DeepSpeed's own form would give every rank the first one's bases."""
     folder = saved(ranks, folders, 2, stage)

@@ -142,7 +142,7 @@ def attach(engine: DeepSpeedEngine) -> None:
         project_as_flat(optimizer, flats, holders.planners)
     partitionings = [flat.partitioning for flat in flats if stage > 0]
     if holders.grid is not None:
-        partitionings = holders.grid.learn(flats)
+        partitionings = holders.grid.learn(flats, optimizer.algorithm.name)
     plans, matrices = plan_flats(optimizer, flats, holders, stage)
     groups = optimizer.param_groups
     trained = [

@@ -1,4 +1,4 @@
-"""Faults of DeepSpeed's loss scaling, mended for engines in half precision that train with an optimizer of this package.
+"""Faults of DeepSpeed's loss scaling, mended for engines that train with an optimizer of this package.
 
 Written against DeepSpeed 0.17 to 0.19. What it relies on, and the reports of what it mends:
 
@@ -7,10 +7,10 @@ Written against DeepSpeed 0.17 to 0.19. What it relies on, and the reports of wh
   times too small at the default scale.
 - `step` of every wrapper calls `_update_scale` before it divides the gradients, so that in the step in which the scale
   grows they come out half as large (github.com/deepspeedai/DeepSpeed/pull/8588).
-- Under float16 autocast a ZeRO wrapper has torch's scaler in `torch_autocast_gradscaler`. `_optimizer_step` lets it step
-  and update after every param group, so that the scale may change between two groups of a step; the norm that gradients
-  are clipped by is of scaled ones; and a step that overflows tells it nothing, so that the scale stays too large for
-  ever. Without that scaler a wrapper divides by its `loss_scale`, and clips by the true norm.
+- Under float16 autocast a ZeRO wrapper has torch's scaler in `torch_autocast_gradscaler`. `_optimizer_step` updates it
+  after every param group, so that the scale may change between two groups of a step; the norm for clipping is that of
+  scaled gradients; and a step that overflows tells it nothing, so that the scale stays too large for ever. Without that
+  scaler a wrapper divides by its `loss_scale`, and clips by the true norm.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def _autocast_scale(wrapper: Wrapper) -> Iterator[None]:
 
 
 def autocast_scaler(engine: DeepSpeedEngine) -> torch.amp.GradScaler | None:
-    """Torch's scaler of an engine that trains under float16 autocast, whose scale DeepSpeed does not save; else None."""
+    """Torch's scaler of an engine under float16 autocast, whose scale DeepSpeed does not save; else None."""
     own = getattr(engine, "torch_autocast_z0_gradscaler", None)
     return getattr(engine.optimizer, "torch_autocast_gradscaler", None) if own is None else own
 
 
 def _tell(scaler: torch.amp.GradScaler, overflow: bool) -> None:
-    """Torch's scaler goes by what it finds in an optimizer's gradients: one of a single number stands for the step's."""
+    """Tell torch's scaler of a step; it goes by an optimizer's gradients, for which a single number stands."""
     number = torch.nn.Parameter(torch.zeros((), device=get_accelerator().current_device_name()))
     number.grad = torch.full_like(number, torch.inf if overflow else 0.0)
     scaler.unscale_(torch.optim.SGD([number], lr=0.0))

@@ -18,7 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 from torch import Tensor
 
-from ds_fira.core.selection import WHOLE_SHAPE, is_sliced, shape_of
+from ds_fira.core.selection import WHOLE_SHAPE, held_shape, is_sliced, numel_of, shape_of
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.optim.expert_groups import keys_of
 from ds_fira.sharding.comm import Communicator
@@ -52,12 +52,12 @@ def note_slices(engine: DeepSpeedEngine, optimizer: str) -> None:
                 f"{optimizer}: {setting} is not supported with DeepSpeed's MoE layers, as of {name}, whose experts "
                 "other ranks hold than the slices; set it to 1."
             )
-        note, own = getattr(param, _NOTE, None) or {}, tuple(param.shape)
+        note, own = getattr(param, _NOTE, None) or {}, held_shape(param)
         whole = tuple(note.get("original_shape") or note.get("logical_shape") or own)
         if own == whole and (note or not getattr(param, _MARK, False)):
             continue
         alike = sum(mine == all_of_it for mine, all_of_it in zip(own, whole, strict=False))
-        if not len(own) == len(whole) == alike + 1 or len(own) > 2 or param.numel() == 0:
+        if not len(own) == len(whole) == alike + 1 or len(own) > 2 or numel_of(param) == 0:
             raise ValueError(
                 f"{optimizer}: {setting} leaves a rank {own} of {name} of shape {whole}, which has to be some of its "
                 "rows or some of its columns; set it to a smaller size, or leave the layer whole by a partition_config."
@@ -100,15 +100,27 @@ class Grid:
         """The name of what this rank has of a parameter, of a slice another one than of the other slices."""
         return sliced_name(name, self.rank, self.size) if is_sliced(param) else name
 
-    def learn(self, flats: Sequence[FlatGroup]) -> list[list[Partitioning]]:
+    def learn(self, flats: Sequence[FlatGroup], name: str) -> list[list[Partitioning]]:
         """Ask all ranks where their slices lie; a collective call.
+
+        Args:
+            flats: of this rank.
+            name: of the optimizer, for the error.
 
         Returns:
             Where the parameters of the flat tensors lie on every rank, alike on all of them.
+
+        Raises:
+            ValueError: the flat tensors of some ranks do not hold the same parameters.
         """
-        shapes = [[tuple(param.shape) for param in flat.lp_params] for flat in flats]
+        shapes = [[held_shape(param) for param in flat.lp_params] for flat in flats]
         own = _Told((self.rank, self._column.dp_rank), [flat.partitioning for flat in flats], shapes)
         self._told = self.everyone.gather_objects(own)
+        if len({tuple(map(len, told.shapes)) for told in self._told}) > 1:
+            raise ValueError(
+                f"{name}: zero_optimization.sub_group_size puts slices of the same matrix into other groups on each "
+                f"rank with tensor_parallel.autotp_size = {self.size}; remove it."
+            )
         return [told.partitionings for told in self._told]
 
     def buffer(
@@ -137,7 +149,7 @@ class Grid:
             for tp in range(self.size):
                 told = self._told[ranks[tp, 0]]
                 shape = told.shapes[number][index]
-                along = next(dim for dim in (0, 1) if param.shape[dim] != whole[dim])
+                along = next(dim for dim in (0, 1) if shape[dim] != whole[dim])
                 slice_of_it = MatrixShard(own, shape, 0, 0, shape[0] * shape[1])
                 for dp, part in told.partitionings[number].fragments(index, slice_of_it).items():
                     fragments[holders[tp, dp]] = part.within(whole, tuple(first))

@@ -102,17 +102,12 @@ def _refused(engine: DeepSpeedEngine, name: str) -> dict[str, object]:
         "different layers; set it to 1.": pipeline and engine.autotp_size() > 1,
         f"an mpu with tensor parallelism of size {mpu_size} is not supported, because its parameters do not say which "
         "slice of which matrix they are; give none, and set tensor_parallel.autotp_size.": mpu_size > 1,
-        # stage3.py, `state_dict`: it would stop the first save.
-        "zero_optimization.elastic_checkpoint = True is not supported at stage 3, because DeepSpeed has no such form "
-        f"of its partitioned weights and states; remove it: {name} loads a checkpoint on any number of ranks as it "
-        "is.": stage == 3 and zero.elastic_checkpoint,
         "zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.": zero.zenflow,
         "zero_optimization.offload_optimizer.super_offload = True is not supported, because it steps its own Adam on "
         "the CPU; set it to false.": _at(zero, "offload_optimizer.super_offload"),
-        "compile.deepcompile = True is not supported, because its passes replace ZeRO's reduction of gradients; set it "
-        "to false and call engine.compile().": config.compile_config.deepcompile,
-        "hybrid_engine.enabled = True is not supported, because its inference containers hold weights of their own; "
-        "set it to false and generate with the module.": config.hybrid_engine.enabled,
+        f"compile.deepcompile = True is not supported at stage {stage}, because its passes run on CUDA alone, where "
+        f"{name} has not trained with them; set it to false and call engine.compile().": stage > 0
+        and config.compile_config.deepcompile,
         # Apex was removed in 0.19.
         "amp.enabled = True is not supported; use the bf16 or the fp16 block.": _at(config, "amp_enabled"),
     }
@@ -127,8 +122,6 @@ def _refused_with_autotp(engine: DeepSpeedEngine) -> dict[str, object]:
     if size <= 1:
         return {}
     return {
-        f"{setting} is not supported at zero_optimization.stage = 3, which would cut every slice once more; use stage "
-        "0, 1 or 2, or set it to 1.": engine.zero_optimization_stage() == 3,
         f"{setting} is supported from DeepSpeed 0.19 on, and this is {version}; set it to 1, or use DeepSpeed "
         "0.19.": Version(version) < Version("0.19"),
         f"record_scaling_factors is not supported with {setting}; set it to 0.": recorded,

@@ -94,14 +94,10 @@ def test_nobody_computes_a_basis_that_is_drawn(tmp_path: Path, model: str, capsy
     ("change", "more", "sentences"),
     [
         (
-            {
-                "zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2},
-                "hybrid_engine": {"enabled": True},
-            },
+            {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2, "zenflow": {}}},
             [],
             [
-                "FiraAdam: hybrid_engine.enabled = True is not supported, because its inference containers hold "
-                "weights of their own; set it to false and generate with the module.",
+                "FiraAdam: zero_optimization.zenflow is not supported, because it steps its own Adam; remove it.",
                 "FiraAdam: zero_optimization.zero_hpz_partition_size = 2 has no effect at stage 2, since DeepSpeed "
                 "reads it at stage 3 only; remove it.",
             ],
