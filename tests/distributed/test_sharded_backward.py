@@ -41,6 +41,7 @@ CASES = {
     "together": {"separate": False},
     "pair": {"pair": True},
     "frozen": {"frozen": "blocks.1.up"},
+    "module without a gradient": {"frozen": "rare.0"},
     "parts": {"parts": 2, "twice": False},
     "compiled": {"compiled": True},
     "int8": {"settings": {"state_dtype": "int8"}},
