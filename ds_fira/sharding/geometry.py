@@ -15,8 +15,7 @@ ZeRO-3 splits every parameter by itself instead, and a rank's partition is its s
 Under tensor parallelism a rank has a slice of a matrix, some of its rows or of its columns, which ZeRO splits besides
 as if it were all there is.
 
-`MatrixShard` is one matrix's overlap with one partition. It holds no tensor, no process group and no state.
-Bounds are half-open and count elements in row-major order.
+`MatrixShard` is one matrix's overlap with one partition. Bounds are half-open and count elements in row-major order.
 """
 
 from __future__ import annotations
@@ -217,13 +216,8 @@ def split(matrix: MatrixShard, partition_size: int, partitions: int, place: int 
     return EvenCut(matrix.name, matrix.shape, matrix.offset, partition_size, place)
 
 
-# Between the name of a parameter and what says which of its slices is meant.
-_OF = "@"
-
-
-def sliced_name(name: str, rank: int, size: int) -> str:
-    """The name of one of the slices of a parameter that ranks of tensor parallelism have."""
-    return f"{name}{_OF}{rank}/{size}"
+# Between the name of a parameter and what says which of its slices is meant, as NAME@RANK/SIZE.
+SLICE = "@"
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +240,7 @@ class ParamSlice:
     @property
     def param(self) -> str:
         """The name of the parameter."""
-        return self.name.partition(_OF)[0]
+        return self.name.partition(SLICE)[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,7 +229,8 @@ class EntrySums(NamedTuple):
         borrowed_entries: entries of R that are borrowed.
         borrowed_basis_rows: rows of P that are borrowed for every step.
         basis_rows: rows of P that are held, those held twice counted twice.
-        step_numel: elements of R, and of borrowed or drawn P, that a step needs beside the state, on the sharer that needs most.
+        step_numel: elements of R, and of borrowed or drawn P, that a step needs beside the state, on the sharer that
+            needs most.
         state_numel: by place among the sharers, elements of basis, moments and limiter's norm.
     """
 

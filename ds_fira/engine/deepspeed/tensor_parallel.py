@@ -22,7 +22,7 @@ from ds_fira.core.selection import WHOLE_SHAPE, held_shape, is_sliced, numel_of,
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.optim.expert_groups import keys_of
 from ds_fira.sharding.comm import Communicator
-from ds_fira.sharding.geometry import MatrixShard, Partitioning, sliced_name
+from ds_fira.sharding.geometry import SLICE, MatrixShard, Partitioning
 
 # Where AutoTP notes what a parameter was, and that a rank has a slice of it.
 _NOTE, _MARK = "ds_autotp_universal_checkpoint_meta", "tensor_model_parallel"
@@ -98,7 +98,7 @@ class Grid:
 
     def label(self, name: str, param: Tensor) -> str:
         """The name of what this rank has of a parameter, of a slice another one than of the other slices."""
-        return sliced_name(name, self.rank, self.size) if is_sliced(param) else name
+        return f"{name}{SLICE}{self.rank}/{self.size}" if is_sliced(param) else name
 
     def learn(self, flats: Sequence[FlatGroup], name: str) -> list[list[Partitioning]]:
         """Ask all ranks where their slices lie; a collective call.
