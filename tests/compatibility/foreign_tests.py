@@ -105,6 +105,8 @@ def read_report(report: Path) -> dict[tuple[str, str], Outcome]:
     """The outcomes in a JUnit file; none where pytest has not come to write it."""
     found: dict[tuple[str, str], Outcome] = {}
     for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        if not case.get("classname"):
+            continue  # what pytest was at when it was stopped
         file, _, rest = case.get("classname", "").partition(".Test")
         name = f"{rest and 'Test' + rest + '.'}{case.get('name')}"
         kinds = {child.tag: f"{child.get('message')}\n{child.text}" for child in case}

@@ -106,11 +106,10 @@ def left_whole(ds_config: dict[str, Any], layer: str) -> dict[str, Any]:
 def test_slices_train_as_in_one_process(ranks: Pools, name: str) -> None:
     """Weights and norms of one process with the same whole gradients; replicated weights the same bits."""
     size, tp, stage, model, clip, settings, ways = CASES[name]
-    kind, way = settings.get("type", "FiraAdam"), settings.get("way", "json")
     params = {key: value for key, value in settings.items() if key not in ("way", "whole", "type")}
-    ds_config = tp_config(stage, tp, clip=clip, **params)
+    ds_config, way = tp_config(stage, tp, clip=clip, **params), settings.get("way", "json")
     ds_config = left_whole(ds_config, settings["whole"]) if "whole" in settings else ds_config
-    ds_config["optimizer"]["type"] = kind
+    ds_config["optimizer"]["type"] = kind = settings.get("type", "FiraAdam")
     runs = ranks.run(size, "train", MODULE, ds_config=ds_config, model=model, way=way)
     expected = reference(runs, {**PARAMS, **params}, clip, STEPS, TYPES[kind])
     shapes = {each: weight.shape for each, weight in runs[0]["whole"].items()}
@@ -129,7 +128,8 @@ def test_slices_train_as_in_one_process(ranks: Pools, name: str) -> None:
         if norm is not None:  # nobody keeps it at stage 0 in float32
             total = torch.stack([grad.norm() for grad in combined(runs, step, 0.0).values()]).norm()
             assert norm == pytest.approx(float(total), rel=1e-5)
-    assert set((found := runs[0])["ways"].values()) == ways
+    found = runs[0]
+    assert set(found["ways"].values()) == ways
     assert {each: tuple(shape) for each, shape in found["shapes"].items()} == {k: tuple(v) for k, v in shapes.items()}
     matrices = len(found["projected"])
     assert matrices >= 8
