@@ -24,7 +24,7 @@ def laid_out(ds_config: dict[str, Any], config_file: str) -> dict[str, Any]:
     found = {
         "groups": attachment.members,
         "split": [
-            (matrix.name, matrix.shape, matrix.way, matrix.owner, tuple(matrix.sharers))
+            (matrix.name, matrix.shape, matrix.way, matrix.owner, tuple(matrix.sharers), matrix.draws_basis)
             for layout in attachment.layouts
             for matrix in layout.split
         ],
