@@ -18,7 +18,7 @@ from tests.distributed import test_resize as resize
 from tests.distributed import test_zero3 as zero3
 from tests.distributed import test_zero_parity as parity
 from tests.distributed.zero_jobs import Net, config
-from tests.grids import full_if, half
+from tests.grids import full_if, once
 from tests.ranks import Pools
 
 NORMALIZED = {"residual": "normalized"}
@@ -29,7 +29,7 @@ WAYS = {"column": NORMALIZED, "matrix": MATRIX}
 ALL_WAYS = {**WAYS, "growing": GROWING}
 
 
-@pytest.mark.parametrize(("stage", "way", "dtype"), half([1, 2, 3], ALL_WAYS, ["fp32", "bf16"]))
+@pytest.mark.parametrize(("stage", "way", "dtype"), once([1, 2, 3], ALL_WAYS, ["fp32", "bf16"]))
 def test_two_ranks_make_one_process_s_steps(ranks: Pools, stage: int, way: str, dtype: str) -> None:
     """Split matrices stepped where they lie, but for rounding; those that lie whole to the bit."""
     module = zero3 if stage == 3 else exchange
@@ -37,7 +37,7 @@ def test_two_ranks_make_one_process_s_steps(ranks: Pools, stage: int, way: str, 
     module.check(module.run(ranks, 2, dtype, shapes=exchange.FEW, **options, **ALL_WAYS[way]))
 
 
-@pytest.mark.parametrize(("stage", "way"), half([1, 2], WAYS))
+@pytest.mark.parametrize(("stage", "way"), once([1, 2], WAYS))
 def test_exact_cuts_are_equal_to_the_bit(ranks: Pools, stage: int, way: str) -> None:
     params = {**parity.EXACT, **WAYS[way]}
     results = ranks.run(2, "train", ds_config=config(stage, "bf16", params), shapes=parity.SHAPES, steps=5)
@@ -46,7 +46,7 @@ def test_exact_cuts_are_equal_to_the_bit(ranks: Pools, stage: int, way: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("stage", "changed"), half([2, 3], [NORMALIZED, MATRIX, {**NORMALIZED, "state_dtype": "bfloat16"}]), ids=str
+    ("stage", "changed"), once([2, 3], [NORMALIZED, MATRIX, {**NORMALIZED, "state_dtype": "bfloat16"}]), ids=str
 )
 def test_memory_is_reported_estimated_and_measured_alike(ranks: Pools, stage: int, changed: dict[str, Any]) -> None:
     """The averages are in the planned bytes and in the formula: one number a column or row, or a matrix."""
@@ -93,7 +93,7 @@ def test_no_further_collectives_and_bytes(ranks: Pools, changed: dict[str, Any])
         assert (parts["weight"] - parts["sharded"]).norm() <= 1e-4 * change, name
 
 
-@pytest.mark.parametrize(("fault", "way"), half([(0, math.nan), (2, math.inf)], WAYS))
+@pytest.mark.parametrize(("fault", "way"), once([(0, math.nan), (2, math.inf)], WAYS))
 def test_one_rank_s_gradient_is_not_finite(ranks: Pools, fault: tuple[int, float], way: str) -> None:
     """Neither p nor the count of steps moves, on any rank."""
     when, value = fault
@@ -138,7 +138,7 @@ def averages(folder: Path) -> list[torch.Tensor]:
     return [state.residual_avg_sq for parts in saved.matrices.values() for place, state in parts if len(place.kept)]
 
 
-@pytest.mark.parametrize(("way", "world_size"), half(WAYS, [2, 3]))
+@pytest.mark.parametrize(("way", "world_size"), once(WAYS, [2, 3]))
 def test_a_scaled_run_goes_on_normalized_and_back(
     ranks: Pools, folders: Path, tmp_path: Path, way: str, world_size: int
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_fira.core import kernels
-from tests.grids import half
+from tests.grids import once
 from tests.unit.core.kernel_cases import (
     BETAS,
     CASES,
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("side", "case", "dtype"), half(SIDES, CASES, [torch.float32, torch.bfloat16, torch.float16]), ids=str
+    ("side", "case", "dtype"), once(SIDES, CASES, [torch.float32, torch.bfloat16, torch.float16]), ids=str
 )
 def test_projection_and_norms(side: str, case: Any, dtype: torch.dtype) -> None:
     batch, (m, n, rank) = case
@@ -155,7 +155,7 @@ DTYPES = [  # of weight and gradient
 ]
 
 
-@pytest.mark.parametrize(("case", "scaling", "dtypes"), half(CASES, ["column", "row", "matrix"], DTYPES), ids=str)
+@pytest.mark.parametrize(("case", "scaling", "dtypes"), once(CASES, ["column", "row", "matrix"], DTYPES), ids=str)
 def test_update(
     case: tuple[tuple[int, ...], tuple[int, int, int]], scaling: str, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
