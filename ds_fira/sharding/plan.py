@@ -100,7 +100,7 @@ def plan_groups(
         ranks: partitions of each group.
         settings: of every group.
         evenly_sharded: whether no state of split matrices may exist twice (ZeRO-3, which splits all of them).
-        beside: elements of state that every rank holds of what is not projected.
+        beside: elements of state that every rank holds for parameters that are not projected.
     """
     load, work = [0] * ranks, [0] * ranks
     unsplit: list[list[list[MatrixShard]]] = [[[] for _ in range(ranks)] for _ in groups]

@@ -1,4 +1,4 @@
-"""What of an optimizer's settings does not go with parameters that FSDP2 has sharded."""
+"""Settings that FiraAdam refuses where FSDP2 has sharded its parameters."""
 
 from __future__ import annotations
 
