@@ -189,13 +189,14 @@ def rows_of(chosen: Sequence[Case], results: Sequence[dict[str, Any]]) -> list[d
     return list(rows.values())
 
 
-def run_features(pools: Pools, together: bool = False, part: str = "") -> list[dict[str, Any]]:
+def run_features(pools: Pools, together: bool = False, part: str = "", every: int = 1) -> list[dict[str, Any]]:
     """Try every feature alone at every stage it is for, or several together at the last of them (`JOINED`).
 
     Args:
         pools: of ranks.
         together: which of both.
         part: of the names of those that are tried.
+        every: how many to go on from one that is tried to the next.
 
     Returns:
         `name`, `stage`, `expected` and `result`: "supported" with the differences of `weights` and `gradients`,
@@ -203,7 +204,9 @@ def run_features(pools: Pools, together: bool = False, part: str = "") -> list[d
         "no effect" of what DeepSpeed does not read, or "wrong" with what is.
     """
     results, features = [], JOINED if together else FEATURES
-    ready = [(number, feature) for number, feature in enumerate(features) if part in feature.name and feature.ready()]
+    ready = [(number, feature) for number, feature in enumerate(features) if part in feature.name and feature.ready()][
+        ::every
+    ]
     for position, stage in [(number, stage) for number, feature in ready for stage in feature.stages]:
         job = {"chosen": [(position, stage)], "together": together}
         answers = pools.run(RANKS, "try_features", module="tests.compatibility.feature_jobs", **job)

@@ -135,7 +135,7 @@ def reference_back(weights: dict[str, Tensor], lr: float) -> dict[str, Any]:
 BACK = [(0, 2, 0, 2, True), (1, 2, 1, 2, True), (2, 2, 2, 3, False), (3, 2, 3, 2, True), (3, 2, 1, 1, False)]
 
 
-@pytest.mark.parametrize("way", BACK, ids=str)
+@pytest.mark.parametrize("way", full_if(lambda way: way in BACK[1:3], BACK), ids=str)
 def test_back_to_adamw(ranks: Pools, tmp_path: Path, way: tuple[int, int, int, int, bool]) -> None:
     """Weights, steps, data and the schedule's place go on; AdamW's states and their own count start at zero."""
     stage, size, next_stage, next_size, states = way

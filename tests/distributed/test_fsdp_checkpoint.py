@@ -46,7 +46,7 @@ CASES = {
 
 
 # The others are of forms of states that one process has, or that test_fsdp.py trains with.
-IN_EVERY_RUN = ("float32", "int8", "behind", "columns")
+IN_EVERY_RUN = ("int8", "behind", "columns")
 
 
 @pytest.mark.parametrize("case", full_if(lambda case: case not in IN_EVERY_RUN, CASES))

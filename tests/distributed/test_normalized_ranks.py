@@ -123,9 +123,11 @@ ELSEWHERE: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "to stage 3, matrix": (1, 2, 3, 3, MATRIX),
     "from stage 0, whole steps": (2, 0, 3, 2, {**NORMALIZED, "exact_cuts": True}),
 }
+# Each stage, scaling and number of ranks that these have is before and after a resume in another case.
+FULL = {"to stage 3, matrix", "more ranks", "to stage 3"}
 
 
-@pytest.mark.parametrize("case", full_if("to stage 3, matrix".__eq__, ELSEWHERE))
+@pytest.mark.parametrize("case", full_if(FULL.__contains__, ELSEWHERE))
 def test_a_run_goes_on_elsewhere(ranks: Pools, folders: Path, case: str) -> None:
     before, stage, after, new_stage, params = ELSEWHERE[case]
     folder = resize.saved(ranks, folders, before, stage, params=params)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.compatibility.option_jobs import PARAMS, SHAPES
 from tests.distributed.zero_jobs import config
+from tests.grids import once
 from tests.ranks import Pools
 
 JOBS = "tests.distributed.offload_jobs"
@@ -46,8 +47,7 @@ def test_a_run_that_is_partly_offloaded_resumes(ranks: Pools, tmp_path: Path) ->
     assert ranks.run(2, "resume", steps=5, save_at=3, **job) == [True, True]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("states", [{}, {"state_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize(("stage", "states"), once([2, 3], [{}, {"state_dtype": "int8"}]), ids=str)
 def test_nothing_keeps_the_memory_that_states_had(ranks: Pools, stage: int, states: dict[str, Any]) -> None:
     """Views of states and rows of P borrowed from other ranks are made anew; a step reads nothing of what was."""
     ds_config = config(stage, "bf16", {**PARAMS, "update_proj_gap": 3, **states})

@@ -15,12 +15,12 @@ JOBS, LOW_RANK = "tests.distributed.state_jobs", "tests.distributed.low_rank_sta
 @pytest.mark.parametrize(
     ("stage", "dtype", "extra"),
     [
-        (1, "fp32", {}),
+        pytest.param(1, "fp32", {}, marks=pytest.mark.full),
         (1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),
-        (2, "fp32", {}),
+        pytest.param(2, "fp32", {}, marks=pytest.mark.full),
         (2, "bf16", {}),
         (2, "fp32", {"zero_offload_optimizer": {"device": "cpu"}}),
-        (3, "fp32", {}),
+        pytest.param(3, "fp32", {}, marks=pytest.mark.full),
         (3, "bf16", {}),
         (2, "fp16", {"fp16": {"loss_scale_window": 100}}),  # with AdamW the step in which it grows is another one
         (3, "fp32", {"zero_offload_optimizer": {"device": "cpu"}}),

@@ -112,7 +112,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("way", full_if(lambda way: way not in WAYS[:2], WAYS), ids=str)
+@pytest.mark.parametrize("way", full_if(lambda way: way not in WAYS[:1], WAYS), ids=str)
 def test_the_trainer(folder: Path, way: tuple[int, int, int, str]) -> None:
     stage, before, after, launcher = way
     reference, name = whole(folder, stage, before), "-".join(map(str, ("resized", *way)))
@@ -150,7 +150,7 @@ ACCELERATED = [
 ]
 
 
-@pytest.mark.parametrize("way", full_if(lambda way: way not in ACCELERATED[:2], ACCELERATED), ids=str)
+@pytest.mark.parametrize("way", full_if(lambda way: way not in ACCELERATED[:1], ACCELERATED), ids=str)
 def test_accelerate(folder: Path, way: tuple[int, tuple[int, int], tuple[int, int], str]) -> None:
     """`accelerator.load_state`, and the rows that were seen are skipped; also with another accumulation."""
     stage, *runs, launcher = way

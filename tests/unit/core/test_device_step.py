@@ -69,15 +69,17 @@ def drive(kind: str, kernel: bool, steps: int = 5, spoil: int | None = None, **s
     ("kind", "settings"),
     [
         ("wide", {}),
-        ("tall", {}),
+        pytest.param("tall", {}, marks=pytest.mark.full),
         ("flat", {}),
         ("adamw", {}),
         ("experts", {"formulation": "paper", "scaling": "matrix"}),
-        ("wide", {"limiter": "none", "scaling": "none"}),
+        pytest.param("wide", {"limiter": "none", "scaling": "none"}, marks=pytest.mark.full),
         pytest.param("flat", {"residual": "normalized"}, marks=pytest.mark.full),
         ("tall", {"residual": "normalized", "scaling": "matrix", "state_dtype": "bfloat16"}),
         ("experts", {"residual": "normalized", "scaling": "matrix", "limiter": "growth"}),
-        ("wide", {"residual": "normalized", "residual_beta": 0.0, "residual_warmup": 6}),
+        pytest.param(
+            "wide", {"residual": "normalized", "residual_beta": 0.0, "residual_warmup": 6}, marks=pytest.mark.full
+        ),
         pytest.param(
             "flat", {"residual": "normalized", "residual_beta": 0.0, "residual_warmup": 6}, marks=pytest.mark.full
         ),
