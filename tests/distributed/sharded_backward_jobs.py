@@ -242,15 +242,18 @@ def peaks(size: int = 128, depth: int = 12) -> list[tuple[int, int]]:
         optimizer = ds_fira.FiraAdam(model, rank=8, lr=0.01, update_proj_gap=1000)
         if releases:
             ds_fira.step_in_backward(model, optimizer)
-        for _ in range(2):  # the second without a refresh, whose solver has memory of its own
+        seen = []
+        for _ in range(5):
             tracker = MemTracker()
             tracker.track_external(model, optimizer)
             with tracker:
                 model(torch.ones(1, size)).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-        found.append((peak, ds_fira.state_bytes(optimizer)))
+            seen.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+        # The first has a refresh, whose solver has memory of its own. Of the others the least: how long FSDP2 keeps
+        # what it reduces goes by which rank waits, and what is held for good is in every step.
+        found.append((min(seen[1:]), ds_fira.state_bytes(optimizer)))
     return found
 
 
