@@ -14,7 +14,7 @@ from benchmarks.common import default_device, save
 
 Losses = dict[str, list[float]]
 # Of a training, that its result depends on.
-OPTIONS = ("steps", "batch_size", "seq_length", "layers", "rank", "gap", "preset")
+OPTIONS = ("steps", "batch_size", "seq_length", "layers", "width", "rank", "gap", "preset")
 
 
 def losses_of(ways: Iterable[str], args: argparse.Namespace, loss_of: Callable[[str, int], float]) -> Losses:

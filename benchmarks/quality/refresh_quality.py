@@ -30,7 +30,7 @@ from benchmarks.common import default_device, save
 from benchmarks.quality.gradients import TextData, llama, text, training_batches
 from ds_fira.core import subspace_solvers
 
-HIDDEN, INTERMEDIATE, HEADS, VOCAB_SIZE = 128, 352, 4, 1024
+HIDDEN, HEAD_DIM, VOCAB_SIZE = 128, 32, 1024
 WARMUP_SHARE, LAST_SHARE = 0.1, 0.1
 REFERENCE = "svd, keep"
 WAYS = ("svd, keep", "svd, rotate", "svd, reset", "gram, keep", "gram, rotate")
@@ -56,6 +56,7 @@ def final_loss(
     args: argparse.Namespace,
     stepping: Callable[[nn.Module, Optimizer], Callable[[], object]] = plainly,
     built: Callable[[nn.Module], tuple[nn.Module, nn.Module]] = lambda model: (model, model),
+    width: int = HIDDEN,
     **settings: Any,
 ) -> float:
     """Validation loss, in nats per token, at the end of one run.
@@ -66,11 +67,12 @@ def final_loss(
         args: `layers`, `steps` and `batch_size`.
         stepping: given the model that computes and the optimizer, what makes the step after a backward pass.
         built: from the model in float32, the one that computes and the one whose parameters the optimizer has.
+        width: of the model, a multiple of 32.
         settings: of the optimizer's projected matrices; alpha is 0.25 unless they name a preset.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
-    model, stepped = built(llama(HIDDEN, INTERMEDIATE, args.layers, HEADS, VOCAB_SIZE).to(device))
+    model, stepped = built(llama(width, width * 11 // 4, args.layers, width // HEAD_DIM, VOCAB_SIZE).to(device))
     settings = settings if "preset" in settings else {"alpha": 0.25, **settings}
     groups = ds_fira.param_groups(stepped, **settings)
     optimizer = ds_fira.FiraAdam(groups, lr=0.01)

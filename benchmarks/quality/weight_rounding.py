@@ -1,9 +1,10 @@
 """Validation loss of weights in bfloat16 without master weights, by how a step is rounded, seed by seed.
 
     python -m benchmarks.quality.weight_rounding FOLDER [--seeds 0 1 2] [--steps 400] [--preset recommended]
-    [--ways stochastic nearest "stochastic, int8"] [--json FILE]
+    [--ways stochastic nearest "stochastic, int8"] [--width 128] [--json FILE]
 
-A LLaMA of about one million parameters on the packaged film reviews (prepared once in FOLDER), trained by `FiraAdam`.
+A LLaMA of about one million parameters, or wider, on the packaged film reviews (prepared once in FOLDER), trained by
+`FiraAdam`.
 In every way the model computes in bfloat16. "masters" steps weights in float32, of which the model has copies, as
 DeepSpeed's `bf16` does; the other ways step the model's own weights, by `weight_rounding`, and "int8" stores moments so
 besides. All runs of a seed see the same weights and batches. A run that is done is kept in FOLDER, and not made again.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,11 +75,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=HIDDEN // 4)
+    parser.add_argument("--width", type=int, default=HIDDEN, help="a multiple of 32")
+    parser.add_argument("--rank", type=int, help="a quarter of the width by default")
     parser.add_argument("--gap", type=int, default=50)
     parser.add_argument("--preset", choices=PRESETS, help="instead of the published method")
     parser.add_argument("--json", help="also write the losses to this file")
     args = parser.parse_args()
+    args.rank = args.rank or args.width // 4
     data = text(args.folder, args.seq_length, VOCAB_SIZE)
 
     def loss_of(way: str, seed: int) -> float:
@@ -85,9 +89,8 @@ def main() -> None:
         settings |= {} if args.preset is None else {"preset": args.preset}
         held = Masters()
         how = (held.stepping, held.build) if way == REFERENCE else (plainly, alone)
-        return kept_loss(
-            args.folder, ("weights", way, seed), args, lambda: final_loss(data, seed, args, *how, **settings)
-        )
+        run = functools.partial(final_loss, data, seed, args, *how, width=args.width, **settings)
+        return kept_loss(args.folder, ("weights", way, seed), args, run)
 
     conclude(losses_of((REFERENCE, *args.ways), args, loss_of), REFERENCE, args)
 
