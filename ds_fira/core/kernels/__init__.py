@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ds_fira.core.capture import refuse_if_capturing
+
 if TYPE_CHECKING:
     from ds_fira.core.kernels.adamw import adamw_, adamw_together_
     from ds_fira.core.kernels.moments import adam_direction_
@@ -110,6 +112,9 @@ def supports(tensor: Tensor) -> bool:
         True for float32, bfloat16 and float16 on an NVIDIA GPU of compute capability 8.0 or newer where a kernel
         compiles and runs, and rows of fewer than 2^23 elements; on the CPU only after `interpret_on_cpu(True)`. False
         for everything else, float64 included, and for all where the kernels are `switched` off.
+
+    Raises:
+        ValueError: a CUDA graph captures the first step on the device.
     """
     if _switched_off.get() or tensor.dtype not in _DTYPES or max(tensor.stride()[-2:], default=1) > _MOST_STRIDE:
         return False
@@ -151,6 +156,8 @@ def fault(device: torch.device) -> Fault | None:
 
 @functools.cache
 def _runs_on(device: torch.device) -> bool:
+    # A launch that finds it out is no part of a step, and is read by the host: its failure would last.
+    refuse_if_capturing("no step was made before it", "make one or more without a capture first")
     found = fault(device)
     if found is not None and not found.known:
         warnings.warn(found.advice, stacklevel=6)

@@ -15,10 +15,13 @@ from ds_fira.optim.plug import FiraRMSProp
 from tests.reference.gradients import make_weight
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.usefixtures("kernels_allowed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the record is of interpreted kernels"),
-]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the record is of interpreted kernels")
+
+
+@pytest.fixture(autouse=True)
+def kernels_tried(kernels_allowed: None) -> None:
+    """As after any step in the process: whether the kernels run has been found out."""
+    assert kernels.supports(torch.ones(1))
 
 
 def build(steps: int = 1, **settings: Any):
@@ -72,6 +75,16 @@ def test_a_capture_stops(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^FiraAdam: a step is .*{message}"):
         capture(optimizer)
     assert all(map(torch.equal, params, before))
+
+
+def test_a_capture_before_any_step_keeps_the_kernels() -> None:
+    """Whether they run is found by a launch, which a capture would let fail, and for good."""
+    for found in (kernels._runs_on, kernels._failure_of_a_launch):
+        found.cache_clear()
+    optimizer, params = build(steps=0)
+    with pytest.raises(ValueError, match="no step was made before it; make one or more without a capture first"):
+        capture(optimizer)
+    assert kernels.supports(params[0])
 
 
 def test_a_capture_of_moved_gradients_stops() -> None:
