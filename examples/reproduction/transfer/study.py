@@ -231,6 +231,7 @@ def held_out() -> list[Trial]:
         trial for width in HELD_OUT_WIDTHS for trial in (preset(width, 1 / 8), *around(released(width, 1 / 8), (-1, 0)))
     ]
     models += [trial for make in (preset, released) for trial in around(make(192, 1 / 8))]
+    models += around(preset(384, 1 / 8)) + around(released(384, 1 / 8), (-2, -1, 0))
     deep = [trial for make in (preset, released) for trial in around(make(128, RANKS[1], layers=4))]
     deep += [preset(128, 1 / 8, layers=8), *around(released(128, 1 / 8, layers=8), (0, 1))]
     text = [
