@@ -72,7 +72,9 @@ def carry_loss_scale(wrapper: object, saved: Mapping[str, object]) -> None:
 
 
 def untrained_values(files: CheckpointFiles) -> dict[str, Tensor]:
-    """Buffers and frozen weights by name, whole."""
+    """Buffers and frozen weights by name, of the slice that the files are of."""
+    if files.of_pipeline:
+        return normalized(files.untrained_of_stages())
     models = [files.model(number) for number in range(len(files.models) if files.partitioned else 1)]
     found = {name: value for name, value in models[0]["module"].items() if isinstance(value, Tensor)}
     shapes = models[0].get("frozen_param_shapes") if files.partitioned else None
@@ -80,6 +82,16 @@ def untrained_values(files: CheckpointFiles) -> dict[str, Tensor]:
         whole = torch.cat([model[FROZEN][name].reshape(-1) for model in models])
         found[name] = whole[: shape.numel()].view(shape)
     return normalized(found)
+
+
+def of_one_file(files: CheckpointFiles) -> dict[str, object]:
+    """What an engine has for a while so that DeepSpeed takes the run's state from one file of the model's states.
+
+    It would put together what is of other slices than its own.
+    """
+    path, saved = str(files.models[0]), int(files.model().get("mp_world_size") or 1)
+    names = [path] * saved  # their number is checked
+    return {"_get_all_ckpt_names": lambda *_: names, "mp_world_size": saved, "checkpoint_mp_rank": 0}
 
 
 def load_layers(engine: DeepSpeedEngine, saved: SavedState, folder: Path) -> None:
