@@ -28,9 +28,11 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.up, self.down = nn.Linear(WIDTH, inner), nn.Linear(inner, WIDTH)
+        self.register_buffer("seen", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, tokens, width) to the same."""
+        self.seen += len(x)
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
@@ -59,7 +61,10 @@ def layers(tied: bool, blocks: int = 4) -> list[Any]:
 
 
 def build(ds_config: dict[str, Any], stages: int, tied: bool, way: str = "json", **kwargs: Any) -> Any:
-    """An engine; `way` says how it gets the optimizer: "json", or "object" for one that is made of the module."""
+    """An engine; `way` says how it gets the optimizer: "json", or "object" for one that is made of the module.
+
+    Norms of blocks are frozen with the value `frozen`, where that is given.
+    """
     model = PipelineModule(
         layers=kwargs.pop("given", None) or layers(tied),
         num_stages=stages,
@@ -70,6 +75,10 @@ def build(ds_config: dict[str, Any], stages: int, tied: bool, way: str = "json",
     )
     if ds_config.get("bf16", {}).get("enabled"):
         model = model.bfloat16()
+    frozen = kwargs.pop("frozen", None)
+    for name, param in model.named_parameters():
+        if frozen is not None and "norm" in name:
+            param.requires_grad_(False).fill_(frozen)
     config = {**ds_config, "train_micro_batch_size_per_gpu": MICRO, "gradient_accumulation_steps": ACCUMULATION}
     given = {"model_parameters": list(model.parameters())}
     if way == "object":
@@ -98,6 +107,11 @@ def steps_of(engine: Any, first: int, last: int) -> list[float]:
 def weights_of(engine: Any) -> dict[str, Tensor]:
     """The weights on this rank."""
     return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
+
+
+def held_by(engine: Any) -> dict[str, Tensor]:
+    """The weights on this rank, and the buffers."""
+    return weights_of(engine) | {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
 
 
 def train(ds_config: dict[str, Any], stages: int, tied: bool, **kwargs: Any) -> dict[str, Any]:
@@ -151,7 +165,7 @@ def run(
     """A run as `goes_on` makes it, of an engine that `build` makes of the other arguments."""
     engine = build(ds_config, stages, tied, **kwargs)
     try:
-        return goes_on(engine, steps_of, weights_of, (*steps, STEPS), load, save)
+        return goes_on(engine, steps_of, held_by, (*steps, STEPS), load, save)
     finally:
         close(engine)
 

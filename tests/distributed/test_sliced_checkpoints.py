@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.tensor_parallel_jobs import STEPS
+from tests.distributed.tensor_parallel_reference import together
 from tests.distributed.test_tensor_parallel import MODULE, left_whole, tp_config
 from tests.distributed.universal_jobs import UNIVERSAL, convert, damaged
 from tests.grids import full_if
@@ -105,67 +106,132 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("name", full_if(lambda name: name != "no slices", WAYS))
-def test_a_universal_one_goes_on_to_the_bit(ranks: Pools, name: str, tmp_path: Path) -> None:
-    """DeepSpeed's converter reads it unedited; there and back again, the run is the one that was not interrupted."""
-    size, slices, stage, dtype, model, extra, by_way_of = WAYS[name]
+_made: dict[str, tuple[list[Any], Path]] = {}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def run_on(ranks: Pools, name: str, place: tuple[int, int, int], universal: bool = False, **kwargs: Any) -> list[Any]:
+    """What ranks with so many slices at a stage make of a case of `WAYS`."""
+    (*_, dtype, model, extra, _), (size, slices, stage) = WAYS[name], place
     params = {key: value for key, value in extra.items() if key not in ("whole", "type")}
-    folders = [str(tmp_path / name) for name in ("saved", "moved")]
+    ds_config = fused(tp_config(stage, slices, dtype, **params), model)
+    if "whole" in extra and slices > 1:
+        ds_config = left_whole(ds_config, extra["whole"])
+    ds_config["optimizer"]["type"] = extra.get("type", "FiraAdam")
+    ds_config |= UNIVERSAL if universal else {}
+    found = ranks.run(size, "run", MODULE, ds_config=ds_config, model=model, **kwargs)
+    assert all("message" not in each for each in found), found[0].get("message")
+    return found
 
-    def run(ranks_now: int, slices_now: int, stage_now: int, universal: bool = False, **kwargs: Any) -> list[Any]:
-        ds_config = fused(tp_config(stage_now, slices_now, dtype, **params), model)
-        if "whole" in extra and slices_now > 1:
-            ds_config = left_whole(ds_config, extra["whole"])
-        ds_config["optimizer"]["type"] = extra.get("type", "FiraAdam")
-        ds_config |= UNIVERSAL if universal else {}
-        found = ranks.run(ranks_now, "run", MODULE, ds_config=ds_config, model=model, **kwargs)
-        assert all("message" not in each for each in found), found[0].get("message")
-        return found
 
-    straight = run(size, slices, stage, steps=(0, SAVED), save=folders[0])
-    universal, done = convert(Path(folders[0]), TAG, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    there = run(*by_way_of, universal=True, steps=(SAVED, SAVED), load=str(universal), save=folders[1])
-    back = run(size, slices, stage, steps=(SAVED, STEPS), load=folders[1])
-    assert equal(straight, back)
-    if dtype == "fp32" and by_way_of[1] == 1:
+def made(ranks: Pools, folders: Path, name: str) -> tuple[list[Any], Path]:
+    """The uninterrupted run, and the folder of what the converter has made of its checkpoint; made once."""
+    if name not in _made:
+        straight = run_on(ranks, name, WAYS[name][:3], steps=(0, SAVED), save=str(folders / name))
+        universal, done = convert(folders / name, TAG, folders / f"of {name}")
+        assert done.returncode == 0, done.stderr[-2000:]
+        _made[name] = straight, universal
+    return _made[name]
+
+
+@pytest.mark.parametrize("name", full_if(lambda name: name != "no slices", WAYS))
+def test_a_universal_one_goes_on_to_the_bit(ranks: Pools, folders: Path, name: str, tmp_path: Path) -> None:
+    """DeepSpeed's converter reads it unedited; there and back again, the run is the one that was not interrupted."""
+    (*place, dtype, model, _, by_way_of), moved = WAYS[name], str(tmp_path)
+    straight, universal = made(ranks, folders, name)
+    there = run_on(ranks, name, by_way_of, True, steps=(SAVED, SAVED), load=str(universal), save=moved)
+    assert equal(straight, run_on(ranks, name, tuple(place), steps=(SAVED, STEPS), load=moved))
+    if dtype == "fp32" and by_way_of[1] == 1 and model != "frozen":
         # What the converter has put together is what there is without slices.
         for each, weight in there[0]["loaded"].items():
             found = torch.load(universal / TAG / "zero" / each / "fp32.pt", weights_only=True)
-            assert torch.equal(found["param"], weight) or model == "frozen", each
+            assert torch.equal(found["param"], weight), each
 
 
-# What is harmed, how, at which stage it was saved; what the sentence says.
-DAMAGE = {
-    "a slice's states": ("ds_fira_states/1/exp_avg.00", "gone", 1, "of the 1 that saved it, which had slice 1"),
-    "a slice of the model": ("mp_rank_01_model_states.pt", "gone", 1, "lacks mp_rank_01_model_states.pt, the model's"),
-    "a whole weight": ("zero/lm_head.weight/fp32.pt", "flipped", 1, "lm_head.weight/fp32.pt: its content has changed"),
-    "a whole moment": ("zero/lm_head.weight/exp_avg.pt", "gone", 1, "lacks zero/lm_head.weight/exp_avg.pt"),
-    "a slice of stage 3": ("zero_pp_rank_0_mp_rank_01_model_states.pt", "gone", 3, "lacks mp_rank_01_model_states.pt"),
-}
+# Of which case of `WAYS`, what is harmed, how; what the sentence says.
+DAMAGE = [
+    ("no slices", "ds_fira_states/1/exp_avg.00", "gone", "of ranks [0] of the 1 that saved it, which had slice 1"),
+    ("no slices", "mp_rank_01_model_states.pt", "gone", "lacks mp_rank_01_model_states.pt, the model's states"),
+    ("no slices", "zero/lm_head.weight/fp32.pt", "flipped", "zero/lm_head.weight/fp32.pt: its content has changed"),
+    ("no slices", "zero/lm_head.weight/exp_avg.pt", "gone", "lacks zero/lm_head.weight/exp_avg.pt"),
+    ("two copies at stage 3", "zero_pp_rank_1_mp_rank_01_model_states.pt", "gone", "[1] of the 2 that saved it, which"),
+    ("two copies at stage 3", "zero/lm_head.weight/fp32.pt", "truncated", "lm_head.weight/fp32.pt: it cannot be read"),
+]
 
 
-@pytest.mark.parametrize("stage", full_if(lambda stage: stage == 3, (1, 3)))
-def test_damage_is_refused_by_name_on_every_rank(ranks: Pools, stage: int, tmp_path: Path) -> None:
-    ds_config = tp_config(stage, 2)
-    ranks.run(2, "run", MODULE, ds_config=ds_config, model="llama", steps=(0, 1), save=str(tmp_path / "saved"))
-    universal, done = convert(tmp_path / "saved", "global_step1", tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    cases = [case for case in DAMAGE.values() if case[2] == stage]
+@pytest.mark.parametrize("name", full_if(lambda name: name != "no slices", dict.fromkeys(case[0] for case in DAMAGE)))
+def test_damage_is_refused_by_name_on_every_rank(ranks: Pools, folders: Path, name: str, tmp_path: Path) -> None:
+    cases, universal = [case[1:] for case in DAMAGE if case[0] == name], made(ranks, folders, name)[1]
     loads = [str(damaged(universal, tmp_path / str(number), *case[:2])) for number, case in enumerate(cases)]
-    for answers in ranks.run(2, "told", MODULE, ds_config=ds_config | UNIVERSAL, model="llama", loads=loads):
+    ds_config = tp_config(1, 2, WAYS[name][3]) | UNIVERSAL
+    for answers in ranks.run(2, "told", MODULE, ds_config=ds_config, model=WAYS[name][4], loads=loads):
         for (*_, message), answer in zip(cases, answers, strict=True):
             assert answer.startswith("FiraAdam: ")
             assert message in answer
 
 
-def test_from_and_to_adamw(ranks: Pools, tmp_path: Path) -> None:
-    """AdamW takes the weights of a FiraAdam; of its own states under AutoTP no basis can be made."""
-    ours, there, back = tp_config(1, 2), str(tmp_path / "there"), str(tmp_path / "back")
-    plain = {**ours, "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}}
-    trained = ranks.run(2, "run", MODULE, ds_config=ours, model="llama", steps=(0, STEPS), save=there)
-    given = ranks.run(2, "run", MODULE, ds_config=plain, model="llama", steps=(STEPS, STEPS), load=there, save=back)
-    for ours_now, theirs in zip(trained, given, strict=True):
-        assert all(torch.equal(weight, theirs["loaded"][name]) for name, weight in ours_now["weights"].items())
-    answers = ranks.run(2, "run", MODULE, ds_config=ours, model="llama", steps=(STEPS, STEPS), load=back)
-    assert {"made by AdamW with tensor parallelism" in each["message"] for each in answers} == {True}
+def adamw(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """A config with torch's AdamW."""
+    return {**ds_config, "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}}
+
+
+def in_one(runs: list[dict[str, Any]], key: str, alone: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The whole weights of two ranks that have the slices of one copy."""
+    return {name: together([run[key][name] for run in runs], weight.shape) for name, weight in alone.items()}
+
+
+# Whether by a universal checkpoint; the stages before and after, and the slices after.
+TAKEOVERS = [(True, 1, 2, 2), (True, 3, 2, 2), (True, 1, 2, 1), (False, 0, 2, 2), (False, 3, 0, 2), (False, 2, 3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("universal", "stage", "next_stage", "slices"),
+    [(False, 1, 1, 2), *(pytest.param(*way, marks=pytest.mark.full) for way in TAKEOVERS)],
+)
+def test_adamw_goes_on_in_ours(
+    ranks: Pools, universal: bool, stage: int, next_stage: int, slices: int, tmp_path: Path
+) -> None:
+    """Its moments are of slices, and are projected on the basis of the whole matrix: as on one process."""
+    folders = {size: tmp_path / f"adam {size}" for size in (1, 2)}
+    for size, folder in folders.items():
+        before = adamw(tp_config(stage, size))
+        ranks.run(size, "run", MODULE, ds_config=before, model="llama", steps=(0, SAVED), save=str(folder))
+    after = {"model": "llama", "steps": (SAVED, STEPS)}
+    alone = ranks.run(1, "run", MODULE, ds_config=tp_config(next_stage, 1), load=str(folders[1]), **after)[0]
+    load, ds_config = folders[2], tp_config(next_stage, slices)
+    if universal:
+        (load, done), ds_config = convert(load, TAG, tmp_path), ds_config | UNIVERSAL
+        assert done.returncode == 0, done.stderr[-2000:]
+    found = ranks.run(slices, "run", MODULE, ds_config=ds_config, load=str(load), **after)
+    assert "message" not in found[0], found[0]["message"]
+    for name, weight in in_one(found, "weights", alone["weights"]).items():
+        assert (weight - alone["weights"][name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("universal", full_if(bool, (False, True)))
+def test_ours_goes_on_in_adamw(ranks: Pools, universal: bool, tmp_path: Path) -> None:
+    """The weights, with as many slices or none."""
+    load, extra = tmp_path / "ours", UNIVERSAL if universal else {}
+    trained = ranks.run(2, "run", MODULE, ds_config=tp_config(1, 2), model="llama", steps=(0, STEPS), save=str(load))
+    if universal:
+        load, done = convert(load, f"global_step{STEPS}", tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+    sliced, alone = (
+        ranks.run(
+            size,
+            "run",
+            MODULE,
+            ds_config=adamw(tp_config(2, size)) | extra,
+            model="llama",
+            load=str(load),
+            steps=(STEPS, STEPS),
+        )
+        for size in (2, 1)
+    )
+    whole = alone[0]["loaded"]
+    for runs, key in ((trained, "weights"), (sliced, "loaded")):
+        assert all(torch.equal(weight, whole[name]) for name, weight in in_one(runs, key, whole).items())

@@ -204,15 +204,9 @@ def load_states(
         if optimizer_too:
             groups = without(header.groups, optimizer.elsewhere)
             with agreed(optimizer):
-                _refuse_other_module(engine, header, groups)
+                _refuse_other_module(engine, header, groups, universal)
             with errors_name(optimizer.algorithm.name):
                 project_as_saved(optimizer, groups, functools.partial(attach, engine))
-            if header.adam is not None and engine.fira_holders.slices > 1:
-                raise ValueError(
-                    f"{optimizer.algorithm.name}: the checkpoint was made by {header.adam} with tensor parallelism, "
-                    "and its moments are of slices, from which no basis is made; load with load_optimizer_states=False "
-                    "to start anew from its weights."
-                )
             # DeepSpeed itself has no weights to set where they are swapped out.
             swapped = getattr(engine.optimizer, "params_in_nvme_and_cpu", False)
             other = header.adam is not None or header.layout not in (None, optimizer.attachment.digest)
@@ -230,7 +224,9 @@ def load_states(
         return loaded
 
 
-def _refuse_other_module(engine: DeepSpeedEngine, header: Header, groups: Sequence[SavedGroup]) -> None:
+def _refuse_other_module(
+    engine: DeepSpeedEngine, header: Header, groups: Sequence[SavedGroup], universal: bool
+) -> None:
     """Stop where a pipeline's checkpoint meets another kind of module, or what only some of its stages would refuse."""
     pipeline, optimizer = isinstance(engine.module, PipelineModule), engine.basic_optimizer
     if header.layout is None and header.adam is None:
@@ -241,12 +237,13 @@ def _refuse_other_module(engine: DeepSpeedEngine, header: Header, groups: Sequen
             f"the checkpoint is of {before}, whose files are others, and this engine trains {now} PipelineModule; "
             "build the model as it was."
         )
-    if header.adam is not None and pipeline:
+    if header.adam is not None and pipeline and not universal:
         raise ValueError(
             f"the checkpoint was made by {header.adam} in a PipelineModule, of which nothing but weights can be taken "
-            "over; load with load_optimizer_states=False and load_lr_scheduler_states=False."
+            "over; convert it by ds_to_universal, and set checkpoint.load_universal = true, or load with "
+            "load_optimizer_states=False and load_lr_scheduler_states=False."
         )
-    if pipeline:
+    if pipeline and header.adam is None:
         refuse_changed_structure(groups, optimizer.param_groups, optimizer.members)
 
 

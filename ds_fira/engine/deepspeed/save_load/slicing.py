@@ -69,6 +69,16 @@ def saved_cuts(files: CheckpointFiles, names: Iterable[str]) -> Cuts:
     return found
 
 
+def whole_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str, tuple[int, ...]]:
+    """The shapes of whole parameters, by name.
+
+    Args:
+        shapes: of them, or of their slices.
+        cuts: their slices.
+    """
+    return {name: cuts[name][0].shape[: len(own)] if cuts.get(name) else own for name, own in shapes.items()}
+
+
 def recut(saved: SavedState, files: CheckpointFiles, module: nn.Module, holders: Holders) -> None:
     """Let this run read the slices that it has of parameters of those that another had.
 

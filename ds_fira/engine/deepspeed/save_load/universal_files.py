@@ -30,6 +30,7 @@ from ds_fira.core.quantization import VALUES
 from ds_fira.core.state import STEP
 from ds_fira.engine.deepspeed.save_load.client_state import KEY as RESUME
 from ds_fira.engine.deepspeed.save_load.files import BASE_OPTIMIZER, MODEL_FILE, CheckpointFiles, normalized, place_of
+from ds_fira.engine.deepspeed.save_load.slicing import saved_cuts, whole_shapes
 from ds_fira.engine.deepspeed.save_load.universal_form import payload_folder
 from ds_fira.sharding.geometry import ParamSlice
 from ds_fira.sharding.slice_names import param_of
@@ -211,7 +212,10 @@ class UniversalFiles(CheckpointFiles):
             ValueError: a parameter has no moments, or another one's.
         """
         wrapper, state_dict = self.optimizer_state(0)
-        listed = [normalized({key: tuple(s) for key, s in part.items()}) for part in self.model()["param_shapes"]]
+        stages = [self.model(number)["param_shapes"] for number in range(len(self.models) if self.of_pipeline else 1)]
+        merged = [{key: tuple(s) for part in parts for key, s in part.items()} for parts in zip(*stages, strict=True)]
+        cuts = saved_cuts(self, ())
+        listed = [whole_shapes(normalized(part), cuts) for part in merged]
         groups, saved = wrapper["param_groups"], SavedState(algorithm=Algorithm(name, limited=False))
         # Stage 3 lists sub-groups, of which a group may have several.
         values = groups if len(groups) == len(listed) else [groups[0]] * len(listed)
