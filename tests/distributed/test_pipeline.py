@@ -202,6 +202,23 @@ def test_a_universal_one_of_adamw_goes_on_in_fira(ranks: Pools, size: int, stage
     assert {"convert it by ds_to_universal" in each["message"] for each in refused} == {True}
 
 
+@pytest.mark.full
+def test_a_universal_one_goes_on_in_adamw(ranks: Pools, tmp_path: Path) -> None:
+    """The weights, with as many stages or one."""
+    given, adamw = {"tied": True, "steps": (STEPS, STEPS)}, adam_config(config(1, "fp32", PARAMS))
+    before = {"ds_config": config(1, "fp32", PARAMS), "stages": 2, "save": str(tmp_path), "steps": (0, STEPS)}
+    ours = ranks.run(2, "run", MODULE, **{**given, **before})
+    universal, done = convert(tmp_path, f"global_step{STEPS}", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for stages in (1, 2):
+        run = {"ds_config": adamw | UNIVERSAL, "stages": stages, "load": str(universal), **given}
+        found = ranks.run(stages, "run", MODULE, **run)
+        assert "message" not in found[0], found[0]["message"]
+        assert difference([{"weights": each["loaded"]} for each in found], ours) == 0
+        refused = ranks.run(stages, "run", MODULE, **{**run, "ds_config": adamw, "load": str(tmp_path)})
+        assert {"set checkpoint.load_universal = true" in each["message"] for each in refused} == {True}
+
+
 def test_a_changed_layer_is_found_before_training(ranks: Pools, tmp_path: Path) -> None:
     """On every rank, by its file."""
     ds_config = config(1, "fp32", PARAMS)

@@ -217,11 +217,11 @@ class CheckpointFiles:
             saved.add(state_dict, weights)
             if weights is None and not self.of_pipeline:
                 # Stage 0 in float32 steps the module's own weights.
-                module = self._module()
+                module = self.module()
                 for each in state_dict[KEY]["places"]:
                     _add_weights(saved, module, TensorSlices.from_plain(each).params[0])
 
-    def _module(self) -> dict[str, Tensor]:
+    def module(self) -> dict[str, Tensor]:
         """The module's weights by name, experts too, each of which has a file."""
         found = dict(self.model()["module"])
         for path in matching_files(self.models[0].parent, "layer_*"):

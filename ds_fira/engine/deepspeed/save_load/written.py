@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import deepspeed
 import torch
@@ -108,14 +109,27 @@ def load_layers(engine: DeepSpeedEngine, saved: SavedState, folder: Path) -> Non
         saved.weights[name] = [(ParamSlice(name, 0, 0, numel), param.detach().clone().reshape(-1))]
 
 
-def load_untrained(engine: DeepSpeedEngine, values: Mapping[str, Tensor], wanted: Collection[str]) -> None:
-    """Set the buffers and those weights that are wanted; what is trained comes from the masters. A collective call."""
+def load_untrained(
+    engine: DeepSpeedEngine,
+    values: Mapping[str, Tensor],
+    wanted: Collection[str],
+    names: Mapping[int, str] = MappingProxyType({}),
+) -> None:
+    """Set the buffers and those weights that are wanted; what is trained comes from the masters. A collective call.
+
+    Args:
+        engine: that loads.
+        values: by name.
+        wanted: the names of weights.
+        names: of parameters by their `id`, where values have other names than the module gives.
+    """
     module: nn.Module = engine.module
     kept = normalized(module.state_dict(keep_vars=True)).keys()
     for name, buffer in normalized(dict(module.named_buffers())).items():
         if name in kept and name in values:
             buffer.data.copy_(values[name])
-    for name, param in normalized(dict(module.named_parameters())).items():
+    for own, param in normalized(dict(module.named_parameters())).items():
+        name = names.get(id(param), own)
         if name in wanted and name in values:
             with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
                 if param.numel() == values[name].numel():
