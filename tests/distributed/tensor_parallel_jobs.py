@@ -181,6 +181,19 @@ def run(
             engine.destroy()
 
 
+def weights_alone(ds_config: dict[str, Any], model: str, load: str) -> dict[str, Any]:
+    """The weights that a load gives that asks for nothing else, or what it is refused with."""
+    with forgotten():
+        engine, _ = build(ds_config, model)
+        try:
+            engine.load_checkpoint(load, load_optimizer_states=False, load_lr_scheduler_states=False)
+            return {"loaded": weights_of(engine)}
+        except ValueError as error:
+            return {"message": str(error)}
+        finally:
+            engine.destroy()
+
+
 def told(ds_config: dict[str, Any], model: str, loads: list[str]) -> list[str]:
     """What loads of some folders are refused with."""
     with forgotten():

@@ -174,6 +174,19 @@ def test_damage_is_refused_by_name_on_every_rank(ranks: Pools, folders: Path, na
             assert message in answer
 
 
+@pytest.mark.parametrize("stage", full_if(lambda stage: stage == 3, (1, 3)))
+def test_weights_alone_are_taken_of_a_universal_one(ranks: Pools, folders: Path, stage: int) -> None:
+    """Without slices, and with another rank of the subspace; of the checkpoint itself DeepSpeed would merge them."""
+    universal = made(ranks, folders, "no slices")[1]
+    given = {"ds_config": tp_config(stage, 1, rank=4), "model": "llama"}
+    (refused,) = ranks.run(1, "weights_alone", MODULE, **given, load=str(folders / "no slices"))
+    assert "autotp_size = 1 cannot load what was saved with 2, since ranks had other slices" in refused["message"]
+    given["ds_config"] |= UNIVERSAL
+    (found,) = ranks.run(1, "weights_alone", MODULE, **given, load=str(universal))
+    (expected,) = run_on(ranks, "no slices", (1, 1, 1), True, steps=(SAVED, SAVED), load=str(universal))
+    assert all(torch.equal(weight, found["loaded"][name]) for name, weight in expected["loaded"].items())
+
+
 def adamw(ds_config: dict[str, Any]) -> dict[str, Any]:
     """A config with torch's AdamW."""
     return {**ds_config, "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}}

@@ -30,6 +30,7 @@ from ds_fira.engine.deepspeed.projection import project_as_saved
 from ds_fira.engine.deepspeed.save_load.adam_files import given_names, left_out, maker_of, read_adam, warn_of_adam
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, gathered, require_loadable, require_own_share
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
 from ds_fira.engine.deepspeed.save_load.fill import (
     fill_elsewhere,
     fill_own,
@@ -194,6 +195,8 @@ def load_states(
             elif not optimizer.unpickle_checkpoints:
                 # Stage 3 takes the weights from the optimizer's files.
                 require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3, reading)
+            if not optimizer_too and not universal:
+                _refuse_other_slices(find_files(folder, False, reading=reading), engine.fira_holders.slices)
             reads = optimizer_too and optimizer.communicator.dp_rank == 0
             return read_header(optimizer, folder) if reads else None
 
@@ -222,6 +225,16 @@ def load_states(
         release(reading)
         (loaded[1] or {}).pop(PAYLOAD, None)
         return loaded
+
+
+def _refuse_other_slices(files: CheckpointFiles, now: int) -> None:
+    """Stop where weights alone are asked for that lie in other slices: DeepSpeed would put them together by itself."""
+    if files.models and files.slices != now:
+        raise ValueError(
+            f"load_optimizer_states = False with tensor_parallel.autotp_size = {now} cannot load what was saved with "
+            f"{files.slices}, since ranks had other slices of every matrix; load the optimizer states too, or convert "
+            "the checkpoint by ds_to_universal, and set checkpoint.load_universal = true."
+        )
 
 
 def _refuse_other_module(
