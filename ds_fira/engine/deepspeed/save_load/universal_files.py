@@ -94,7 +94,7 @@ class UniversalFiles(CheckpointFiles):
             if match := MODEL_FILE.fullmatch(path.name):
                 models[place_of(match)[0]].append(path)
         if not models[0]:
-            raise ValueError(_lacks(folder, _MODEL.format(0)))
+            raise _lacking(folder, _MODEL.format(0))
         kinds = {match[1] is None for path in folder.iterdir() if (match := MODEL_FILE.fullmatch(path.name))}
         if len(kinds) > 1:
             raise ValueError(f"{folder} holds what was made of two checkpoints; convert one into an empty folder.")
@@ -102,7 +102,7 @@ class UniversalFiles(CheckpointFiles):
         # A folder that was converted into twice may have files of more ranks, slices or stages.
         size, places = int(first.model()["dp_world_size"]), range(int(first.model()["mp_world_size"]))
         if absent := [number for number in places if not models[number]]:
-            raise ValueError(_lacks(folder, _MODEL.format(absent[0])))
+            raise _lacking(folder, _MODEL.format(absent[0]))
         of_ranks = {number: sorted(models[number], key=_rank_of)[:size] for number in places}
         payloads = {
             number: [
@@ -118,7 +118,7 @@ class UniversalFiles(CheckpointFiles):
         for number, files in enumerate(found):
             if absent := files.find_absent():
                 where = f", which had slice {number}" if len(found) > 1 else ""
-                raise ValueError(_lacks(folder, f"{absent}{where}"))
+                raise _lacking(folder, f"{absent}{where}")
         files = found[of_slice % len(found)]
         return replace(files, optimizers=() if files.partitioned or not files.ours else files.optimizers)
 
@@ -264,7 +264,7 @@ class UniversalFiles(CheckpointFiles):
         """One flat tensor of a parameter; mapped, not read."""
         path = self._path(name) / f"{key}.pt"
         if not path.is_file():
-            raise ValueError(_lacks(self.models[0].parent, f"{WEIGHTS}/{name}/{key}.pt"))
+            raise _lacking(self.models[0].parent, f"{WEIGHTS}/{name}/{key}.pt")
         found = self._load(path)
         value = found.get("param") if isinstance(found, Mapping) else found
         if not isinstance(value, Tensor) or value.is_meta or value.numel() != math.prod(shape):
@@ -275,12 +275,12 @@ class UniversalFiles(CheckpointFiles):
 
     def _load(self, path: Path) -> object:
         if not path.is_file():
-            raise ValueError(_lacks(self.models[0].parent, str(path.relative_to(self.models[0].parent))))
+            raise _lacking(self.models[0].parent, str(path.relative_to(self.models[0].parent)))
         return torch.load(path, map_location="cpu", weights_only=False) if self.unpickle else safe_load.read(path)
 
 
-def _lacks(folder: Path, what: str) -> str:
-    return f"{folder} lacks {what}; convert the checkpoint again."
+def _lacking(folder: Path, what: str) -> ValueError:
+    return ValueError(f"{folder} lacks {what}; convert the checkpoint again.")
 
 
 def _rank_of(path: Path) -> int:

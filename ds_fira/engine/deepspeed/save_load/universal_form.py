@@ -80,7 +80,8 @@ def add_info(engine: DeepSpeedEngine, model: dict[str, object]) -> None:
     if stage == 0 or (stage == 3 and engine.fira_holders.slices == 1):
         return
     # AutoTP's own is the module's.
-    info = model[UNIVERSAL_CHECKPOINT_INFO] = _without_frozen(engine, model.get(UNIVERSAL_CHECKPOINT_INFO) or {})
+    info = dict(model.get(UNIVERSAL_CHECKPOINT_INFO) or {})
+    info = model[UNIVERSAL_CHECKPOINT_INFO] = _without_frozen(engine, info) if engine.fira_holders.slices > 1 else info
     info.setdefault(UNIVERSAL_CHECKPOINT_VERSION_KEY, UNIVERSAL_CHECKPOINT_VERSION_VALUE)
     if found := _unsupported(engine):
         info[_UNSUPPORTED] = {**info.get(_UNSUPPORTED, {}), **found}
