@@ -4,8 +4,12 @@ Its folder has the files of the model's states as they were, `zero/optimizer_sta
 wrapper had beside its tensors, and for each parameter a folder `zero/NAME` with its float32 weights and, where the
 converter knew them, Adam's moments. `universal_form.py` says where the states are that it does not know.
 
+Of what AutoTP had sliced it has the wholes, and of a pipeline the parameters of all stages. The states of ours are of
+whole matrices however these were sliced.
+
 What it relies on, of DeepSpeed 0.17 to 0.19: these names; that a tensor of stages 1 and 2 lies in a dict under `param`,
-in its own shape, and one of stage 3 by itself, flat; and of an Adam's step count, that stages 1 and 2 have it in
+in its own shape, and one of stage 3 by itself, flat; that `mp_world_size` of a file of the model's states counts slices
+or stages; and of an Adam's step count, that stages 1 and 2 have it in
 `zero/NAME/step.pt`, and stage 3 in the states of the first rank.
 """
 
@@ -17,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -94,7 +99,7 @@ class UniversalFiles(CheckpointFiles):
             if match := MODEL_FILE.fullmatch(path.name):
                 models[place_of(match)[0]].append(path)
         if not models[0]:
-            raise _lacking(folder, _MODEL.format(0))
+            _refuse_lack(folder, _MODEL.format(0))
         kinds = {match[1] is None for path in folder.iterdir() if (match := MODEL_FILE.fullmatch(path.name))}
         if len(kinds) > 1:
             raise ValueError(f"{folder} holds what was made of two checkpoints; convert one into an empty folder.")
@@ -102,7 +107,7 @@ class UniversalFiles(CheckpointFiles):
         # A folder that was converted into twice may have files of more ranks, slices or stages.
         size, places = int(first.model()["dp_world_size"]), range(int(first.model()["mp_world_size"]))
         if absent := [number for number in places if not models[number]]:
-            raise _lacking(folder, _MODEL.format(absent[0]))
+            _refuse_lack(folder, _MODEL.format(absent[0]))
         of_ranks = {number: sorted(models[number], key=_rank_of)[:size] for number in places}
         payloads = {
             number: [
@@ -118,7 +123,7 @@ class UniversalFiles(CheckpointFiles):
         for number, files in enumerate(found):
             if absent := files.find_absent():
                 where = f", which had slice {number}" if len(found) > 1 else ""
-                raise _lacking(folder, f"{absent}{where}")
+                _refuse_lack(folder, f"{absent}{where}")
         files = found[of_slice % len(found)]
         return replace(files, optimizers=() if files.partitioned or not files.ours else files.optimizers)
 
@@ -264,7 +269,7 @@ class UniversalFiles(CheckpointFiles):
         """One flat tensor of a parameter; mapped, not read."""
         path = self._path(name) / f"{key}.pt"
         if not path.is_file():
-            raise _lacking(self.models[0].parent, f"{WEIGHTS}/{name}/{key}.pt")
+            _refuse_lack(self.models[0].parent, f"{WEIGHTS}/{name}/{key}.pt")
         found = self._load(path)
         value = found.get("param") if isinstance(found, Mapping) else found
         if not isinstance(value, Tensor) or value.is_meta or value.numel() != math.prod(shape):
@@ -275,12 +280,12 @@ class UniversalFiles(CheckpointFiles):
 
     def _load(self, path: Path) -> object:
         if not path.is_file():
-            raise _lacking(self.models[0].parent, str(path.relative_to(self.models[0].parent)))
+            _refuse_lack(self.models[0].parent, str(path.relative_to(self.models[0].parent)))
         return torch.load(path, map_location="cpu", weights_only=False) if self.unpickle else safe_load.read(path)
 
 
-def _lacking(folder: Path, what: str) -> ValueError:
-    return ValueError(f"{folder} lacks {what}; convert the checkpoint again.")
+def _refuse_lack(folder: Path, what: str) -> NoReturn:
+    raise ValueError(f"{folder} lacks {what}; convert the checkpoint again.")
 
 
 def _rank_of(path: Path) -> int:
