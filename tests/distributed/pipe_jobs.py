@@ -22,17 +22,18 @@ STEPS = 7
 
 
 class Block(nn.Module):
-    """Two matrices with biases, and a norm, with a residual."""
+    """Two matrices with biases, and a norm, with a residual; it may count the rows that it sees in a buffer."""
 
-    def __init__(self, inner: int) -> None:
+    def __init__(self, inner: int, counts: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.up, self.down = nn.Linear(WIDTH, inner), nn.Linear(inner, WIDTH)
-        self.register_buffer("seen", torch.tensor(0))
+        self.register_buffer("seen", torch.tensor(0) if counts else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, tokens, width) to the same."""
-        self.seen += len(x)
+        if self.seen is not None:
+            self.seen += len(x)
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
@@ -46,7 +47,7 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
-def layers(tied: bool, blocks: int = 4) -> list[Any]:
+def layers(tied: bool, blocks: int = 4, counts: bool = False) -> list[Any]:
     """Embedding, blocks, a norm and the head, which is the embedding where it is tied."""
     first = TiedLayerSpec("words", nn.Embedding, WORDS, WIDTH) if tied else LayerSpec(nn.Embedding, WORDS, WIDTH)
     last = TiedLayerSpec("words", nn.Embedding, WORDS, WIDTH, forward_fn=logits_of)
@@ -54,7 +55,7 @@ def layers(tied: bool, blocks: int = 4) -> list[Any]:
         last = LayerSpec(nn.Linear, WIDTH, WORDS, bias=False)
     return [
         first,
-        *(LayerSpec(Block, INNER + index % 2) for index in range(blocks)),
+        *(LayerSpec(Block, INNER + index % 2, counts) for index in range(blocks)),
         LayerSpec(nn.LayerNorm, WIDTH),
         last,
     ]
@@ -63,10 +64,11 @@ def layers(tied: bool, blocks: int = 4) -> list[Any]:
 def build(ds_config: dict[str, Any], stages: int, tied: bool, way: str = "json", **kwargs: Any) -> Any:
     """An engine; `way` says how it gets the optimizer: "json", or "object" for one that is made of the module.
 
-    Norms of blocks are frozen with the value `frozen`, where that is given.
+    Where `frozen` is given, norms of blocks are frozen with that value, and blocks count rows.
     """
+    frozen = kwargs.pop("frozen", None)
     model = PipelineModule(
-        layers=kwargs.pop("given", None) or layers(tied),
+        layers=kwargs.pop("given", None) or layers(tied, counts=frozen is not None),
         num_stages=stages,
         loss_fn=loss_of,
         partition_method="uniform",
@@ -75,7 +77,6 @@ def build(ds_config: dict[str, Any], stages: int, tied: bool, way: str = "json",
     )
     if ds_config.get("bf16", {}).get("enabled"):
         model = model.bfloat16()
-    frozen = kwargs.pop("frozen", None)
     for name, param in model.named_parameters():
         if frozen is not None and "norm" in name:
             param.requires_grad_(False).fill_(frozen)
