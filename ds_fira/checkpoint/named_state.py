@@ -14,6 +14,7 @@ from typing import TypedDict
 
 from torch import Tensor
 
+from ds_fira.checkpoint.cuts import Cut, Recut, moves
 from ds_fira.checkpoint.reconcile import Members, SavedGroup
 from ds_fira.checkpoint.slices import StateSlice
 from ds_fira.core import quantization
@@ -125,6 +126,8 @@ class SavedState:
         moments: by parameter without a projection, likewise.
         weights: by parameter, likewise, the tensors that were stepped.
         algorithm: the optimizer.
+        recuts: by the label of a slice that this run steps, how it is read of what was saved; others are as they were.
+        moves: by matrix and axis, where its rows or columns stand in the order of this run, if not where they did.
     """
 
     groups: list[SavedGroup] = field(default_factory=list)
@@ -132,6 +135,41 @@ class SavedState:
     moments: dict[str, list[tuple[ParamSlice, SavedMoments]]] = field(default_factory=lambda: defaultdict(list))
     weights: dict[str, list[tuple[ParamSlice, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     algorithm: Algorithm = FIRA_ADAM
+    recuts: dict[str, Recut] = field(default_factory=dict)
+    moves: dict[tuple[str, int], list[tuple[range, int]]] = field(default_factory=dict)
+
+    def recut(self, before: Mapping[str, Sequence[Cut]], now: Mapping[str, Sequence[Cut]], number: int) -> None:
+        """Let a run read that has other slices of parameters, or the same of what is saved whole.
+
+        Args:
+            before: by parameter the slices of the run that saved, in their order; those that it did not cut left out.
+            now: likewise of this run.
+            number: of the slices that this rank has.
+        """
+        for name in before.keys() | now.keys():
+            shape = next(iter(before.get(name) or now[name])).shape
+            old, new = (tuple(cuts.get(name) or [Cut.whole(name, shape)]) for cuts in (before, now))
+            own = new[number % len(new)]
+            self.recuts[own.label] = Recut(own, old)
+            for axis in (0, 1):
+                moved = moves(old, new, axis)
+                if any(there.start != here for there, here in moved):
+                    self.moves[name, axis] = moved
+            if own.label != name:  # by which moments of a whole matrix are asked for
+                order = tuple(run for cut in new for run in cut.runs)
+                self.recuts[name] = Recut(Cut(name, shape, own.axis, order), old)
+
+    def moments_of(self, label: str) -> list[tuple[ParamSlice, SavedMoments]]:
+        """The moments of a parameter without a projection, or of those slices of which one of this run is read."""
+        recut = self.recuts.get(label)
+        if recut is None:
+            return self.moments.get(label, [])
+        return [part for cut in recut.sources(self.moments) for part in self.moments.get(cut.label, [])]
+
+    def keeps(self, label: str) -> bool:
+        """Whether the moments of a parameter or slice are read as they were saved, all from itself."""
+        recut = self.recuts.get(label)
+        return recut is None or recut.sources(self.moments) == (recut.own,)
 
     def add(self, state_dict: StateDict, weights: Sequence[Tensor] | None = None) -> None:
         """Add what one rank has saved, without copying a tensor.
@@ -169,7 +207,7 @@ class SavedState:
 
     def knows(self, held: StateSlice) -> bool:
         """Whether there is a state of a matrix, or moments of the whole parameter that it is or lies in."""
-        return bool(self.matrices.get(held.name) or self.moments.get(held.param))
+        return bool(self.matrices.get(held.name) or self.moments_of(held.param))
 
     def _add_state(self, state: dict[str, Tensor], held: TensorSlices) -> None:
         algorithm = self.algorithm

@@ -18,6 +18,8 @@ from ds_fira.core.state import STEP
 PAYLOAD = "ds_fira_states"
 # In it, the numbers of the tensors whose moments are in the other view.
 ELSEWHERE = "moments_elsewhere"
+# In it, buffers and frozen weights by name, where no other file of a universal checkpoint has them.
+UNTRAINED = "untrained"
 
 
 def fold(own: StateDict, sizes: Sequence[int], steps: int) -> tuple[dict[int, dict[str, object]], dict[str, object]]:
@@ -60,4 +62,4 @@ def unfold(payload: Mapping[str, object], moments: Mapping[int, Mapping[str, obj
         number: {**kept, **({key: moments[number][key] for key in ADAM_STATES} if number in elsewhere else {})}
         for number, kept in payload["state"].items()
     }
-    return {**{key: value for key, value in payload.items() if key != ELSEWHERE}, "state": state}
+    return {**{key: value for key, value in payload.items() if key not in (ELSEWHERE, UNTRAINED)}, "state": state}

@@ -6,14 +6,15 @@ ranges they have in common; a range that no saved part covers is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from ds_fira.checkpoint.covering import Moves, Sources, covering, fill
 from ds_fira.checkpoint.named_state import SavedMoments, SavedState, TensorSlices
-from ds_fira.checkpoint.slices import Missing, StateSlice
+from ds_fira.checkpoint.slices import StateSlice
 from ds_fira.core import quantization
 from ds_fira.core.algorithms import FIRA_ADAM, Algorithm
 from ds_fira.core.state import (
@@ -25,8 +26,6 @@ from ds_fira.core.state import (
     stored_moment,
 )
 from ds_fira.sharding.geometry import ParamSlice
-
-Source = TypeVar("Source")
 
 
 def restore(
@@ -59,7 +58,7 @@ def restore(
                 "they had, or in the order that they had where they have no names."
             )
         if weights:
-            _fill(param.detach().view(-1), held.params, saved.weights, "weights")
+            fill(param.detach().view(-1), held.params, saved.weights, "weights", saved.recuts)
         if held.matrices:
             known = [part for part in held.matrices if saved.knows(part)]
             state, dtype = state_of(param) if known else {}, compute_dtype(param.dtype)
@@ -69,10 +68,10 @@ def restore(
                     allocate_unprojected_moments(state, part.mark, part.kept_shape, dtype, algorithm.states)
                 target = state_views(state, part.side, part.mark, part.index, algorithm=algorithm, dtype=dtype)
                 if parts:
-                    restore_matrix(part, target, parts)
+                    restore_matrix(part, target, parts, saved.moves)
                 else:
-                    _restore_unprojected(part, target, saved.moments[part.param])
-        elif any(saved.moments.get(part.name) for part in held.params):
+                    _restore_unprojected(part, target, saved)
+        elif any(saved.moments_of(part.name) for part in held.params):
             state = state_of(param)
             if state:  # none where other ranks have the states of matrices that lie in it
                 _restore_moments(param, state, held.params, saved, algorithm)
@@ -85,7 +84,7 @@ def restore_weights(saved: SavedState, slices: Iterable[tuple[Tensor, Sequence[P
         ValueError: a part of them is missing.
     """
     for param, held in slices:
-        _fill(param.detach().view(-1), held, saved.weights, "weights")
+        fill(param.detach().view(-1), held, saved.weights, "weights", saved.recuts)
 
 
 def refuse_other_states(saved: SavedState, algorithm: Algorithm) -> None:
@@ -107,13 +106,19 @@ def refuse_other_states(saved: SavedState, algorithm: Algorithm) -> None:
         )
 
 
-def restore_matrix(held: StateSlice, target: MatrixState, parts: list[tuple[StateSlice, MatrixState]]) -> None:
+def restore_matrix(
+    held: StateSlice,
+    target: MatrixState,
+    parts: list[tuple[StateSlice, MatrixState]],
+    moved: Mapping[tuple[str, int], Moves] = MappingProxyType({}),
+) -> None:
     """Copy into one rank's state of a matrix, whole or a part, from parts that cover it.
 
     Args:
         held: which part.
         target: its state; changed.
         parts: of the same matrix.
+        moved: of `SavedState.moves`.
 
     Raises:
         ValueError: something of it is in none of them.
@@ -123,22 +128,27 @@ def restore_matrix(held: StateSlice, target: MatrixState, parts: list[tuple[Stat
     target.refresh_step.copy_(first.refresh_step)
     if target.residual_norm is not None:
         target.residual_norm.copy_(first.residual_norm)
+    # The basis has the matrix's rows or columns, and the moments have the others.
+    along_basis, along_moments = (moved.get((held.param, axis)) for axis in (1 - held.axis, held.axis))
     if target.residual_avg_sq is not None:
-        _restore_averages(held, target.residual_avg_sq, parts)
-    for here, there, state in _covering(held.basis, [(other.basis, part) for other, part in parts], "basis", held.name):
+        _restore_averages(held, target.residual_avg_sq, parts, along_moments)
+    bases = [(other.basis, part) for other, part in parts]
+    for here, there, state in covering(held.basis, bases, "basis", held.name, along_basis):
         target.basis[here].copy_(state.basis[there])
     for name, value in target.unprojected.items():
         whole = [(other.kept, state.unprojected[name]) for other, state in parts if len(other.kept)]
-        for here, there, part in _covering(held.kept, whole, "moments", held.name):
+        for here, there, part in covering(held.kept, whole, "moments", held.name, along_moments):
             value.transpose(0, held.axis)[here].copy_(part.transpose(0, held.axis)[there])
     for name, stored in target.moments.items():
         if stored:
             saved = [(other.kept, state.moments[name]) for other, state in parts if len(other.kept)]
-            _restore_moment(held, stored, [(kept, moment) for kept, moment in saved if moment], target.dtype)
+            found = [(kept, moment) for kept, moment in saved if moment]
+            _restore_moment(held, stored, found, target.dtype, along_moments)
 
 
-def _restore_unprojected(held: StateSlice, target: MatrixState, parts: list[tuple[ParamSlice, SavedMoments]]) -> None:
+def _restore_unprojected(held: StateSlice, target: MatrixState, saved: SavedState) -> None:
     """Keep the moments that another optimizer left of a whole parameter, as far as this rank will project them."""
+    parts = saved.moments_of(held.param)
     target.step.copy_(max(int(moments.step) for _, moments in parts))
     (m, n), rows, cut = held.shape, range(held.shape[0]), held.axis == 1 and len(held.kept) < held.shape[1]
     if held.axis == 0:
@@ -147,35 +157,41 @@ def _restore_unprojected(held: StateSlice, target: MatrixState, parts: list[tupl
     wanted = ParamSlice(held.param, 0, begin + rows.start * n, begin + rows.stop * n)
     for name, value in target.unprojected.items():
         whole = value.new_empty(len(rows), n) if cut else value
-        sources = {held.param: [(other, moments.moments[name]) for other, moments in parts]}
         if value.numel():
-            _fill(whole.view(-1), (wanted,), sources, "moments", quantization.elements)
+            sources = _by_label(parts, name)
+            fill(whole.view(-1), (wanted,), sources, "moments", saved.recuts, quantization.elements)
         if cut:
             value.copy_(whole[:, held.kept.start : held.kept.stop])
 
 
-def _restore_averages(held: StateSlice, averages: Tensor, parts: list[tuple[StateSlice, MatrixState]]) -> None:
+def _restore_averages(
+    held: StateSlice, averages: Tensor, parts: list[tuple[StateSlice, MatrixState]], moved: Moves | None
+) -> None:
     """Copy p, one number or that of the entries kept; saved in another form or not at all, it starts anew."""
     saved = [(other.kept, state.residual_avg_sq) for other, state in parts if state.residual_avg_sq is not None]
     if not saved:
         return
     if averages.numel() == len(held.kept) and all(part.numel() == len(kept) for kept, part in saved):
-        for here, there, part in _covering(held.kept, saved, "averages", held.name):
+        for here, there, part in covering(held.kept, saved, "averages", held.name, moved):
             averages[here].copy_(part[there])
     elif averages.numel() == 1 and all(part.numel() == 1 for _, part in saved):
         averages.copy_(saved[0][1])
 
 
 def _restore_moment(
-    held: StateSlice, stored: quantization.Stored, parts: list[tuple[range, quantization.Stored]], dtype: torch.dtype
+    held: StateSlice,
+    stored: quantization.Stored,
+    parts: list[tuple[range, quantization.Stored]],
+    dtype: torch.dtype,
+    moved: Moves | None,
 ) -> None:
     for kept, part in parts:
-        if kept == held.kept and _same_form(stored, part):
+        if moved is None and kept == held.kept and _same_form(stored, part):
             _copy(stored, part)
             return
     values = stored[quantization.VALUES]
     value = torch.zeros(values.shape, dtype=dtype, device=values.device)
-    for here, there, part in _covering(held.kept, parts, "moments", held.name):
+    for here, there, part in covering(held.kept, parts, "moments", held.name, moved):
         # Along the other dimension every part is whole.
         value.transpose(0, held.axis)[here].copy_(quantization.read(part, dtype).transpose(0, held.axis)[there])
     quantization.write_(stored, value, seed=None)
@@ -185,58 +201,29 @@ def _restore_moments(
     param: Tensor, state: dict[str, Tensor], params: Sequence[ParamSlice], saved: SavedState, algorithm: Algorithm
 ) -> None:
     """Fill the state of one tensor without a projection; its step count is the largest of its parameters'."""
-    found = {held.name: saved.moments.get(held.name, []) for held in params}
+    found = {held.name: saved.moments_of(held.name) for held in params}
     steps = [int(moments.step) for parts in found.values() for _, moments in parts]
     state[STEP].fill_(max(steps))
     for key in algorithm.states:
         stored = stored_moment(state, key)
-        sources = {name: [(other, moments.moments[key]) for other, moments in parts] for name, parts in found.items()}
-        alike = [part for other, part in sources[params[0].name] if other == params[0] and _same_form(stored, part)]
-        if alike and all(any(o == held and s is alike[0] for o, s in sources[held.name]) for held in params):
+        sources = _by_label((part for parts in found.values() for part in parts), key)
+        same = {name: sources.get(name, []) if saved.keeps(name) else [] for name in found}
+        alike = [part for other, part in same[params[0].name] if other == params[0] and _same_form(stored, part)]
+        if alike and all(any(o == held and s is alike[0] for o, s in same[held.name]) for held in params):
             _copy(stored, alike[0])
             continue
         value = torch.zeros(param.numel(), dtype=torch.float64 if param.dtype == torch.float64 else torch.float32)
-        present = [held for held in params if sources[held.name]]
-        _fill(value, present, sources, "moments", quantization.elements)
+        present = [held for held in params if found[held.name]]
+        fill(value, present, sources, "moments", saved.recuts, quantization.elements)
         quantization.write_(stored, value.to(param.device), seed=None)
 
 
-def _fill(
-    target: Tensor,
-    params: Sequence[ParamSlice],
-    sources: dict[str, list[tuple[ParamSlice, Source]]],
-    what: str,
-    read: Callable[[Source, int, int], Tensor] = lambda flat, start, stop: flat[start:stop],
-) -> None:
-    """Copy the elements of `params` to their offsets in a 1-D tensor, from wherever they were."""
-    for held in params:
-        parts = [(range(other.start, other.stop), (other.offset, flat)) for other, flat in sources.get(held.name, [])]
-        for here, there, (offset, flat) in _covering(range(held.start, held.stop), parts, what, held.name):
-            values = read(flat, offset + there.start, offset + there.stop)
-            target[held.offset + here.start : held.offset + here.stop].copy_(values)
-
-
-def _covering(
-    wanted: range, parts: Iterable[tuple[range, Source]], what: str, name: str
-) -> Iterator[tuple[slice, slice, Source]]:
-    """Cover a range with parts of other ranges: where in it, where in the other one, and what that one holds.
-
-    Raises:
-        ValueError: some of it is in none of them.
-    """
-    missing = Missing(wanted)
-    for held, source in parts:
-        for common in missing.take(held):
-            yield _within(common, wanted), _within(common, held), source
-    if missing.ranges:
-        raise ValueError(
-            f"the checkpoint lacks a part of the {what} of {name}; a file of it is missing or from another save, so "
-            "load an older tag."
-        )
-
-
-def _within(common: range, held: range) -> slice:
-    return slice(common.start - held.start, common.stop - held.start)
+def _by_label(parts: Iterable[tuple[ParamSlice, SavedMoments]], name: str) -> Sources[quantization.Stored]:
+    """One of the moments, by the names of parameters and slices."""
+    found: Sources[quantization.Stored] = {}
+    for held, moments in parts:
+        found.setdefault(held.name, []).append((held, moments.moments[name]))
+    return found
 
 
 def _same_form(stored: quantization.Stored, other: quantization.Stored) -> bool:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ds_fira.core.matrix_slice import MatrixSlice
 from ds_fira.sharding.scattered import place_of
+from ds_fira.sharding.slice_names import param_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,10 +217,6 @@ def split(matrix: MatrixShard, partition_size: int, partitions: int, place: int 
     return EvenCut(matrix.name, matrix.shape, matrix.offset, partition_size, place)
 
 
-# Between the name of a parameter and what says which of its slices is meant, as NAME@RANK/SIZE.
-SLICE = "@"
-
-
 @dataclass(frozen=True, slots=True)
 class ParamSlice:
     """Elements of one parameter that lie in a stepped tensor: a flat partition, or the parameter itself.
@@ -240,7 +237,7 @@ class ParamSlice:
     @property
     def param(self) -> str:
         """The name of the parameter."""
-        return self.name.partition(SLICE)[0]
+        return param_of(self.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
 import ds_fira
@@ -112,17 +113,25 @@ def _elements(name: str, start: int, part: Tensor, shape: tuple[int, ...]) -> It
         yield name, start, part
 
 
-def build(ds_config: dict[str, Any], layers: list[Any], use_residual: bool = False, way: str = "json"):
+def build(ds_config: dict[str, Any], layers: list[Any], way: str = "json", frozen: float | None = None, **kwargs: Any):
     """An engine; `way` says how it gets the optimizer: "json", or "object" for one that is made of the model.
 
-    With AutoEP in its config, `layers` are numbers of experts.
+    With AutoEP in its config, `layers` are numbers of experts. A matrix of every rank's first expert is frozen with the
+    value `frozen` and its rank, where that is given.
     """
     torch.manual_seed(0)
-    model = AutoNet(layers) if "expert_parallel" in ds_config else ExpertNet(layers, use_residual)
+    model = AutoNet(layers) if "expert_parallel" in ds_config else ExpertNet(layers, **kwargs)
     if ds_config.get("bf16", {}).get("enabled"):
         model = model.bfloat16()
+    for name, param in model.named_parameters():
+        if frozen is not None and "deepspeed_experts.0.up" in name:
+            param.requires_grad_(False).fill_(frozen + torch.distributed.get_rank())
     if way == "json":
-        return deepspeed.initialize(model=model, config=ds_config, model_parameters=list(model.parameters()))[0]
+        params: list[Any] = list(model.parameters())
+        if ds_config["optimizer"]["type"] == "AdamW":  # whose groups are the user's to split
+            trained = {"params": [param for param in params if param.requires_grad], "name": "all"}
+            params = split_params_into_different_moe_groups_for_optimizer(trained)
+        return deepspeed.initialize(model=model, config=ds_config, model_parameters=params)[0]
     params = ds_config["optimizer"]["params"]
     rest = {key: value for key, value in ds_config.items() if key != "optimizer"}
     return deepspeed.initialize(model=model, config=rest, optimizer=ds_fira.FiraAdam(model, **params))[0]

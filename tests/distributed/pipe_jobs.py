@@ -22,15 +22,18 @@ STEPS = 7
 
 
 class Block(nn.Module):
-    """Two matrices with biases, and a norm, with a residual."""
+    """Two matrices with biases, and a norm, with a residual; it may count the rows that it sees in a buffer."""
 
-    def __init__(self, inner: int) -> None:
+    def __init__(self, inner: int, counts: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.up, self.down = nn.Linear(WIDTH, inner), nn.Linear(inner, WIDTH)
+        self.register_buffer("seen", torch.tensor(0) if counts else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, tokens, width) to the same."""
+        if self.seen is not None:
+            self.seen += len(x)
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
@@ -44,7 +47,7 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
-def layers(tied: bool, blocks: int = 4) -> list[Any]:
+def layers(tied: bool, blocks: int = 4, counts: bool = False) -> list[Any]:
     """Embedding, blocks, a norm and the head, which is the embedding where it is tied."""
     first = TiedLayerSpec("words", nn.Embedding, WORDS, WIDTH) if tied else LayerSpec(nn.Embedding, WORDS, WIDTH)
     last = TiedLayerSpec("words", nn.Embedding, WORDS, WIDTH, forward_fn=logits_of)
@@ -52,16 +55,20 @@ def layers(tied: bool, blocks: int = 4) -> list[Any]:
         last = LayerSpec(nn.Linear, WIDTH, WORDS, bias=False)
     return [
         first,
-        *(LayerSpec(Block, INNER + index % 2) for index in range(blocks)),
+        *(LayerSpec(Block, INNER + index % 2, counts) for index in range(blocks)),
         LayerSpec(nn.LayerNorm, WIDTH),
         last,
     ]
 
 
 def build(ds_config: dict[str, Any], stages: int, tied: bool, way: str = "json", **kwargs: Any) -> Any:
-    """An engine; `way` says how it gets the optimizer: "json", or "object" for one that is made of the module."""
+    """An engine; `way` says how it gets the optimizer: "json", or "object" for one that is made of the module.
+
+    Where `frozen` is given, norms of blocks are frozen with that value, and blocks count rows.
+    """
+    frozen = kwargs.pop("frozen", None)
     model = PipelineModule(
-        layers=kwargs.pop("given", None) or layers(tied),
+        layers=kwargs.pop("given", None) or layers(tied, counts=frozen is not None),
         num_stages=stages,
         loss_fn=loss_of,
         partition_method="uniform",
@@ -70,6 +77,9 @@ def build(ds_config: dict[str, Any], stages: int, tied: bool, way: str = "json",
     )
     if ds_config.get("bf16", {}).get("enabled"):
         model = model.bfloat16()
+    for name, param in model.named_parameters():
+        if frozen is not None and "norm" in name:
+            param.requires_grad_(False).fill_(frozen)
     config = {**ds_config, "train_micro_batch_size_per_gpu": MICRO, "gradient_accumulation_steps": ACCUMULATION}
     given = {"model_parameters": list(model.parameters())}
     if way == "object":
@@ -98,6 +108,11 @@ def steps_of(engine: Any, first: int, last: int) -> list[float]:
 def weights_of(engine: Any) -> dict[str, Tensor]:
     """The weights on this rank."""
     return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
+
+
+def held_by(engine: Any) -> dict[str, Tensor]:
+    """The weights on this rank, and the buffers."""
+    return weights_of(engine) | {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
 
 
 def train(ds_config: dict[str, Any], stages: int, tied: bool, **kwargs: Any) -> dict[str, Any]:
@@ -151,7 +166,7 @@ def run(
     """A run as `goes_on` makes it, of an engine that `build` makes of the other arguments."""
     engine = build(ds_config, stages, tied, **kwargs)
     try:
-        return goes_on(engine, steps_of, weights_of, (*steps, STEPS), load, save)
+        return goes_on(engine, steps_of, held_by, (*steps, STEPS), load, save)
     finally:
         close(engine)
 

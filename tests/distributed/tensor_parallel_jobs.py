@@ -46,6 +46,8 @@ MODELS = {
     "uneven": lambda: llama(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=3),
     # One head of keys and values, of which the second rank has nothing.
     "multi_query": lambda: llama(num_key_value_heads=1),
+    "fused": llama,
+    "frozen": llama,
     "biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "gpt2": small_models.gpt2,
     "gpt_neox": small_models.gpt_neox,
@@ -68,6 +70,10 @@ def build(ds_config: dict[str, Any], model: str, way: str = "json") -> tuple[Any
     torch.manual_seed(0)
     module = MODELS[model]()
     whole = {name: param.detach().clone() for name, param in module.named_parameters()}
+    if model == "frozen":
+        module.requires_grad_(False)
+        for name, param in module.named_parameters():
+            param.requires_grad_("layers.1" in name or "norm" in name)
     if ds_config.get("bf16", {}).get("enabled"):
         module = module.bfloat16()
     if way == "json":
@@ -173,6 +179,26 @@ def run(
             return goes_on(engine, steps_of, weights_of, (*steps, STEPS), load, save)
         finally:
             engine.destroy()
+
+
+def weights_alone(ds_config: dict[str, Any], model: str, load: str) -> dict[str, Any]:
+    """The weights that a load gives that asks for nothing else, or what it is refused with."""
+    with forgotten():
+        engine, _ = build(ds_config, model)
+        try:
+            engine.load_checkpoint(load, load_optimizer_states=False, load_lr_scheduler_states=False)
+            return {"loaded": weights_of(engine)}
+        except ValueError as error:
+            return {"message": str(error)}
+        finally:
+            engine.destroy()
+
+
+def told(ds_config: dict[str, Any], model: str, loads: list[str]) -> list[str]:
+    """What loads of some folders are refused with."""
+    with forgotten():
+        engine, _ = build(ds_config, model)
+        return [goes_on(engine, steps_of, weights_of, (0, 0, 0), load, None).get("message", "") for load in loads]
 
 
 def states(ds_config: dict[str, Any], model: str) -> dict[str, Any]:

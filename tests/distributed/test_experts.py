@@ -175,6 +175,19 @@ def test_a_lost_or_changed_expert_is_found_before_training(ranks: Pools, tmp_pat
     assert messages() == {""}
 
 
+def test_frozen_experts_go_on_in_adamw(ranks: Pools, tmp_path: Path) -> None:
+    """Each rank's own, by the numbers that all ranks know them by."""
+    ours, given = config(1, "fp32", PARAMS), {"layers": [(4, 2)], "steps": (STEPS, STEPS)}
+    trained = ranks.run(2, "run", MODULE, ds_config=ours, save=str(tmp_path), frozen=0.5, **given)
+    plain = {**ours, "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}}
+    found = ranks.run(2, "run", MODULE, ds_config=plain, load=str(tmp_path), frozen=7.0, **given)
+    for before, after in zip(trained, found, strict=True):
+        assert "message" not in after, after["message"]
+        assert all(torch.equal(weight, after["loaded"][name]) for name, weight in before["weights"].items())
+    experts = {float(weight.flatten()[0]) for run in found for name, weight in run["loaded"].items() if ".up." in name}
+    assert {0.5, 1.5} <= experts
+
+
 @pytest.mark.parametrize("stage", full_if((2).__eq__, [0, 2]))
 def test_what_is_told_of_experts_is_of_all(ranks: Pools, stage: int) -> None:
     """Recorded factors by the numbers of experts; a flipped bit of one is named on every rank, and its rank."""

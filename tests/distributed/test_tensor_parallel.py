@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,75 +180,6 @@ def test_states_are_kept_once(ranks: Pools) -> None:
     counters = 14 * 2 * 8 + 14 * 4 + 4 * 8
     assert first == second
     assert abs(2 * (first - replicated) - (runs[0]["memory"]["paper_formula_bytes"] - replicated)) <= 2 * counters
-
-
-def equal(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
-    """Whether every rank has the same weights to the bit."""
-    return all(
-        run["weights"].keys() == other["weights"].keys()
-        and all(torch.equal(run["weights"][name], other["weights"][name]) for name in run["weights"])
-        for run, other in zip(runs, others, strict=True)
-    )
-
-
-# Ranks, stage, dtype, model; the ranks and the stage by way of which it goes once more, None for none.
-RESUMES = {
-    "stage 1": (2, 1, "fp32", "uneven", (2, 2)),
-    "stage 0 in bf16": (2, 0, "bf16", "llama", None),
-    "stage 0, by way of stage 2": (2, 0, "fp32", "llama", (2, 2)),
-    "stage 2 in bf16": (2, 2, "bf16", "biases", None),
-    "stage 3": (2, 3, "fp32", "uneven", (2, 1)),
-    "stage 3 in bf16": (2, 3, "bf16", "llama", (2, 2)),
-    "two copies at stage 3, by way of one": (4, 3, "fp32", "uneven", (2, 3)),
-    "stage 1, by way of two copies at stage 3": (2, 1, "fp32", "uneven", (4, 3)),
-    "two copies, by way of one": (4, 1, "fp32", "uneven", (2, 1)),
-    "two copies, by way of stage 0": (4, 2, "fp32", "uneven", (4, 0)),
-}
-
-
-@pytest.mark.parametrize("name", full_if(lambda name: name not in ("stage 1", "stage 0 in bf16"), RESUMES))
-def test_a_resumed_run_is_the_same_to_the_bit(ranks: Pools, name: str, tmp_path: Path) -> None:
-    """On the same grid, and by way of another number of copies of the same slices."""
-    size, stage, dtype, model, by_way_of = RESUMES[name]
-    saved, moved = str(tmp_path / "saved"), str(tmp_path / "moved")
-
-    def run(ranks_now: int, stage_now: int, **kwargs: Any) -> list[dict[str, Any]]:
-        ds_config = tp_config(stage_now, 2, dtype)
-        found = ranks.run(ranks_now, "run", MODULE, ds_config=ds_config, model=model, **kwargs)
-        assert all("message" not in each for each in found), found[0].get("message")
-        return found
-
-    straight = run(size, stage, steps=(0, 4), save=saved)
-    resumed = run(size, stage, steps=(4, STEPS), load=saved)
-    assert equal(straight, resumed)
-    assert straight[0]["metrics"]["refreshes"] == resumed[0]["metrics"]["refreshes"]
-    if by_way_of is not None:
-        run(*by_way_of, steps=(4, 4), load=saved, save=moved)
-        assert equal(straight, run(size, stage, steps=(4, STEPS), load=moved))
-
-
-def test_other_slices_are_refused(ranks: Pools, tmp_path: Path) -> None:
-    """A checkpoint of another autotp_size, either way: one sentence on every rank, with the remedy."""
-    for before, after in ((2, 1), (1, 2)):
-        folder = str(tmp_path / str(before))
-        ranks.run(2, "run", MODULE, ds_config=tp_config(1, before), model="llama", steps=(0, 1), save=folder)
-        answers = ranks.run(2, "run", MODULE, ds_config=tp_config(1, after), model="llama", steps=(1, 2), load=folder)
-        wanted = f"FiraAdam: tensor_parallel.autotp_size = {after} cannot load what was saved with {before}, "
-        assert len({each["message"] for each in answers}) == 1
-        assert answers[0]["message"].startswith(wanted)
-        assert f"set it to {before}, on any number of data-parallel ranks" in answers[0]["message"]
-
-
-def test_from_and_to_adamw(ranks: Pools, tmp_path: Path) -> None:
-    """AdamW takes the weights of a FiraAdam; of its own states under AutoTP no basis can be made."""
-    ours, there, back = tp_config(1, 2), str(tmp_path / "there"), str(tmp_path / "back")
-    plain = {**ours, "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}}
-    trained = ranks.run(2, "run", MODULE, ds_config=ours, model="llama", steps=(0, STEPS), save=there)
-    given = ranks.run(2, "run", MODULE, ds_config=plain, model="llama", steps=(STEPS, STEPS), load=there, save=back)
-    for ours_now, theirs in zip(trained, given, strict=True):
-        assert all(torch.equal(weight, theirs["loaded"][name]) for name, weight in ours_now["weights"].items())
-    answers = ranks.run(2, "run", MODULE, ds_config=ours, model="llama", steps=(STEPS, STEPS), load=back)
-    assert {"made by AdamW with tensor parallelism" in each["message"] for each in answers} == {True}
 
 
 @pytest.mark.parametrize("stage", full_if(lambda stage: stage == 0, [0, 1]))

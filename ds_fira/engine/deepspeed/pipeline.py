@@ -30,6 +30,16 @@ def shared_by_stages(module: PipelineModule) -> set[int]:
     return {id(weight) for weight, _ in module.get_tied_weights_and_groups()}
 
 
+def second_copies(module: PipelineModule) -> set[str]:
+    """The names of the parameters of this stage that an earlier one holds too, and keeps alike."""
+    found, shared = set(), shared_by_stages(module)
+    for key, tie in module.tied_comms.items():
+        if sorted(tie["ranks"]).index(module.global_rank):
+            named = normalized(dict(module.tied_modules[key].named_parameters()))
+            found |= {f"{TIED}.{key}.{name}" for name, param in named.items() if id(param) in shared}
+    return found
+
+
 def untied_names(module: PipelineModule) -> dict[int, str]:
     """By `id`, names of what tied modules hold beside what is tied: each stage has its own under the same name."""
     shared, found = shared_by_stages(module), {}

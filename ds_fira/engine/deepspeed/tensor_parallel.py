@@ -22,10 +22,11 @@ from ds_fira.core.selection import WHOLE_SHAPE, held_shape, is_sliced, numel_of,
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.optim.expert_groups import keys_of
 from ds_fira.sharding.comm import Communicator
-from ds_fira.sharding.geometry import SLICE, MatrixShard, Partitioning
+from ds_fira.sharding.geometry import MatrixShard, Partitioning
+from ds_fira.sharding.slice_names import slice_name
 
 # Where AutoTP notes what a parameter was, and that a rank has a slice of it.
-_NOTE, _MARK = "ds_autotp_universal_checkpoint_meta", "tensor_model_parallel"
+NOTE, _MARK = "ds_autotp_universal_checkpoint_meta", "tensor_model_parallel"
 # Fragments by the rank that holds each.
 Fragments = dict[int, MatrixShard]
 
@@ -52,7 +53,7 @@ def note_slices(engine: DeepSpeedEngine, optimizer: str) -> None:
                 f"{optimizer}: {setting} is not supported with DeepSpeed's MoE layers, as of {name}, whose experts "
                 "other ranks hold than the slices; set it to 1."
             )
-        note, own = getattr(param, _NOTE, None) or {}, held_shape(param)
+        note, own = getattr(param, NOTE, None) or {}, held_shape(param)
         whole = tuple(note.get("original_shape") or note.get("logical_shape") or own)
         if own == whole and (note or not getattr(param, _MARK, False)):
             continue
@@ -98,7 +99,7 @@ class Grid:
 
     def label(self, name: str, param: Tensor) -> str:
         """The name of what this rank has of a parameter, of a slice another one than of the other slices."""
-        return f"{name}{SLICE}{self.rank}/{self.size}" if is_sliced(param) else name
+        return slice_name(name, self.rank, self.size) if is_sliced(param) else name
 
     def learn(self, flats: Sequence[FlatGroup], name: str) -> list[list[Partitioning]]:
         """Ask all ranks where their slices lie; a collective call.

@@ -25,6 +25,7 @@ from ds_fira.core.algorithms import ADAM_STATES, Algorithm
 from ds_fira.core.quantization import VALUES
 from ds_fira.core.state import BASIS, STEP
 from ds_fira.engine.deepspeed.save_load.files import MASTERS, CheckpointFiles, normalized
+from ds_fira.engine.deepspeed.save_load.slicing import saved_cuts, whole_shapes
 from ds_fira.engine.deepspeed.save_load.universal_files import UniversalFiles
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.geometry import Partitioning
@@ -124,10 +125,34 @@ def read_adam(files: CheckpointFiles, name: str, given: Sequence[Sequence[str]])
     """
     if isinstance(files, UniversalFiles):
         return files.read_adam(name)
+    saved, cuts = SavedState(algorithm=Algorithm(name, limited=False)), saved_cuts(files, ())
+    for number, each in enumerate(files.of_all_slices()):
+        labels = {key: of_it[number].label for key, of_it in cuts.items() if of_it}
+        _read_slice(saved, each, name, given, labels)
+    for group in saved.groups:
+        group.members.update(whole_shapes(group.members, cuts))
+    return saved
+
+
+def _read_slice(
+    saved: SavedState,
+    files: CheckpointFiles,
+    name: str,
+    given: Sequence[Sequence[str]],
+    labels: Mapping[str, str],
+) -> None:
+    """Add what is in the files of one slice of a module, or of all of it.
+
+    Args:
+        saved: gets it.
+        files: of the slice.
+        name: as of `read_adam`.
+        given: likewise.
+        labels: by parameter the name of its slice; of others their own.
+    """
     model = files.model()
     listed = model.get("param_shapes") if files.optimizers else None
     weights = normalized({key: value for key, value in model["module"].items() if isinstance(value, Tensor)})
-    saved = SavedState(algorithm=Algorithm(name, limited=False))
     ranks = len(files.optimizers) or 1
     for rank in range(ranks):
         wrapper, state_dict = files.optimizer_state(rank)
@@ -152,14 +177,13 @@ def read_adam(files: CheckpointFiles, name: str, given: Sequence[Sequence[str]])
                 layout = Partitioning.of_slices(numels, ranks)
             else:
                 layout = _flat(numels, wrapper, place, state, ranks if listed is not None else 1)
-            slices = layout.slices(rank, list(part))
+            slices = layout.slices(rank, [labels.get(key, key) for key in part])
             step = state.get(STEP, owners[place][1].get(STEP))
             for held in slices:
                 saved.weights[held.name].append((held, masters[place].reshape(-1)))
                 if state:
                     flats = {key: {VALUES: state[key].reshape(-1)} for key in ADAM_STATES}
                     saved.moments[held.name].append((held, SavedMoments(torch.tensor(int(step)), flats)))
-    return saved
 
 
 def _groups(

@@ -71,7 +71,7 @@ class CheckpointFiles:
             every: whether there have to be those of all ranks that saved it; on node-local storage there are not.
             unpickle: see `load`.
             reading: of that folder.
-            of_slice: the number of the slice.
+            of_slice: the number of a slice of this run, or of the one that saved.
 
         Raises:
             ValueError: some are missing.
@@ -87,12 +87,10 @@ class CheckpointFiles:
         slices = 1 + max(number for number, _ in models)
         if slices > 1 and not files.of_pipeline:
             kept = [
-                tuple(path for (number, _), path in paths.items() if number == of_slice)
+                tuple(path for (number, _), path in paths.items() if number == of_slice % slices)
                 for paths in (models, optimizers)
             ]
             files = replace(files, models=kept[0], optimizers=kept[1], slices=slices)
-        elif of_slice:
-            return cls((), (), slices=slices)
         if not files.optimizers or not every:
             return files
         if absent := files.find_absent():
@@ -219,11 +217,11 @@ class CheckpointFiles:
             saved.add(state_dict, weights)
             if weights is None and not self.of_pipeline:
                 # Stage 0 in float32 steps the module's own weights.
-                module = self._module()
+                module = self.module()
                 for each in state_dict[KEY]["places"]:
                     _add_weights(saved, module, TensorSlices.from_plain(each).params[0])
 
-    def _module(self) -> dict[str, Tensor]:
+    def module(self) -> dict[str, Tensor]:
         """The module's weights by name, experts too, each of which has a file."""
         found = dict(self.model()["module"])
         for path in matching_files(self.models[0].parent, "layer_*"):
@@ -241,23 +239,6 @@ def _add_weights(saved: SavedState, module: Mapping[str, Tensor], part: ParamSli
     for number in itertools.takewhile(lambda number: f"{part.param}.{number}" in module, itertools.count()):
         weight = module[f"{part.param}.{number}"].reshape(-1)
         found.append((ParamSlice(part.name, 0, number * weight.numel(), (number + 1) * weight.numel()), weight))
-
-
-def refuse_other_slices(files: CheckpointFiles, now: int) -> None:
-    """Stop if a checkpoint is of a module that was sliced otherwise.
-
-    Args:
-        files: of any slice.
-        now: how many slices the module is taken apart into.
-
-    Raises:
-        ValueError: with both.
-    """
-    if files.models and files.slices != now:
-        raise ValueError(
-            f"tensor_parallel.autotp_size = {now} cannot load what was saved with {files.slices}, since ranks had "
-            f"other slices of every matrix; set it to {files.slices}, on any number of data-parallel ranks."
-        )
 
 
 def place_of(match: re.Match[str]) -> StageRank:

@@ -158,6 +158,13 @@ def untrained(engine: DeepSpeedEngine) -> set[str]:
     return named.keys() - trained
 
 
+def untrained_tensors(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """What a module saves of buffers and of parameters that the optimizer does not step, by name."""
+    wanted = untrained(engine)
+    found = normalized(engine.module.state_dict())
+    return {name: value.detach() for name, value in found.items() if name in wanted and isinstance(value, Tensor)}
+
+
 def _loads_by_name(module: nn.Module, content: Mapping[str, object]) -> bool:
     """Whether a module takes its weights tensor by tensor, so that no hook and no method of its own sees them all."""
     saved, own = content["module"], _tensors(module)

@@ -33,13 +33,14 @@ from ds_fira.engine.deepspeed.flat_groups import stepped_groups
 from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.client_state import KEY, set_rng_state
-from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles, normalized, refuse_other_slices
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
+from ds_fira.engine.deepspeed.save_load.slicing import recut, untrained_here
 from ds_fira.engine.deepspeed.save_load.universal_files import UniversalFiles, find_files, is_universal, read_latest
 from ds_fira.engine.deepspeed.save_load.written import (
     Loaded,
     carry_loss_scale,
     load_untrained,
-    untrained_values,
+    of_one_file,
     write_back,
 )
 from ds_fira.sharding.geometry import ParamSlice
@@ -89,24 +90,25 @@ def load_into_other(
     """
     holders = Holders(engine)
     files = find_files(Path(load_dir, tag), of_slice=holders.slice_number)
-    refuse_other_slices(files, holders.slices)
-    if files.of_pipeline:
+    if files.of_pipeline and not is_universal(Path(load_dir, tag)):
         raise ValueError(
             f"the checkpoint in {Path(load_dir, tag)} was made by an optimizer of ds_fira in a PipelineModule, of "
-            "which another optimizer can take the weights only; load with load_module_only=True."
+            "which another optimizer can take the weights only; load with load_module_only=True, or convert it by "
+            "ds_to_universal, and set checkpoint.load_universal = true."
         )
     saved = files.read()
+    recut(saved, files, engine.module, holders)
     members = _members(engine, holders)
     name, kind = saved.algorithm.name, type(engine.basic_optimizer).__name__
-    wanted = normalized(dict(engine.module.named_parameters())).keys() - {
-        param for part in members for param, _ in part
-    }
-    rest, stage = untrained_values(files), engine.zero_optimization_stage()
+    wanted = {*holders.names.values()} - {param for part in members for param, _ in part}
+    rest, stage = untrained_here(files, engine.module, holders, wanted), engine.zero_optimization_stage()
+    if engine.has_moe_layers and not files.partitioned:
+        rest |= files.module()  # experts have files of their own, and names that all ranks know
     with replaced(
         engine,
-        _get_all_ckpt_names=lambda *_: [str(each.models[0]) for each in files.of_all_slices()],
-        load_module_state_dict=lambda **_: load_untrained(engine, rest, wanted),
-        has_moe_layers=False,  # whose weights are among the masters
+        **of_one_file(files),
+        load_module_state_dict=lambda **_: load_untrained(engine, rest, wanted, holders.names),
+        has_moe_layers=False,  # whose weights are among the masters, or frozen
     ):
         # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
         path, client_state = load_checkpoint(

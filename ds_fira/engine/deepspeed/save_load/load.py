@@ -30,7 +30,7 @@ from ds_fira.engine.deepspeed.projection import project_as_saved
 from ds_fira.engine.deepspeed.save_load.adam_files import given_names, left_out, maker_of, read_adam, warn_of_adam
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, gathered, require_loadable, require_own_share
-from ds_fira.engine.deepspeed.save_load.files import refuse_other_slices
+from ds_fira.engine.deepspeed.save_load.files import CheckpointFiles
 from ds_fira.engine.deepspeed.save_load.fill import (
     fill_elsewhere,
     fill_own,
@@ -41,6 +41,7 @@ from ds_fira.engine.deepspeed.save_load.fill import (
 )
 from ds_fira.engine.deepspeed.save_load.for_others import load_into_other, made_here
 from ds_fira.engine.deepspeed.save_load.pick import current_reading
+from ds_fira.engine.deepspeed.save_load.slicing import recut, untrained_here
 from ds_fira.engine.deepspeed.save_load.universal import load_weights, require_undamaged
 from ds_fira.engine.deepspeed.save_load.universal_files import find_files, is_universal
 from ds_fira.engine.deepspeed.save_load.written import (
@@ -48,8 +49,8 @@ from ds_fira.engine.deepspeed.save_load.written import (
     carry_loss_scale,
     load_layers,
     load_untrained,
+    of_one_file,
     stepped_params,
-    untrained_values,
     write_back,
 )
 from ds_fira.engine.deepspeed.schedulers import carried_schedule
@@ -119,12 +120,15 @@ def load_elsewhere(
     with agreed(optimizer):
         files = find_files(folder, True, optimizer.unpickle_checkpoints, reading, number)
         saved = files.read() if adam is None else read_adam(files, adam, given_names(engine))
+        recut(saved, files, engine.module, engine.fira_holders)
         saved.groups = without(saved.groups, optimizer.elsewhere)
         refuse_changed_structure(saved.groups, optimizer.param_groups, optimizer.members)
         if reading is not None:
             with stepped_params(engine):
                 wanted = reading.touched_by(lambda: optimizer.restore(saved, weights=True, rehearsal=True))
-    simple, methods = stage < 3 and (len(files.models) == 1 or files.of_pipeline) and not files.partitioned, {}
+    # The file of the module's weights is one that this run would have written, or has the layers of a pipeline beside.
+    alike = files.slices == engine.fira_holders.slices and (len(files.models) == 1 or files.of_pipeline)
+    simple, methods = stage < 3 and alike and not files.partitioned and not is_universal(folder), {}
     if reading is not None:
         reading.deliver(wanted)
         methods = fill_elsewhere(reading, files, engine, options, simple)
@@ -137,14 +141,12 @@ def load_elsewhere(
             optimizer.carry_groups(saved)
         else:
             carry_rates(saved.groups, optimizer.param_groups, optimizer.members)
-        rest = {} if files.of_pipeline else untrained_values(files)
+        rest = {} if simple else untrained_here(files, engine.module, engine.fira_holders, untrained(engine))
     if not simple:
         # What is trained comes from the masters, experts too, of which stage 3 writes no files.
         methods = {"load_module_state_dict": lambda **_: load_untrained(engine, rest, untrained(engine))}
         methods["has_moe_layers"] = False
-    one_each = [files.models] if files.of_pipeline else [each.models[:1] for each in files.of_all_slices()]
-    listed = [str(path) for paths in one_each for path in paths]
-    with replaced(engine, _get_all_ckpt_names=lambda *_: listed, **methods):
+    with replaced(engine, **of_one_file(files), **methods):
         # Under ZeRO it leaves the optimizer to the caller; at stage 0 it would load it here.
         path, client_state = load_engine_state(
             **{**options, "load_optimizer_states": stage > 0, "load_lr_scheduler_states": False}
@@ -193,8 +195,8 @@ def load_states(
             elif not optimizer.unpickle_checkpoints:
                 # Stage 3 takes the weights from the optimizer's files.
                 require_loadable(engine, folder, not optimizer_too and engine.zero_optimization_stage() < 3, reading)
-            if optimizer_too:
-                refuse_other_slices(find_files(folder, False, reading=reading), engine.fira_holders.slices)
+            if not optimizer_too and not universal:
+                _refuse_other_slices(find_files(folder, False, reading=reading), engine.fira_holders.slices)
             reads = optimizer_too and optimizer.communicator.dp_rank == 0
             return read_header(optimizer, folder) if reads else None
 
@@ -205,15 +207,9 @@ def load_states(
         if optimizer_too:
             groups = without(header.groups, optimizer.elsewhere)
             with agreed(optimizer):
-                _refuse_other_module(engine, header, groups)
+                _refuse_other_module(engine, header, groups, universal)
             with errors_name(optimizer.algorithm.name):
                 project_as_saved(optimizer, groups, functools.partial(attach, engine))
-            if header.adam is not None and engine.fira_holders.slices > 1:
-                raise ValueError(
-                    f"{optimizer.algorithm.name}: the checkpoint was made by {header.adam} with tensor parallelism, "
-                    "and its moments are of slices, from which no basis is made; load with load_optimizer_states=False "
-                    "to start anew from its weights."
-                )
             # DeepSpeed itself has no weights to set where they are swapped out.
             swapped = getattr(engine.optimizer, "params_in_nvme_and_cpu", False)
             other = header.adam is not None or header.layout not in (None, optimizer.attachment.digest)
@@ -231,7 +227,19 @@ def load_states(
         return loaded
 
 
-def _refuse_other_module(engine: DeepSpeedEngine, header: Header, groups: Sequence[SavedGroup]) -> None:
+def _refuse_other_slices(files: CheckpointFiles, now: int) -> None:
+    """Stop where weights alone are asked for that lie in other slices: DeepSpeed would put them together by itself."""
+    if files.models and files.slices != now:
+        raise ValueError(
+            f"load_optimizer_states = False with tensor_parallel.autotp_size = {now} cannot load what was saved with "
+            f"{files.slices}, since ranks had other slices of every matrix; load the optimizer states too, or convert "
+            "the checkpoint by ds_to_universal, and set checkpoint.load_universal = true."
+        )
+
+
+def _refuse_other_module(
+    engine: DeepSpeedEngine, header: Header, groups: Sequence[SavedGroup], universal: bool
+) -> None:
     """Stop where a pipeline's checkpoint meets another kind of module, or what only some of its stages would refuse."""
     pipeline, optimizer = isinstance(engine.module, PipelineModule), engine.basic_optimizer
     if header.layout is None and header.adam is None:
@@ -242,12 +250,13 @@ def _refuse_other_module(engine: DeepSpeedEngine, header: Header, groups: Sequen
             f"the checkpoint is of {before}, whose files are others, and this engine trains {now} PipelineModule; "
             "build the model as it was."
         )
-    if header.adam is not None and pipeline:
+    if header.adam is not None and pipeline and not universal:
         raise ValueError(
             f"the checkpoint was made by {header.adam} in a PipelineModule, of which nothing but weights can be taken "
-            "over; load with load_optimizer_states=False and load_lr_scheduler_states=False."
+            "over; convert it by ds_to_universal, and set checkpoint.load_universal = true, or load with "
+            "load_optimizer_states=False and load_lr_scheduler_states=False."
         )
-    if pipeline:
+    if pipeline and header.adam is None:
         refuse_changed_structure(groups, optimizer.param_groups, optimizer.members)
 
 

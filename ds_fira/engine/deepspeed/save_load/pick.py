@@ -195,6 +195,8 @@ class Choice:
         names = [*records] or [file.name for file in path.glob("*.pt")]
         matches = {name: OPTIMIZER_FILE.fullmatch(name) or MODEL_FILE.fullmatch(name) for name in sorted(names)}
         places = {place_of(match) for match in matches.values() if match and match[1]}
+        # Slices of a module have files of their own, which few ranks read.
+        keeps = self.keeps and all(place_of(match)[0] == 0 for match in matches.values() if match)
         one_each = self.whole and places == {(0, rank) for rank in range(self.communicator.dp_size)}
         found = {}
         for name, match in matches.items():
@@ -202,7 +204,7 @@ class Choice:
                 continue
             record = records.get(name) or {"size": (path / name).stat().st_size}
             owner = int(match[1]) if one_each and match and match[1] else None
-            found[name] = Listed(record["size"], record.get("crc32"), owner, bool(match) and self.keeps)
+            found[name] = Listed(record["size"], record.get("crc32"), owner, bool(match) and keeps)
         return found
 
     def _others(self, faults: dict[str, str]) -> list[str]:

@@ -18,7 +18,9 @@ from ds_fira.checkpoint.payload import PAYLOAD
 from ds_fira.checkpoint.tag_folder import find_tag_fault, shown
 from ds_fira.engine.deepspeed.save_load.calls import replaced
 from ds_fira.engine.deepspeed.save_load.check import agreed, gathered
+from ds_fira.engine.deepspeed.save_load.fill import untrained
 from ds_fira.engine.deepspeed.save_load.for_others import load_masters
+from ds_fira.engine.deepspeed.save_load.slicing import recut, untrained_here
 from ds_fira.engine.deepspeed.save_load.universal_files import (
     LATEST,
     UniversalFiles,
@@ -26,7 +28,7 @@ from ds_fira.engine.deepspeed.save_load.universal_files import (
     is_universal,
     read_latest,
 )
-from ds_fira.engine.deepspeed.save_load.written import Loaded, load_untrained, untrained_values
+from ds_fira.engine.deepspeed.save_load.written import Loaded, load_untrained, of_one_file
 from ds_fira.optim.base import LowRankOptimizer
 
 
@@ -104,13 +106,15 @@ def load_weights(
     trained = {name: shape for listed in optimizer.members for name, shape in listed}
     saved = SavedState()
     with agreed(optimizer):
-        files = UniversalFiles.find(folder, unpickle=optimizer.unpickle_checkpoints)
+        number = engine.fira_holders.slice_number
+        files = UniversalFiles.find(folder, unpickle=optimizer.unpickle_checkpoints, of_slice=number)
         files.add_weights(saved, trained)
-        rest = untrained_values(files)
+        recut(saved, files, engine.module, engine.fira_holders)
+        rest = untrained_here(files, engine.module, engine.fira_holders, untrained(engine))
     names = rest.keys() - trained.keys()
     with replaced(
         engine,
-        _get_all_ckpt_names=lambda *_: [str(files.models[0])],
+        **of_one_file(files),
         load_module_state_dict=lambda **_: load_untrained(engine, rest, names),
     ):
         # At stage 3 it would look for the weights in files of that stage.

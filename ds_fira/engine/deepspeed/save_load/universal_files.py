@@ -4,8 +4,12 @@ Its folder has the files of the model's states as they were, `zero/optimizer_sta
 wrapper had beside its tensors, and for each parameter a folder `zero/NAME` with its float32 weights and, where the
 converter knew them, Adam's moments. `universal_form.py` says where the states are that it does not know.
 
+Of what AutoTP had sliced it has the wholes, and of a pipeline the parameters of all stages. The states of ours are of
+whole matrices however these were sliced.
+
 What it relies on, of DeepSpeed 0.17 to 0.19: these names; that a tensor of stages 1 and 2 lies in a dict under `param`,
-in its own shape, and one of stage 3 by itself, flat; and of an Adam's step count, that stages 1 and 2 have it in
+in its own shape, and one of stage 3 by itself, flat; that `mp_world_size` of a file of the model's states counts slices
+or stages; and of an Adam's step count, that stages 1 and 2 have it in
 `zero/NAME/step.pt`, and stage 3 in the states of the first rank.
 """
 
@@ -13,29 +17,34 @@ from __future__ import annotations
 
 import math
 import zipfile
+from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ds_fira.checkpoint import safe_load
 from ds_fira.checkpoint.named_state import KEY, SavedMoments, SavedState, StateDict, TensorSlices
-from ds_fira.checkpoint.payload import ELSEWHERE, PAYLOAD, unfold
+from ds_fira.checkpoint.payload import ELSEWHERE, PAYLOAD, UNTRAINED, unfold
 from ds_fira.checkpoint.reconcile import SavedGroup
 from ds_fira.core.algorithms import ADAM_STATES, Algorithm
 from ds_fira.core.quantization import VALUES
 from ds_fira.core.state import STEP
 from ds_fira.engine.deepspeed.save_load.client_state import KEY as RESUME
-from ds_fira.engine.deepspeed.save_load.files import BASE_OPTIMIZER, MODEL_FILE, CheckpointFiles, normalized
-from ds_fira.engine.deepspeed.save_load.universal_form import PAYLOADS
+from ds_fira.engine.deepspeed.save_load.files import BASE_OPTIMIZER, MODEL_FILE, CheckpointFiles, normalized, place_of
+from ds_fira.engine.deepspeed.save_load.slicing import saved_cuts, whole_shapes
+from ds_fira.engine.deepspeed.save_load.universal_form import payload_folder
 from ds_fira.sharding.geometry import ParamSlice
+from ds_fira.sharding.slice_names import param_of
 
 LATEST = "latest_universal"  # the converter writes it beside its output folder
 WEIGHTS = "zero"
 _WRAPPER = "optimizer_state.pt"
 _FIRST = next(iter(ADAM_STATES))
+_MODEL = "mp_rank_{:02d}_model_states.pt, the model's states"
 _ZIP = b"PK\x03\x04"
 
 
@@ -70,7 +79,10 @@ def find_damage(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class UniversalFiles(CheckpointFiles):
-    """The files of a universal checkpoint; `optimizers` are those with payloads, of stages 1 and 2."""
+    """The files of a universal checkpoint; `optimizers` are those with payloads, of stages 1 and 2.
+
+    Those of one slice, where the ranks had slices of the module; of a pipeline those of one stage after the other.
+    """
 
     @classmethod
     def find(
@@ -79,30 +91,46 @@ class UniversalFiles(CheckpointFiles):
         """The files in a folder; as of the base class.
 
         Raises:
-            ValueError: some are missing, or they are of slices or stages of a module.
+            ValueError: some are missing.
         """
-        del reading  # of files that the manifest of another folder lists
-        found = CheckpointFiles.find(folder, every=False, unpickle=unpickle)
-        if of_slice or found.slices > 1 or (found.models and found.of_pipeline):
-            raise ValueError(
-                f"{folder} is a universal checkpoint, which is not read under tensor or pipeline parallelism; set "
-                "checkpoint.load_universal = false and load the checkpoint that it was made of."
-            )
-        if not found.models:
-            raise ValueError(
-                f"{folder} lacks mp_rank_00_model_states.pt, the model's states; convert the checkpoint again."
-            )
+        del every, reading  # of files that the manifest of another folder lists
+        models: dict[int, list[Path]] = defaultdict(list)
+        for path in sorted(folder.iterdir()):
+            if match := MODEL_FILE.fullmatch(path.name):
+                models[place_of(match)[0]].append(path)
+        if not models[0]:
+            _refuse_lack(folder, _MODEL.format(0))
         kinds = {match[1] is None for path in folder.iterdir() if (match := MODEL_FILE.fullmatch(path.name))}
         if len(kinds) > 1:
             raise ValueError(f"{folder} holds what was made of two checkpoints; convert one into an empty folder.")
-        # A folder that was converted into twice may have files of more ranks.
-        size = int(found.model()["dp_world_size"])
-        payloads = [folder / PAYLOADS / "0" / f"{_FIRST}.{rank:02d}" for rank in range(size)]
-        there = tuple(path for path in payloads if path.is_file())
-        files = cls(found.models[:size], there, unpickle)
-        if absent := files.find_absent():
-            raise ValueError(f"{folder} lacks {absent}; convert the checkpoint again.")
-        return files
+        first = cls((models[0][0],), (), unpickle)
+        # A folder that was converted into twice may have files of more ranks, slices or stages.
+        size, places = int(first.model()["dp_world_size"]), range(int(first.model()["mp_world_size"]))
+        if absent := [number for number in places if not models[number]]:
+            _refuse_lack(folder, _MODEL.format(absent[0]))
+        of_ranks = {number: sorted(models[number], key=_rank_of)[:size] for number in places}
+        payloads = {
+            number: [
+                folder / payload_folder(number, first.of_pipeline) / f"{_FIRST}.{rank:02d}" for rank in range(size)
+            ]
+            for number in places
+        }
+        if first.of_pipeline:
+            stages = ([path for number in places for path in listed[number]] for listed in (of_ranks, payloads))
+            found = [cls(*map(tuple, stages), unpickle)]
+        else:
+            found = [cls(tuple(of_ranks[n]), tuple(payloads[n]), unpickle, slices=len(places)) for n in places]
+        for number, files in enumerate(found):
+            if absent := files.find_absent():
+                where = f", which had slice {number}" if len(found) > 1 else ""
+                _refuse_lack(folder, f"{absent}{where}")
+        files = found[of_slice % len(found)]
+        return replace(files, optimizers=() if files.partitioned or not files.ours else files.optimizers)
+
+    def of_all_slices(self) -> list[UniversalFiles]:
+        """As of the base class."""
+        found = UniversalFiles.find
+        return [found(self.models[0].parent, unpickle=self.unpickle, of_slice=n) for n in range(self.slices)]
 
     @property
     def folder(self) -> Path:
@@ -125,19 +153,19 @@ class UniversalFiles(CheckpointFiles):
         return RESUME in self.model()
 
     def first_of_stages(self) -> list[int]:
-        """Of the one stage that there is."""
-        return [0]
+        """As of the base class."""
+        return [*range(0, len(self.optimizers), int(self.model()["dp_world_size"]))] if self.of_pipeline else [0]
 
     def find_absent(self) -> str:
         """As of the base class."""
         if not self.ours:
             return ""
-        ranks = {int(path.suffix[1:]) for path in self.optimizers}
+        there = [path.is_file() for path in self.optimizers]
         if self.partitioned:
-            ranks = {int(MODEL_FILE.fullmatch(path.name)[1]) for path in self.models}
-        size = int(self.model()["dp_world_size"])
-        absent = sorted({*range(size)} - ranks)
-        return f"the states of ranks {absent} of the {size} that saved it" if absent else ""
+            ranks = {_rank_of(path) for path in self.models}
+            there = [rank in ranks for rank in range(int(self.model()["dp_world_size"]))]
+        absent = [rank for rank, found in enumerate(there) if not found]
+        return f"the states of ranks {absent} of the {len(there)} that saved it" if absent else ""
 
     def wrapper(self) -> Mapping[str, object]:
         """What the first rank's optimizer wrapper had, without its tensors."""
@@ -157,18 +185,27 @@ class UniversalFiles(CheckpointFiles):
         """The states and master weights that all ranks saved."""
         saved = SavedState()
         elsewhere: set[str] = set()
-        for number in range(len(self.models) if self.partitioned else len(self.optimizers)):
-            _, state_dict = self.optimizer_state(number)
-            saved.add(state_dict)
-            for held, state in zip(state_dict[KEY]["places"], _in_order(state_dict), strict=True):
-                if any(value.is_meta for value in state.values()):
-                    elsewhere |= {part.name for part in TensorSlices.from_plain(held).params}
+        for files in self.of_all_slices():
+            for number in range(len(files.models) if files.partitioned else len(files.optimizers)):
+                _, state_dict = files.optimizer_state(number)
+                saved.add(state_dict)
+                for held, state in zip(state_dict[KEY]["places"], _in_order(state_dict), strict=True):
+                    if any(value.is_meta for value in state.values()):
+                        elsewhere |= {part.name for part in TensorSlices.from_plain(held).params}
         shapes = {name: shape for group in saved.groups for name, shape in group.members.items()}
         self.add_weights(saved, shapes)
-        for name in elsewhere:
-            step = max((moments.step for _, moments in saved.moments[name]), key=int)
+        steps: dict[str, Tensor] = {}
+        for label in elsewhere:
+            found = [moments.step for _, moments in saved.moments.pop(label)]
+            steps[param_of(label)] = max([*found, steps.get(param_of(label), found[0])], key=int)
+        for name, step in steps.items():
             saved.moments[name] = self._moments(name, shapes[name], step)
         return saved
+
+    def untrained_of_stages(self) -> dict[str, Tensor]:
+        """Of a pipeline, the buffers and frozen weights of all its stages."""
+        found = [self._load(self.optimizers[number]).get(UNTRAINED) or {} for number in self.first_of_stages()]
+        return {name: value for values in found for name, value in values.items()}
 
     def read_adam(self, name: str) -> SavedState:
         """The moments and master weights of a run with an Adam of another package.
@@ -180,7 +217,10 @@ class UniversalFiles(CheckpointFiles):
             ValueError: a parameter has no moments, or another one's.
         """
         wrapper, state_dict = self.optimizer_state(0)
-        listed = [normalized({key: tuple(s) for key, s in part.items()}) for part in self.model()["param_shapes"]]
+        stages = [self.model(number)["param_shapes"] for number in range(len(self.models) if self.of_pipeline else 1)]
+        merged = [{key: tuple(s) for part in parts for key, s in part.items()} for parts in zip(*stages, strict=True)]
+        cuts = saved_cuts(self, ())
+        listed = [whole_shapes(normalized(part), cuts) for part in merged]
         groups, saved = wrapper["param_groups"], SavedState(algorithm=Algorithm(name, limited=False))
         # Stage 3 lists sub-groups, of which a group may have several.
         values = groups if len(groups) == len(listed) else [groups[0]] * len(listed)
@@ -229,7 +269,7 @@ class UniversalFiles(CheckpointFiles):
         """One flat tensor of a parameter; mapped, not read."""
         path = self._path(name) / f"{key}.pt"
         if not path.is_file():
-            raise ValueError(f"{self.models[0].parent} lacks {WEIGHTS}/{name}/{key}.pt; convert the checkpoint again.")
+            _refuse_lack(self.models[0].parent, f"{WEIGHTS}/{name}/{key}.pt")
         found = self._load(path)
         value = found.get("param") if isinstance(found, Mapping) else found
         if not isinstance(value, Tensor) or value.is_meta or value.numel() != math.prod(shape):
@@ -240,11 +280,17 @@ class UniversalFiles(CheckpointFiles):
 
     def _load(self, path: Path) -> object:
         if not path.is_file():
-            raise ValueError(
-                f"{self.models[0].parent} lacks {path.relative_to(self.models[0].parent)}; convert the checkpoint "
-                "again."
-            )
+            _refuse_lack(self.models[0].parent, str(path.relative_to(self.models[0].parent)))
         return torch.load(path, map_location="cpu", weights_only=False) if self.unpickle else safe_load.read(path)
+
+
+def _refuse_lack(folder: Path, what: str) -> NoReturn:
+    raise ValueError(f"{folder} lacks {what}; convert the checkpoint again.")
+
+
+def _rank_of(path: Path) -> int:
+    """Of the file of the model's states."""
+    return place_of(MODEL_FILE.fullmatch(path.name))[1]
 
 
 def _in_order(state_dict: StateDict) -> list[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import deepspeed
 import torch
@@ -72,7 +73,9 @@ def carry_loss_scale(wrapper: object, saved: Mapping[str, object]) -> None:
 
 
 def untrained_values(files: CheckpointFiles) -> dict[str, Tensor]:
-    """Buffers and frozen weights by name, whole."""
+    """Buffers and frozen weights by name, of the slice that the files are of."""
+    if files.of_pipeline:
+        return normalized(files.untrained_of_stages())
     models = [files.model(number) for number in range(len(files.models) if files.partitioned else 1)]
     found = {name: value for name, value in models[0]["module"].items() if isinstance(value, Tensor)}
     shapes = models[0].get("frozen_param_shapes") if files.partitioned else None
@@ -80,6 +83,16 @@ def untrained_values(files: CheckpointFiles) -> dict[str, Tensor]:
         whole = torch.cat([model[FROZEN][name].reshape(-1) for model in models])
         found[name] = whole[: shape.numel()].view(shape)
     return normalized(found)
+
+
+def of_one_file(files: CheckpointFiles) -> dict[str, object]:
+    """What an engine has for a while so that DeepSpeed takes the run's state from one file of the model's states.
+
+    It would put together what is of other slices than its own.
+    """
+    path, saved = str(files.models[0]), int(files.model().get("mp_world_size") or 1)
+    names = [path] * saved  # their number is checked
+    return {"_get_all_ckpt_names": lambda *_: names, "mp_world_size": saved, "checkpoint_mp_rank": 0}
 
 
 def load_layers(engine: DeepSpeedEngine, saved: SavedState, folder: Path) -> None:
@@ -96,14 +109,27 @@ def load_layers(engine: DeepSpeedEngine, saved: SavedState, folder: Path) -> Non
         saved.weights[name] = [(ParamSlice(name, 0, 0, numel), param.detach().clone().reshape(-1))]
 
 
-def load_untrained(engine: DeepSpeedEngine, values: Mapping[str, Tensor], wanted: Collection[str]) -> None:
-    """Set the buffers and those weights that are wanted; what is trained comes from the masters. A collective call."""
+def load_untrained(
+    engine: DeepSpeedEngine,
+    values: Mapping[str, Tensor],
+    wanted: Collection[str],
+    names: Mapping[int, str] = MappingProxyType({}),
+) -> None:
+    """Set the buffers and those weights that are wanted; what is trained comes from the masters. A collective call.
+
+    Args:
+        engine: that loads.
+        values: by name.
+        wanted: the names of weights.
+        names: of parameters by their `id`, where values have other names than the module gives.
+    """
     module: nn.Module = engine.module
     kept = normalized(module.state_dict(keep_vars=True)).keys()
     for name, buffer in normalized(dict(module.named_buffers())).items():
         if name in kept and name in values:
             buffer.data.copy_(values[name])
-    for name, param in normalized(dict(module.named_parameters())).items():
+    for own, param in normalized(dict(module.named_parameters())).items():
+        name = names.get(id(param), own)
         if name in wanted and name in values:
             with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
                 if param.numel() == values[name].numel():
