@@ -5,14 +5,17 @@
 
 A LLaMA with bf16 weights and `ds_fira.step_in_backward` makes two steps, with a refresh in the first, in a process of
 its own. Measured is the most that the process held at once beyond what it held before there was a model: on a CPU its
-resident memory, as the kernel counts it, on a GPU what torch's allocator handed out. "plain" makes the same steps by
-`optimizer.step()` after the backward pass. `ds-fira estimate` says the same before a tensor exists; the activations
-among it are a formula's.
+resident memory, as the kernel counts it, on a GPU what torch's allocator handed out. Before, a model of one layer of
+the same width has been trained and freed, so that what libraries load and keep for themselves is there. "plain" makes
+the same steps by `optimizer.step()` after the backward pass. `ds-fira estimate` says the same before a tensor exists;
+the activations among it are a formula's.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -53,16 +56,15 @@ def train(config: PretrainedConfig, args: argparse.Namespace, device: torch.devi
 
 
 def measure(args: argparse.Namespace) -> dict[str, int]:
-    """The bytes of a training, and the most at once beyond what a tiny one leaves that has loaded every library."""
+    """The bytes of a training, and the most at once beyond what one of a single layer leaves."""
     device = default_device()
     config = AutoConfig.from_pretrained(config_file(args.name), use_cache=False)
-    tiny = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    train(
-        type(config)(**{**config.to_dict(), **tiny, "num_attention_heads": 4, "num_key_value_heads": 4}), args, device
-    )
+    train(type(config)(**{**config.to_dict(), "num_hidden_layers": 1}), args, device)
+    gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         return {**train(config, args, device), "total": torch.cuda.max_memory_allocated(device) - before}
+    ctypes.CDLL(None).malloc_trim(0)
     before = psutil.Process().memory_info().rss
     found = train(config, args, device)
     return {**found, "total": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before}

@@ -8,7 +8,8 @@ under FSDP2 those of one module.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Protocol
 
@@ -68,7 +69,7 @@ class BackwardSteps:
             param: number for number, group in enumerate(optimizer.param_groups) for param in group["params"]
         }
         self._handles = [
-            *(param.register_post_accumulate_grad_hook(self._arrive) for param in self._numbers),
+            *(param.register_post_accumulate_grad_hook(_weak(self._arrive)) for param in self._numbers),
             optimizer.register_step_pre_hook(self._finish),
             optimizer.register_state_dict_post_hook(self._save),
             optimizer.register_load_state_dict_pre_hook(self._load),
@@ -142,6 +143,17 @@ class BackwardSteps:
                 "clips by; the next step clips by 'parameter'. Save what step_in_backward returns, and load it first.",
                 stacklevel=3,
             )
+
+
+def _weak(arrive: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that keeps nothing alive: Python's collector sees no cycle that runs through a tensor's hooks."""
+    method = weakref.WeakMethod(arrive)
+
+    def hook(param: Tensor) -> None:
+        if (alive := method()) is not None:
+            alive(param)
+
+    return hook
 
 
 def step_in_backward(

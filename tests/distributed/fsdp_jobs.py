@@ -126,7 +126,8 @@ def train(
     Returns:
         `gradients`: by step and name; `start`, `end`: weights by name; `states`: by name, as one process would have
         them; `loaded`: likewise, behind `load`; `groups`: settings
-        and names; `ways`: by name of a parameter with split matrices; `metrics`; `memory`;
+        and names; `ways`: by name of a parameter with split matrices; `metrics`; `memory`; `printed`: the optimizer's
+        `state` and its keys; `names`: of states, by a parameter's name;
         `held`: elements of bases and moments on this rank; `low_rank`: by name, of projected parameters.
     """
     model = model_of(kind, shapes)
@@ -165,7 +166,7 @@ def train(
         fira.zero_grad()
     if saving is not None:
         saving.result()
-    layouts = fira.attachment.layouts
+    layouts, printed = fira.attachment.layouts, repr(fira.state)
     held = [state for param, state in fira.state.items() if not isinstance(param, DTensor)]
     known = {own: owners[key] for key, own in fira.attachment.names.items()}
     states = states_of(fira, owners)
@@ -178,6 +179,8 @@ def train(
         "groups": groups_of(fira, owners),
         "ways": {known[matrix.name.partition("[")[0]]: matrix.way for layout in layouts for matrix in layout.split},
         "metrics": ds_fira.metrics(fira),
+        "printed": [printed, *map(repr, fira.state)],
+        "names": {name: set(fira.state[param]) for name, param in named.items() if param in fira.state},
         "memory": ds_fira.memory_report(fira),
         "held": sum(v.numel() for state in held for k, v in state.items() if k.startswith((BASIS, "exp_avg"))),
         "low_rank": {name: ds_fira.low_rank_state(fira, named[name]) for name, own in states.items() if BASIS in own},

@@ -67,6 +67,7 @@ def check(
         assert change > 0.0, name
         states, mine = results[0]["states"][name], optimizer.state[param]
         assert states.keys() == mine.keys()
+        assert all(result["names"][name] == set(mine) for result in results)
         for result in results:
             if ways.get(name) == "low_rank":
                 assert (weight - result["end"][name]).norm() <= TOLERANCE * change, name
@@ -83,6 +84,9 @@ def check(
         if name in results[0]["low_rank"]:
             for result in results:
                 assert torch.equal(result["low_rank"][name].basis.to(states["basis"].dtype), states["basis"])
+    for result in results:
+        first, *keys = result["printed"]
+        assert all(key in first for key in keys)
     expected = ds_fira.metrics(optimizer)
     for key in ("matrix_steps", "refreshes", "projected_matrices", "limiter_activations"):
         assert results[0]["metrics"][key] == expected[key], key

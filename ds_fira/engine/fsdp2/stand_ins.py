@@ -57,6 +57,16 @@ class LocalStandIn:
         return local if self.shards is None else local.view(-1)
 
 
+class FlatTensor(Tensor):
+    """A tensor of several matrices' parts, a key of the optimizer's `state`, that prints without its memory."""
+
+    # As of `nn.Parameter`: what is computed with it is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __repr__(self, *, tensor_contents: None = None) -> str:
+        return f"FlatTensor(numel={self.numel()}, dtype={self.dtype}, device={str(self.device)!r})"
+
+
 class FlatStandIn:
     """Matrices of a param group whose parts lie behind one another; see `ds_fira.optim.attachment.StandIn`.
 
@@ -75,7 +85,8 @@ class FlatStandIn:
         local = local_of(params[0])
         self._in_place = len(params) == 1 and shards[0].steps_held
         self._contiguous = all(each.steps_held for each in shards)
-        self.tensor = local.view(-1) if self._in_place else local.new_empty(sum(self._sizes))
+        flat = local.view(-1) if self._in_place else local.new_empty(sum(self._sizes))
+        self.tensor = flat.as_subclass(FlatTensor)
         self._empty()
 
     def _empty(self) -> None:

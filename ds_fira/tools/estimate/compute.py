@@ -18,7 +18,7 @@ from ds_fira.optim.settings import check_params
 from ds_fira.optim.state_size import adamw_bytes, formula_bytes
 from ds_fira.sharding.projection import PROJECT_FULL_RANK, is_projected
 from ds_fira.tools.dry_run import plan_run
-from ds_fira.tools.estimate.activations import KNOWN, activation_bytes
+from ds_fira.tools.estimate.activations import KNOWN, Activations, activations_of
 from ds_fira.tools.estimate.cards import GIB, Available
 from ds_fira.tools.estimate.memory import RankMemory, rank_memory
 from ds_fira.tools.estimate.methods import COMPARED, RELATIVES, compare_methods
@@ -36,12 +36,12 @@ class MethodEstimate:
     Attributes:
         method: one of `METHODS`.
         by_rank: of every data-parallel rank.
-        activations_per_sequence: bytes that one more sequence in a micro-batch takes, None where not known.
+        activations_per_sequence: of a micro-batch of one sequence, None where not known.
     """
 
     method: str
     by_rank: tuple[RankMemory, ...]
-    activations_per_sequence: int | None
+    activations_per_sequence: Activations | None
 
     @property
     def largest(self) -> RankMemory:
@@ -53,13 +53,13 @@ class MethodEstimate:
         if self.activations_per_sequence is None:
             return None
         # More would not fit without anything else.
-        batches = range(1, 2 * int(available.device) // self.activations_per_sequence + 2)
+        batches = range(1, 2 * int(available.device) // self.activations_per_sequence.most + 2)
         return bisect_left(batches, True, key=lambda batch: not fits(self.with_batch(batch), available))
 
     def with_batch(self, batch_size: int) -> MethodEstimate:
         """The same with another micro-batch; activations must be known."""
-        activations = batch_size * self.activations_per_sequence
-        by_rank = (replace(memory, device=replace(memory.device, activations=activations)) for memory in self.by_rank)
+        activations = self.activations_per_sequence.times(batch_size)
+        by_rank = (replace(memory, device=memory.device.with_activations(activations)) for memory in self.by_rank)
         return replace(self, by_rank=tuple(by_rank))
 
 
@@ -142,7 +142,7 @@ def estimate(
         )
     unprojected = sum(not is_projected(shape, settings) for shape, settings in ranked)
     config = getattr(module, "config", None)
-    sequence = activation_bytes(config, setup.seq_length, setup.weight_bytes, setup.activation_checkpointing)
+    sequence = activations_of(config, setup.seq_length, setup.weight_bytes, setup.activation_checkpointing)
     found = {}
     checked = check_params(params, algorithm=kind)
     for method in compare_methods(module, run, setup, checked, methods):
@@ -213,7 +213,7 @@ def require_fit(found: MethodEstimate, available: Available) -> None:
 
 
 def _notes(
-    unprojected: int, setup: Setup, config: object, sequence: int | None, methods: Sequence[str]
+    unprojected: int, setup: Setup, config: object, sequence: Activations | None, methods: Sequence[str]
 ) -> Iterator[str]:
     if unprojected:
         yield (

@@ -12,7 +12,8 @@ bytes for an element of a weight, m for one of a master weight, N ranks, P eleme
 | in the step | 4 P in 16 bits | the largest group's partition again in m, and flattened | the same |
 
 Without DeepSpeed, where every parameter steps as its gradient comes (`ds_fira.step_in_backward`), there are the
-weights, the states and the largest parameter's gradient; over replicas two buckets more, each with its copy.
+weights, the states and the largest parameter's gradient; over replicas two buckets more, each with its copy. None of
+these gradients is there at the loss, where activations are at their most. All others are, once gradients accumulate.
 
 With fp32 accumulation stage 1 in bf16 keeps fp32 gradients of the whole model beside those in bf16, stage 2 the
 partition's in fp32. With offload the partition's gradients in fp32, the masters and the states lie on the host.
@@ -25,6 +26,7 @@ from dataclasses import dataclass, replace
 
 from ds_fira.sharding.mean_buckets import BUCKET_BYTES
 from ds_fira.tools.dry_run import FlatBuffer
+from ds_fira.tools.estimate.activations import Activations
 from ds_fira.tools.estimate.setup import Setup
 
 # Elements in which the engine reduces gradients where ZeRO does not.
@@ -42,7 +44,9 @@ class Memory:
         optimizer_states: the optimizer's.
         backward_buffers: DeepSpeed's, in the backward pass.
         step_copies: DeepSpeed's copies of gradients from the end of the backward pass to the end of the step.
-        activations: of one micro-batch, None where the architecture is not known.
+        activations: of one micro-batch at their most, None where the architecture is not known.
+        beside_gradients: as many of them as are there while gradients of weights are made.
+        gradients_stay: whether gradients are there at the loss: those of the micro-batch before.
     """
 
     parameters: int = 0
@@ -52,6 +56,8 @@ class Memory:
     backward_buffers: int = 0
     step_copies: int = 0
     activations: int | None = 0
+    beside_gradients: int = 0
+    gradients_stay: bool = True
 
     @property
     def held(self) -> int:
@@ -61,7 +67,14 @@ class Memory:
     @property
     def total(self) -> int:
         """The most at once: activations and the backward's buffers are gone when the step makes its copies."""
+        if not self.gradients_stay:
+            later = self.gradients + self.backward_buffers + self.beside_gradients
+            return self.held - self.gradients + max(self.activations or 0, later)
         return self.held + max(self.backward_buffers + (self.activations or 0), self.step_copies)
+
+    def with_activations(self, activations: Activations) -> Memory:
+        """The same with those of another micro-batch."""
+        return replace(self, activations=activations.most, beside_gradients=activations.beside_gradients)
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def rank_memory(
         numels = [numel for buffer in buffers for numel in buffer.numels]
         largest = e * max(numels, default=0)
         travelling = 4 * min(e * trained, max(BUCKET_BYTES, largest)) if setup.gpus > 1 else 0
-        return RankMemory(replace(common, gradients=largest, backward_buffers=travelling))
+        return RankMemory(replace(common, gradients=largest, backward_buffers=travelling, gradients_stay=False))
     if not setup.sharded:
         copies = 4 * trained if setup.has_masters else e * min(trained, ENGINE_BUCKET)
         return RankMemory(replace(common, gradients=e * trained, step_copies=copies))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -186,6 +188,17 @@ def test_removed_it_leaves_the_gradients_to_step():
     ds_fira.step_in_backward(model, optimizer).remove()
     loss_of(model, data()[0]).backward()
     assert all(param.grad is not None for param in model.parameters())
+
+
+def test_nothing_is_left_of_a_model_and_its_optimizer():
+    model = build()
+    optimizer = fira(model)
+    ds_fira.step_in_backward(model, optimizer)
+    released(model, optimizer, data()[:1])
+    alive = [weakref.ref(item) for item in (optimizer, *model.parameters())]
+    del model, optimizer
+    gc.collect()
+    assert [item() for item in alive] == [None] * len(alive)
 
 
 def test_a_second_backward_pass_is_refused():

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.memory.allocation import peak_bytes
 from ds_fira.__main__ import main
 from ds_fira.optim.presets import ModelSize, preset_mark, transferred_scale, values_of
 from ds_fira.tools.dry_run import FlatBuffer, plan_run
@@ -26,7 +25,6 @@ from ds_fira.tools.estimate import (
     load_model,
     require_fit,
 )
-from ds_fira.tools.estimate.activations import activation_bytes
 from ds_fira.tools.models import config_file
 
 SMALL = {
@@ -105,35 +103,6 @@ def test_offload_leaves_weights_and_buffers_on_the_gpu() -> None:
     assert (memory.device.master_weights, memory.device.optimizer_states, memory.device.gradients) == (0, 0, 0)
     assert memory.device.parameters >= 2 * ALL
     assert memory.host.master_weights == memory.host.gradients > 0 < memory.host.optimizer_states
-
-
-@pytest.mark.parametrize(
-    ("dtype", "checkpointing", "vocabulary"),
-    [
-        (torch.bfloat16, False, 2000),
-        (torch.bfloat16, True, 200),
-        (torch.float32, False, 200),
-        (torch.float32, True, 2000),
-    ],
-    ids=str,
-)
-def test_activations_agree_with_torch(dtype: torch.dtype, checkpointing: bool, vocabulary: int) -> None:
-    """The formula within 10% of the peak of a forward and backward pass on the CPU, where logits rule and where not."""
-    config = LlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 344, "vocab_size": vocabulary})
-    model = AutoModelForCausalLM.from_config(config).to(dtype).train()
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    for param in model.parameters():
-        param.grad = torch.zeros_like(param)
-    tokens = torch.randint(0, vocabulary, (2, 128))
-
-    def passes() -> None:
-        outputs = model(input_ids=tokens, labels=tokens)
-        outputs.loss.backward()
-
-    measured = peak_bytes(passes, torch.device("cpu"))
-    own = activation_bytes(config, tokens.numel(), dtype.itemsize, checkpointing)
-    assert own == pytest.approx(measured, rel=0.1)
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
