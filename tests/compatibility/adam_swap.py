@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import hjson
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
@@ -29,7 +29,7 @@ KEPT = ("lr", "betas", "eps", "weight_decay", "moe", "name")
 def swap_config(config: object) -> object:
     """A config with FiraAdam in Adam's place; a file is read."""
     if isinstance(config, str | Path):
-        config = json.loads(Path(config).read_text())
+        config = hjson.loads(Path(config).read_text())  # DeepSpeed reads files so
     optimizer = config.get("optimizer") if isinstance(config, Mapping) else None
     if not optimizer or str(optimizer.get("type")).lower() not in TYPES:
         return config
