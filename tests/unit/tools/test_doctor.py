@@ -118,7 +118,7 @@ def test_nobody_computes_a_basis_that_is_drawn(tmp_path: Path, model: str, capsy
         (
             {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
             [],
-            ["DeepSpeed keeps master weights below float32 with its own DeepSpeedCPUAdam alone"],
+            ["DeepSpeed keeps master weights below float32 with offload_optimizer alone"],
         ),
         ({}, ["--gpu-memory", "0.001"], ["use a smaller model, a smaller micro-batch"]),
     ],
