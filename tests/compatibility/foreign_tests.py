@@ -80,7 +80,9 @@ class Suite:
             places = [str(ROOT), str(copy), os.environ.get("PYTHONPATH", "")]
             env = {**os.environ, **self.environment, "PYTHONPATH": os.pathsep.join(places)}
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *paths]
-            with subprocess.Popen(command, cwd=copy, env=env, start_new_session=True) as tests:
+            # Of its own session, to end with all its processes; a shell's background job would not hear SIGINT.
+            own = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+            with subprocess.Popen(command, cwd=copy, env=env, **own) as tests:
                 try:
                     tests.wait(timeout)
                 except subprocess.TimeoutExpired:
