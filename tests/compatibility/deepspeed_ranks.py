@@ -6,7 +6,9 @@ is a fork of it: a second instead of ten. A fork must not follow the first threa
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+from typing import Any
 
 import deepspeed
 import torch
@@ -22,6 +24,26 @@ def install() -> None:
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         get_accelerator().is_fp16_supported = lambda: True
+
+
+def raise_errors(harness: Any) -> None:
+    """Let what is no `Exception`, as pytest's own failures, fail a test: a pool's worker ends by it, and nobody hears.
+
+    Args:
+        harness: DeepSpeed's class of tests on several ranks.
+    """
+    run = harness._dist_run
+
+    @functools.wraps(run)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise AssertionError(f"{type(error).__name__}: {error}") from error
+
+    harness._dist_run = told
 
 
 install()

@@ -13,13 +13,14 @@ from pathlib import Path
 from tests.compatibility.foreign_tests import Suite
 
 RANKS = "import tests.compatibility.deepspeed_ranks  # noqa"
+ERRORS = "tests.compatibility.deepspeed_ranks.raise_errors(DistributedExec)"
 SWAP = "import tests.compatibility.adam_swap  # noqa"
 
 
 def prepare(copy: Path, swap: bool) -> None:
     """Let the ranks of a copy of the tests start quickly, and train with FiraAdam."""
     common = copy / "unit" / "common.py"
-    common.write_text("\n".join([RANKS, *([SWAP] if swap else []), common.read_text()]))
+    common.write_text("\n".join([RANKS, *([SWAP] if swap else []), common.read_text(), ERRORS, ""]))
 
 
 SUITE = Suite(
