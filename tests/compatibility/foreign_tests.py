@@ -1,12 +1,14 @@
 """Run another project's tests with FiraAdam in Adam's place, and say what passed, what is refused and what failed.
 
 The tests are those of a checkout; nothing of them is part of this repository. They are copied, and the copy is changed
-so that it trains with FiraAdam. A second run with Adam is the control: what fails there too is not counted.
+so that it trains with FiraAdam. A second run with Adam, of the tests that failed, is the control: what fails there too
+is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -78,16 +80,19 @@ class Suite:
             places = [str(ROOT), str(copy), os.environ.get("PYTHONPATH", "")]
             env = {**os.environ, **self.environment, "PYTHONPATH": os.pathsep.join(places)}
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *paths]
-            with subprocess.Popen(command, cwd=copy, env=env) as tests:
+            # Of its own session, to end with all its processes; a shell's background job would not hear SIGINT.
+            own = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+            with subprocess.Popen(command, cwd=copy, env=env, **own) as tests:
                 try:
                     tests.wait(timeout)
                 except subprocess.TimeoutExpired:
                     print(f"not all tests ended within {timeout:.0f} s", file=sys.stderr)
                     tests.send_signal(signal.SIGINT)  # by which pytest ends, and still writes its report
-                    try:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
                         tests.wait(60.0)
-                    except subprocess.TimeoutExpired:
-                        tests.kill()
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(tests.pid, signal.SIGKILL)  # with ranks and servers that a hanging test has left
             return read_report(report)
 
     def main(self, description: str, what: str) -> None:
@@ -97,8 +102,15 @@ class Suite:
         parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for each of the two runs")
         parser.add_argument("paths", nargs="+", help="files or folders below it")
         given = parser.parse_args()
-        swapped, control = (self.run(given.folder, given.paths, swap, given.timeout) for swap in (True, False))
+        swapped = self.run(given.folder, given.paths, True, given.timeout)
+        failed = [node(*key) for key, outcome in swapped.items() if outcome.kind == "failed"]
+        control = self.run(given.folder, failed, False, given.timeout) if failed else {}
         print(table(swapped, control))
+
+
+def node(file: str, name: str) -> str:
+    """What pytest calls a test."""
+    return f"{file}::{name.replace('.', '::', 1) if name.startswith('Test') else name}"
 
 
 def read_report(report: Path) -> dict[tuple[str, str], Outcome]:

@@ -59,7 +59,8 @@ VERSIONS = """
 rank 0, under a version that is neither listed nor an older one of a listed minor release. Before 0.19 stage 3 is
 refused, and so is what gave wrong gradients in some combinations: `contiguous_gradients` or `reduce_scatter` off, a
 `grad_accum_dtype`, bf16 at stage 0; these are not among the combinations. 0.17 does not know bf16 master weights, and
-refuses them. 0.18.8 and 0.18.9 fail in a step of stage 2 under torch 2.13, with torch's AdamW too.
+refuses them; 0.18 refuses those of 16 bits under offload, but for bf16 with `bf16_optimizer_states`. 0.18.8 and 0.18.9
+fail in a step of stage 2 under torch 2.13, with torch's AdamW too.
 
 """
 

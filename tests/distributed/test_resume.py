@@ -56,6 +56,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "float16 autocast, stage 0": case(0, "fp32", BF16, **FLOAT16, **DECAY),
         "float16 autocast, stage 2": case(2, "fp32", {}, OVERFLOW, **FLOAT16, **DECAY),
         "rolled back": case(2, "fp16", BF16, OVERFLOW | BACK, **DECAY),
+        "bf16 masters, offload": case(2, "bf16", {}, bf16={"bf16_master_weights_and_grads": True}, **OFFLOAD),
+        "fp16 masters, offload": case(1, "fp16", {}, OVERFLOW, fp16={"fp16_master_weights_and_grads": True}, **OFFLOAD),
     },
     3: {
         "stage 0, fp32": case(0, "fp32", {"stagger": True}, TORCH),

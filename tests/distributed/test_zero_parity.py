@@ -203,11 +203,21 @@ def test_bf16_wrapper_of_stage_1(ranks: Pools) -> None:
     check(results)
 
 
-def test_bf16_master_weights(ranks: Pools) -> None:
-    """Master weights and gradients in bf16: computed in float32, rounded once, split or not."""
-    bf16 = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    results = ranks.run(3, "train", ds_config=config(2, "bf16", EXACT, bf16=bf16), shapes=SHAPES, steps=4)
-    assert results[0]["start"][0][0].dtype == torch.bfloat16
+LOW_MASTERS = {
+    "bf16": {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+    "bf16, offload": {"bf16": {"bf16_master_weights_and_grads": True}, "zero_offload_optimizer": {"device": "cpu"}},
+    "fp16, offload": {"fp16": {"fp16_master_weights_and_grads": True}, "zero_offload_optimizer": {"device": "cpu"}},
+}
+
+
+@pytest.mark.parametrize("name", full_if("bf16, offload".__eq__, list(LOW_MASTERS)))
+def test_master_weights_of_16_bits(ranks: Pools, name: str) -> None:
+    """Master weights and gradients in bf16 or fp16: computed in float32, rounded once, split or not, offloaded too."""
+    dtype = name[:4]
+    results = ranks.run(3, "train", ds_config=config(2, dtype, EXACT, **LOW_MASTERS[name]), shapes=SHAPES, steps=4)
+    assert results[0]["start"][0][0].dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    states = [named for group in results[0]["state"] for state in group for named in state.items()]
+    assert {value.dtype for key, value in states if "exp_avg" in key} == {torch.float32}
     check(results)
 
 

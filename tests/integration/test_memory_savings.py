@@ -43,7 +43,7 @@ CELLS = [  # optimizer, stage, checkpointing, offload, master
 REFUSED = [
     (("AdamW", 0, False, True, "fp32"), "offload"),
     (("FiraAdam", 0, False, False, "bf16"), "only supported with ZeRO Stage 1, 2, or 3"),
-    (("FiraAdam", 2, False, True, "bf16"), "requires ZeRO-2 Offload with DeepSpeedCPUAdam"),
+    (("AdamW", 2, False, True, "bf16"), "requires ZeRO-2 Offload with DeepSpeedCPUAdam"),
 ]
 
 

@@ -78,6 +78,8 @@ def make_optimizer(engine: DeepSpeedEngine, model_parameters: Iterable[object], 
     unsupported.refuse_unsupported_module(engine, kind.algorithm.name)
     note_slices(engine, kind.algorithm.name)
     note_experts(engine.module, kind.algorithm.name)
+    if dist.get_rank() == 0:
+        unsupported.warn_of_state_dtype(engine, kind.algorithm.name)
     given = grouped(model_parameters)
     settings = checked_params(engine, given)
     groups = build_groups(engine.module, given, settings, engine.zero_optimization_stage(), dp_size, kind.algorithm)

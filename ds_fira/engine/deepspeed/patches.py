@@ -20,6 +20,7 @@ from types import ModuleType
 import deepspeed
 import deepspeed.runtime.engine as deepspeed_engine
 from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -35,13 +36,13 @@ from ds_fira.engine.deepspeed import (
     loss_scale,
     monitor,
     moved_states,
+    offload,
     param_states,
     peers,
     schedulers,
     stage_norm,
     swapped,
     thawed,
-    twin_flow,
     weight_sync,
 )
 from ds_fira.engine.deepspeed.save_load import behind, client_state, load, pick, save
@@ -91,9 +92,11 @@ PATCHES = (
     Patch(DeepSpeedEngine, "_configure_basic_optimizer", attach.build_optimizer),
     # Compares the optimizer over the ranks; called with it before it is wrapped.
     Patch(DeepSpeedEngine, "_do_optimizer_sanity_check", peers.agree_on_optimizer),
+    # Lets masters of 16 bits be offloaded; asks for DeepSpeedCPUAdam, by keywords. From 0.18 on.
+    Patch(ZeROOptimizer, "_configure_master_weights", offload.choose_master_dtype, optional=True),
     # One optimizer steps what is offloaded and what is not: takes it and the ratio; deals the sub-groups out.
-    Patch(DeepSpeedZeroOptimizer_Stage3, "__init__", twin_flow.build),
-    Patch(DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", twin_flow.deal_out),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "__init__", offload.build),
+    Patch(DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", offload.deal_out),
     # Tells the optimizer what lies where, and every rank of an error before that; sets basic_optimizer and its wrapper
     # optimizer.
     Patch(DeepSpeedEngine, "_configure_optimizer", attach.attach_built),

@@ -158,9 +158,9 @@ class Rehearsal(DeepSpeedEngine):
 
         def refuse() -> None:
             raise ValueError(
-                "DeepSpeed keeps master weights below float32 with its own DeepSpeedCPUAdam alone, but for "
-                "bf16_master_weights_and_grads with bf16_optimizer_states and without offload_optimizer; set these two "
-                "in the bf16 block and remove the offload, or remove them."
+                "DeepSpeed keeps master weights below float32 with offload_optimizer alone, but for "
+                "bf16_master_weights_and_grads with bf16_optimizer_states; set these two in the bf16 block, or "
+                "offload_optimizer.device = 'cpu', or remove them."
             )
 
         low, half = self._config.bfloat16_config, self._config.float16_config

@@ -63,6 +63,22 @@ def warn_if_untested(version: str, name: str) -> None:
         )
 
 
+def warn_of_state_dtype(engine: DeepSpeedEngine, name: str) -> None:
+    """Warn where DeepSpeed's setting for the states of its own Adam is on, and ours for low-rank states is not given.
+
+    Args:
+        engine: its config has been read.
+        name: of the optimizer, which the config names.
+    """
+    wanted = _at(engine._config, "bfloat16_config.bf16_optimizer_states")
+    if wanted and "state_dtype" not in (engine.optimizer_params() or {}):
+        warnings.warn(
+            f"{name}: bf16.bf16_optimizer_states = True is about DeepSpeed's own Adam, and states are kept in float32; "
+            "set state_dtype in optimizer.params to 'bfloat16', or to 'float32' to keep them so.",
+            stacklevel=2,
+        )
+
+
 def refuse_unsupported(engine: DeepSpeedEngine, name: str) -> None:
     """Stop before the engine does any work if low-rank states do not support its config.
 

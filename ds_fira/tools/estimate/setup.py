@@ -78,11 +78,13 @@ class Setup:
                 f"--master-weights = 'none' does not go with --zero-stage = {self.zero_stage}, where DeepSpeed always "
                 "keeps master weights; use --zero-stage 0, or --master-weights bf16."
             )
-        if self.master_weights == "bf16" and (self.dtype != "bf16" or self.zero_stage == 0 or self.offload):
+        if self.master_weights == "bf16" and (self.dtype != "bf16" or self.zero_stage == 0):
             raise ValueError(
-                "--master-weights = 'bf16' needs --dtype bf16 and --zero-stage 1 or 2 without --offload, as DeepSpeed "
-                "does; change these, or use --master-weights fp32."
+                "--master-weights = 'bf16' needs --dtype bf16 and --zero-stage 1 or 2, as DeepSpeed does; change "
+                "these, or use --master-weights fp32."
             )
+        if self.master_weights == "bf16" and self.offload:
+            raise ValueError("--master-weights = 'bf16' is not estimated with --offload; leave one of them out.")
         if self.offload and self.zero_stage == 0:
             raise ValueError("--offload needs ZeRO; use --zero-stage 1 or 2, or remove --offload.")
         if self.separate_accumulation and self.zero_stage == 0:

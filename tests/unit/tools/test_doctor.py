@@ -118,7 +118,7 @@ def test_nobody_computes_a_basis_that_is_drawn(tmp_path: Path, model: str, capsy
         (
             {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
             [],
-            ["DeepSpeed keeps master weights below float32 with its own DeepSpeedCPUAdam alone"],
+            ["DeepSpeed keeps master weights below float32 with offload_optimizer alone"],
         ),
         ({}, ["--gpu-memory", "0.001"], ["use a smaller model, a smaller micro-batch"]),
     ],
@@ -140,6 +140,24 @@ def test_a_refusal_exits_2_with_every_sentence(
         assert sentence in refusal
     assert call(changed(tmp_path, change), model, *more) == 2
     assert f"refused   {found['refusals'][0]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("state_dtype", "offload"), [(None, "cpu"), ("float32", "none")])
+def test_masters_and_states_of_16_bits(
+    state_dtype: str | None, offload: str, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Masters train under offload too; DeepSpeed's setting for states is not taken for ours."""
+    params = {"rank": 16, **({"state_dtype": state_dtype} if state_dtype else {})}
+    change = {
+        "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": offload}},
+        "optimizer": {"type": "FiraAdam", "params": params},
+    }
+    assert call(changed(tmp_path, change), model, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["training"]["master_weights"] == "bfloat16"
+    about_states = [text for text in found["warnings"] if "bf16_optimizer_states = True" in text]
+    assert len(about_states) == (state_dtype is None)
 
 
 def test_auto_is_what_the_trainer_makes_of_it(model: str) -> None:
