@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ds_fira.checkpoint.atomic_save import reseal
 from tests.distributed.tensor_parallel_jobs import STEPS
 from tests.distributed.tensor_parallel_reference import together
 from tests.distributed.test_tensor_parallel import MODULE, left_whole, tp_config
@@ -185,6 +187,28 @@ def test_weights_alone_are_taken_of_a_universal_one(ranks: Pools, folders: Path,
     (found,) = ranks.run(1, "weights_alone", MODULE, **given, load=str(universal))
     (expected,) = run_on(ranks, "no slices", (1, 1, 1), True, steps=(SAVED, SAVED), load=str(universal))
     assert all(torch.equal(weight, found["loaded"][name]) for name, weight in expected["loaded"].items())
+
+
+@pytest.mark.full
+def test_slices_that_deepspeed_does_not_describe_go_on_as_they_are(ranks: Pools, folders: Path, tmp_path: Path) -> None:
+    """As of a version before it did: with as many slices, and not with others."""
+    straight = made(ranks, folders, "no slices")[0]
+    shutil.copytree(folders / "no slices", tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / TAG).glob("mp_rank_*_model_states.pt"):
+        content = torch.load(path, weights_only=False)
+        del content["universal_checkpoint_info"]["affine_map"]
+        torch.save(content, path)
+    reseal(tmp_path, TAG)
+    for size in (1, 2):
+        ds_config, load = tp_config(2, size), str(tmp_path)
+        found = ranks.run(size, "run", MODULE, ds_config=ds_config, model="llama", steps=(SAVED, SAVED), load=load)
+        if size == 1:
+            message = (
+                "tensor_parallel.autotp_size = 1 cannot load lm_head.weight of what was saved with 2, since DeepSpeed"
+            )
+            assert found[0]["message"].startswith(f"FiraAdam: {message} does not say which of its rows or columns")
+        else:
+            assert equal(straight, found)
 
 
 def adamw(ds_config: dict[str, Any]) -> dict[str, Any]:
