@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import ds_fira
+from ds_fira.checkpoint.covering import fill
 from ds_fira.checkpoint.named_state import KEY, SavedState
-from ds_fira.checkpoint.restore import _fill
 from ds_fira.checkpoint.slices import Missing
 from ds_fira.core.state import STEP
 from ds_fira.sharding.geometry import ParamSlice
@@ -147,14 +147,15 @@ def test_overlapping_slices_with_a_gap_are_refused() -> None:
     flat = torch.arange(8.0)
     wanted = ParamSlice("w", 0, 0, 8)
     with pytest.raises(ValueError, match="lacks a part of the weights of w"):
-        _fill(
+        fill(
             torch.zeros(8),
             [wanted],
             {"w": [(ParamSlice("w", 0, 0, 4), flat), (ParamSlice("w", 0, 0, 4), flat)]},
             "weights",
+            {},
         )
     target = torch.zeros(8)
-    _fill(target, [wanted], {"w": [(ParamSlice("w", 0, 0, 5), flat), (ParamSlice("w", 3, 3, 8), flat)]}, "weights")
+    fill(target, [wanted], {"w": [(ParamSlice("w", 0, 0, 5), flat), (ParamSlice("w", 3, 3, 8), flat)]}, "weights", {})
     assert torch.equal(target, flat)
 
 

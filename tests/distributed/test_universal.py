@@ -34,7 +34,7 @@ def both(
     folder = saved(ranks, folders, size, stage, dtype, **arguments)
     key = str(folder)
     if key not in _converted:
-        target, done = convert(folder, TAG, folders / f"of {folder.name}", shell=stage == 2 and not arguments)
+        target, done = convert(folder, TAG, folders / f"of {folder.name}")
         assert done.returncode == 0, done.stderr[-2000:]
         _converted[key] = target
     return folder, _converted[key]
@@ -62,6 +62,16 @@ def test_it_goes_on_as_the_checkpoint_does(ranks: Pools, folders: Path, stage: i
     found = load_universal(ranks, size, next_stage, load=str(universal))
     assert_equal(found, job(ranks, size, next_stage, first=SAVED, last=END, load=str(folder), seed=7))
     assert found["losses"] == pytest.approx(whole(ranks)["losses"][SAVED:], rel=1e-6)
+
+
+@pytest.mark.full
+def test_the_command_in_a_new_interpreter(ranks: Pools, folders: Path, tmp_path: Path) -> None:
+    """With as many workers as DeepSpeed starts by itself."""
+    folder = saved(ranks, folders, 2, 2)
+    universal, done = convert(folder, TAG, tmp_path, shell=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_universal(ranks, 3, 1, load=str(universal))
+    assert_equal(found, job(ranks, 3, 1, first=SAVED, last=END, load=str(folder), seed=7))
 
 
 @pytest.mark.parametrize("stage", full_if(lambda stage: stage != 3, (1, 2, 3)))
