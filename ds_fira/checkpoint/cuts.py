@@ -23,7 +23,7 @@ ReadFlat = Callable[[str, int, int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Which rows or which columns of a parameter a slice of it has, in the slice's order.
+    """The rows or the columns that a slice of a parameter has, in the slice's order.
 
     Attributes:
         label: the name by which its elements are counted (`ParamSlice.name`).
@@ -118,7 +118,7 @@ class Recut:
     before: tuple[Cut, ...]
 
     def sources(self, saved: Mapping[str, object]) -> tuple[Cut, ...]:
-        """What to read from: the same slice, where it was saved, or the whole parameter, or the slices that were.
+        """Choose what to read: the same slice if it was saved, else the whole parameter, else those that were saved.
 
         Args:
             saved: by label; what is not there may be empty.

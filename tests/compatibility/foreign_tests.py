@@ -109,7 +109,7 @@ class Suite:
 
 
 def node(file: str, name: str) -> str:
-    """What pytest calls a test."""
+    """The name by which pytest selects a test."""
     return f"{file}::{name.replace('.', '::', 1) if name.startswith('Test') else name}"
 
 

@@ -68,7 +68,7 @@ def test_the_control_runs_what_failed(folder: Path) -> None:
 
 @pytest.mark.full
 def test_a_hanging_test_is_ended_with_its_processes(folder: Path, tmp_path: Path) -> None:
-    """What has ended by then is reported."""
+    """The report has the tests that ended before the limit."""
     found = Suite(prepare, {"HANG": str(tmp_path / "pid")}).run(folder, ["test_steps.py"], True, 5.0)
     assert {name for _, name in found} >= {"TestSteps.test_passes", "TestSteps.test_fails"}
     stat, until = Path("/proc", (tmp_path / "pid").read_text(), "stat"), time.monotonic() + 30.0

@@ -195,7 +195,7 @@ def weights_alone(ds_config: dict[str, Any], model: str, load: str) -> dict[str,
 
 
 def told(ds_config: dict[str, Any], model: str, loads: list[str]) -> list[str]:
-    """What loads of some folders are refused with."""
+    """Load from some folders, and return the sentences that refuse it."""
     with forgotten():
         engine, _ = build(ds_config, model)
         return [goes_on(engine, steps_of, weights_of, (0, 0, 0), load, None).get("message", "") for load in loads]

@@ -117,7 +117,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_on(ranks: Pools, name: str, place: tuple[int, int, int], universal: bool = False, **kwargs: Any) -> list[Any]:
-    """What ranks with so many slices at a stage make of a case of `WAYS`."""
+    """Run a case of `WAYS` on ranks with so many slices at a stage."""
     (*_, dtype, model, extra, _), (size, slices, stage) = WAYS[name], place
     params = {key: value for key, value in extra.items() if key not in ("whole", "type")}
     ds_config = fused(tp_config(stage, slices, dtype, **params), model)
@@ -191,7 +191,7 @@ def test_weights_alone_are_taken_of_a_universal_one(ranks: Pools, folders: Path,
 
 @pytest.mark.full
 def test_slices_that_deepspeed_does_not_describe_go_on_as_they_are(ranks: Pools, folders: Path, tmp_path: Path) -> None:
-    """As of a version before it did: with as many slices, and not with others."""
+    """A checkpoint of an older DeepSpeed loads with as many slices, and not with others."""
     straight = made(ranks, folders, "no slices")[0]
     shutil.copytree(folders / "no slices", tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / TAG).glob("mp_rank_*_model_states.pt"):

@@ -1,4 +1,4 @@
-"""What DeepSpeed lets its own DeepSpeedCPUAdam alone do under `offload_optimizer`.
+"""Let our optimizers do under `offload_optimizer` what DeepSpeed allows its own DeepSpeedCPUAdam alone.
 
 `offload_optimizer.ratio` below 1 at stage 3 (DeepSpeed calls it Twin-Flow): some sub-groups are stepped on the GPU, by
 an AdamW beside the Adam for the CPU. An optimizer of this package steps any tensor where it lies, and keeps its states

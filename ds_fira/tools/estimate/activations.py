@@ -53,7 +53,7 @@ class Activations:
         return max(self.loss, self.beside_gradients)
 
     def times(self, count: int) -> Activations:
-        """Of a micro-batch of so many sequences."""
+        """Multiply by the sequences of a micro-batch."""
         return Activations(count * self.loss, count * self.beside_gradients)
 
 

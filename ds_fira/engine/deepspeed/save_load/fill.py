@@ -159,7 +159,7 @@ def untrained(engine: DeepSpeedEngine) -> set[str]:
 
 
 def untrained_tensors(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """What a module saves of buffers and of parameters that the optimizer does not step, by name."""
+    """The buffers, and the parameters that the optimizer does not step, that a module saves, by name."""
     wanted = untrained(engine)
     found = normalized(engine.module.state_dict())
     return {name: value.detach() for name, value in found.items() if name in wanted and isinstance(value, Tensor)}

@@ -1,4 +1,4 @@
-"""Which slices of which parameters AutoTP leaves the ranks: of this run, and of one that saved.
+"""Read from AutoTP which slices of which parameters the ranks have, in this run and in the one that saved.
 
 Written against DeepSpeed 0.19.8. What it relies on: AutoTP describes the slices of a parameter by an affine map, in the
 note that it leaves in the parameter (`conversion`), and of all of them in the file of the model's states, under

@@ -128,7 +128,7 @@ class UniversalFiles(CheckpointFiles):
         return replace(files, optimizers=() if files.partitioned or not files.ours else files.optimizers)
 
     def of_all_slices(self) -> list[UniversalFiles]:
-        """As of the base class."""
+        """Return the files of every slice, in their order."""
         found = UniversalFiles.find
         return [found(self.models[0].parent, unpickle=self.unpickle, of_slice=n) for n in range(self.slices)]
 
@@ -203,7 +203,7 @@ class UniversalFiles(CheckpointFiles):
         return saved
 
     def untrained_of_stages(self) -> dict[str, Tensor]:
-        """Of a pipeline, the buffers and frozen weights of all its stages."""
+        """Return the buffers and frozen weights of all stages of a pipeline."""
         found = [self._load(self.optimizers[number]).get(UNTRAINED) or {} for number in self.first_of_stages()]
         return {name: value for values in found for name, value in values.items()}
 
@@ -289,7 +289,7 @@ def _refuse_lack(folder: Path, what: str) -> NoReturn:
 
 
 def _rank_of(path: Path) -> int:
-    """Of the file of the model's states."""
+    """The rank that wrote a file of the model's states."""
     return place_of(MODEL_FILE.fullmatch(path.name))[1]
 
 

@@ -86,7 +86,7 @@ def untrained_values(files: CheckpointFiles) -> dict[str, Tensor]:
 
 
 def of_one_file(files: CheckpointFiles) -> dict[str, object]:
-    """What an engine has for a while so that DeepSpeed takes the run's state from one file of the model's states.
+    """Attributes that let DeepSpeed, for a while, take the run's state from one file of the model's states.
 
     It would put together what is of other slices than its own.
     """
