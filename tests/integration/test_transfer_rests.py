@@ -49,3 +49,31 @@ def test_a_residual_that_falls():
     without, early = stepped("normalized", gap=GAP, c=0.0)[0], stepped("normalized", gap=GAP, fade=1)[0]
     for a, b, c, w in zip(whole, early, without, start, strict=True):
         assert (c - w).norm() < (b - w).norm() < (a - w).norm()
+
+
+def test_norms_have_a_rate_of_their_own():
+    """`vectors`, against torch's Adam at that rate; embeddings take no notice of it."""
+    slower, plain = model(), model()
+    for net in (slower, plain):
+        net["norm"] = nn.LayerNorm(16)
+    trial = Trial(method="normalized", lr=0.01, width=16, rank=RANK)
+    optimizers = [
+        METHODS["normalized"](slower, trial.change(settings=settings_of(vectors=0.1))),
+        METHODS["normalized"](plain, trial),
+    ]
+    reference = nn.Parameter(slower["norm"].weight.detach().clone())
+    adam = torch.optim.Adam([reference], lr=0.001, eps=1e-8)
+    for number, grads in enumerate(gradients(), 1):
+        drawn = torch.Generator().manual_seed(number)
+        reference.grad, embedded = torch.randn(16, generator=drawn), torch.randn(8, 16, generator=drawn)
+        for net in (slower, plain):
+            for layer, grad in zip(net["body"], grads, strict=True):
+                layer.weight.grad = grad.clone()
+            net["embed"].weight.grad = embedded.clone()
+            net["norm"].weight.grad, net["norm"].bias.grad = reference.grad.clone(), reference.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step(1.0)
+        adam.step()
+    torch.testing.assert_close(slower["norm"].weight, reference)
+    assert not torch.allclose(plain["norm"].weight, reference)
+    assert torch.equal(slower["embed"].weight, plain["embed"].weight)

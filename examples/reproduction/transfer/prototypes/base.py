@@ -44,7 +44,9 @@ class Prototype:
         ]
         chosen = {id(weight) for weight in self.hidden}
         rest = [param for param in model.parameters() if id(param) not in chosen]
-        self.adam = torch.optim.Adam(rest, lr=trial.lr, betas=BETAS, eps=EPS)
+        kinds = [[param for param in rest if (param.dim() < 2) is vectors] for vectors in (False, True)]
+        groups = [{"params": params, "vectors": number == 1} for number, params in enumerate(kinds) if params]
+        self.adam = torch.optim.Adam(groups, lr=trial.lr, betas=BETAS, eps=EPS)
         self.states: list[dict[str, Any]] = [{} for _ in self.hidden]
         self.step_count = 0
 
@@ -53,7 +55,8 @@ class Prototype:
         """Step everything with this share of the peak rate."""
         self.step_count += 1
         for group in self.adam.param_groups:
-            group["lr"] = self.trial.lr * share * self.rest_factor()
+            factor = self.vector_factor() if group["vectors"] else 1.0
+            group["lr"] = self.trial.lr * share * self.rest_factor() * factor
         self.adam.step()
         for weight, state in zip(self.hidden, self.states, strict=True):
             tall = self.on_the_right(weight.shape)
@@ -85,6 +88,10 @@ class Prototype:
 
     def rest_factor(self) -> float:
         """The rate of embeddings, head and norms, in the trial's."""
+        return 1.0
+
+    def vector_factor(self) -> float:
+        """The rate of norms, in that of embeddings and head."""
         return 1.0
 
     @property

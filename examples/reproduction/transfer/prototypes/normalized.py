@@ -21,7 +21,8 @@ class Normalized(LowRank):
 
     Settings: `gap`; `c`; `beta`, of p, 0 for the norm of the step alone; `warmup`, steps over which c grows from 0;
     `fade`, steps behind which c falls as sqrt(fade / step), None for never; `rest`, the rate of embeddings, head and
-    norms in the trial's, and `rest_fade`, steps behind which it falls in the same way;
+    norms in the trial's, and `rest_fade`, steps behind which it falls in the same way; `vectors`, the rate of norms in
+    that one;
     `scaling`, "column" or "matrix"; `energy`, what p averages: that of the "residual", or of the whole "gradient", with
     sqrt(s) in place of sqrt(s - r); `inner`, the a of D = G - a P R, 1 for the residual itself; `signal`, whether a
     column of S goes by the size of N's too; `rows`, whether rows are brought to one size too; `factored`, whether V is
@@ -45,6 +46,7 @@ class Normalized(LowRank):
         "fade": None,
         "rest": 1.0,
         "rest_fade": None,
+        "vectors": 1.0,
         "signal": False,
         "rows": False,
     }
@@ -75,6 +77,10 @@ class Normalized(LowRank):
     def rest_factor(self) -> float:
         """By `rest` and `rest_fade`."""
         return self.settings["rest"] * self.faded("rest_fade")
+
+    def vector_factor(self) -> float:
+        """By `vectors`."""
+        return self.settings["vectors"]
 
     def faded(self, name: str) -> float:
         """What a setting of steps leaves now: 1 up to there, then by the root of the step."""
