@@ -44,6 +44,8 @@ class GroupSettings(BaseModel):
     """added to sqrt(V)"""
     weight_decay: float = setting(0.0, "give a number of at least 0", ge=0.0)
     """decoupled, applied after the update"""
+    vector_lr_scale: float = setting(1.0, "give a number of at least 0, such as 0.1", ge=0.0)
+    """multiplies the learning rate of parameters of one dimension, norms and biases; their weight decay goes by `lr`"""
     rank: Whole | None = setting(None, "give a whole number of at least 1, such as 128", ge=1)
     """subspace rank of the weights to project, in all groups that do not say `rank = None`; not used where some group
     has a rank of its own
@@ -168,6 +170,16 @@ class GroupSettings(BaseModel):
     def residual_factor(self) -> float:
         """What multiplies S in the update: `residual_scale`, and alpha where S is the whole of it."""
         return self.alpha if self.residual_form.is_update else self.residual_scale
+
+    def unprojected_scale(self, vector: bool) -> float:
+        """What multiplies the step of a parameter that is not projected, and not its weight decay.
+
+        Args:
+            vector: whether it has at most one dimension. In a group with a rank all step as projected matrices do.
+        """
+        if self.rank is not None:
+            return self.alpha
+        return self.vector_lr_scale if vector else 1.0
 
     @property
     def draws_basis(self) -> bool:

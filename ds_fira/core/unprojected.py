@@ -35,6 +35,7 @@ class Unprojected(NamedTuple):
         step: this step's count, from 1, on the CPU; rounds bfloat16 and 8-bit moments too. Of a capturable group, which
             the kernels must take, the count before, on the device, where it is advanced.
         dtype: in which the step is computed.
+        scale: multiplies its step; see `GroupSettings.unprojected_scale`.
     """
 
     param: Tensor
@@ -42,12 +43,11 @@ class Unprojected(NamedTuple):
     moments: dict[str, Stored]
     step: Tensor
     dtype: torch.dtype
+    scale: float
 
 
 def step_unprojected_(tensors: Sequence[Unprojected], settings: GroupSettings) -> None:
     """Step parameters that are not projected by AdamW or by the group's rule; those alike by one kernel on a GPU.
-
-    Those in a group with a rank make the step that its projected matrices make: its learning rate is times alpha.
 
     Args:
         tensors: of one param group.
@@ -59,11 +59,12 @@ def step_unprojected_(tensors: Sequence[Unprojected], settings: GroupSettings) -
             dtypes = [part.dtype for stored in each.moments.values() for part in stored.values()]
             # Of a 0-dim tensor on the CPU its only element, without a call of torch's; those on a device are not read.
             count = None if settings.capturable else each.step.tolist()
-            together.setdefault((each.param.device, each.param.dtype, each.grad.dtype, *dtypes, count), []).append(each)
+            alike = (each.param.device, each.param.dtype, each.grad.dtype, *dtypes, each.scale, count)
+            together.setdefault(alike, []).append(each)
         else:
             _step_alone_(each, settings)
-    for (*_, count), alike in together.items():
-        arguments = _arguments([each.step for each in alike] if count is None else count, settings)
+    for (*_, scale, count), alike in together.items():
+        arguments = _arguments([each.step for each in alike] if count is None else count, settings, scale)
         # A kernel reads every element once, and decodes and encodes what it reads.
         pairs = [
             tuple(tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in each[:2]) for each in alike
@@ -79,25 +80,21 @@ def step_unprojected_(tensors: Sequence[Unprojected], settings: GroupSettings) -
                 each.param.copy_(value)
 
 
-def _arguments(step: int | Sequence[Tensor], settings: GroupSettings) -> dict[str, object]:
+def _arguments(step: int | Sequence[Tensor], settings: GroupSettings, scale: float) -> dict[str, object]:
     """What a step of AdamW takes beside parameters, gradients and moments."""
     lr = settings.lr_tensor if settings.capturable else settings.lr
     arguments = {"step": step, "lr": lr, "betas": settings.betas, "eps": settings.eps}
-    return arguments | {"weight_decay": settings.weight_decay, "alpha": _alpha(settings)}
-
-
-def _alpha(settings: GroupSettings) -> float:
-    return 1.0 if settings.rank is None else settings.alpha
+    return arguments | {"weight_decay": settings.weight_decay, "alpha": scale}
 
 
 def _step_alone_(stepped: Unprojected, settings: GroupSettings) -> None:
     """Step one by torch's functions, in blocks that stay in cache."""
-    param, grad, moments, step, dtype = stepped
-    rule, alpha = settings.rule, _alpha(settings)
+    param, grad, moments, step, dtype, scale = stepped
+    rule = settings.rule
     compressed = any(stored[quantization.VALUES].dtype != dtype for stored in moments.values())
     # A rule whose elements see each other is given the parameter as it is; all else goes by blocks of elements.
     at_once, count = rule is not None and not rule.elementwise, int(step)
-    arguments = _arguments(count, settings)
+    arguments = _arguments(count, settings, scale)
     flat = param if at_once else param.reshape(-1)
     size = DECODED_BLOCK if compressed else ADAMW_BLOCK
     for start, weight, slope, stored in [(0, param, grad, moments)] if at_once else _blocks(flat, grad, moments, size):
@@ -106,7 +103,7 @@ def _step_alone_(stepped: Unprojected, settings: GroupSettings) -> None:
             noise = settings.weight_seed(count), start
             adamw_(weight, slope, values[EXP_AVG], values[EXP_AVG_SQ], **arguments, noise=noise)
         else:
-            _advance_by_rule_(weight, slope.to(dtype), values, step, settings, alpha, start)
+            _advance_by_rule_(weight, slope.to(dtype), values, step, settings, scale, start)
         store(stored, values, arguments["step"], start)
     if not at_once and not param.is_contiguous():
         param.copy_(flat.view(param.shape))
@@ -129,10 +126,10 @@ def _advance_by_rule_(
     states: dict[str, Tensor],
     step: Tensor,
     settings: GroupSettings,
-    alpha: float,
+    scale: float,
     start: int,
 ) -> None:
-    """W <- (1 - lr * weight_decay) (W - lr * alpha * step_size * N), computed in the gradient's dtype.
+    """W <- (1 - lr * weight_decay) (W - lr * scale * step_size * N), computed in the gradient's dtype.
 
     An element of the gradient that is not finite, or whose square overflows, changes nothing of its own, and nothing at
     all where the rule's elements see each other.
@@ -143,7 +140,7 @@ def _advance_by_rule_(
         return
     before = {} if all_finite else {name: value.clone() for name, value in states.items()}
     moved = advance(settings.rule, grad if all_finite else torch.where(finite, grad, 0.0), states, step)
-    size = settings.learning_rate * alpha * float(settings.rule.step_size(step))
+    size = settings.learning_rate * scale * float(settings.rule.step_size(step))
     value = param.to(grad.dtype).sub(moved.mul_(size)).mul_(settings.decay_factor)
     if not all_finite:
         value = torch.where(finite, value, param.to(grad.dtype))

@@ -76,6 +76,7 @@ class EngineAttachment:
         inventory: of every trained parameter over all ranks, how it is optimized.
         layouts: of every flat buffer with projected matrices, which rank holds and steps what.
         slices: by stepped tensor, the elements of parameters that it holds.
+        vectors: by stepped tensor, whether all parameters in it, on all ranks, have at most one dimension.
         matrices: by flat partition, the projected matrices in it.
         gradient_dtypes: by stepped tensor, the dtype in which its gradient was computed.
         names: of the module's parameters, by their `id`.
@@ -92,6 +93,7 @@ class EngineAttachment:
     inventory: Sequence[ParamRecord] = ()
     layouts: Sequence[GroupLayout] = ()
     slices: Mapping[Tensor, tuple[ParamSlice, ...]] = field(default_factory=dict)
+    vectors: Mapping[Tensor, bool] = field(default_factory=dict)
     matrices: Mapping[Tensor, LocalMatrices] = field(default_factory=dict)
     gradient_dtypes: Mapping[Tensor, torch.dtype] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
@@ -104,6 +106,10 @@ class EngineAttachment:
         held = self.replicas.values()
         alike = any(each.dp_size > 1 for each in held) and all(each is self.communicator for each in held)
         object.__setattr__(self, "replicated", alike)
+
+    def is_vector(self, stepped: Tensor) -> bool:
+        """Whether a stepped tensor has norms and biases alone: what `vectors` says, else by its own dimensions."""
+        return self.vectors.get(stepped, stepped.dim() < 2)
 
 
 ALONE = EngineAttachment()

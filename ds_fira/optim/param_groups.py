@@ -19,7 +19,7 @@ from ds_fira.core.selection import (
 from ds_fira.core.settings import ParamGroup
 from ds_fira.optim.doors import note_model
 from ds_fira.optim.expert_groups import keys_of, ranks_of
-from ds_fira.optim.presets import PRESET, preset_mark, projected_matrices, take_mark
+from ds_fira.optim.presets import PRESET, preset_mark, projected_matrices, take_mark, values_of
 from ds_fira.optim.rank_rule import (
     Item,
     apart,
@@ -34,7 +34,7 @@ from ds_fira.sharding.plan import split_by_size, split_evenly
 from ds_fira.sharding.projection import is_projected
 
 # Settings that concern what is not projected too.
-SHARED = ("lr", "betas", "eps", "weight_decay", "capturable")
+SHARED = ("lr", "betas", "eps", "weight_decay", "vector_lr_scale", "capturable")
 
 
 def param_groups(
@@ -104,16 +104,20 @@ def _marked(groups: list[ParamGroup], mark: Mapping[str, object]) -> list[ParamG
 def by_kind(group: ParamGroup, settings: Mapping[str, object]) -> list[ParamGroup]:
     """A param group, or several: what its rank projects and what not, and of each the experts and the slices apart.
 
+    Norms and biases too, where `vector_lr_scale` gives them a learning rate of their own.
+
     Args:
         group: with a list of parameters.
         settings: what the group leaves out.
     """
-    params, ranked = parameters_of(group["params"]), group.get("rank") is not None
+    params, ranked, own = parameters_of(group["params"]), group.get("rank") is not None, {**settings, **group}
+    scaled = not ranked and own.get("vector_lr_scale", 1.0) != 1.0
     kinds = [
         (
-            not (ranked and is_projected(shape_of(param), {**settings, **group})),
+            not (ranked and is_projected(shape_of(param), own)),
             tuple(keys_of(param).items()),
             is_sliced(param),
+            scaled and len(shape_of(param)) < 2,
         )
         for param in params
     ]
@@ -168,14 +172,21 @@ def build_groups(
     mark = take_mark(user_groups, settings, algorithm.name)
     rank = require_one_rank(user_groups, settings["rank"], " in the DeepSpeed config", algorithm.name)
     projected = {} if rank is None else projected_weights(module, settings["target_modules"], algorithm.name)
+    chosen = [
+        {**group, "params": [p for p in parameters_of(group["params"]) if p.requires_grad and numel_of(p) > 0]}
+        for group in split_by_rank(user_groups, rank, projected)
+    ]
+    elsewhere = projected_elsewhere(module, rank, settings["target_modules"])
+    if settings.get(PRESET) is not None:
+        names = {id(param): name for name, param in module.named_parameters()}
+        mark = {**preset_mark(settings[PRESET], projected_matrices(chosen, names) + elsewhere), **mark}
+    defaults = {**values_of(mark), **settings, **algorithm.group_values}
     # ZeRO makes a float32 copy of the gradients of one group's partition at a time.
     most = settings["max_group_bytes"] // 4
     groups = []
-    for group in split_by_rank(user_groups, rank, projected):
-        params = [p for p in parameters_of(group["params"]) if p.requires_grad and numel_of(p) > 0]
-        own = {key: value for key, value in group.items() if key not in ("params", "rank")}
-        own |= {"rank": group["rank"]} if group.get("rank") is not None else {}
-        for kind in _kinds({**own, "params": params}, {**settings, **algorithm.group_values}, zero_stage):
+    for group in chosen:
+        own = {key: value for key, value in group.items() if key != "rank" or value is not None}
+        for kind in _kinds(own, defaults, zero_stage):
             ranks = ranks_of(kind, dp_size)
             sized, held = [(numel_of(p), p) for p in kind["params"]], [(shape_of(p), p) for p in kind["params"]]
             if zero_stage == 0:
@@ -185,12 +196,7 @@ def build_groups(
             else:
                 parts = split_by_size(sized, most * ranks)
             groups += [{**kind, "params": part} for part in parts if part]
-    elsewhere = projected_elsewhere(module, rank, settings["target_modules"])
-    groups = told_unprojected(groups, rank, algorithm.name, elsewhere)
-    if settings.get(PRESET) is not None:
-        names = {id(param): name for name, param in module.named_parameters()}
-        mark = {**preset_mark(settings[PRESET], projected_matrices(groups, names) + elsewhere), **mark}
-    return _marked(groups, mark)
+    return _marked(told_unprojected(groups, rank, algorithm.name, elsewhere), mark)
 
 
 def _kinds(group: ParamGroup, settings: Mapping[str, object], zero_stage: int) -> list[ParamGroup]:

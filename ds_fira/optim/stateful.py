@@ -21,7 +21,7 @@ from ds_fira.observe.scaling_recorder import ScalingRecorder
 from ds_fira.optim.attachment import ALONE, Attachable
 from ds_fira.optim.formed_states import formed_input, formed_state_dict, holds_whole
 from ds_fira.optim.loading import load_as_saved
-from ds_fira.optim.presets import PRESET, given_by_user
+from ds_fira.optim.presets import PRESET, given_by_user, with_later_defaults
 from ds_fira.optim.settings import warn_without_effect
 from ds_fira.optim.state_shapes import refuse_adam, require_states
 from ds_fira.sharding.geometry import ParamSlice, matrices_of
@@ -247,10 +247,11 @@ class Resumable(Attachable, Optimizer):
     def carry_groups(self, saved: SavedState, members: list[Members] | None = None) -> None:
         """Give the param groups the values they had, and say which settings keep a new value instead."""
         members = members or self._members()
-        before = {name: group.values for group in saved.groups for name in group.members}
+        groups = list(map(with_later_defaults, saved.groups))
+        before = {name: group.values for group in groups for name in group.members}
         marks = [{PRESET: group[PRESET]} if PRESET in group else {} for group in self.param_groups]
         given = given_by_user(self.param_groups, self.given, members, before)
-        notes = carry_values(saved.groups, self.param_groups, members, given)
+        notes = carry_values(groups, self.param_groups, members, given)
         for group, mark in zip(self.param_groups, marks, strict=True):
             group.pop(PRESET, None)
             group.update(mark)  # what a preset gives is this run's own

@@ -163,6 +163,7 @@ class Stepping(Resumable):
                 {name: stored_moment(state, name) for name in self.algorithm.states},
                 count,
                 compute_dtype(param.dtype),
+                settings.unprojected_scale(self.attachment.is_vector(param)),
             )
             for param, state, count in zip(params, states, counts, strict=True)
         ]

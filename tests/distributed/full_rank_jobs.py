@@ -107,8 +107,18 @@ def resume_elsewhere(saved: dict[str, Any], resumed: dict[str, Any], folder: str
     }
 
 
-def train_object(stage: int, scheduled: str | None = None, rule: str | None = None) -> dict[str, Any]:
-    """Train with an optimizer object whose one group has matrices of both kinds."""
+def train_object(
+    stage: int, scheduled: str | None = None, rule: str | None = None, about: str = "save nothing", **more: Any
+) -> dict[str, Any]:
+    """Train with an optimizer object whose one group has matrices of both kinds.
+
+    Args:
+        stage: of ZeRO.
+        scheduled: what a scheduler is made of before the engine, "parts" or "user_groups".
+        rule: the name of a plugged rule in FiraAdam's place.
+        about: of what the warnings are that `warned` has.
+        **more: settings.
+    """
     torch.manual_seed(0)
     model = Net(SHAPES)
     matrices = [layer.weight for layer in model.layers]
@@ -116,7 +126,7 @@ def train_object(stage: int, scheduled: str | None = None, rule: str | None = No
         for param in model.parameters():
             param.requires_grad_(any(param is matrix for matrix in matrices))
     kind = ds_fira.FiraAdam if rule is None else getattr(rule_jobs, rule)
-    settings = {"rank": 8, "update_proj_gap": 2, "alpha": 0.5}
+    settings = {"rank": 8, "update_proj_gap": 2, "alpha": 0.5, **more}
     if rule is None:
         # A gathered matrix makes the step of stage 0. At a rank that gradients hardly have, roundings turn the basis.
         settings["exact_cuts"] = True
@@ -138,7 +148,7 @@ def train_object(stage: int, scheduled: str | None = None, rule: str | None = No
         "groups": (groups, len(fira_of(engine).param_groups)),
         "weights": by_name(engine),
         "memory": ds_fira.memory_report(engine),
-        "warned": [str(one.message) for one in caught if "save nothing" in str(one.message)],
+        "warned": [str(one.message) for one in caught if about in str(one.message)],
     }
     engine.destroy()
     return result

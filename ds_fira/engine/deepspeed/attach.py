@@ -22,7 +22,7 @@ from ds_fira.engine.deepspeed.holders import Holders
 from ds_fira.engine.deepspeed.param_states import link_params
 from ds_fira.engine.deepspeed.pipeline import refuse_shared
 from ds_fira.engine.deepspeed.planning import layouts_of_all, plan_flats
-from ds_fira.engine.deepspeed.projection import project_as_flat
+from ds_fira.engine.deepspeed.projection import holds_vectors, project_as_flat, warn_of_mixed
 from ds_fira.engine.deepspeed.recorded_layers import record_weights
 from ds_fira.engine.deepspeed.schedulers import show_user_groups
 from ds_fira.engine.deepspeed.tensor_parallel import note_slices
@@ -142,6 +142,7 @@ def attach(engine: DeepSpeedEngine) -> None:
     refuse_shared(engine, optimizer, flats)
     if stage > 0:
         project_as_flat(optimizer, flats, holders.planners)
+        warn_of_mixed(optimizer, flats, holders.planners)
     partitionings = [flat.partitioning for flat in flats if stage > 0]
     if holders.grid is not None:
         partitionings = holders.grid.learn(flats, optimizer.algorithm.name)
@@ -171,6 +172,7 @@ def attach(engine: DeepSpeedEngine) -> None:
             inventory=inventory,
             layouts=[layout for _, layout in plans],
             slices={flat.hp_partition: flat.slices(flat.communicator.dp_rank, holders.labels) for flat in flats},
+            vectors={flat.hp_partition: holds_vectors(flat) for flat in flats},
             matrices=matrices,
             names=holders.names,
             gradient_dtypes={flat.hp_partition: flat.lp_params[0].dtype for flat in flats},

@@ -1,4 +1,6 @@
-"""What an engine's optimizer projects: one flat partition holds one kind, and a checkpoint says what it was.
+"""What an engine's optimizer projects and how it steps the rest: one flat partition holds one kind.
+
+A checkpoint says what was projected.
 
 Reads DeepSpeed's books through `ds_fira.engine.deepspeed.flat_groups` only.
 """
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ds_fira.checkpoint.reconcile import SavedGroup, refuse_changed_structure, saved_projection
 from ds_fira.core.selection import shape_of
+from ds_fira.core.settings import GroupSettings
 from ds_fira.engine.deepspeed.flat_groups import FlatGroup
 from ds_fira.optim.base import LowRankOptimizer
 from ds_fira.sharding.comm import Communicator
@@ -46,6 +49,35 @@ def project_as_flat(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], com
             f"{optimizer.algorithm.name}: matrices of param group {', '.join(map(str, kept))} have a rank at which "
             f"low-rank states save nothing, and are projected all the same, because {reason}; {remedy}give a smaller "
             f"rank, put them into a group with rank = None, or say {PROJECT_FULL_RANK} = true.",
+            stacklevel=2,
+        )
+
+
+def holds_vectors(flat: FlatGroup) -> bool:
+    """Whether all parameters of a flat tensor, on all ranks, have at most one dimension."""
+    return all(len(shape_of(param)) < 2 for param in flat.lp_params)
+
+
+def warn_of_mixed(optimizer: LowRankOptimizer, flats: Sequence[FlatGroup], communicator: Communicator) -> None:
+    """Say where `vector_lr_scale` has no effect: on norms and biases in one flat tensor with embeddings.
+
+    Args:
+        optimizer: whose param groups they are.
+        flats: of all of them.
+        communicator: whose first rank warns.
+    """
+    settings = {flat.group: GroupSettings.of(optimizer.param_groups[flat.group]) for flat in flats}
+    mixed = {
+        flat.group: settings[flat.group].vector_lr_scale
+        for flat in flats
+        if len({settings[flat.group].unprojected_scale(len(shape_of(param)) < 2) for param in flat.lp_params}) > 1
+    }
+    if mixed and communicator.dp_rank == 0:
+        warnings.warn(
+            f"{optimizer.algorithm.name}: vector_lr_scale = {next(iter(mixed.values()))} has no effect in param group "
+            f"{', '.join(map(str, mixed))}, because ZeRO steps its norms and biases with matrices as one flat tensor; "
+            "build the learning-rate scheduler after deepspeed.initialize or of user_groups, or make the groups with "
+            "ds_fira.param_groups.",
             stacklevel=2,
         )
 

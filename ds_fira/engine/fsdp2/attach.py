@@ -108,6 +108,12 @@ def attach(optimizer: LowRankOptimizer, units: Sequence[Sequence[Tensor]] = ()) 
             },
             digest=plan,
             stand_ins=found.stand_ins,
+            vectors={
+                each.tensor: each.params[0].dim() < 2
+                for batches in found.stand_ins.values()
+                for batch in batches
+                for each in batch
+            },
             form=ShardedStates(optimizer, everyone, layouts),
         )
     )

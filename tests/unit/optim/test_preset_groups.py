@@ -12,6 +12,7 @@ from torch import nn
 
 import ds_fira
 from ds_fira import ApolloAdam, FiraAdam, FiraRMSProp, GaLoreAdam
+from ds_fira.checkpoint.named_state import KEY
 from ds_fira.optim import presets
 from ds_fira.optim.param_groups import build_groups, group_defaults
 from ds_fira.optim.presets import PRESETS, ModelSize, transferred_scale
@@ -223,6 +224,25 @@ def test_a_resumed_run_keeps_the_scale_that_was_stored(way: Callable, monkeypatc
     assert changed == pytest.approx(4 * SCALE)
     assert resumed(first, second) == []
     assert projected(second, "residual_scale") == {(SCALE,)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_run_goes_on_without_what_the_preset_gives_since(way: Callable) -> None:
+    """Saved by a version whose preset gave norms no learning rate of their own, and that had no such setting."""
+    first, second = way(llama()), way(llama())
+    earlier = first.state_dict()
+    for group in earlier["param_groups"]:
+        del group["vector_lr_scale"], group["preset"]["vector_lr_scale"]
+    for given in earlier[KEY]["settings"]:
+        given.pop("vector_lr_scale")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        second.load_state_dict(earlier)
+    assert not said
+    assert {group["vector_lr_scale"] for group in second.param_groups} == {1.0}
+    third = way(llama(), vector_lr_scale=0.5)
+    third.load_state_dict(earlier)
+    assert {group["vector_lr_scale"] for group in third.param_groups} == {0.5}
 
 
 @pytest.mark.parametrize("way", WAYS)
