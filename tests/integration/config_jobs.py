@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
+from deepspeed.utils import safe_get_full_fp32_param
 
 import ds_fira
 from ds_fira.optim.registry import fira_of
@@ -32,7 +33,7 @@ def step(ds_config: dict[str, Any], steps: int) -> dict[str, Any]:
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)[0]
     accumulation = engine.gradient_accumulation_steps()
     tokens = fixed_tokens(engine.train_micro_batch_size_per_gpu(), engine.global_rank).to(engine.device)
-    start = whole_parameters(engine)
+    start = master_weights(engine)
     seen: dict[str, Any] = {"loss_scale": getattr(engine.optimizer, "loss_scale", None)}
     losses, tries = [], 0
     while engine.global_steps - engine.skipped_steps < steps and tries < 4 * steps:
@@ -46,11 +47,11 @@ def step(ds_config: dict[str, Any], steps: int) -> dict[str, Any]:
         losses.append(float(loss.detach()))
     losses.append(float(loss_of(engine, tokens).detach()))
     seen |= look_into(engine)
-    end = whole_parameters(engine)
+    moved, end = master_weights(engine), whole_parameters(engine)
     seen |= {
         "losses": losses,
         "forwards_per_micro_step": (len(forwards) - 1) / (tries * accumulation),
-        "moved": all(not torch.equal(start[name], value) for name, value in end.items()),
+        "moved": all(not torch.equal(start[name], value) for name, value in moved.items()),
         "module": {name: value.cpu() for name, value in end.items()},
     }
     engine.destroy()
@@ -64,6 +65,13 @@ def whole_parameters(engine: Any) -> dict[str, torch.Tensor]:
         with deepspeed.zero.GatheredParameters(param):
             found[name] = param.detach().float().clone()
     return found
+
+
+def master_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """What the optimizer steps, by name, whole: a few steps of a norm are too small for its copy in the module."""
+    module = whole_parameters(engine)
+    masters = {name: safe_get_full_fp32_param(param) for name, param in engine.module.named_parameters()}
+    return {name: module[name] if value is None else value.clone() for name, value in masters.items()}
 
 
 def accumulated_dtypes(engine: Any) -> set[torch.dtype]:
