@@ -146,6 +146,7 @@ def test_the_library_gives_what_the_study_calls_the_preset(width, layers, rank):
     mark, settings = group["preset"], {"alpha": 0.25, **dict(trial.settings)}
     assert (mark["lr"], mark["residual"], mark["residual_beta"]) == (trial.lr, trial.method, settings["beta"])
     assert mark["residual_warmup"] == settings["warmup"]
+    assert mark["vector_lr_scale"] == settings["vectors"]
     assert mark["alpha"] == pytest.approx(settings["alpha"], abs=1e-4)
     # Rounded, and with an alpha that is.
     assert mark["residual_scale"] * mark["alpha"] == pytest.approx(settings["c"] * settings["alpha"], rel=1e-3)

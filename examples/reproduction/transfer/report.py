@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 import matplotlib
@@ -173,19 +173,24 @@ class Report:
                     )
         return table(["model, rank, steps", "Fira's lr", "seeds", "preset to Fira", "95% interval"], rows)
 
-    def candidates(self, trials: Iterable[Trial]) -> str:
-        """What was tried in the preset's place, at its rate."""
+    def candidates(self, trials: Iterable[Trial], compared: Callable[[Trial], Trial]) -> str:
+        """What was tried in the preset's place, at its rate.
+
+        Args:
+            trials: what was tried.
+            compared: of the preset what they are compared with.
+        """
         rows = []
         for place, listed in groupby(
             sorted(trials, key=lambda trial: (trial.width, -trial.rank, trial.layers or 0, trial.steps, trial.text)),
             key=lambda trial: (trial.width, trial.rank, trial.layers, trial.steps, trial.text),
         ):
-            reference = study.preset(*place[:2], layers=place[2], steps=place[3], text=place[4])
+            reference = compared(study.preset(*place[:2], layers=place[2], steps=place[3], text=place[4]))
             for trial in dict.fromkeys([reference, *listed]):
                 if self.test(trial) is not None:
                     difference = change(self.test(trial), self.test(reference))
                     rows.append((described(trial), name_of(trial), self.cell(trial), difference))
-        return table(["model, rank, steps", "variant", "test perplexity", "to the preset"], rows)
+        return table(["model, rank, steps", "variant", "test perplexity", "to the first"], rows)
 
     def plot(self, key: str, label: str) -> str:
         """Perplexity of every family, tuned, over a figure of the results."""
@@ -235,13 +240,13 @@ def page(store: Trials) -> str:
         "time). "
         "`python -m examples.reproduction.transfer.study` trains what is missing.\n",
         "LLaMAs of 1,024 tokens of vocabulary on film reviews, batches of 16 x 64 tokens, warm-up over a tenth, cosine "
-        "to a tenth, gap 50, float32, seed 0 unless said. Embeddings, head and norms have Adam at the rate itself in "
-        "every method. Rates are chosen by one half of the held-out rows; the other half is reported. *Fira* is "
-        "the released method at its published settings (alpha 0.25).\n",
+        "to a tenth, gap 50, float32, seed 0 unless said. Embeddings, head and norms have Adam at the rate itself, but "
+        "for norms in the preset. Rates are chosen by one half of the held-out rows; the other half is reported. "
+        "*Fira* is the released method at its published settings (alpha 0.25).\n",
         "## The preset beside released Fira\n",
         "The preset: each column of the residual divided by its own norm (beta 0), no limiter; alpha = 0.25 x min(1, "
-        "sqrt(64 / (rank x depth))), alpha x c = 0.3 x 128 / width, c growing over the first 50 steps a layer. It "
-        "stands at lr 0.01 everywhere, untuned.\n",
+        "sqrt(64 / (rank x depth))), alpha x c = 0.3 x 128 / width, c growing over the first 50 steps a layer; norms "
+        f"at {study.VECTORS:g} x lr. It stands at lr 0.01 everywhere, untuned.\n",
         report.gains(),
         "What was to be reached, at seed 0, where a best rate has a worse one on both sides:\n",
         report.goals(),
@@ -255,13 +260,14 @@ def page(store: Trials) -> str:
         report.plot("state_bytes", "MB of optimizer state"),
         report.plot("seconds", "seconds of processor time"),
         "## Candidates\n",
-        f"In the preset's place, lr {study.PRESET_RATE:g}; what is not named is alpha 0.25 and c 1:\n",
-        report.candidates(study.candidates()),
-        "## The rate of embeddings, head and norms, and long trainings\n",
-        "*rest* is that rate in the preset's; *rest_fade* and *fade* are steps behind which that rate, or the residual "
-        "alone, falls by the root of the step. Half of the rate gains in long trainings and loses in short ones, most "
-        "at width 256, so the preset has it at 1; in a long training give these parameters a group with a lower lr.\n",
-        report.candidates(study.rests()),
+        f"In the preset's place, lr {study.PRESET_RATE:g}, all with norms at that rate too; what is not named is alpha "
+        "0.25 and c 1:\n",
+        report.candidates(study.candidates(), study.plain),
+        "## The rate of norms, and long trainings\n",
+        "*vectors* is the rate of norms in that of embeddings and head, 1 where it is not named; *rest* is the rate of "
+        "all three in lr. *rest_fade* and *fade* are steps behind which that rate, or the residual alone, falls by the "
+        "root of the step. The first of each model is the preset.\n",
+        report.candidates(study.rests(), lambda preset: preset),
         finetune_report.section(),
     )
     first = max(results, key=lambda result: result["provenance"]["date"])

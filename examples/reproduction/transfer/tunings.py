@@ -63,8 +63,9 @@ class Tuning:
         """A hash of everything that decides the result."""
         fields = {**dataclasses.asdict(self), "set": SET, "subspace": SUBSPACE, "tokens": TOKENS}
         if self.method.startswith("preset"):
-            # Another preset is another training.
+            # Another preset is another training; where norms are frozen, whatever their rate.
             fields["laws"] = [study.ALPHA, study.RANK_DEPTH, study.STEP, study.WIDTH, study.WARMUP]
+            fields["laws"] += [study.VECTORS] if METHODS[self.method] == "full" else []
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
