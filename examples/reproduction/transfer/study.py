@@ -15,8 +15,9 @@ from examples.reproduction.transfer.trials import Trial, Trials, settings_of
 WIDTHS = (128, 256)
 RANKS = (0.25, 0.03125, 0.125)
 SEEDS = (0, 1, 2)
-# The preset's laws, stated here apart from the library's: alpha by rank x depth, alpha x c by width, warm-up by depth.
-ALPHA, RANK_DEPTH, STEP, WIDTH, WARMUP = 0.25, 64, 0.3, 128, 50
+# The preset's laws, stated here apart from the library's: alpha by rank x depth, alpha x c by width, warm-up by depth;
+# and its rate of norms, in that of embeddings and head.
+ALPHA, RANK_DEPTH, STEP, WIDTH, WARMUP, VECTORS = 0.25, 64, 0.3, 128, 50, 0.1
 # What the preset was before: p averages over steps, no warm-up, alpha x c by width x depth.
 FORMER_STEP, WIDTH_DEPTH = 0.2, 256
 PRESET_RATE, PUBLISHED_RATE = 0.01, 0.01
@@ -29,9 +30,12 @@ FULL_RANK = {
     "muon": {128: (0.0025, 0.005, 0.01, 0.02), 256: (0.00125, 0.0025, 0.005)},
 }
 LOW_RANK = {
-    "galore": {128: (0.01, 0.02, 0.04, 0.08), 256: (0.0025, 0.005, 0.01)},
-    "apollo": {128: (0.005, 0.01, 0.02, 0.04, 0.08), 256: (0.0025, 0.005, 0.01)},
+    "galore": {128: (0.01, 0.02, 0.04, 0.08), 256: (0.005, 0.01, 0.02)},
+    "apollo": {128: (0.005, 0.01, 0.02, 0.04, 0.08), 256: (0.005, 0.01, 0.02)},
 }
+# Released Fira's best rate by width and rank, about which it is trained.
+FIRA = {(128, 0.25): 0.02, (128, 0.03125): 0.04, (128, 0.125): 0.02, (256, 0.25): 0.005, (256, 0.03125): 0.01}
+FIRA |= {(256, 0.125): 0.005, (192, 0.125): 0.01, (384, 0.125): 0.005}
 
 # One thing of the preset changed: the bound of S by element, and how basis and moments go on at a refresh.
 MOVING = (
@@ -52,7 +56,12 @@ def preset(width: int, rank: float, lr: float = PRESET_RATE, **fields: object) -
     alpha = lawful_alpha(trial)
     c = round(STEP * WIDTH / width / alpha, 4)
     own = {} if alpha == ALPHA else {"alpha": round(alpha, 4)}
-    return trial.change(settings=settings_of(c=c, beta=0.0, warmup=WARMUP * trial.depth, **own))
+    return trial.change(settings=settings_of(c=c, beta=0.0, warmup=WARMUP * trial.depth, vectors=VECTORS, **own))
+
+
+def plain(trial: Trial) -> Trial:
+    """A trial of the preset with the rate of embeddings and head for norms too, as it was at first."""
+    return trial.change(settings=tuple(pair for pair in trial.settings if pair[0] != "vectors"))
 
 
 def lawful_alpha(trial: Trial) -> float:
@@ -80,31 +89,25 @@ def around(trial: Trial, steps: Iterable[int] = (-1, 0, 1)) -> list[Trial]:
 
 
 def headline() -> list[Trial]:
-    """The preset and released Fira at every width and rank, each at the published rate and about it."""
-    found = []
-    for width in WIDTHS:
-        for rank in RANKS:
-            found += [preset(width, rank), released(width, rank)]
-    for width in WIDTHS:
-        for rank in RANKS:
-            found += around(preset(width, rank), (-1, 1)) + around(released(width, rank), (-1, 1, -2))
-    # At width 128 Fira's best rate lies higher.
-    return found + [released(128, rank, 4 * PUBLISHED_RATE) for rank in RANKS] + [released(128, RANKS[1], 0.08)]
+    """The preset and released Fira at every width and rank: each at the published rate, and about its best one."""
+    models = [(width, rank) for width in WIDTHS for rank in RANKS]
+    found = [make(*model) for model in models for make in (preset, released)]
+    return found + [
+        trial for model in models for trial in (*around(preset(*model)), *around(released(*model, FIRA[model])))
+    ]
 
 
 def seeds() -> list[Trial]:
     """Preset and released Fira at the rates that hold, at the other seeds."""
-    long_ones = {"width": 128, "rank": RANKS[0], "steps": LONGER[1]}
+    rates = {(128, rank, 600): PUBLISHED_RATE for rank in RANKS[:2]} | {
+        (256, rank, 600): FIRA[256, rank] for rank in RANKS[:2]
+    }
+    rates[128, RANKS[0], LONGER[1]] = PUBLISHED_RATE / 2
     return [
         trial
         for seed in SEEDS[1:]
-        for trial in (preset(seed=seed, **long_ones), released(seed=seed, lr=PUBLISHED_RATE / 2, **long_ones))
-    ] + [
-        make(width, rank, lr, seed=seed)
-        for seed in SEEDS[1:]
-        for width, lr in ((128, PUBLISHED_RATE), (256, PUBLISHED_RATE / 2))
-        for rank in RANKS[:2]
-        for make, lr in ((preset, PRESET_RATE), (released, lr))
+        for (width, rank, steps), rate in rates.items()
+        for trial in (preset(width, rank, steps=steps, seed=seed), released(width, rank, rate, steps=steps, seed=seed))
     ]
 
 
@@ -159,10 +162,10 @@ def candidates() -> list[Trial]:
             {**norm, "c": 1.6, "warmup": 200},
         ),
         (128, 0.03125, 4): (
-            {"c": 0.4, "rows": 1.0},
+            {"c": 0.4, "rows": True},
             {"c": 1.2, "signal": True},
             {**norm, "c": 0.4},
-            {**norm, "c": 0.4, "rows": 1.0},
+            {**norm, "c": 0.4, "rows": True},
             {**norm, "c": 0.6},
             {**norm, "c": 0.8},
             {**norm, "c": 0.8, "warmup": 200},
@@ -200,24 +203,33 @@ def candidates() -> list[Trial]:
         for trial in (
             former(width, rank, layers=layers),
             *(preset(width, rank, layers=layers).change(settings=settings_of(**settings)) for settings in listed),
-            *(moved(preset(width, rank), **change) for change in (MOVING if (width, layers) == (128, None) else ())),
+            *(
+                moved(plain(preset(width, rank)), **change)
+                for change in (MOVING if (width, layers) == (128, None) else ())
+            ),
         )
     ]
 
 
 def rests() -> list[Trial]:
-    """The preset with another rate of embeddings, head and norms, and in long trainings with what falls."""
+    """The preset with other rates of norms, or of embeddings, head and norms, and with what falls in long trainings."""
     half = [preset(128, rank) for rank in RANKS] + [preset(256, rank) for rank in RANKS[:2]]
     half.append(preset(128, RANKS[0], text=HELD_OUT_TEXT))
     long_ones = [preset(128, RANKS[0], steps=steps) for steps in LONGER]
-    wide = preset(256, RANKS[0], steps=LONGER[0])
+    wide, deep = preset(256, RANKS[0], steps=LONGER[0]), [preset(128, RANKS[1], layers=4), preset(128, 1 / 8, layers=8)]
+    compared = [*half, *long_ones, wide, *deep]
+    fira = [released(128, RANKS[0]), released(128, RANKS[0], 0.02), released(256, RANKS[0], PUBLISHED_RATE / 2)]
     return [
-        wide,
-        changed(wide, rest=0.5),
-        *(changed(preset(128, RANKS[0]), rest=rest) for rest in (0.25, 2.0)),
-        *(changed(trial, rest=0.5) for trial in (*half, *long_ones)),
-        *(changed(trial, rest_fade=600) for trial in long_ones),
-        changed(long_ones[0], fade=300),
+        *(plain(trial) for trial in compared),
+        *(changed(half[0], vectors=rate) for rate in (0.0, 0.2)),
+        *(changed(long_ones[-1], vectors=rate) for rate in (0.5,)),
+        *(changed(trial, vectors=VECTORS) for trial in fira),
+        changed(half[0], rest=0.5),
+        changed(plain(wide), rest=0.5),
+        *(changed(plain(half[0]), rest=rest) for rest in (0.25, 2.0)),
+        *(changed(plain(trial), rest=0.5) for trial in (*half, *long_ones)),
+        *(changed(plain(trial), rest_fade=600) for trial in long_ones),
+        changed(plain(long_ones[0]), fade=300),
     ]
 
 
@@ -234,18 +246,20 @@ def moved(trial: Trial, **change: object) -> Trial:
 def held_out() -> list[Trial]:
     """Models, lengths and a text from which nothing was chosen."""
     models = [
-        trial for width in HELD_OUT_WIDTHS for trial in (preset(width, 1 / 8), *around(released(width, 1 / 8), (-1, 0)))
+        trial
+        for width in HELD_OUT_WIDTHS
+        for trial in (*around(preset(width, 1 / 8)), *around(released(width, 1 / 8, FIRA[width, 1 / 8])))
     ]
-    models += [trial for make in (preset, released) for trial in around(make(192, 1 / 8))]
-    models += around(preset(384, 1 / 8)) + around(released(384, 1 / 8), (-2, -1, 0))
     deep = [trial for make in (preset, released) for trial in around(make(128, RANKS[1], layers=4))]
-    deep += [preset(128, 1 / 8, layers=8), *around(released(128, 1 / 8, layers=8), (0, 1))]
+    deep += [trial for make in (preset, released) for trial in around(make(128, 1 / 8, layers=8))]
     text = [
         trial for make in (preset, released) for trial in around(make(128, RANKS[0], text=HELD_OUT_TEXT), (0, -1, 1))
     ]
     longer = [
         trial for steps in LONGER for make in (preset, released) for trial in around(make(128, 0.25, steps=steps))
     ]
+    longer.append(released(128, 0.25, PUBLISHED_RATE / 4, steps=LONGER[1]))
+    longer += [preset(256, 0.25, steps=LONGER[0]), released(256, 0.25, PUBLISHED_RATE / 2, steps=LONGER[0])]
     return deep + text + models + longer
 
 

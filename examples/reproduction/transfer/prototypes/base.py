@@ -91,8 +91,8 @@ class Prototype:
         return 1.0
 
     def vector_factor(self) -> float:
-        """The rate of norms, in that of embeddings and head."""
-        return 1.0
+        """The rate of norms, in that of embeddings and head: the setting `vectors`, where a method has it."""
+        return self.settings.get("vectors", 1.0)
 
     @property
     def state_bytes(self) -> int:

@@ -78,10 +78,6 @@ class Normalized(LowRank):
         """By `rest` and `rest_fade`."""
         return self.settings["rest"] * self.faded("rest_fade")
 
-    def vector_factor(self) -> float:
-        """By `vectors`."""
-        return self.settings["vectors"]
-
     def faded(self, name: str) -> float:
         """What a setting of steps leaves now: 1 up to there, then by the root of the step."""
         steps = self.settings[name]

@@ -28,9 +28,12 @@ class GaLore(LowRank):
 
 
 class Fira(LowRank):
-    """arXiv 2410.01623 as PyPI `fira` 1.0.2 computes it: S = phi (G - alpha P R), limited, beside alpha P N."""
+    """arXiv 2410.01623 as PyPI `fira` 1.0.2 computes it: S = phi (G - alpha P R), limited, beside alpha P N.
 
-    defaults: ClassVar[dict[str, Any]] = {**LowRank.defaults, "gamma": 1.01}
+    Settings: `gap`; `gamma` of the limiter; `vectors`, the rate of norms in the trial's, 1 as released.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {**LowRank.defaults, "gamma": 1.01, "vectors": 1.0}
 
     def direction(self, grad: Tensor, state: dict[str, Any]) -> Tensor:
         """Alpha P N + S, bias corrected."""
