@@ -205,7 +205,7 @@ def candidates() -> list[Trial]:
             *(preset(width, rank, layers=layers).change(settings=settings_of(**settings)) for settings in listed),
             *(
                 moved(plain(preset(width, rank)), **change)
-                for change in (MOVING if (width, layers) == (128, None) else ())
+                for change in (MOVING if (width, rank, layers) == (128, RANKS[0], None) else ())
             ),
         )
     ]
@@ -222,7 +222,6 @@ def rests() -> list[Trial]:
     return [
         *(plain(trial) for trial in compared),
         *(changed(half[0], vectors=rate) for rate in (0.0, 0.2)),
-        *(changed(long_ones[-1], vectors=rate) for rate in (0.5,)),
         *(changed(trial, vectors=VECTORS) for trial in fira),
         changed(half[0], rest=0.5),
         changed(plain(wide), rest=0.5),
@@ -255,10 +254,8 @@ def held_out() -> list[Trial]:
     text = [
         trial for make in (preset, released) for trial in around(make(128, RANKS[0], text=HELD_OUT_TEXT), (0, -1, 1))
     ]
-    longer = [
-        trial for steps in LONGER for make in (preset, released) for trial in around(make(128, 0.25, steps=steps))
-    ]
-    longer.append(released(128, 0.25, PUBLISHED_RATE / 4, steps=LONGER[1]))
+    longer = [trial for steps in LONGER for trial in around(preset(128, 0.25, steps=steps))]
+    longer += around(released(128, 0.25, steps=LONGER[0])) + around(released(128, 0.25, 0.005, steps=LONGER[1]))
     longer += [preset(256, 0.25, steps=LONGER[0]), released(256, 0.25, PUBLISHED_RATE / 2, steps=LONGER[0])]
     return deep + text + models + longer
 
