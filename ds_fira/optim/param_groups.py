@@ -101,7 +101,7 @@ def _marked(groups: list[ParamGroup], mark: Mapping[str, object]) -> list[ParamG
     return [{**group, PRESET: dict(mark)} for group in groups] if mark else groups
 
 
-def by_kind(group: ParamGroup, settings: Mapping[str, object]) -> list[ParamGroup]:
+def by_kind(group: ParamGroup, settings: Mapping[str, object], flat: bool = True) -> list[ParamGroup]:
     """A param group, or several: what its rank projects and what not, and of each the experts and the slices apart.
 
     Norms and biases too, where `vector_lr_scale` gives them a learning rate of their own.
@@ -109,9 +109,10 @@ def by_kind(group: ParamGroup, settings: Mapping[str, object]) -> list[ParamGrou
     Args:
         group: with a list of parameters.
         settings: what the group leaves out.
+        flat: whether each part becomes one tensor; else every parameter is stepped by itself, and norms may stay.
     """
     params, ranked, own = parameters_of(group["params"]), group.get("rank") is not None, {**settings, **group}
-    scaled = not ranked and own.get("vector_lr_scale", 1.0) != 1.0
+    scaled = flat and not ranked and own.get("vector_lr_scale", 1.0) != 1.0
     kinds = [
         (
             not (ranked and is_projected(shape_of(param), own)),
@@ -204,4 +205,4 @@ def _kinds(group: ParamGroup, settings: Mapping[str, object], zero_stage: int) -
     if zero_stage == 3:
         return by_kind(group, settings)
     unranked = {key: value for key, value in group.items() if key != "rank"}
-    return [{**group, **kind} for kind in by_kind(unranked, settings)]
+    return [{**group, **kind} for kind in by_kind(unranked, settings, flat=zero_stage > 0)]

@@ -91,8 +91,11 @@ def test_on_other_ranks(ranks: Pools, tmp_path: Path, world_size: int, job: dict
 
 
 def test_from_zero_to_fsdp_and_back(ranks: Pools, tmp_path: Path) -> None:
-    """States and weights go over to the bit, by names, and the steps between are those of one process."""
-    params = {"lr": 0.01, "rank": 3, "update_proj_gap": 2, "weight_decay": 0.1}
+    """States and weights go over to the bit, by names, and the steps between are those of one process.
+
+    Norms have a rate of their own, for which ZeRO-2 has them in a param group that others have not.
+    """
+    params = {"lr": 0.01, "rank": 3, "update_proj_gap": 2, "weight_decay": 0.1, "vector_lr_scale": 0.1}
     job = {"module": "tests.distributed.whole_state_jobs", "shapes": SHAPES[:3], "params": params}
     results = ranks.run(2, "zero_to_fsdp_and_back", folder=str(tmp_path), **job)
     for found in results:
