@@ -96,7 +96,7 @@ PRESETS: Mapping[str, Preset] = {
             "lr": 0.01,
             "residual": "normalized",
             "residual_beta": 0.0,
-            # Norms step with noise of their own at the rate of embeddings; it costs 3 to 4% of perplexity.
+            # At the rate of embeddings, norms cost 3 to 4% of perplexity at width 128 (docs/transfer.md).
             "vector_lr_scale": 0.1,
         },
         laws={
