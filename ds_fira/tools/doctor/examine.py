@@ -24,6 +24,8 @@ from ds_fira.tools.estimate.from_config import setup_of
 # Settings of a projected group that are shown beside its rank.
 SHOWN = ("update_proj_gap", "alpha", "subspace", "residual", "residual_scale", "limiter", "state_dtype")
 SHOWN_OF_ALL = ("lr", "weight_decay")
+# And of a group with norms or biases.
+SHOWN_OF_VECTORS = ("vector_lr_scale",)
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,8 @@ def _group(group: PlannedGroup) -> Group:
         m, n = shape[-2:]
         experts = shape[0] if len(shape) == 3 else 1
         matrices[(m, n)] = (count * experts, settings.side_of((m, n)), effective_rank((m, n), settings.rank))
-    shown = (*SHOWN_OF_ALL, *SHOWN) if projected else SHOWN_OF_ALL
+    shown = (*SHOWN_OF_ALL, *(SHOWN if projected else ()))
+    shown += SHOWN_OF_VECTORS if min(map(len, shapes), default=2) < 2 and settings.vector_lr_scale != 1.0 else ()
     own = {name: group.settings[name] for name in shown if name in group.settings}
     return Group(projected, group.names, dict(shapes), matrices, own, group.partition_size)
 

@@ -81,6 +81,17 @@ def test_what_is_told_of_a_run_that_would_train(tmp_path: Path, model: str, caps
     assert found["groups"][0]["matrices"] == [{"shape": [64, 64], "count": 6, "side": "right", "rank": 16}]
 
 
+def test_the_rate_of_norms_is_told(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the group that has them, which is one by itself."""
+    config = changed(tmp_path, {"optimizer": {"type": "FiraAdam", "params": {"rank": 16, "preset": "recommended"}}})
+    assert call(config, model) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not projected:" in line]
+    assert [line.partition("not projected: ")[2] for line in lines] == [
+        "2 of 500 x 64; lr 0.01, weight_decay 0.0",
+        "5 of 64; lr 0.01, weight_decay 0.0, vector_lr_scale 0.1",
+    ]
+
+
 def test_nobody_computes_a_basis_that_is_drawn(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = changed(tmp_path, {"optimizer": {"type": "ApolloAdam", "params": {"rank": 16, "lr": 0.01}}})
     assert call(config, model) == 0
