@@ -257,7 +257,10 @@ def held_out() -> list[Trial]:
     longer = [trial for steps in LONGER for trial in around(preset(128, 0.25, steps=steps))]
     longer += around(released(128, 0.25, steps=LONGER[0])) + around(released(128, 0.25, 0.005, steps=LONGER[1]))
     longer += [preset(256, 0.25, steps=LONGER[0]), released(256, 0.25, PUBLISHED_RATE / 2, steps=LONGER[0])]
-    return deep + text + models + longer
+    # Where twice the preset's rate was no worse.
+    above = [preset(128, RANKS[0]), preset(128, 1 / 8), preset(128, RANKS[1], layers=4), preset(128, 1 / 8, layers=8)]
+    above += [preset(128, RANKS[0], text=HELD_OUT_TEXT), preset(256, RANKS[0])]
+    return deep + text + models + longer + [trial.change(lr=4 * PRESET_RATE) for trial in above]
 
 
 STAGES = {
