@@ -189,7 +189,8 @@ class Report:
             for trial in dict.fromkeys([reference, *listed]):
                 if self.test(trial) is not None:
                     difference = change(self.test(trial), self.test(reference))
-                    rows.append((described(trial), name_of(trial), self.cell(trial), difference))
+                    rate = "" if trial.lr == reference.lr else f", lr {trial.lr:g}"
+                    rows.append((described(trial), name_of(trial) + rate, self.cell(trial), difference))
         return table(["model, rank, steps", "variant", "test perplexity", "to the first"], rows)
 
     def plot(self, key: str, label: str) -> str:

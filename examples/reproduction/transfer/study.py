@@ -217,7 +217,7 @@ def rests() -> list[Trial]:
     half.append(preset(128, RANKS[0], text=HELD_OUT_TEXT))
     long_ones = [preset(128, RANKS[0], steps=steps) for steps in LONGER]
     wide, deep = preset(256, RANKS[0], steps=LONGER[0]), [preset(128, RANKS[1], layers=4), preset(128, 1 / 8, layers=8)]
-    compared = [*half, *long_ones, wide, *deep]
+    compared = [*half, *long_ones, wide, *deep, *(preset(width, 1 / 8) for width in HELD_OUT_WIDTHS)]
     fira = [released(128, RANKS[0]), released(128, RANKS[0], 0.02), released(256, RANKS[0], PUBLISHED_RATE / 2)]
     return [
         *(plain(trial) for trial in compared),
