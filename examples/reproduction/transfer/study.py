@@ -1,7 +1,7 @@
 """What the study trains, in the order of its importance; a trial that has a result is not trained again.
 
 python -m examples.reproduction.transfer.study                    everything below, on all processors
-python -m examples.reproduction.transfer.study --stage headline   about three hours on two cores: the preset's gain
+python -m examples.reproduction.transfer.study --stage headline   an hour on two cores: the preset's gain
 python -m examples.reproduction.transfer.study --list             what is trained and what is missing
 """
 
@@ -27,11 +27,11 @@ LONGER = (1800, 5400)
 # Rates of the full-rank methods by width, factors of two about the best.
 FULL_RANK = {
     "adam": {128: (0.001, 0.002, 0.004), 256: (0.0005, 0.001, 0.002)},
-    "muon": {128: (0.0025, 0.005, 0.01, 0.02), 256: (0.00125, 0.0025, 0.005)},
+    "muon": {128: (0.0025, 0.005, 0.01, 0.02), 256: (0.00125, 0.0025, 0.005, 0.01)},
 }
 LOW_RANK = {
     "galore": {128: (0.01, 0.02, 0.04, 0.08), 256: (0.005, 0.01, 0.02)},
-    "apollo": {128: (0.005, 0.01, 0.02, 0.04, 0.08), 256: (0.005, 0.01, 0.02)},
+    "apollo": {128: (0.005, 0.01, 0.02, 0.04, 0.08), 256: (0.0025, 0.005, 0.01, 0.02)},
 }
 # Released Fira's best rate by width and rank, about which it is trained.
 FIRA = {(128, 0.25): 0.02, (128, 0.03125): 0.04, (128, 0.125): 0.02, (256, 0.25): 0.005, (256, 0.03125): 0.01}
