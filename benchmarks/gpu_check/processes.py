@@ -43,7 +43,13 @@ def run(command: Sequence[str], limit: float, output: Path, environment: Mapping
     start = time.monotonic()
     with output.open("wb") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,
+            preexec_fn=_take_interrupts,
         )
         status: int | None = None
         try:
@@ -57,6 +63,11 @@ def run(command: Sequence[str], limit: float, output: Path, environment: Mapping
             _signal(process.pid, signal.SIGKILL)
             process.wait()
     return Ended(status, time.monotonic() - start)
+
+
+def _take_interrupts() -> None:
+    """Undo what a shell does to a job behind an `&`: its commands would ignore interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal(group: int, number: signal.Signals) -> None:

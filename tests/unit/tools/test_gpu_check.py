@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,10 +48,20 @@ def ends(out: Path) -> dict[str, dict[str, Any]]:
     return {line["name"]: line for line in read_lines(out) if line["what"] == "stage"}
 
 
+@pytest.fixture(params=["in front", "in the background"])
+def started(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As a shell starts a program: behind an `&` it is to ignore interrupts."""
+    handler = signal.SIG_IGN if request.param == "in the background" else signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("started")
 def test_a_stage_that_fails_or_hangs_is_recorded_and_the_next_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "GRACE", 1.5)  # a shell on a busy core needs longer than 0.3 to answer an interrupt
+    monkeypatch.setattr(processes, "GRACE", 0.3)
     monkeypatch.setattr(driver, "LEAST", 0.1)
     table = [
         Stage(0, "failing", "", 20.0, "echo at work; echo ValueError: the reason; exit 1"),
